@@ -1,0 +1,39 @@
+"""PRISM: choose fine-tuning data by its influence on a behaviour that pairs of answers show.
+
+select, repair, score      the commands, as functions that return a Run
+direction_of, scores       the method on a model and tensors in memory
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prism_select.api import repair, score, select
+    from prism_select.core.likelihood import Batch
+    from prism_select.errors import PrismError
+    from prism_select.memory import direction_of, scores
+    from prism_select.store import Run
+
+__all__ = ["Batch", "PrismError", "Run", "direction_of", "repair", "score", "scores", "select"]
+
+_HOMES = {
+    "Batch": "core.likelihood",
+    "PrismError": "errors",
+    "Run": "store",
+    "direction_of": "memory",
+    "repair": "api",
+    "score": "api",
+    "scores": "memory",
+    "select": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Each name is fetched when first asked for, so that importing the package does not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

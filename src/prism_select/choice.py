@@ -1,0 +1,263 @@
+"""Choice: scores in, verdicts and files out. Needs no model, so `--select-from` can choose again in seconds.
+
+    scores + rules → verdict per row → scores.parquet   selected.jsonl   removed.jsonl   quarantine.jsonl
+
+Choices made here: rows are copied from the pool as they came, in the order of the pool, in one pass; texts are read
+again only for rows that could be chosen, and only when near-duplicates are looked for.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from prism_select.config import Amount, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.data.formats import parse_fields
+from prism_select.data.inputs import Pool, fingerprint
+from prism_select.data.records import Example
+from prism_select.errors import BadOption
+from prism_select.progress import Progress
+from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
+from prism_select.statistics import auroc, average_precision, precision_at, rank_correlation
+from prism_select.store import Run, Store
+
+__all__ = ["Chosen", "choose_again", "choose_and_write", "early_refusals"]
+
+Verdicts = list[str]
+VERDICTS = {
+    "score": ("scored", "quarantined"),
+    "select": ("selected", "over budget", "near duplicate", "source cap", "quarantined"),
+    "repair": ("removed", "kept", "quarantined"),
+}
+_TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "none", "null"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a choice needs of scores.parquet; not finite where a row could not be scored."""
+
+    score: NDArray[np.float64]
+    score_per_token: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    source: NDArray[np.object_]
+    reasons: Mapping[int, str]
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a choice adds to the manifest."""
+
+    counts: Mapping[str, int]
+    figures: Mapping[str, Any]
+    warnings: Sequence[str]
+
+
+def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
+    """What would stop the choice in the end, found before anything is scored: `rows` of the pool are good."""
+    option = {"select": "budget", "repair": "remove"}.get(config.command)
+    if option:
+        budget = Amount.parse(f"--{option}", getattr(config, option))
+        if budget.kind == "rows":
+            limit_of(f"--{option}", budget, np.zeros(rows), np.zeros(rows, dtype=np.int64))
+    if isinstance(config, RepairConfig) and config.label_field:
+        first = next(raw for raw in pool.raw() if raw.fields is not None)
+        if first.fields is not None and config.label_field not in first.fields:
+            there = ", ".join(map(repr, first.fields))
+            raise BadOption(
+                f"--label-field {config.label_field}: {first.file}:{first.line} has no such field, only {there}"
+            )
+
+
+def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Iterable[pa.Table]], pool: Pool) -> Chosen:
+    """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them."""
+    columns = columns_of(tables())
+    verdicts = decide(config, columns, pool)
+    figures: dict[str, Any] = summary_figures(columns, verdicts)
+    if isinstance(config, RepairConfig) and config.label_field:
+        figures["labels"] = label_figures(config.label_field, columns, verdicts, pool)
+    write_choice(store, tables(), verdicts, columns, pool)
+    verdict_counts = Counter(verdicts)
+    counts = {
+        "read": len(verdicts),
+        "truncated": columns.truncated,
+        **{name: verdict_counts[name] for name in VERDICTS[config.command]},
+    }
+    counts["scored"] = len(verdicts) - counts["quarantined"]
+    return Chosen(counts, figures, [])
+
+
+def choose_again(config: SelectConfig, progress: Progress) -> Run:
+    """`--select-from`: the scores of a complete run, new rules, a new run folder. Needs no model."""
+    old, store = Run(Path(config.select_from)), Store(config.out)
+    if not (old.path / "manifest.json").exists():
+        raise BadOption(f"--select-from {old.path}: no complete run there; give the folder of one")
+    manifest = old.manifest
+    pool = Pool(manifest["config"]["pool"], parse_fields(manifest["config"]["fields"]))
+    if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
+        raise BadOption(f"--select-from {old.path}: the pool's files have changed since; score them again")
+    if manifest["command"] == "repair":
+        raise BadOption(f"--select-from {old.path}: a repair run, whose scores point to the unwanted answers")
+    store.refuse_others(config, manifest["fingerprints"])
+    if store.complete and not config.overwrite:
+        progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
+        return Run(store.path)
+    reasons = {(row["file"], row["line"]): row["reason"] for row in old.quarantine}
+
+    def tables() -> Iterator[pa.Table]:
+        for group in pq.ParquetFile(old.path / "scores.parquet").iter_batches():
+            table = pa.Table.from_batches([group]).drop_columns(["verdict"])
+            keys = zip(table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
+            yield table.append_column("reason", pa.array([reasons.get(key) for key in keys], pa.string()))
+
+    store.begin(config, manifest["fingerprints"])
+    started = time.perf_counter()
+    chosen = choose_and_write(config, store, tables, pool)
+    for name in ("pairs.parquet", "direction.safetensors"):
+        if (old.path / name).exists():
+            store.write(name, (old.path / name).read_bytes())
+    seconds = time.perf_counter() - started
+    timings = {**dict.fromkeys(manifest["timings"], 0.0), "choose": seconds, "total": seconds}
+    changed = {"command": "select", "config": asdict(config), "counts": chosen.counts, "choice": chosen.figures}
+    store.write_json("manifest.json", {**manifest, **changed, "timings": timings, "scored_by": manifest["config"]})
+    store.drop_shards()
+    return Run(store.path)
+
+
+def columns_of(tables: Iterable[pa.Table]) -> Columns:
+    parts = [table.select(["score", "score_per_token", "tokens", "source", "reason", "truncated"]) for table in tables]
+    whole = pa.concat_tables(parts)
+
+    def floats(name: str) -> NDArray[np.float64]:
+        return np.asarray(whole[name].to_numpy(), dtype=np.float64)
+
+    reasons = {row: reason for row, reason in enumerate(whole["reason"].to_pylist()) if reason is not None}
+    tokens = np.nan_to_num(floats("tokens")).astype(np.int64)
+    source = np.asarray(whole["source"].to_pylist(), dtype=object)
+    truncated = sum(bool(value) for value in whole["truncated"].to_pylist())
+    return Columns(floats("score"), floats("score_per_token"), tokens, source, reasons, truncated)
+
+
+def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
+    """A verdict per row. Raises BadOption when the budget is larger than the pool."""
+    if isinstance(config, SelectConfig):
+        share = Amount.parse("--per-source", config.per_source).value if config.per_source else 1.0
+        names = {"taken": "selected"}
+        verdicts = _walk(config, columns, pool, share)
+    elif isinstance(config, RepairConfig):
+        names = {"taken": "removed", "over budget": "kept"}
+        budget, ranking = Amount.parse("--remove", config.remove), getattr(columns, config.ranking)
+        limit = limit_of("--remove", budget, ranking, columns.tokens)
+        verdicts = choose(ranking, columns.tokens, columns.source, Rules(budget), limit)
+    else:
+        names = {}
+        verdicts = ["scored" if finite else "quarantined" for finite in np.isfinite(columns.score)]
+    return [names.get(verdict, verdict) for verdict in verdicts]
+
+
+def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> Verdicts:
+    budget, ranking = Amount.parse("--budget", config.budget), getattr(columns, config.ranking)
+    limit = limit_of("--budget", budget, ranking, columns.tokens)
+    if not config.near_duplicates:
+        return choose(ranking, columns.tokens, columns.source, Rules(budget, share), limit)
+    best = np.argsort(-np.nan_to_num(ranking, nan=-np.inf), kind="stable")
+    per_row = max(1.0, float(columns.tokens.mean())) if budget.kind == "tokens" else 1.0
+    count = int(2 * limit / per_row) + 100
+    while True:
+        wanted = set(best[:count].tolist())
+        texts = {row: text for row, text in _texts(pool) if row in wanted}
+        rules = Rules(budget, share, NearDuplicates(config.near_duplicates, texts))
+        try:
+            return choose(ranking, columns.tokens, columns.source, rules, limit)
+        except UnreadText:
+            count *= 4
+
+
+def _texts(pool: Pool) -> Iterator[tuple[int, str]]:
+    for row, (_, example) in enumerate(pool.rows()):
+        yield row, "\n".join(turn.text for turn in example.turns) if isinstance(example, Example) else ""
+
+
+def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, columns: Columns, pool: Pool) -> None:
+    """Everything of the run folder that follows from the verdicts, in the order of the pool."""
+    start = 0
+    with store.writing("scores.parquet") as file:
+        writer: pq.ParquetWriter | None = None
+        for table in tables:
+            names = pa.array(verdicts[start : start + len(table)], pa.string())
+            start += len(table)
+            table = table.drop_columns(["reason"]).append_column("verdict", names)
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
+    files = {"selected.jsonl": {"selected", "kept"}, "removed.jsonl": {"removed"}, "quarantine.jsonl": {"quarantined"}}
+    present = set(verdicts) | {"quarantined"}
+    if "kept" in present or "removed" in present:
+        present |= {"kept", "removed"}
+    with ExitStack() as stack:
+        places: dict[str, IO[bytes]] = {}
+        for name, kinds in files.items():
+            if kinds & present:
+                places.update(dict.fromkeys(kinds, stack.enter_context(store.writing(name))))
+        for row, (raw, verdict) in enumerate(zip(pool.raw(), verdicts, strict=True)):
+            if verdict == "quarantined":
+                record = {"file": raw.file, "line": raw.line, "reason": columns.reasons.get(row, ""), "raw": raw.text}
+                places[verdict].write(
+                    json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                )
+            elif verdict in places:
+                places[verdict].write(raw.text.encode("utf-8", "surrogatepass") + b"\n")
+
+
+def label_of(value: object, field: str) -> bool:
+    text = str(value).strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise BadOption(f"--label-field {field}: {value!r} is neither true nor false; use true/false or 1/0")
+    return text in _TRUE
+
+
+def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: Pool) -> dict[str, Any]:
+    """How well the ranking finds the rows that are known to be bad; rows without a score or a label are left out."""
+    labels = [
+        None if raw.fields is None or field not in raw.fields else label_of(raw.fields[field], field)
+        for raw in pool.raw()
+    ]
+    usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
+    if not usable.any():
+        raise BadOption(f"--label-field {field}: no row has such a column")
+    truth = np.array([bool(label) for label in labels])[usable]
+    removed = np.array([verdict == "removed" for verdict in verdicts])[usable]
+    return {
+        "rows": int(usable.sum()),
+        "bad": int(truth.sum()),
+        "auroc": auroc(columns.score[usable], truth),
+        "auroc_per_token": auroc(columns.score_per_token[usable], truth),
+        "average_precision": average_precision(columns.score[usable], truth),
+        "average_precision_per_token": average_precision(columns.score_per_token[usable], truth),
+        "precision_at_removed": precision_at(removed, truth),
+        "removed": int(removed.sum()),
+    }
+
+
+def summary_figures(columns: Columns, verdicts: Sequence[str]) -> dict[str, Any]:
+    """Shares of each source in the pool and in the choice, and how far length decides the ranking."""
+    scored = np.isfinite(columns.score)
+    read = Counter(columns.source[scored].tolist())
+    taken = np.array([verdict in ("selected", "removed") for verdict in verdicts])
+    chosen = Counter(columns.source[taken].tolist())
+    return {
+        "sources": {name: {"pool": read[name], "chosen": chosen[name]} for name in sorted(read)},
+        "rank_correlation_with_tokens": rank_correlation(
+            columns.score[scored], columns.tokens[scored].astype(np.float64)
+        ),
+    }

@@ -1,0 +1,151 @@
+"""Command line: parse, call, print; the only place that prints or exits.
+
+    exit 0 done    2 the user can mend it: one line on stderr    1 a defect of ours    130 interrupted, resumable
+
+Choices made here: options are the fields of the configs, so a help text stands in one place; a value on the command
+line wins over --config; `--pool a b c` is read as three pools, as a shell's wildcard gives them.
+"""
+
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import click
+
+from prism_select.config import RepairConfig, ScoreConfig, SelectConfig, from_toml
+from prism_select.errors import PrismError
+from prism_select.terminal import Terminal, printable, summary
+
+__all__ = ["app", "main"]
+
+
+def option(name: str, hint: Any, default: Any) -> click.Option:
+    """The option of one field; not given means None, so that a config file can speak first."""
+    kind, text = get_args(hint)[:2]
+    flag, shown = (
+        "--" + name.replace("_", "-"),
+        ", ".join(map(str, default)) if isinstance(default, tuple) else str(default),
+    )
+    if kind is bool:
+        return click.Option([flag, name], is_flag=True, default=None, help=text)
+    choices = f" One of {', '.join(map(str, get_args(kind)))}." if get_origin(kind) is Literal else ""
+    number = kind if kind in (int, float) else str
+    return click.Option(
+        [flag, name],
+        type=number,
+        default=None,
+        multiple=kind == tuple[str, ...],
+        help=text + choices,
+        show_default=shown or False,
+    )
+
+
+def command(kind: type[ScoreConfig]) -> click.Command:
+    """`prism score`, say, of ScoreConfig."""
+    hints = get_type_hints(kind, include_extras=True)
+    params: list[click.Parameter] = [option(f.name, hints[f.name], f.default) for f in fields(kind)]
+    params.append(click.Option(["--config"], help="TOML file that sets any option; the command line wins."))
+
+    def call(config: str | None, **given: Any) -> None:
+        values = dict(from_toml(kind, config)) if config else {}
+        values.update({name: value for name, value in given.items() if value is not None and value != ()})
+        execute_and_tell(kind(**values))
+
+    return click.Command(kind.command, params=params, callback=call, help=kind.__doc__)
+
+
+def execute_and_tell(config: ScoreConfig) -> None:
+    from prism_select.api import execute
+    from prism_select.store import Run
+
+    terminal = Terminal()
+    done = execute(config, terminal)
+    if isinstance(done, Run):
+        terminal.table(summary(done.path, done.manifest))
+    else:
+        terminal.table(
+            {
+                "tokens": f"{done.tokens:,}",
+                "time": f"{done.seconds:,.0f} s for scoring, on this machine as it is now",
+                "memory": f"{done.memory_bytes / 2**30:.2f} GiB at the highest",
+                "disk": f"{done.disk_bytes / 2**20:.1f} MiB in the run folder",
+            }
+        )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="prism-select", prog_name="prism")
+@click.option("--debug", is_flag=True, help="Print the traceback of a defect.")
+def app(debug: bool) -> None:
+    """PRISM chooses fine-tuning data: every row of a pool gets a score, how much training on it would move this model
+    towards the behaviour that pairs of answers show."""
+
+
+@app.command()
+@click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
+def demo(out: str) -> None:
+    """Run the main jobs offline, on a bundled model and a small generated world, in under a minute."""
+    from prism_select.demo.story import tell
+
+    tell(out, Terminal())
+
+
+for config_kind in (ScoreConfig, SelectConfig, RepairConfig):
+    app.add_command(command(config_kind))
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--pool a b` → `--pool a --pool b`."""
+    words: list[str] = []
+    pool = False
+    for word in arguments:
+        pool = word == "--pool" if word.startswith("-") else pool
+        if pool and not word.startswith("-") and words[-1] != "--pool":
+            words.append("--pool")
+        words.append(word)
+    return words
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"prism: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    signal.signal(signal.SIGTERM, interrupt)
+    if not debug:
+        warnings.simplefilter("ignore")
+    guarded(
+        lambda: app.main([w for w in spread(words) if w != "--debug"], prog_name="prism", standalone_mode=False), debug
+    )
+
+
+def guarded(call: Callable[[], Any], debug: bool) -> None:
+    """Every way to end, in one place."""
+    try:
+        code = call()
+    except PrismError as error:
+        fail(str(error), 2)
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "prism"
+        fail(f"{error.format_message()} See {where} --help", 2)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; the same command goes on where it stopped", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,197 @@
+"""Configuration: one frozen dataclass is the flags of a command, its TOML file and a row of the manifest.
+
+    prism score --layers late …   =   ScoreConfig(layers="late", …)   =   config.toml: layers = "late"
+
+Choices made here: a field is an option of the same name with dashes for underscores, its annotation is the help text,
+and its default is said nowhere else. Values are checked when a config is made, before anything is read.
+`MENDABLE` options may change between a run and its resumption; a change in any other is refused by name.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from prism_select.errors import BadOption
+
+__all__ = ["MENDABLE", "Amount", "Config", "RepairConfig", "ScoreConfig", "SelectConfig", "from_toml", "to_toml"]
+
+MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A budget: a share of the rows, a number of rows, of supervised tokens, or every row above zero."""
+
+    kind: Literal["share", "rows", "tokens", "positive"]
+    value: float = 0.0
+
+    @classmethod
+    def parse(cls, option: str, text: str) -> "Amount":
+        compact = text.strip().replace("_", "")
+        if compact == "positive":
+            return cls("positive")
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", compact):
+            if 0 < float(found[1]) <= 100:
+                return cls("share", float(found[1]) / 100)
+        elif (found := re.fullmatch(r"(\d+)(tok)?", compact)) and int(found[1]) > 0:
+            return cls("tokens" if found[2] else "rows", int(found[1]))
+        raise BadOption(
+            f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score every row of a pool by how much training on it would raise the gain on the target pairs."""
+
+    command: ClassVar[str] = "score"
+
+    model: Annotated[str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."] = ""
+    pool: Annotated[tuple[str, ...], "Files, folders or globs of rows to score; repeat the option for more."] = ()
+    target: Annotated[str, "File of pairs: chosen is what you want, rejected what you don't."] = ""
+    out: Annotated[str, "Run folder to write."] = ""
+    weighting: Annotated[
+        Literal["prism", "uniform", "hard", "unpaired"],
+        "How pairs count: prism weighs each by the model's present preference (arXiv 2605.21422).",
+    ] = "prism"
+    layers: Annotated[
+        str, "Weights that count: all, late (upper half of the blocks), last:N, or a regular expression over names."
+    ] = "all"
+    engine: Annotated[
+        Literal["auto", "reverse", "forward", "difference", "reference"],
+        "How scores are computed; auto takes the fastest that reaches every weight, and checks it.",
+    ] = "auto"
+    normalize: Annotated[
+        Literal["none", "tokens"], "Rank by the score (none: summed over tokens, the paper) or by the score per token."
+    ] = "none"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        "Precision of the model; auto is that of its files (float32 for float16 files on a CPU).",
+    ] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one."] = "auto"
+    batch_tokens: Annotated[int, "Tokens in a batch, padding included."] = 4096
+    max_length: Annotated[int, "Longer rows are cut to this many tokens and marked truncated."] = 2048
+    template: Annotated[
+        Literal["auto", "chat", "plain"],
+        "How turns become text: the tokenizer's chat template, or as they are; auto is chat where there is one.",
+    ] = "auto"
+    fields: Annotated[str, "Names of columns, as in prompt=question,completion=response."] = ""
+    direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
+    bad_rows: Annotated[Literal["quarantine", "stop"], "What a bad pool row does: it is set aside, or it stops."] = (
+        "quarantine"
+    )
+    max_bad: Annotated[str, "More bad pool rows than this share stop the run."] = "1%"
+    seed: Annotated[int, "Splits the pairs in halves and draws samples."] = 0
+    overwrite: Annotated[bool, "Start the run folder afresh."] = False
+    dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
+
+    def __post_init__(self) -> None:
+        pool: Any = self.pool
+        object.__setattr__(self, "pool", (str(pool),) if isinstance(pool, str | Path) else tuple(map(str, pool)))
+        for name in ("model", "target", "out", "direction"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                known = ", ".join(map(str, get_args(hint)))
+                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: unknown; try one of {known}")
+        for name in ("batch_tokens", "max_length"):
+            if getattr(self, name) < 2:
+                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
+        if Amount.parse("--max-bad", self.max_bad).kind != "share" and self.max_bad != "0%":
+            raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
+        self._check_needs()
+
+    def _check_needs(self) -> None:
+        needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
+        for name, value in needed.items():
+            if not value:
+                raise BadOption(f"--{name} is missing; prism {self.command} --help shows what a run needs")
+        if bool(self.target) == bool(self.direction):
+            raise BadOption("give either --target PAIRS or --direction FILE" + (", not both" if self.target else ""))
+
+    @property
+    def ranking(self) -> str:
+        """The column of scores.parquet that the choice is made by."""
+        return "score_per_token" if self.normalize == "tokens" else "score"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(ScoreConfig):
+    """Choose the part of a pool that is worth training on: the highest scores under a budget."""
+
+    command: ClassVar[str] = "select"
+
+    budget: Annotated[str, "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive."] = "5%"
+    per_source: Annotated[str, "Most that one source may take of the budget, as in 30%; empty: no cap."] = ""
+    near_duplicates: Annotated[
+        float, "MinHash similarity (0 to 1) above which only the best-scored row stays; 0: rows are not compared."
+    ] = 0.0
+    select_from: Annotated[str, "Choose again from the scores of this run folder, without a model."] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Amount.parse("--budget", self.budget)
+        if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
+            raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
+        if not 0 <= self.near_duplicates <= 1:
+            raise BadOption(f"--near-duplicates {self.near_duplicates}: not between 0 and 1; try 0.8")
+
+    def _check_needs(self) -> None:
+        if not self.select_from:
+            return super()._check_needs()
+        given = [name for name in ("model", "pool", "target", "direction") if getattr(self, name)]
+        if given:
+            raise BadOption(f"--select-from takes scores as they are: leave out {', '.join('--' + n for n in given)}")
+        if not self.out:
+            raise BadOption("--out is missing: the folder for the new choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(ScoreConfig):
+    """Remove the rows that push a model the wrong way: towards the rejected answers of the pairs."""
+
+    command: ClassVar[str] = "repair"
+
+    remove: Annotated[str, "How much to remove: 10%, 500 (rows), 200000tok or positive (every harmful row)."] = "10%"
+    label_field: Annotated[str, "Column that is true on bad rows; prints how well the ranking finds them."] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Amount.parse("--remove", self.remove)
+
+
+Config = TypeVar("Config", bound=ScoreConfig)
+
+
+def to_toml(config: ScoreConfig) -> str:
+    """Strings, numbers and lists of them read the same in JSON and in TOML."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+    return f"# prism {config.command} --config config.toml\n" + "\n".join(lines) + "\n"
+
+
+def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
+    """Options of a file, checked against the fields of `kind`. Raises BadOption, with the file's name."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadOption(
+            f"--config {path}: {error}; it must be a TOML file such as a run folder's config.toml"
+        ) from None
+    values.pop("fingerprints", None)  # what a run folder's config.toml adds
+    known = {field.name: field for field in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            near = ", ".join(sorted(known))
+            raise BadOption(f"--config {path}: unknown option {name!r}; known are {near}")
+        default = known[name].default
+        wanted: Sequence[type] = (
+            (list, str) if default == () else (int, float) if type(default) is float else (type(default),)
+        )
+        if default is not MISSING and not isinstance(value, tuple(wanted)):
+            raise BadOption(f"--config {path}: {name} is {value!r}; it must be of type {wanted[0].__name__}")
+    return values

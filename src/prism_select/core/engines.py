@@ -1,0 +1,175 @@
+"""Engines: one directional derivative per example, four ways.
+
+    score(z) = ∇loglik(z) · d = d/dε loglik(z; θ + ε d) at ε = 0
+
+    reverse     one backward pass without weight gradients: Σ over modules of output gradient · tangent
+    forward     dual numbers through the whole model: one pass per direction
+    difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes per direction, no graph, any architecture
+    reference   the definition: one example at a time, autograd, dot product
+
+Choices made here: every engine scores several directions at once; directions are scaled to unit length before they meet
+the model's dtype and the scores are scaled back, so no dtype under- or overflows; dot products add up in float64
+where the device has it. `difference` needs float32 or better, since a small step is lost in the rounding of bfloat16.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prism_select.core.direction import differentiable, dot, norm
+from prism_select.core.layers import Direction, Owner, Weights, owners, swapped, watching
+from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
+from prism_select.errors import BadOption, Unreachable
+
+__all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
+
+STEPS = tuple(4.0**-k for k in range(1, 12))  # steps that `difference` tries, as shares of ‖θ‖
+
+
+class Scores(NamedTuple):
+    """`values[b, k]`: score of example b along direction k, in nats per unit of that direction (positive: up)."""
+
+    loglik: Float[Tensor, " batch"]
+    values: Float[Tensor, "batch directions"]
+
+
+Engine: TypeAlias = Callable[[Batch], Scores]
+
+
+def _unit(weights: Weights, directions: Sequence[Direction]) -> tuple[list[Direction], Float[Tensor, " directions"]]:
+    """Directions of length one in the dtype of the weights, and the lengths that they had."""
+    device = next(iter(weights.values())).device
+    lengths = [norm(direction) or 1.0 for direction in directions]
+    unit: list[Direction] = [
+        {name: (value / length).to(weights[name]) for name, value in direction.items()}
+        for direction, length in zip(directions, lengths, strict=True)
+    ]
+    return unit, torch.tensor(lengths, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+    """No weight gradient is formed, and below the lowest weight that counts nothing is recorded.
+
+    Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its examples.
+    """
+    holders = owners(model.network, weights)
+    unit, lengths = _unit(weights, directions)
+
+    def scores(batch: Batch) -> Scores:
+        total = lengths.new_zeros(len(batch), len(unit))
+        place = torch.zeros(0, dtype=torch.long)
+
+        def on_rows(examples: Int[Tensor, " rows"]) -> None:
+            nonlocal place
+            place = examples
+
+        def visit(owner: Owner, gradient: Tensor, tangent: Callable[[int], Tensor]) -> None:
+            shape, precise = gradient.shape, torch.promote_types(gradient.dtype, torch.float32)
+            whole = len(shape) > 2 and shape[0] == len(batch)  # one slice per example; otherwise one row per token
+            if not whole and shape[:-1].numel() != len(place):
+                why = f"its output of shape {tuple(shape)} cannot be told apart by example"
+                raise Unreachable("reverse", list(owner.weights.values()), why)
+            rows = gradient.to(precise).reshape(len(batch) if whole else len(place), -1)
+            for k in range(len(unit)):
+                products = torch.linalg.vecdot(rows, tangent(k).to(precise).reshape(rows.shape)).to(total.dtype)
+                total[:, k].add_(products) if whole else total[:, k].index_add_(0, place, products)
+
+        with watching(holders, unit, visit) as called:
+            loglik = backward(model, batch, lengths.new_ones(len(batch)), on_rows)
+        missed = [name for owner in holders if owner.name not in called for name in owner.weights.values()]
+        if missed:
+            raise Unreachable("reverse", missed, "the module that holds it was never called")
+        return Scores(loglik, total * lengths)
+
+    return scores
+
+
+def forward(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+    """Raises Unreachable where an operation of the model has no forward-mode derivative."""
+    holders = owners(model.network, weights)
+    unit, lengths = _unit(weights, directions)
+
+    def along(batch: Batch, direction: Direction) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(w.detach(), direction[name]) for name, w in weights.items()}
+            with swapped(holders, duals):
+                primal, tangent = forward_ad.unpack_dual(token_logliks(model, batch))
+            return primal.sum(1), (torch.zeros_like(primal) if tangent is None else tangent).sum(1)
+
+    def scores(batch: Batch) -> Scores:
+        try:
+            parts = [along(batch, direction) for direction in unit]
+        except (RuntimeError, NotImplementedError) as error:
+            if "forward" not in str(error):
+                raise
+            raise Unreachable("forward", list(weights), str(error).splitlines()[0]) from error
+        values = torch.stack([tangent for _, tangent in parts], dim=1)
+        return Scores(parts[0][0], values.to(lengths.dtype) * lengths)
+
+    return scores
+
+
+def difference(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+    """The step is chosen on the first batch, for each direction: where two steps, one a quarter of the other, agree
+    best, neither curvature (large steps) nor rounding (small ones) rules. Raises BadOption below float32."""
+    narrow = {str(w.dtype).removeprefix("torch.") for w in weights.values() if torch.finfo(w.dtype).bits < 32}
+    if narrow:
+        raise BadOption(f"--engine difference needs float32 or better, not {narrow.pop()}; try --dtype float32")
+    holders = owners(model.network, weights)
+    unit, lengths = _unit(weights, directions)
+    size = norm({name: w.detach() for name, w in weights.items()}) or 1.0
+    chosen: list[float] = []
+
+    @torch.no_grad()
+    def logliks(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
+        with swapped(holders, {name: w + step * direction[name] for name, w in weights.items()}):
+            return token_logliks(model, batch).to(lengths.dtype).sum(1)
+
+    def slope(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
+        return (logliks(batch, direction, step) - logliks(batch, direction, -step)) / (2 * step)
+
+    def best_step(batch: Batch, direction: Direction) -> float:
+        tried = [slope(batch, direction, share * size) for share in STEPS]
+        apart = [float((a - b).norm()) for a, b in pairwise(tried)]
+        return STEPS[min(range(len(apart)), key=lambda k: apart[k] if math.isfinite(apart[k]) else math.inf)] * size
+
+    def scores(batch: Batch) -> Scores:
+        if not chosen:
+            chosen.extend(best_step(batch, direction) for direction in unit)
+        values = torch.stack([slope(batch, d, step) for d, step in zip(unit, chosen, strict=True)], dim=1)
+        with torch.no_grad():
+            return Scores(token_logliks(model, batch).sum(1), values * lengths)
+
+    return scores
+
+
+def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+    """The definition. Slow, and nothing but memory for one more copy of the weights can make it fail."""
+
+    def one(row: Batch) -> tuple[Tensor, list[float]]:
+        with differentiable(weights):
+            loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
+            gradient = {name: w.grad for name, w in weights.items() if w.grad is not None}
+            return loglik, [dot(gradient, direction) for direction in directions]
+
+    def scores(batch: Batch) -> Scores:
+        rows = [one(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
+        loglik = torch.cat([loglik for loglik, _ in rows])
+        return Scores(loglik, torch.tensor([values for _, values in rows], dtype=torch.float64).to(loglik.device))
+
+    return scores
+
+
+ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]] = {
+    "reverse": reverse,
+    "forward": forward,
+    "difference": difference,
+    "reference": reference,
+}

@@ -1,0 +1,53 @@
+"""Gains: what training should raise, and the sign convention of the whole library.
+
+    gap         Δ = mean_loglik(chosen) − mean_loglik(rejected)     nats per token
+    preference  π = σ(Δ)                                            what the model prefers now
+    gain        J = mean over pairs of gain(Δ)
+
+    prism     softplus(Δ)     slope π: the preference weighting        (arXiv 2605.21422)
+    uniform   Δ               slope 1
+    hard      log σ(Δ)        slope 1 − π: pairs not yet learned count most, as in DPO (arXiv 2305.18290)
+    unpaired  mean_loglik(chosen)                                    no negative
+
+Sign: a direction points uphill in the gain, so **a positive score means that training on the row raises the gain**.
+Only gains are written; their slopes, which weight the pairs, come from autograd.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["GAINS", "Slopes", "preference", "slopes"]
+
+Gain = Callable[[Float[Tensor, " pairs"], Float[Tensor, " pairs"]], Float[Tensor, " pairs"]]
+
+GAINS: Mapping[str, Gain] = {
+    "prism": lambda chosen, rejected: functional.softplus(chosen - rejected),
+    "uniform": lambda chosen, rejected: chosen - rejected,
+    "hard": lambda chosen, rejected: functional.logsigmoid(chosen - rejected),
+    "unpaired": lambda chosen, rejected: chosen + 0 * rejected,
+}
+
+
+class Slopes(NamedTuple):
+    """How much each pair counts: ∂gain/∂mean_loglik of its chosen answer, and minus that of its rejected one."""
+
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
+
+
+def preference(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """π = σ(Δ), between 0 and 1, from mean log-likelihoods in nats per token."""
+    return torch.sigmoid(chosen - rejected)
+
+
+def slopes(weighting: str, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Slopes:
+    """Slopes of each pair's own gain; divide by the number of pairs for those of J."""
+    with torch.enable_grad():
+        ends = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
+        up, down = torch.autograd.grad(GAINS[weighting](*ends).sum(), ends)
+    return Slopes(up, -down)

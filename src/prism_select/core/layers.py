@@ -1,0 +1,179 @@
+"""Layers: which weights count, and how one layer's output gradient meets a direction.
+
+    y = f(x; W)       tangent = ∂f/∂W · D       contribution of one example = Σ ∂loglik/∂y · tangent
+
+    Linear     tangent = x Dᵀ + d_bias          Conv1D     tangent = x D + d_bias
+    Embedding  tangent = D[x]                   the rest   forward-mode derivative of the module itself:
+                                                           norms, routers, fused experts, learned positions
+
+Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head included; a tied
+weight is one weight, wherever it is used; `late` and `last:N` mean weights of the upper blocks alone. A module that
+is never called, or whose output cannot be told apart by example, is reported by name and never skipped.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from prism_select.errors import UnknownLayers, Unreachable
+
+__all__ = ["Direction", "Owner", "Weights", "owners", "select_weights", "swapped", "tangent_of", "watching"]
+
+Weights: TypeAlias = Mapping[str, nn.Parameter]
+Direction: TypeAlias = Mapping[str, Tensor]
+
+
+class Owner(NamedTuple):
+    """A module and those of its own weights that count: {the module's word for it: its name in the network}."""
+
+    name: str
+    module: nn.Module
+    weights: Mapping[str, str]
+
+
+def _blocks(network: nn.Module) -> tuple[str, int]:
+    """Name and length of the longest outermost list of modules: the stack of transformer blocks."""
+    lists = [(len(part), name) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)]
+    outermost = [(n, name) for n, name in lists if not any(name.startswith(other + ".") for _, other in lists)]
+    length, name = max(outermost, default=(0, ""))
+    return name, length
+
+
+def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], bool]:
+    stack, total = _blocks(network)
+    count = (total + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
+    kept = range(max(0, total - count), total)
+    place = re.compile(re.escape(stack) + r"\.(\d+)\.")
+    return lambda name: bool((found := place.match(name)) and int(found[1]) in kept)
+
+
+def select_weights(network: nn.Module, wanted: str) -> Weights:
+    """The weights that `wanted` names: all, late (upper half of the blocks), last:N, or a regular expression
+    searched for in weight names. Raises UnknownLayers when none is left or the expression is malformed."""
+    known = {name: weight for name, weight in network.named_parameters() if weight.is_floating_point()}
+    if wanted == "all":
+        return known
+    if wanted == "late" or re.fullmatch(r"last:[1-9]\d*", wanted):
+        matches = _upper_blocks(network, wanted)
+    else:
+        try:
+            pattern = re.compile(wanted)
+        except re.error:
+            raise UnknownLayers(wanted, list(known)) from None
+        matches = lambda name: pattern.search(name) is not None  # noqa: E731
+    chosen = {name: weight for name, weight in known.items() if matches(name)}
+    if not chosen:
+        raise UnknownLayers(wanted, list(known))
+    return chosen
+
+
+def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
+    """Every module that holds one of `weights` itself; a tied weight has several owners."""
+    names = {id(weight): name for name, weight in weights.items()}
+    found = (
+        Owner(path, module, {key: names[id(w)] for key, w in module._parameters.items() if id(w) in names})
+        for path, module in network.named_modules()
+    )
+    return [owner for owner in found if owner.weights]
+
+
+@contextmanager
+def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
+    """Other tensors in place of the weights, dual numbers included, for the length of the block."""
+    saved = [(owner, dict(owner.module._parameters)) for owner in holders]
+    try:
+        for owner, _ in saved:
+            for key, name in owner.weights.items():
+                owner.module._parameters[key] = values[name]  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, parameters in saved:
+            owner.module._parameters.update(parameters)
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether `tangent_of` has a formula for the module; a subclass may compute something else."""
+    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+    """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
+    own = {key: direction[name] for key, name in owner.weights.items()}
+    module: Any = owner.module
+    if type(module) is nn.Embedding:
+        return [functional.embedding(inputs[0], own["weight"])]
+    if _is_closed(module):
+        matrix = own.get("weight", torch.zeros_like(module.weight))
+        moved = functional.linear(inputs[0], matrix if isinstance(module, nn.Linear) else matrix.T)
+        return [moved + own["bias"] if "bias" in own else moved]
+    with torch.no_grad(), forward_ad.dual_level():
+        own_weights = {name: module._parameters[key].detach() for key, name in owner.weights.items()}
+        with swapped([owner], {name: forward_ad.make_dual(w, direction[name]) for name, w in own_weights.items()}):
+            outputs = tree_flatten(module.forward(*inputs, **named))[0]
+        return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
+
+
+Visit: TypeAlias = Callable[[Owner, Float[Tensor, "*rows d_out"], Callable[[int], Tensor]], None]
+
+
+@contextmanager
+def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: Visit) -> Iterator[set[str]]:
+    """While open, `visit(owner, gradient, tangent)` is called in each backward pass for each output of each owner;
+    `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far.
+
+    The graph starts at the first owner: nothing below it is recorded. Formulas are applied in the backward pass and
+    keep only a module's inputs; forward-mode derivatives are taken in the forward pass and kept.
+    """
+    called: set[str] = set()
+    busy = False  # a module's own derivative calls its children: they are not visited twice
+
+    def after(owner: Owner, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+        nonlocal busy
+        if busy:
+            return output
+        called.add(owner.name)
+        inputs, words = tree_map_only(Tensor, Tensor.detach, (args, dict(named)))
+        kept: list[list[Any]] = []
+        busy = True
+        try:
+            kept = [] if _is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
+        except (RuntimeError, NotImplementedError) as error:
+            why = f"no forward-mode derivative ({str(error).splitlines()[0]})"
+            raise Unreachable("reverse", list(owner.weights.values()), why) from error
+        finally:
+            busy = False
+        tensors, shape = tree_flatten(output)
+        for place, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor) or (kept and kept[0][place] is None):
+                continue
+
+            def tangent(k: int, place: int = place) -> Tensor:
+                return cast(Tensor, (kept[k] if kept else tangent_of(owner, directions[k], inputs, words))[place])
+
+            tensors[place] = _watched(tensor, lambda gradient, tangent=tangent: visit(owner, gradient, tangent))
+        return tree_unflatten(tensors, shape)
+
+    with ExitStack() as hooks:
+        for owner in holders:
+            handle = owner.module.register_forward_hook(
+                lambda _, args, named, output, owner=owner: after(owner, args, named, output),
+                with_kwargs=True,
+            )
+            hooks.callback(handle.remove)
+        yield called
+
+
+def _watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
+    """`tensor`, made the start of a graph if it is in none, whose gradient is shown to `visit`. A node of its own, so
+    that the gradient has nothing in it of other outputs of the same module, which may depend on this one."""
+    tensor = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+    tensor.register_hook(lambda gradient: visit(gradient))  # returns None: what a hook returns replaces the gradient
+    return tensor

@@ -1,0 +1,126 @@
+"""Log-likelihood of supervised tokens: the only place where a loss is written.
+
+    token_logliks[t] = log p(y_t | x, y_<t)      nats, never above 0
+    loglik           = Σ_t token_logliks[t]      over the supervised tokens of one example
+    mean_loglik      = loglik / tokens           what a gap compares (nats per token)
+
+Choices made here: the output head runs on supervised positions alone, and on at most `HEAD_LOGITS` logits
+at a time, so a vocabulary of 262,144 words never makes a full logits tensor; the softmax is taken in float32
+or better; the first token of a row has no context and is never predicted.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Batch", "LanguageModel", "backward", "token_logliks"]
+
+HEAD_LOGITS = 2**26  # logits alive at a time: 256 MB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on the
+    tokens whose likelihood counts."""
+
+    tokens: Int[Tensor, "batch time"]
+    real: Bool[Tensor, "batch time"]
+    supervised: Bool[Tensor, "batch time"]
+
+    @property
+    def positions(self) -> Int[Tensor, "batch time"]:
+        """The place of each real token in its own row, from 0, wherever the padding stands."""
+        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def predicted(self) -> Bool[Tensor, "batch context"]:
+        """True at position t where token t + 1 is supervised and token t is there to predict it."""
+        return self.supervised[:, 1:] & self.real[:, :-1] & self.real[:, 1:]
+
+    @property
+    def counts(self) -> Int[Tensor, " batch"]:
+        """Supervised tokens per row."""
+        return self.predicted.sum(1)
+
+    def rows(self, index: slice) -> "Batch":
+        return Batch(self.tokens[index], self.real[index], self.supervised[index])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class LanguageModel(Protocol):
+    """What the core needs of a model: states, then logits of any states, so that the head can be chunked."""
+
+    network: nn.Module
+    vocabulary: int
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "batch time width"]: ...
+
+    def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]: ...
+
+
+def _logliks(
+    model: LanguageModel, hidden: Float[Tensor, "rows width"], targets: Int[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """The loss of the whole library, with its sign turned: log-likelihood of each target."""
+    logits = model.logits(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _head_chunks(
+    model: LanguageModel, batch: Batch, hidden: Float[Tensor, "batch time width"]
+) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"], Int[Tensor, " rows"]]]:
+    """The states that predict something, the tokens they predict, and the example each belongs to."""
+    predicted = batch.predicted
+    states, targets = hidden[:, :-1][predicted], batch.tokens[:, 1:][predicted]
+    examples = predicted.nonzero()[:, 0]
+    size = max(1, HEAD_LOGITS // model.vocabulary)
+    yield from zip(states.split(size), targets.split(size), examples.split(size), strict=True)
+
+
+def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch context"]:
+    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised.
+
+    For evaluation without a graph and for forward-mode derivatives; `backward` is for gradients.
+    """
+    chunks = [
+        _logliks(model, states, targets) for states, targets, _ in _head_chunks(model, batch, model.hidden(batch))
+    ]
+    predicted = batch.predicted
+    values = torch.cat(chunks)
+    return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(predicted, values)
+
+
+def backward(
+    model: LanguageModel,
+    batch: Batch,
+    weights: Float[Tensor, " batch"],
+    on_rows: Callable[[Int[Tensor, " rows"]], None] = lambda examples: None,
+) -> Float[Tensor, " batch"]:
+    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever asks for it.
+
+    Each chunk of the head goes backward at once, so that one chunk's logits are all that is ever held; the body
+    follows. `on_rows` is told, before each of these, which example each row of the coming gradients belongs to.
+    """
+    hidden = model.hidden(batch)
+    total = torch.zeros(len(batch), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    states, gradients = [], []
+    for chunk, targets, examples in _head_chunks(model, batch, hidden):
+        on_rows(examples)
+        leaf = chunk.detach().requires_grad_()
+        values = _logliks(model, leaf, targets)
+        (values * weights.to(values)[examples]).sum().backward()
+        total.index_add_(0, examples, values.detach())
+        states.append(chunk)
+        gradients.append(leaf.grad)
+    if hidden.requires_grad and states:
+        on_rows(torch.arange(len(batch), device=hidden.device).repeat_interleave(hidden.shape[1]))
+        torch.autograd.backward(states, gradients)
+    return total

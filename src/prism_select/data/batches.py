@@ -1,0 +1,162 @@
+"""Batches: conversations to tokens, which of them are supervised, and batches of even length.
+
+    chat    the tokenizer's own template, rendered once; an assistant turn is supervised from where its generation
+            prompt ends to its end-of-turn token, which counts
+    plain   BOS (if the tokenizer adds one), the turns as they are with nothing between them, and EOS after each
+            assistant turn, which counts; a bare text is supervised from end to end
+
+Choices made here: a special token that the text already carries is not doubled; long rows lose their end; batches are
+filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from prism_select.core.likelihood import Batch
+from prism_select.data.records import Example
+from prism_select.errors import BadModel, BadRow, MissingChatTemplate
+
+__all__ = ["Encoded", "Encoder", "collate", "plan_batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`tokens[i]` is supervised where `supervised[i]`; `targets` counts those that have a context."""
+
+    tokens: Sequence[int]
+    supervised: Sequence[bool]
+    truncated: bool
+
+    @property
+    def targets(self) -> int:
+        return sum(self.supervised[1:])
+
+
+class Encoder:
+    """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has none."""
+
+    def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.explicit = template != "auto"
+        self.template = template if self.explicit else ("chat" if has_template else "plain")
+        if self.template == "chat" and not has_template:
+            raise MissingChatTemplate("--template chat: the tokenizer has no chat template; try --template plain")
+        if not tokenizer.is_fast:
+            raise BadModel(
+                f"{type(tokenizer).__name__} is a slow tokenizer without token offsets; save it as a fast one"
+            )
+        bare, marked = self._ids("a"), list(tokenizer("a").input_ids)
+        self.prefix = marked[: marked.index(bare[0])] if bare and bare[0] in marked else []
+
+    def encode(self, example: Example) -> Encoded:
+        """Raises BadRow when nothing supervised is left, or the chat template refuses the conversation."""
+        raw_text = example.turns[0].role == "text"
+        tokens, supervised = (self._chat if self.template == "chat" and not raw_text else self._plain)(example)
+        kept = Encoded(tokens[: self.max_length], supervised[: self.max_length], len(tokens) > self.max_length)
+        if not kept.targets:
+            why = f"nothing supervised is left of {len(tokens)} tokens after cutting to {self.max_length}"
+            what = why if kept.truncated else "nothing is supervised"
+            raise _bad(example, what, "raise --max-length or shorten the prompt")
+        return kept
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _plain(self, example: Example) -> tuple[list[int], list[bool]]:
+        conversation = len(example.turns) - example.prompt_turns > 1 or example.prompt_turns > 1
+        if conversation and not self.explicit:
+            raise MissingChatTemplate(
+                f"{example.file}:{example.line}: {len(example.turns)} turns of conversation, and the tokenizer has no "
+                "chat template; use a tokenizer with one, or --template plain to join the turns as they are"
+            )
+        tokens: list[int] = []
+        supervised: list[bool] = []
+        for place, turn in enumerate(example.turns):
+            ids = self._ids(turn.text)
+            if place == 0 and ids[: len(self.prefix)] != self.prefix:
+                tokens, supervised = list(self.prefix), [False] * len(self.prefix)
+            learned = turn.role in ("assistant", "text") and place >= example.prompt_turns
+            end = self.tokenizer.eos_token_id
+            if turn.role in ("assistant", "text") and end is not None and ids[-1:] != [end]:
+                ids.append(end)
+            tokens += ids
+            supervised += [learned] * len(ids)
+        return tokens, supervised
+
+    def _render(self, example: Example, turns: int, prompt: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in example.turns[:turns]]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        except TemplateError as error:
+            raise _bad(
+                example, f"the chat template refuses it: {error}", "mend the turns, or --template plain"
+            ) from None
+
+    def _chat(self, example: Example) -> tuple[list[int], list[bool]]:
+        whole = self._render(example, len(example.turns))
+        spans = [
+            self._span(example, place, whole)
+            for place, turn in enumerate(example.turns)
+            if turn.role == "assistant" and place >= example.prompt_turns
+        ]
+        coded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [any(a <= start < b for a, b in spans) and end > start for start, end in coded.offset_mapping]
+        return list(coded.input_ids), inside
+
+    def _span(self, example: Example, place: int, whole: str) -> tuple[int, int]:
+        """Where an assistant turn stands in the rendered conversation: after its generation prompt, up to and
+        with its end-of-turn token but without the white space that follows it."""
+        before = self._render(example, place, prompt=True) if place else ""
+        after = self._render(example, place + 1)
+        content = example.turns[place].text.strip()
+        start = len(before) if whole.startswith(before) else -1
+        found = whole.find(content, max(start, 0))
+        tail_start = after.rfind(content)
+        if start < 0 or found < 0 or tail_start < 0:
+            raise _bad(
+                example, f"the chat template changes turn {place + 1} beyond recognition", "try --template plain"
+            )
+        tail = after[tail_start + len(content) :]
+        tail = tail.rstrip() or tail
+        end = found + len(content) + (len(tail) if whole.startswith(tail, found + len(content)) else 0)
+        return (start if place else found), end
+
+
+def _bad(example: Example, what: str, advice: str) -> BadRow:
+    return BadRow(example.file, example.line, what, advice)
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows in batches of at most `batch_tokens` tokens with padding (one row may be longer), longest
+    first, so that running out of memory happens at once or not at all. A batch that is an eighth full takes no row
+    that is more than a tenth shorter than its longest."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            size, longest = len(batches[-1]), lengths[batches[-1][0]]
+            near = lengths[index] >= 0.9 * longest or size * longest < batch_tokens / 8
+            if near and (size + 1) * longest <= batch_tokens:
+                batches[-1].append(index)
+                continue
+        batches.append([index])
+    return batches
+
+
+def collate(rows: Sequence[Encoded], device: torch.device | str = "cpu", side: str = "right") -> Batch:
+    """Rows side by side; padding stands on `side` and holds token 0, which no mask lets through."""
+    width = max(len(row.tokens) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    real = torch.zeros(len(rows), width, dtype=torch.bool)
+    supervised = torch.zeros(len(rows), width, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        start = width - len(row.tokens) if side == "left" else 0
+        span = slice(start, start + len(row.tokens))
+        tokens[place, span] = torch.tensor(row.tokens)
+        real[place, span] = True
+        supervised[place, span] = torch.tensor(row.supervised)
+    return Batch(tokens.to(device), real.to(device), supervised.to(device))

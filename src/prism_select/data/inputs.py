@@ -1,0 +1,119 @@
+"""Inputs: a pool, streamed as often as needed and never held, and a target, which is small.
+
+    survey   one pass before anything expensive: formats, counts, bad rows, a sample, a fingerprint
+    rows     every row in order: what it means, or why it means nothing
+
+Choices made here: a file has one format, that of its first row which has any; an id that a row carries itself may
+occur once in the pool, and the row that repeats it is bad; a bad target row always stops, since a pair lost in
+silence is a direction changed in silence.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
+from prism_select.data.readers import find_files, read_rows
+from prism_select.data.records import Example, Pair, Raw
+from prism_select.errors import BadRow, EmptyInput
+
+__all__ = ["Pool", "Survey", "fingerprint", "read_target"]
+
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the pool found. `sample` is a uniform sample of its good rows."""
+
+    rows: int
+    bad: int
+    first_bad: BadRow | None
+    formats: Mapping[str, str]
+    sources: Counter[str]
+    sample: Sequence[Example]
+
+
+class Pool:
+    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str]) -> None:
+        self.files, self.mapping = find_files(patterns), mapping
+
+    def raw(self) -> Iterator[Raw]:
+        for file in self.files:
+            yield from read_rows(file)
+
+    def rows(self) -> Iterator[tuple[Raw, Example | BadRow]]:
+        """The memory taken is that of a hash for each id that a row carries itself."""
+        seen: set[int] = set()
+        for file in self.files:
+            format: Format | None = None
+            for raw in read_rows(file):
+                try:
+                    if format is None and raw.fields is not None:
+                        format = detect_pool(raw.fields, self.mapping, raw.file, raw.line)
+                    yield raw, self._example(raw, format, seen)
+                except BadRow as bad:
+                    yield raw, bad
+
+    def _example(self, raw: Raw, format: Format | None, seen: set[int]) -> Example:
+        example = to_example(raw, format or Format("text"), self.mapping)
+        own = explicit_id(raw, self.mapping)
+        if own is not None:
+            key = hash(own)
+            if key in seen:
+                raise BadRow(raw.file, raw.line, f"duplicate id {own!r}", "give each row its own id, or leave ids out")
+            seen.add(key)
+        return example
+
+    def survey(self, seed: int, advance: Callable[[int], None] = lambda rows: None) -> Survey:
+        """Raises EmptyInput when there is no row at all, or no good one."""
+        draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
+        formats: dict[str, str] = {}
+        rows = bad = 0
+        first_bad: BadRow | None = None
+        for raw, example in self.rows():
+            rows += 1
+            advance(1)
+            if isinstance(example, BadRow):
+                bad, first_bad = bad + 1, first_bad or example
+                continue
+            if raw.file not in formats:
+                formats[raw.file] = detect_pool(raw.fields or {}, self.mapping).name
+            sources[example.source] += 1
+            if len(sample) < SAMPLE:
+                sample.append(example)
+            elif (place := draw.randrange(rows - bad)) < SAMPLE:
+                sample[place] = example
+        if not rows:
+            raise EmptyInput(", ".join(self.files), None, "the pool has no rows", "give a file with at least one")
+        if not sample and first_bad:
+            what = f"{first_bad.what} (and none of the pool's {rows} rows is usable)"
+            raise EmptyInput(first_bad.file, first_bad.line, what, first_bad.advice)
+        return Survey(rows, bad, first_bad, formats, sources, sample)
+
+
+def read_target(file: str, mapping: Mapping[str, str]) -> list[Pair]:
+    """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
+    pairs: list[Pair] = []
+    format: Format | None = None
+    for name in find_files([file]):
+        for raw in read_rows(name):
+            if format is None and raw.fields is not None:
+                format = detect_target(raw.fields, mapping, raw.file, raw.line)
+            pairs += to_pairs(raw, format or Format("prompt+chosen+rejected"), mapping)
+    if not pairs:
+        raise EmptyInput(file, None, "the target has no pairs", "give rows with prompt, chosen and rejected")
+    return pairs
+
+
+def fingerprint(files: Sequence[str]) -> str:
+    """Of names and contents; a hub set counts by its name."""
+    whole = hashlib.blake2b(digest_size=16)
+    for file in files:
+        whole.update(file.rpartition("/")[2].encode() + b"\0")
+        if not file.startswith("hub:"):
+            with open(file, "rb") as stream:
+                whole.update(hashlib.file_digest(stream, "blake2b").digest())
+    return whole.hexdigest()

@@ -1,0 +1,312 @@
+"""Readers: files to rows as they came, one at a time.
+
+    find_files   patterns → files   folders, globs and hub names; each file once
+    read_rows    a file → its rows  with file and line; a row that cannot be read says why
+
+Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the
+file. A broken line costs that line; a broken JSON array or archive costs the rest of the file, since
+nothing tells where its next row starts. Lines end at a line feed and are counted after decompression;
+the rows of a table (parquet, hub) are numbered. Numbers in CSV stay text.
+"""
+
+import codecs
+import csv
+import glob
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
+
+from prism_select.data.records import Raw
+from prism_select.errors import BadFile, BadOption
+
+__all__ = ["find_files", "read_rows"]
+
+_CHUNK = 1 << 16
+_FIELD_LIMIT = 1 << 24  # characters in one CSV field: a quote that is never closed must not swallow the file
+_MARGIN = 16  # an error this near to the end of what was read may only mean that there is more to read
+_SUPPORTED = re.compile(r"\.(?:(jsonl|json|csv)(?:\.(gz|zst))?|(parquet))$", re.IGNORECASE)
+_ADVICE = "supported are .jsonl, .json and .csv (also with .gz or .zst), .parquet and hub:NAME[:split]"
+_DAMAGED = "check its name and that you may read it; if both are right, it is cut short or damaged"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LINE_BREAK = re.compile(r"(,?)[ \t]*[\r\n][ \t\r\n]*")
+# Python refuses to read integers of more than 4300 digits; such a number overflows like any other.
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits))
+
+
+def find_files(patterns: Sequence[str]) -> list[str]:
+    """Every file that the patterns reach, once, in the order of the patterns and sorted within each.
+
+    A folder gives all its supported files, at any depth, but no hidden ones. Raises BadFile for a
+    pattern that reaches nothing, an unsupported ending named directly and a file that cannot be read.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        for file in [pattern] if pattern.startswith("hub:") else _matches(pattern):
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _matches(pattern: str) -> list[str]:
+    paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    if not paths:
+        raise BadFile(pattern, None, "no such file or folder, and no file matches", "check the path")
+    files: set[str] = set()
+    for path in paths:
+        inside = os.path.join(glob.escape(path), "**", "*")
+        files.update(glob.glob(inside, recursive=True) if os.path.isdir(path) else [path])
+    usable = sorted(file for file in files if _SUPPORTED.search(file) and os.path.isfile(file))
+    if not usable:
+        raise BadFile(pattern, None, "no file here has an ending that can be read", _ADVICE)
+    for file in usable:
+        if not os.access(file, os.R_OK):
+            raise BadFile(file, None, "permission denied", "make the file readable, or leave it out")
+    return usable
+
+
+def read_rows(file: str) -> Iterator[Raw]:
+    """The rows of one file of `find_files`, blank lines left out.
+
+    Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
+    """
+    if file.startswith("hub:"):
+        yield from _hub_rows(file)
+        return
+    ending = _SUPPORTED.search(file)
+    if ending is None:
+        raise BadFile(file, None, "its ending is not supported", _ADVICE)
+    kind = (ending[1] or ending[3]).lower()
+    if kind == "parquet":
+        yield from _parquet_rows(file)
+        return
+    rows = {"jsonl": _json_lines, "csv": _csv_rows, "json": _json_lines}[kind]
+    if kind == "json":
+        with _opened(file) as stream:
+            while (first := stream.read(1)).isspace():
+                pass
+        if first not in (b"[", b"{", b""):
+            raise BadFile(file, None, "neither a JSON array nor JSON lines", "a .json file starts with [ or {")
+        rows = _json_array if first == b"[" else _json_lines
+    with _opened(file) as stream:
+        yield from rows(file, stream)
+
+
+@contextmanager
+def _reading(file: str, failures: type[Exception] | tuple[type[Exception], ...], advice: str) -> Iterator[None]:
+    """Turns every failure to read a file, at any time, into a BadFile."""
+    try:
+        yield
+    except failures as error:
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadFile(file, None, f"cannot be read: {what}", advice) from error
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[io.BufferedReader]:
+    """The decompressed bytes after a byte order mark."""
+    packing = {"gz": "gzip", "zst": "zstd"}.get(file.lower().rpartition(".")[2])
+    with _reading(file, OSError, _DAMAGED):
+        if packing and os.path.getsize(file) == 0:
+            raise OSError("the archive is empty")
+        with io.BufferedReader(pa.input_stream(file, compression=packing), _CHUNK) as stream:
+            head = stream.peek(3)[:3]
+            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or head[:2].count(0) == 1:
+                raise BadFile(file, None, "the text is UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8")
+            stream.read(3 if head == codecs.BOM_UTF8 else 0)
+            yield stream
+
+
+def _decoded(data: bytes, unit: str) -> tuple[str, str | None]:
+    """The text and, where it is not UTF-8, the problem; then the text shows the wrong bytes as \\xNN."""
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError as error:
+        return data.decode(errors="backslashreplace"), f"invalid UTF-8 at byte {error.start + 1} of the {unit}"
+
+
+def _json_lines(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _json_line(file, number, line.removesuffix(b"\n").removesuffix(b"\r"))
+
+
+def _json_line(file: str, line: int, data: bytes) -> Raw:
+    text, problem = _decoded(data, "line")
+    if problem is None:
+        try:
+            return _json_row(file, line, text, _DECODER.decode(text))
+        except json.JSONDecodeError as error:
+            problem = f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        except RecursionError:
+            problem = "broken JSON: nested too deeply"
+    return Raw(file, line, text, None, problem)
+
+
+def _json_row(file: str, line: int, text: str, value: object) -> Raw:
+    if isinstance(value, dict):
+        return Raw(file, line, text, value)
+    found = {"[": "an array", '"': "a string", "t": "true", "f": "false", "n": "null"}.get(text.lstrip()[0], "a number")
+    return Raw(file, line, text, None, f"{found} where an object was expected")
+
+
+def _json_array(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    window = _Window(file, stream)
+    window.take()
+    mark = "," if window.peek() != "]" else window.take()
+    while mark != "]":
+        window.peek()
+        line = window.line
+        element, value = window.element()
+        on_one_line = _LINE_BREAK.sub(lambda found: ", " if found[1] else "", element)
+        text, problem = _decoded(on_one_line.encode("utf-8", "surrogateescape"), "row")
+        yield Raw(file, line, text, None, problem) if problem else _json_row(file, line, text, value)
+        mark = window.take()
+        if mark not in (",", "]"):
+            raise window.broken("Expecting ',' delimiter" if mark else "the array has no end", window.line)
+    if window.peek():
+        raise window.broken("more text after the end of the array", window.line)
+
+
+class _Window:
+    """The piece of a long JSON text that is being decoded; what lies before it is forgotten.
+
+    Bytes that are not UTF-8 become lone surrogates on the way in, so that they spoil only their own row.
+    """
+
+    def __init__(self, file: str, stream: io.BufferedReader) -> None:
+        self.line = 1
+        self._file, self._stream = file, stream
+        self._text, self._at, self._ended = "", 0, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def broken(self, what: str, line: int) -> BadFile:
+        return BadFile(self._file, line, f"broken JSON array: {what}", "mend it there, or write one object per line")
+
+    def peek(self) -> str:
+        """The next character that is not a space, '' at the end; the window then starts at it."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            self._move(space.end() if space else self._at)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._refill()
+
+    def take(self) -> str:
+        mark = self.peek()
+        self._move(self._at + len(mark))
+        return mark
+
+    def element(self) -> tuple[str, object]:
+        """The JSON value at the start of the window: its text and what it means."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                if self._ended or len(self._text) - end > _MARGIN:  # else a number may go on
+                    text = self._text[self._at : end]
+                    self._move(end)
+                    return text, value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or len(self._text) - error.pos <= _MARGIN
+                if self._ended or not cut:
+                    line = self.line + self._text.count("\n", self._at, error.pos)
+                    raise self.broken(error.msg.removesuffix(" at"), line) from error
+            except RecursionError as error:
+                raise self.broken("nested too deeply", self.line) from error
+            self._refill()
+
+    def _move(self, to: int) -> None:
+        self.line += self._text.count("\n", self._at, to)
+        self._at = to
+
+    def _refill(self) -> None:
+        """Read a chunk, or as much again as is kept: an element of any length then costs linear time."""
+        kept = self._text[self._at :]
+        data = self._stream.read(max(_CHUNK, len(kept)))
+        self._text, self._at, self._ended = kept + self._decoder.decode(data, not data), 0, not data
+
+
+def _csv_rows(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    header: list[str] | None = None
+    for line, text, cells, problem in _csv_cells(stream):
+        if header is None:
+            header = [name.strip() for name in cells]
+            twice = [name for name in header if name and header.count(name) > 1]
+            if problem or twice:
+                what = problem or f"two columns are called {twice[0]!r}"
+                raise BadFile(file, line, f"the header: {what}", "mend the first line: it names the columns")
+        elif problem or len(cells) != len(header):
+            problem = problem or f"{len(cells)} columns where the header has {len(header)}"
+            yield Raw(file, line, text, None, problem)
+        else:
+            yield _table_row(file, line, dict(zip(header, cells, strict=True)))
+
+
+def _csv_cells(stream: io.BufferedReader) -> Iterator[tuple[int, str, list[str], str | None]]:
+    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with it."""
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
+    seen: list[bytes] = []  # the lines of the row
+
+    def lines() -> Iterator[str]:
+        for line in stream:
+            seen.append(line)
+            yield line.decode(errors="surrogateescape")
+
+    rows = csv.reader(lines(), strict=True)
+    while True:
+        seen.clear()
+        start, problem, cells = rows.line_num + 1, None, list[str]()
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"broken CSV: {error}"
+        text, undecodable = _decoded(b"".join(seen).removesuffix(b"\n").removesuffix(b"\r"), "row")
+        if text.strip():
+            yield start, text, cells, undecodable or ("NUL byte" if "\0" in text else problem)
+
+
+def _parquet_rows(file: str) -> Iterator[Raw]:
+    number = 0
+    with (
+        _reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), _DAMAGED),
+        pq.ParquetFile(file, buffer_size=_CHUNK) as table,
+    ):
+        for batch in table.iter_batches(batch_size=256):
+            for cells in zip(*batch.columns, strict=True):
+                number += 1
+                yield _parquet_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
+
+
+def _parquet_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
+    fields: dict[str, object] = {}
+    problem = None
+    for name, cell in cells.items():
+        try:
+            fields[name] = cell.as_py()
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+            fields[name], problem = None, f"column {name!r}: {error}"
+    return _table_row(file, number, fields, problem)
+
+
+def _hub_rows(file: str) -> Iterator[Raw]:
+    name, _, split = file.removeprefix("hub:").partition(":")
+    if not name:
+        raise BadOption(f"{file} names no data set; write hub:NAME or hub:NAME:SPLIT")
+    try:
+        import datasets  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise BadOption(f"{file}: needs the package datasets; pip install 'prism-select[hub]'") from error
+    with _reading(file, Exception, "check the name, the split (hub:NAME:SPLIT) and the network"):
+        for number, fields in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), start=1):
+            yield _table_row(file, number, fields)
+
+
+def _table_row(file: str, line: int, fields: Mapping[str, object], problem: str | None = None) -> Raw:
+    text = json.dumps(fields, ensure_ascii=False, default=str)
+    return Raw(file, line, text, None if problem else fields, problem)

@@ -1,0 +1,55 @@
+"""Records: what a row means, whatever file it came from.
+
+    Raw      a row of a file, as it came: where it stood, its text, its fields or what is wrong with it
+    Example  turns of a conversation; its assistant turns are what the model learns to say
+    Pair     two examples with one prompt: `chosen` is what the user wants, `rejected` what they don't
+
+Choices made here: a prompt with a completion is a conversation of two turns; a bare text is one turn
+with the role `text`, supervised from end to end and never put through a template.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+__all__ = ["Example", "Pair", "Raw", "Role", "Turn"]
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A row as it came. `fields` is None exactly when `problem` says why it could not be read."""
+
+    file: str
+    line: int
+    text: str
+    fields: Mapping[str, object] | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is scored: log-likelihoods are taken over the tokens of the assistant (or text) turns.
+
+    The first `prompt_turns` turns are context only, also where an assistant said them.
+    """
+
+    turns: tuple[Turn, ...]
+    id: str
+    source: str
+    file: str
+    line: int
+    prompt_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    chosen: Example
+    rejected: Example

@@ -1,0 +1,113 @@
+"""Errors: everything that a user can mend, drawn as a tree.
+
+    PrismError                   one line on stderr, exit code 2
+    ├── BadOption                a value that is unknown, or contradicts another
+    │   └── UnknownLayers        no weight of the model matches `--layers`
+    ├── BadFile                  a file that cannot be used: file, line, what was found, what to do
+    │   ├── BadRow               one row of a pool (quarantined) or of a target (stops)
+    │   ├── EmptyInput           a pool or a target without a single usable row
+    │   └── TooManyBadRows       more bad pool rows than `--max-bad` allows
+    ├── BadModel                 no weights, no tokenizer, weights that cannot be loaded
+    │   ├── MissingChatTemplate  conversations for a tokenizer that has no chat template
+    │   └── Unreachable          an engine cannot reach a weight that has a direction
+    ├── NotFinite                NaN or infinity where a number was due
+    ├── EnginesDisagree          the fast engine fails its check against the definition
+    ├── RunMismatch              a run folder that belongs to another command
+    └── DiskTrouble              no space left, or a folder that cannot be written
+
+Choices made here: every message says what happened with the numbers, then what to try; the command
+line alone catches them, once. Any other exception is a defect of ours: exit code 1.
+"""
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BadFile",
+    "BadModel",
+    "BadOption",
+    "BadRow",
+    "DiskTrouble",
+    "EmptyInput",
+    "EnginesDisagree",
+    "MissingChatTemplate",
+    "NotFinite",
+    "PrismError",
+    "RunMismatch",
+    "TooManyBadRows",
+    "UnknownLayers",
+    "Unreachable",
+]
+
+
+class PrismError(Exception):
+    """Root of the tree; its text is the one line that the user reads."""
+
+
+class BadOption(PrismError):
+    pass
+
+
+class UnknownLayers(BadOption):
+    def __init__(self, wanted: str, known: Sequence[str]) -> None:
+        examples = ", ".join(known[:3])
+        super().__init__(
+            f"--layers {wanted}: no weight matches; this model has {len(known)} weights, "
+            f"for example {examples}; try all, late, last:N or another regular expression"
+        )
+
+
+class BadFile(PrismError):
+    """`line` counts from 1; None where the trouble is the whole file."""
+
+    def __init__(self, file: str, line: int | None, what: str, advice: str) -> None:
+        self.file, self.line, self.what, self.advice = file, line, what, advice
+        place = file if line is None else f"{file}:{line}"
+        super().__init__(f"{place}: {what}; {advice}")
+
+
+class BadRow(BadFile):
+    """`what` is also the reason that quarantine.jsonl gives."""
+
+
+class EmptyInput(BadFile):
+    pass
+
+
+class TooManyBadRows(BadFile):
+    pass
+
+
+class BadModel(PrismError):
+    pass
+
+
+class MissingChatTemplate(BadModel):
+    pass
+
+
+class Unreachable(BadModel):
+    """`names` are the weights that the engine could not reach."""
+
+    def __init__(self, engine: str, names: Sequence[str], why: str) -> None:
+        self.names = tuple(names)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        super().__init__(
+            f"engine {engine} cannot reach {', '.join(names[:3])}{more}: {why}; "
+            "try --engine difference, or leave these weights out with --layers"
+        )
+
+
+class NotFinite(PrismError):
+    pass
+
+
+class EnginesDisagree(PrismError):
+    pass
+
+
+class RunMismatch(PrismError):
+    pass
+
+
+class DiskTrouble(PrismError):
+    pass

@@ -1,0 +1,107 @@
+"""Manifest: everything about a run that is not a row. Its keys are stable and described in the docs."""
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from prism_select.choice import Chosen
+from prism_select.config import RepairConfig, ScoreConfig
+from prism_select.core.check import tolerance
+from prism_select.core.direction import Target
+from prism_select.models import CausalLM
+from prism_select.planning import Plan
+
+__all__ = ["Checked", "Facts", "manifest_of"]
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An engine, why it was taken, and how far it is from the definition."""
+
+    engine: str
+    reason: str
+    dtype: str
+    rows: int
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    model: CausalLM
+    template: str
+    weights: Sequence[str]
+    fingerprints: Mapping[str, str]
+    timings: Mapping[str, float]
+    plan: Plan
+    actual: Mapping[str, float]
+    padding: float
+
+
+def manifest_of(
+    config: ScoreConfig, target: Target | None, checked: Checked, chosen: Chosen, facts: Facts
+) -> dict[str, Any]:
+    repair = isinstance(config, RepairConfig)
+    towards = "rejected" if repair else "chosen"
+    return {
+        "prism_version": version("prism-select"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "command": config.command,
+        "config": asdict(config),
+        "fingerprints": dict(facts.fingerprints),
+        "model": {
+            "architecture": type(facts.model.network).__name__,
+            "device": str(facts.model.device),
+            "template": facts.template,
+            "counted_weights": list(facts.weights),
+        },
+        "score": {
+            "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain",
+            "sign": f"positive: training on the row moves the model towards the {towards} answers of the target file",
+            "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
+            "swapped": repair,
+        },
+        "target": _target(target, config),
+        "engine": {
+            "name": checked.engine,
+            "reason": checked.reason,
+            "dtype": checked.dtype,
+            "check": {
+                "rows": checked.rows,
+                "disagreement": checked.disagreement,
+                "tolerance": tolerance(checked.engine, facts.model.dtype),
+            },
+        },
+        "counts": dict(chosen.counts),
+        "choice": dict(chosen.figures),
+        "padding": facts.padding,
+        "timings": dict(facts.timings),
+        "plan": asdict(facts.plan),
+        "actual": dict(facts.actual),
+        "warnings": [*_warnings(target), *chosen.warnings],
+    }
+
+
+def _target(target: Target | None, config: ScoreConfig) -> dict[str, Any]:
+    if target is None:
+        return {"direction": config.direction}
+    return {
+        "pairs": len(target.gap),
+        "mean_preference": target.mean_preference,
+        "effective_pairs": target.effective_pairs,
+        "split_half_agreement": None if math.isnan(target.agreement) else target.agreement,
+        "common_part": target.common_part,
+    }
+
+
+def _warnings(target: Target | None) -> list[str]:
+    if target is None or math.isnan(target.agreement):
+        return []
+    weak = [f"only {target.effective_pairs:.1f} pairs count"] if target.effective_pairs < 5 else []
+    if target.agreement <= 0:
+        weak.append(f"two halves of the pairs agree at {target.agreement:.2f}: the direction is mostly noise")
+    return weak

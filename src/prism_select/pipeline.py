@@ -1,0 +1,229 @@
+"""Pipeline: the steps, read top to bottom; the only place where everything meets.
+
+    survey the pool → read the target → load the model → direction → engine, checked → score, shard by shard
+    → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
+
+Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
+memory does not grow with the pool, and a run that was stopped goes on after its last whole shard. `repair` swaps
+every pair on reading: from there on, in columns too, `chosen` means the unwanted answer.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from prism_select import models
+from prism_select.choice import choose_and_write, early_refusals
+from prism_select.config import RepairConfig, ScoreConfig
+from prism_select.core.check import check
+from prism_select.core.engines import ENGINES, Engine
+from prism_select.core.layers import Direction, Weights
+from prism_select.core.likelihood import Batch
+from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.formats import parse_fields
+from prism_select.data.inputs import Pool, Survey, fingerprint, read_target
+from prism_select.data.readers import find_files
+from prism_select.data.records import Example, Pair
+from prism_select.errors import BadRow, TooManyBadRows, Unreachable
+from prism_select.manifest import Checked, Facts, manifest_of
+from prism_select.planning import Plan, make_plan, peak_memory
+from prism_select.progress import Progress, Silent
+from prism_select.scoring import Scorer
+from prism_select.store import Run, Store
+from prism_select.targeting import read_direction, save_direction
+
+__all__ = ["run"]
+
+WINDOW = 2048  # rows read, sorted by length, scored and written together
+CHECKED_ROWS = 8
+STEPS = ("load", "target", "curvature", "score", "choose")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    pool: Pool
+    survey: Survey
+    pairs: Sequence[Pair]
+    fingerprints: Mapping[str, str]
+
+
+@dataclass
+class Clock:
+    """Seconds of each step."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+
+def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
+    """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
+    progress = progress or Silent()
+    clock, store = Clock(), Store(config.out)
+    inputs = read_inputs(config, progress)
+    if not config.dry_run:
+        store.refuse_others(config, inputs.fingerprints)
+        if store.complete and not config.overwrite:
+            progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
+            return Run(store.path)
+    with clock.step("load"):
+        model, encoder = load_model(config, progress)
+    with clock.step("target"):
+        weights, target, directions = read_direction(config, model, encoder, inputs.pairs, progress)
+        rows = first_rows(inputs.pool, encoder)
+        engine, checked = choose_engine(config, model, weights, directions, collate(rows, model.device))
+    progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
+    plan = plan_run(config, engine, weights, encoder, inputs.survey, model.device)
+    if config.dry_run:
+        return plan
+    store.begin(config, inputs.fingerprints)
+    save_direction(store, target, directions, inputs.pairs)
+    scorer = Scorer(encoder, engine, config.batch_tokens, model.device)
+    with clock.step("score"):
+        shards = score_pool(config, store, inputs, scorer, progress)
+    progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
+    with clock.step("choose"):
+        chosen = choose_and_write(config, store, lambda: store.read_shards(shards), inputs.pool)
+    actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
+    facts = Facts(
+        model, encoder.template, list(weights), inputs.fingerprints, clock.total(), plan, actual, scorer.padding
+    )
+    store.write_json("manifest.json", manifest_of(config, target, checked, chosen, facts))
+    store.drop_shards()
+    return Run(store.path)
+
+
+def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
+    """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
+    mapping = parse_fields(config.fields)
+    pairs = read_target(config.target, mapping) if config.target else []
+    if isinstance(config, RepairConfig):
+        pairs = [Pair(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    pool = Pool(config.pool, mapping)
+    with progress.task("reading the pool", None) as task:
+        survey = pool.survey(config.seed, task.advance)
+    for file, name in survey.formats.items():
+        progress.say(f"{file}: {name}")
+    refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
+    early_refusals(config, survey.rows - survey.bad, pool)
+    files = find_files([config.target]) if config.target else [config.direction]
+    prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": models.fingerprint(config.model)}
+    return Inputs(pool, survey, pairs, prints)
+
+
+def refuse_bad_rows(config: ScoreConfig, bad: int, rows: int, first: BadRow | None) -> None:
+    """Raises the first bad row itself, or TooManyBadRows, as the options ask."""
+    if first is None:
+        return
+    if config.bad_rows == "stop":
+        raise first
+    if bad > float(config.max_bad.rstrip("%")) / 100 * rows:
+        raise TooManyBadRows(
+            first.file,
+            first.line,
+            f"{first.what} (the first of {bad} bad rows among {rows}, and --max-bad allows {config.max_bad})",
+            f"{first.advice}, or raise --max-bad",
+        )
+
+
+def load_model(config: ScoreConfig, progress: Progress) -> tuple[models.CausalLM, Encoder]:
+    with progress.task(f"loading {config.model}", None):
+        model, tokenizer = models.load(config.model, config.dtype, models.resolve_device(config.device))
+    limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
+    encoder = Encoder(tokenizer, config.template, min(config.max_length, limit))
+    progress.say(
+        f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}, template "
+        f"{encoder.template}, at most {encoder.max_length} tokens a row"
+    )
+    return model, encoder
+
+
+def first_rows(pool: Pool, encoder: Encoder) -> list[Encoded]:
+    """The first rows that can be scored: what the engine is checked on. Raises BadRow where there are none."""
+    rows: list[Encoded] = []
+    first_bad: BadRow | None = None
+    for _, example in pool.rows():
+        try:
+            rows.append(encoder.encode(example) if isinstance(example, Example) else _raise(example))
+        except BadRow as bad:
+            first_bad = first_bad or bad
+        if len(rows) == CHECKED_ROWS:
+            break
+    if not rows and first_bad:
+        raise first_bad
+    return rows
+
+
+def _raise(error: BadRow) -> Encoded:
+    raise error
+
+
+def choose_engine(
+    config: ScoreConfig, model: models.CausalLM, weights: Weights, directions: Sequence[Direction], batch: Batch
+) -> tuple[Engine, Checked]:
+    """The engine asked for, or the cheapest that reaches every weight; checked against the definition either way."""
+    narrow = torch.finfo(model.dtype).bits < 32
+    order = (
+        ["reverse", "forward" if narrow else "difference", "reference"] if config.engine == "auto" else [config.engine]
+    )
+    slow = ENGINES["reference"](model, weights, directions)
+    why = f"asked for, {model.dtype}".replace("torch.", "")
+    for name in order:
+        if config.engine == "auto" and name == "reverse":
+            why = f"one backward pass reaches all {len(weights)} weights in {str(model.dtype).removeprefix('torch.')}"
+        engine = slow if name == "reference" else ENGINES[name](model, weights, directions)
+        try:
+            apart = check(name, engine, slow, batch, model.dtype)
+            return engine, Checked(name, why, str(model.dtype).removeprefix("torch."), len(batch), apart)
+        except Unreachable as error:
+            if name == order[-1]:
+                raise
+            why = str(error).partition("; try")[0]
+    raise AssertionError("unreachable")
+
+
+def plan_run(
+    config: ScoreConfig, engine: Engine, weights: Weights, encoder: Encoder, survey: Survey, device: torch.device
+) -> Plan:
+    """Costs one batch."""
+    sample = []
+    for example in survey.sample:
+        try:
+            sample.append(encoder.encode(example))
+        except BadRow:
+            continue
+    lengths = [len(row.tokens) for row in sample]
+    batches = plan_batches(lengths, config.batch_tokens)
+    middle = batches[len(batches) // 2]
+    return make_plan(engine, weights, collate([sample[i] for i in middle], device), survey.rows - survey.bad, lengths)
+
+
+def score_pool(config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, progress: Progress) -> int:
+    """Every row of the pool, window by window; returns the number of shards."""
+    done, number = store.finished_shards(), 0
+    rows = inputs.pool.rows()
+    if done:
+        progress.say(f"{done} shards of {WINDOW} rows are there already: going on after them")
+    with progress.task("scoring", inputs.survey.rows) as task:
+        while window := list(islice(rows, WINDOW)):
+            if number >= done:
+                store.write_shard(number, scorer.table(number * WINDOW, window, task))
+            else:
+                task.advance(len(window))
+            number += 1
+    bad = [row for table in store.read_shards(number) for row in table.to_pylist() if row["reason"] is not None]
+    first = BadRow(bad[0]["file"], bad[0]["line"], bad[0]["reason"], "mend or remove it") if bad else None
+    refuse_bad_rows(config, len(bad), inputs.survey.rows, first)
+    return number

@@ -1,0 +1,195 @@
+"""Store: the run folder. A file is complete or absent: it is written beside its place and renamed into it.
+
+RUN/config.toml      first of all; another configuration is refused from then on
+RUN/shards/*.parquet scores of finished windows of the pool; gone when the run is complete
+RUN/manifest.json    last of all; a run folder that has one is complete
+"""
+
+import errno
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_select.config import MENDABLE, ScoreConfig, to_toml
+from prism_select.errors import BadOption, DiskTrouble, RunMismatch
+
+__all__ = ["FILES", "SHARD", "Run", "Store"]
+
+FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
+SHARD = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("score", pa.float64()),
+        ("score_per_token", pa.float64()),
+        ("tokens", pa.int32()),
+        ("length", pa.int32()),
+        ("loglik", pa.float64()),
+        ("score_chosen", pa.float64()),
+        ("score_rejected", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class Store:
+    """One run folder. Making the object touches nothing; `begin` does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.shards = self.path / "shards"
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+    def refuse_others(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
+        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin` may not follow."""
+        if self.path.exists() and not self.path.is_dir():
+            raise BadOption(f"--out {self.path}: there is a file of that name; give a folder")
+        present = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        if not present or config.overwrite:
+            return
+        if "config.toml" not in present:
+            raise RunMismatch(f"{self.path} holds {present[0]} and no run; give an empty or new folder as --out")
+        then, now = (
+            {**values.pop("fingerprints", {}), **values}
+            for text in ((self.path / "config.toml").read_text(encoding="utf-8"), self._config_text(config, inputs))
+            for values in [tomllib.loads(text)]
+        )
+        for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE)]:
+            if then.get(name) != now.get(name):
+                raise RunMismatch(
+                    f"{self.path} belongs to another run: {name} was {_short(then.get(name))} there and is "
+                    f"{_short(now.get(name))} here; use another --out, or --overwrite to start it afresh"
+                )
+
+    def begin(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
+        """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
+        with self._disk():
+            if config.overwrite and self.path.exists():
+                for name in (*FILES, "removed.jsonl", "quarantine.jsonl", "report.html"):
+                    (self.path / name).unlink(missing_ok=True)
+                shutil.rmtree(self.shards, ignore_errors=True)
+            self.shards.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.toml").exists():
+            self.write("config.toml", self._config_text(config, inputs).encode())
+
+    def _config_text(self, config: ScoreConfig, inputs: Mapping[str, str]) -> str:
+        prints = {"command": config.command, **{f"{name} contents": value for name, value in inputs.items()}}
+        lines = [f"{json.dumps(name)} = {json.dumps(value)}" for name, value in prints.items()]
+        return to_toml(config) + "\n[fingerprints]\n" + "\n".join(lines) + "\n"
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DiskTrouble(f"{self.path}: no space left; free some and run the same command again") from error
+            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise DiskTrouble(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+            raise
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A draft to fill, renamed into place at the end of the block; an error leaves nothing."""
+        place = self.path / name
+        draft = place.with_name(place.name + ".part")
+        try:
+            with self._disk():
+                with draft.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(place)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        with self.writing(name) as file:
+            file.write(content)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write(name, text.encode() + b"\n")
+
+    def write_shard(self, number: int, table: pa.Table) -> None:
+        self.write_table(f"shards/{number:08d}.parquet", table)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self.writing(name) as file:
+            pq.write_table(table, file)
+
+    def finished_shards(self) -> int:
+        """How many shards, counted from the first, are there without a gap."""
+        number = 0
+        while (self.shards / f"{number:08d}.parquet").exists():
+            number += 1
+        return number
+
+    def read_shards(self, count: int) -> Iterator[pa.Table]:
+        for number in range(count):
+            yield pq.read_table(self.shards / f"{number:08d}.parquet")
+
+    def drop_shards(self) -> None:
+        shutil.rmtree(self.shards, ignore_errors=True)
+
+
+class Run:
+    """A complete run folder, read when asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def scores(self) -> pa.Table:
+        """One row per row of the pool; the columns are described in the docs under "The run folder"."""
+        return pq.read_table(self.path / "scores.parquet")
+
+    @property
+    def pairs(self) -> pa.Table:
+        return pq.read_table(self.path / "pairs.parquet")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "manifest.json").read_text(encoding="utf-8")))
+
+    @property
+    def selected(self) -> Iterator[dict[str, Any]]:
+        """The kept rows, as they came."""
+        return self._rows("selected.jsonl")
+
+    @property
+    def removed(self) -> Iterator[dict[str, Any]]:
+        return self._rows("removed.jsonl")
+
+    @property
+    def quarantine(self) -> Iterator[dict[str, Any]]:
+        """Rows that could not be scored: file, line, reason, raw."""
+        return self._rows("quarantine.jsonl")
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        with (self.path / name).open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"

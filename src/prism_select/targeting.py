@@ -1,0 +1,115 @@
+"""Targeting: pairs to a direction, and a direction to a file and back.
+
+    direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
+
+Choices made here: pairs are split in two random halves, so that every run can say how far they agree; a pair whose two
+answers are the same tokens stops the run, since it says nothing.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from prism_select.config import ScoreConfig
+from prism_select.core.direction import Side, Target, norm, target_gradient
+from prism_select.core.layers import Direction, Weights, select_weights
+from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.records import Pair
+from prism_select.errors import BadFile, BadModel, BadRow, NotFinite
+from prism_select.models import CausalLM
+from prism_select.progress import Progress
+from prism_select.store import Store
+
+__all__ = ["read_direction", "save_direction"]
+
+
+def read_direction(
+    config: ScoreConfig, model: CausalLM, encoder: Encoder, pairs: Sequence[Pair], progress: Progress
+) -> tuple[Weights, Target | None, list[Direction]]:
+    """The weights that count, what the pairs say, and two directions: of the score and of its chosen half."""
+    if config.direction:
+        weights, directions = load_direction(config.direction, model)
+        return weights, None, directions
+    weights = select_weights(model.network, config.layers)
+    progress.say(
+        f"counted: {len(weights)} weights, {sum(w.numel() for w in weights.values()):,} numbers ({config.layers})"
+    )
+    sides = [encode_side(pairs, side, encoder) for side in ("chosen", "rejected")]
+    for pair, chosen, rejected in zip(pairs, *sides, strict=True):
+        if chosen.tokens == rejected.tokens:
+            advice = "give answers that differ, or raise --max-length"
+            raise BadRow(pair.chosen.file, pair.chosen.line, "chosen and rejected are the same tokens", advice)
+    order = list(range(len(pairs)))
+    random.Random(config.seed).shuffle(order)
+    parts = [part for part in (order[::2], order[1::2]) if part]
+    halves = [tuple(as_side(side, part, config.batch_tokens, model.device) for side in sides) for part in parts]
+    with progress.task(f"direction from {len(pairs)} pairs", None):
+        target = target_gradient(model, weights, halves, config.weighting)  # type: ignore[arg-type]
+    refuse_not_finite(target, pairs)
+    return weights, target, [target.direction, target.chosen]
+
+
+def encode_side(pairs: Sequence[Pair], side: str, encoder: Encoder) -> list[Encoded]:
+    return [encoder.encode(getattr(pair, side)) for pair in pairs]
+
+
+def as_side(rows: Sequence[Encoded], pairs: Sequence[int], batch_tokens: int, device: torch.device) -> Side:
+    """The rows of some pairs, in batches."""
+    batches = plan_batches([len(rows[pair].tokens) for pair in pairs], batch_tokens)
+    order = [[pairs[place] for place in batch] for batch in batches]
+    return Side([collate([rows[p] for p in batch], device) for batch in order], [p for batch in order for p in batch])
+
+
+def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
+    for place, finite in enumerate(target.gap.isfinite().tolist()):
+        if not finite:
+            where = f"{pairs[place].chosen.file}:{pairs[place].chosen.line}"
+            raise NotFinite(
+                f"{where}: the model gives this pair a log-likelihood that is NaN or infinite; try --dtype float32"
+            )
+    length = norm(target.direction)
+    if not math.isfinite(length) or length == 0:
+        raise NotFinite(
+            f"the direction of the pairs has length {length}; try --dtype float32, other pairs or other --layers"
+        )
+
+
+def load_direction(file: str, model: CausalLM) -> tuple[Weights, list[Direction]]:
+    """A direction.safetensors of an earlier run. Raises BadFile, or BadModel when it is of another model."""
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
+    known = dict(model.network.named_parameters())
+    names = [name for name in saved if not name.startswith("chosen/")]
+    wrong = [name for name in names if name not in known or known[name].shape != saved[name].shape]
+    if wrong or not names or any(f"chosen/{name}" not in saved for name in names):
+        raise BadModel(
+            f"--direction {file}: {(wrong or ['its list of weights'])[0]} does not fit this model; use its own model"
+        )
+    here = {name: value.to(model.device) for name, value in saved.items()}
+    return {n: known[n] for n in names}, [{n: here[n] for n in names}, {n: here[f"chosen/{n}"] for n in names}]
+
+
+def save_direction(store: Store, target: Target | None, directions: Sequence[Direction], pairs: Sequence[Pair]) -> None:
+    score, chosen = directions
+    tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
+    store.write("direction.safetensors", save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    if target is None:
+        return
+    columns = {
+        "target": [Path(pair.chosen.file).name.partition(".")[0] for pair in pairs],
+        "prompt": ["\n".join(turn.text for turn in pair.chosen.turns[: pair.chosen.prompt_turns]) for pair in pairs],
+        "loglik_chosen": target.mean_loglik_chosen.tolist(),
+        "loglik_rejected": target.mean_loglik_rejected.tolist(),
+        "gap": target.gap.tolist(),
+        "weight": target.weight.tolist(),
+        "line": [pair.chosen.line for pair in pairs],
+    }
+    store.write_table("pairs.parquet", pa.table(columns))

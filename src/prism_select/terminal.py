@@ -1,0 +1,132 @@
+"""Terminal: what a run looks like while it goes on, and the table at its end.
+
+Choices made here: everything a run tells goes to standard output, errors alone to standard error; a bar where there is
+a terminal, a plain line every ten seconds where there is none; control characters from files never reach the terminal.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from prism_select.progress import Task
+
+__all__ = ["Terminal", "printable", "summary"]
+
+QUIET_SECONDS, EVERY_SECONDS = 2.0, 10.0
+
+
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "�" for letter in text)
+
+
+class _Plain:
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self.console, self.label, self.total = console, label, total
+        self.started = self.told = time.monotonic()
+        self.rows = self.tokens = 0
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+        if time.monotonic() - self.told > EVERY_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        seconds = self.told - self.started
+        parts = [f"{self.rows:,} rows" if self.total is None else f"{self.rows:,} of {self.total:,} rows"] * bool(
+            self.rows
+        )
+        parts += [f"{self.tokens / seconds:,.0f} tokens/s"] * bool(self.tokens)
+        if self.total and 0 < self.rows < self.total:
+            parts.append(f"{seconds * (self.total - self.rows) / self.rows:,.0f} s left")
+        self.console.print(f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s'])}", markup=False, highlight=False)
+
+
+class _Bar:
+    def __init__(self, bars: Bars, label: str, total: int | None) -> None:
+        self.bars, self.tokens, self.started = bars, 0, time.monotonic()
+        self.id = bars.add_task(label, total=total, rate="")
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self.tokens += tokens
+        rate = f"{self.tokens / (time.monotonic() - self.started):,.0f} tokens/s" if self.tokens else ""
+        self.bars.update(self.id, advance=rows, rate=rate)
+
+
+class Terminal:
+    def __init__(self) -> None:
+        console = Console()
+        self.console = console if console.is_terminal else Console(width=120, color_system=None)
+
+    def say(self, line: str) -> None:
+        self.console.print(printable(line), markup=False, highlight=False)
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
+        label = printable(label)
+        if not self.console.is_terminal:
+            plain = _Plain(self.console, label, total)
+            yield plain
+            if time.monotonic() - plain.started > QUIET_SECONDS:
+                plain.tell()
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            yield _Bar(bars, label, total)
+
+    def table(self, rows: Mapping[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            table.add_row(escape(name), escape(printable(value)))
+        self.console.print(table, highlight=False)
+
+
+def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The final table: what was read and chosen, what the pairs say, how it was computed, where the files are."""
+    counts, target, engine, choice = (manifest[key] for key in ("counts", "target", "engine", "choice"))
+    extra = [f"{counts[name]:,} {name}" for name in ("quarantined", "truncated") if counts[name]]
+    rows = {"read": ", ".join([f"{counts['read']:,} rows", *extra])}
+    told = {name: counts[name] for name in counts if name not in ("read", "scored", "quarantined", "truncated")}
+    rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
+    if "pairs" in target:
+        agreement = target["split_half_agreement"]
+        halves = "" if agreement is None else f"; two halves agree at {agreement:.2f}"
+        rows["pairs"] = (
+            f"{target['pairs']}, mean preference {target['mean_preference']:.3f}, "
+            f"{target['effective_pairs']:.1f} effective{halves}"
+        )
+    if len(choice["sources"]) > 1 and manifest["command"] != "score":
+        shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
+        rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)
+    if labels := choice.get("labels"):
+        rows["ranking"] = (
+            f"AUROC {labels['auroc']:.3f} ({labels['auroc_per_token']:.3f} per token), average precision "
+            f"{labels['average_precision']:.3f} ({labels['average_precision_per_token']:.3f})"
+        )
+        share = labels["precision_at_removed"]
+        rows["precision"] = (
+            f"{share:.3f} of the {labels['removed']:,} removed are bad; {labels['bad']:,} bad of {labels['rows']:,}"
+        )
+    rows["length"] = f"rank correlation of score and tokens {choice['rank_correlation_with_tokens'] or 0:+.2f}"
+    rows["engine"] = f"{engine['name']} in {engine['dtype']}, off by {engine['check']['disagreement']:.1e}"
+    rows["time"] = f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
+    for place, line in enumerate(manifest["warnings"]):
+        rows[f"warning {place + 1}"] = line
+    rows["files"] = f"{path}: " + ", ".join(sorted(p.name for p in path.iterdir() if p.is_file()))
+    return rows
