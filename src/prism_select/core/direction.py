@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prism_select.core.gains import preference, slopes
+from prism_select.core.gains import slopes
 from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
 
-__all__ = ["Side", "Target", "cosine", "differentiable", "dot", "minus", "norm", "target_gradient"]
+__all__ = ["Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Target:
 
     @property
     def mean_preference(self) -> float:
-        return float(preference(self.mean_loglik_chosen, self.mean_loglik_rejected).mean())
+        return float(torch.sigmoid(self.gap).mean())
 
     @property
     def effective_pairs(self) -> float:
@@ -65,8 +65,8 @@ class Target:
     @property
     def common_part(self) -> float:
         """‖½(C + R)‖ / ‖C − R‖: what both answers of a pair share, against what tells them apart."""
-        cc, rr, cr = dot(self.chosen, self.chosen), dot(self.rejected, self.rejected), dot(self.chosen, self.rejected)
-        return math.sqrt(max(cc + rr + 2 * cr, 0.0)) / 2 / math.sqrt(max(cc + rr - 2 * cr, 1e-300))
+        common = {name: (value + self.rejected[name]) / 2 for name, value in self.chosen.items()}
+        return norm(common) / (norm(self.direction) or math.nan)
 
 
 def dot(a: Direction, b: Direction) -> float:
@@ -79,12 +79,6 @@ def norm(a: Direction) -> float:
 
 def minus(a: Direction, b: Direction) -> Direction:
     return {name: a[name] - b[name] for name in a}
-
-
-def cosine(a: Direction, b: Direction) -> float:
-    """Between −1 and 1; NaN where either is zero."""
-    size = norm(a) * norm(b)
-    return dot(a, b) / size if size > 0 else math.nan
 
 
 @contextmanager
@@ -144,5 +138,6 @@ def target_gradient(
             if slope.rejected.any():
                 _add_gradient(model, weights, disliked, slope.rejected / len(chosen), down)
             first = first or minus(up, down)
-    agreement = cosine(first, minus(minus(up, down), first)) if len(halves) > 1 else math.nan
+    second = minus(minus(up, down), first)  # zero when there is one half
+    agreement = dot(first, second) / (norm(first) * norm(second) or math.nan)
     return Target(up, down, chosen, rejected, slope.chosen, agreement)

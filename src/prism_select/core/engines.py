@@ -14,7 +14,6 @@ where the device has it. `difference` needs float32 or better, since a small ste
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -29,8 +28,6 @@ from prism_select.core.likelihood import Batch, LanguageModel, backward, token_l
 from prism_select.errors import BadOption, Unreachable
 
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
-
-STEPS = tuple(4.0**-k for k in range(1, 12))  # steps that `difference` tries, as shares of ‖θ‖
 
 
 class Scores(NamedTuple):
@@ -64,25 +61,22 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Directi
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
-        place = torch.zeros(0, dtype=torch.long)
+        places: list[Int[Tensor, " rows"]] = []  # the last: which example each row of a gradient belongs to
 
-        def on_rows(examples: Int[Tensor, " rows"]) -> None:
-            nonlocal place
-            place = examples
-
-        def visit(owner: Owner, gradient: Tensor, tangent: Callable[[int], Tensor]) -> None:
-            shape, precise = gradient.shape, torch.promote_types(gradient.dtype, torch.float32)
-            whole = len(shape) > 2 and shape[0] == len(batch)  # one slice per example; otherwise one row per token
-            if not whole and shape[:-1].numel() != len(place):
+        def visit(owner: Owner, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
+            shape, place = gradient.shape, places[-1]
+            if len(shape) > 2 and shape[0] == len(batch):  # one slice per example; otherwise one row per token
+                place = torch.arange(len(batch), device=place.device)
+            elif shape[:-1].numel() != len(place):
                 why = f"its output of shape {tuple(shape)} cannot be told apart by example"
                 raise Unreachable("reverse", list(owner.weights.values()), why)
-            rows = gradient.to(precise).reshape(len(batch) if whole else len(place), -1)
+            rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(place), -1)
             for k in range(len(unit)):
-                products = torch.linalg.vecdot(rows, tangent(k).to(precise).reshape(rows.shape)).to(total.dtype)
-                total[:, k].add_(products) if whole else total[:, k].index_add_(0, place, products)
+                products = torch.linalg.vecdot(rows, tangent(k).to(rows.dtype).reshape(rows.shape))
+                total[:, k].index_add_(0, place, products.to(total.dtype))
 
         with watching(holders, unit, visit) as called:
-            loglik = backward(model, batch, lengths.new_ones(len(batch)), on_rows)
+            loglik = backward(model, batch, lengths.new_ones(len(batch)), places.append)
         missed = [name for owner in holders if owner.name not in called for name in owner.weights.values()]
         if missed:
             raise Unreachable("reverse", missed, "the module that holds it was never called")
@@ -96,53 +90,58 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
 
-    def along(batch: Batch, direction: Direction) -> tuple[Tensor, Tensor]:
+    def along(batch: Batch, direction: Direction) -> Float[Tensor, "2 batch"]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals = {name: forward_ad.make_dual(w.detach(), direction[name]) for name, w in weights.items()}
             with swapped(holders, duals):
                 primal, tangent = forward_ad.unpack_dual(token_logliks(model, batch))
-            return primal.sum(1), (torch.zeros_like(primal) if tangent is None else tangent).sum(1)
+            return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent]).sum(2)
 
     def scores(batch: Batch) -> Scores:
         try:
-            parts = [along(batch, direction) for direction in unit]
+            parts = torch.stack([along(batch, direction) for direction in unit], dim=2)
         except (RuntimeError, NotImplementedError) as error:
             if "forward" not in str(error):
                 raise
             raise Unreachable("forward", list(weights), str(error).splitlines()[0]) from error
-        values = torch.stack([tangent for _, tangent in parts], dim=1)
-        return Scores(parts[0][0], values.to(lengths.dtype) * lengths)
+        return Scores(parts[0, :, 0], parts[1].to(lengths.dtype) * lengths)
 
     return scores
 
 
 def difference(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
-    """The step is chosen on the first batch, for each direction: where two steps, one a quarter of the other, agree
-    best, neither curvature (large steps) nor rounding (small ones) rules. Raises BadOption below float32."""
+    """Each direction's step is the smallest whose rounding noise, measured on the first batch, is below 3√ε of the
+    scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does.
+
+    Raises BadOption below float32.
+    """
     narrow = {str(w.dtype).removeprefix("torch.") for w in weights.values() if torch.finfo(w.dtype).bits < 32}
     if narrow:
         raise BadOption(f"--engine difference needs float32 or better, not {narrow.pop()}; try --dtype float32")
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
+    root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
     size = norm({name: w.detach() for name, w in weights.items()}) or 1.0
     chosen: list[float] = []
 
     @torch.no_grad()
     def logliks(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
         with swapped(holders, {name: w + step * direction[name] for name, w in weights.items()}):
-            return token_logliks(model, batch).to(lengths.dtype).sum(1)
+            values: Tensor = token_logliks(model, batch).to(lengths.dtype).sum(1)
+            return values
 
     def slope(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
         return (logliks(batch, direction, step) - logliks(batch, direction, -step)) / (2 * step)
 
-    def best_step(batch: Batch, direction: Direction) -> float:
-        tried = [slope(batch, direction, share * size) for share in STEPS]
-        apart = [float((a - b).norm()) for a, b in pairwise(tried)]
-        return STEPS[min(range(len(apart)), key=lambda k: apart[k] if math.isfinite(apart[k]) else math.inf)] * size
+    def small_step(batch: Batch, direction: Direction) -> float:
+        least = root / 256 * size
+        near, far = slope(batch, direction, least), slope(batch, direction, 2 * least)
+        noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
+        return least * min(max(1.0, noise / (3 * root)), 2**14)
 
     def scores(batch: Batch) -> Scores:
         if not chosen:
-            chosen.extend(best_step(batch, direction) for direction in unit)
+            chosen.extend(small_step(batch, direction) for direction in unit)
         values = torch.stack([slope(batch, d, step) for d, step in zip(unit, chosen, strict=True)], dim=1)
         with torch.no_grad():
             return Scores(token_logliks(model, batch).sum(1), values * lengths)
@@ -167,9 +166,5 @@ def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direc
     return scores
 
 
-ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]] = {
-    "reverse": reverse,
-    "forward": forward,
-    "difference": difference,
-    "reference": reference,
-}
+Make: TypeAlias = Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]
+ENGINES: Mapping[str, Make] = {make.__name__: make for make in (reverse, forward, difference, reference)}

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["GAINS", "Slopes", "preference", "slopes"]
+__all__ = ["GAINS", "Slopes", "slopes"]
 
 Gain = Callable[[Float[Tensor, " pairs"], Float[Tensor, " pairs"]], Float[Tensor, " pairs"]]
 
@@ -38,11 +38,6 @@ class Slopes(NamedTuple):
 
     chosen: Float[Tensor, " pairs"]
     rejected: Float[Tensor, " pairs"]
-
-
-def preference(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-    """π = σ(Δ), between 0 and 1, from mean log-likelihoods in nats per token."""
-    return torch.sigmoid(chosen - rejected)
 
 
 def slopes(weighting: str, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Slopes:

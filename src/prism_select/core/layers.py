@@ -14,6 +14,7 @@ is never called, or whose output cannot be told apart by example, is reported by
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -39,18 +40,13 @@ class Owner(NamedTuple):
     weights: Mapping[str, str]
 
 
-def _blocks(network: nn.Module) -> tuple[str, int]:
-    """Name and length of the longest outermost list of modules: the stack of transformer blocks."""
-    lists = [(len(part), name) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)]
-    outermost = [(n, name) for n, name in lists if not any(name.startswith(other + ".") for _, other in lists)]
-    length, name = max(outermost, default=(0, ""))
-    return name, length
-
-
-def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], bool]:
-    stack, total = _blocks(network)
-    count = (total + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
-    kept = range(max(0, total - count), total)
+def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
+    """Whether a weight is in the upper blocks; the blocks are the longest list of modules in no other list."""
+    lists = {name: len(part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)}
+    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    stack = max(outermost, key=lists.__getitem__, default="")
+    count = (lists.get(stack, 0) + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
+    kept = range(max(0, lists.get(stack, 0) - count), lists.get(stack, 0))
     place = re.compile(re.escape(stack) + r"\.(\d+)\.")
     return lambda name: bool((found := place.match(name)) and int(found[1]) in kept)
 
@@ -61,14 +57,11 @@ def select_weights(network: nn.Module, wanted: str) -> Weights:
     known = {name: weight for name, weight in network.named_parameters() if weight.is_floating_point()}
     if wanted == "all":
         return known
-    if wanted == "late" or re.fullmatch(r"last:[1-9]\d*", wanted):
-        matches = _upper_blocks(network, wanted)
-    else:
-        try:
-            pattern = re.compile(wanted)
-        except re.error:
-            raise UnknownLayers(wanted, list(known)) from None
-        matches = lambda name: pattern.search(name) is not None  # noqa: E731
+    named = wanted == "late" or re.fullmatch(r"last:[1-9]\d*", wanted)
+    try:
+        matches = _upper_blocks(network, wanted) if named else re.compile(wanted).search
+    except re.error:
+        raise UnknownLayers(wanted, list(known)) from None
     chosen = {name: weight for name, weight in known.items() if matches(name)}
     if not chosen:
         raise UnknownLayers(wanted, list(known))
@@ -121,12 +114,12 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
         return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
 
 
-Visit: TypeAlias = Callable[[Owner, Float[Tensor, "*rows d_out"], Callable[[int], Tensor]], None]
+Visit: TypeAlias = Callable[[Owner, Callable[[int], Tensor], Float[Tensor, "*rows d_out"]], None]
 
 
 @contextmanager
 def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: Visit) -> Iterator[set[str]]:
-    """While open, `visit(owner, gradient, tangent)` is called in each backward pass for each output of each owner;
+    """While open, `visit(owner, tangent, gradient)` is called in each backward pass for each output of each owner;
     `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far.
 
     The graph starts at the first owner: nothing below it is recorded. Formulas are applied in the backward pass and
@@ -158,14 +151,13 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
             def tangent(k: int, place: int = place) -> Tensor:
                 return cast(Tensor, (kept[k] if kept else tangent_of(owner, directions[k], inputs, words))[place])
 
-            tensors[place] = _watched(tensor, lambda gradient, tangent=tangent: visit(owner, gradient, tangent))
+            tensors[place] = _watched(tensor, partial(visit, owner, tangent))
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:
         for owner in holders:
             handle = owner.module.register_forward_hook(
-                lambda _, args, named, output, owner=owner: after(owner, args, named, output),
-                with_kwargs=True,
+                lambda _, args, named, output, owner=owner: after(owner, args, named, output), with_kwargs=True
             )
             hooks.callback(handle.remove)
         yield called

@@ -57,8 +57,11 @@ class Batch:
 class LanguageModel(Protocol):
     """What the core needs of a model: states, then logits of any states, so that the head can be chunked."""
 
-    network: nn.Module
-    vocabulary: int
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def vocabulary(self) -> int: ...
 
     def hidden(self, batch: Batch) -> Float[Tensor, "batch time width"]: ...
 

@@ -2,8 +2,9 @@
 
     chat    the tokenizer's own template, rendered once; an assistant turn is supervised from where its generation
             prompt ends to its end-of-turn token, which counts
-    plain   BOS (if the tokenizer adds one), the turns as they are with nothing between them, and EOS after each
-            assistant turn, which counts; a bare text is supervised from end to end
+    plain   BOS (if the tokenizer adds one), the turns as they are, a line break after a prompt unless white space
+            stands there already, and EOS after each assistant turn, which counts; a bare text is supervised from
+            end to end
 
 Choices made here: a special token that the text already carries is not doubled; long rows lose their end; batches are
 filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
@@ -17,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from prism_select.core.likelihood import Batch
-from prism_select.data.records import Example
+from prism_select.data.records import Example, Turn
 from prism_select.errors import BadModel, BadRow, MissingChatTemplate
 
 __all__ = ["Encoded", "Encoder", "collate", "plan_batches"]
@@ -77,7 +78,7 @@ class Encoder:
         tokens: list[int] = []
         supervised: list[bool] = []
         for place, turn in enumerate(example.turns):
-            ids = self._ids(turn.text)
+            ids = self._ids(turn.text + _gap(example.turns[place : place + 2]))
             if place == 0 and ids[: len(self.prefix)] != self.prefix:
                 tokens, supervised = list(self.prefix), [False] * len(self.prefix)
             learned = turn.role in ("assistant", "text") and place >= example.prompt_turns
@@ -125,6 +126,13 @@ class Encoder:
         tail = tail.rstrip() or tail
         end = found + len(content) + (len(tail) if whole.startswith(tail, found + len(content)) else 0)
         return (start if place else found), end
+
+
+def _gap(turns: Sequence[Turn]) -> str:
+    """What stands between a turn and the next in plain text. Without it "2 + 2?" and "4" would be one word."""
+    if len(turns) < 2 or turns[0].role == "assistant" or not turns[0].text:
+        return ""
+    return "" if turns[0].text[-1].isspace() or turns[1].text[:1].isspace() else "\n"
 
 
 def _bad(example: Example, what: str, advice: str) -> BadRow:

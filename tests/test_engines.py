@@ -1,0 +1,215 @@
+"""Every engine against the definition, on our own float64 transformer and on the architectures that people use."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import Tiny, batch_of, pairs_of
+
+from prism_select.core.check import check, disagreement
+from prism_select.core.direction import Target, target_gradient
+from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
+from prism_select.core.layers import Weights, select_weights
+from prism_select.core.likelihood import LanguageModel
+from prism_select.errors import BadOption, EnginesDisagree, Unreachable
+from prism_select.models import CausalLM
+from prism_select.statistics import rank_correlation
+
+V = 97
+SMALL = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+PLAIN = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+MIXTURE = dict(num_experts_per_tok=2, experts_implementation="eager")
+
+ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama, tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=8, sliding_window=4, final_logit_softcapping=5.0, attn_implementation="eager"
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=V, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=V,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+    ),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**PLAIN),
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, **MIXTURE),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SMALL, head_dim=8, num_experts=4, moe_intermediate_size=16, **MIXTURE
+    ),
+}
+
+
+@cache
+def network_of(name: str) -> CausalLM:
+    torch.manual_seed(0)
+    config = ARCHITECTURES[name]()
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in network.parameters():  # biases start at zero and norms at one: move them
+            weight.add_(0.05 * torch.randn_like(weight))
+    return CausalLM(network)
+
+
+def target_of(model: LanguageModel, weights: Weights, weighting: str = "prism", vocabulary: int = V) -> Target:
+    return target_gradient(model, weights, pairs_of(6, vocabulary=vocabulary), weighting)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", ["all", "late", r"head|words|before|between"])
+@pytest.mark.parametrize("left", [False, True])
+def test_engines_agree_to_rounding_on_a_float64_transformer(tied: bool, layers: str, left: bool) -> None:
+    model = Tiny(tied=tied)
+    pattern = layers if layers != "late" else "late"
+    weights = select_weights(model.network, pattern)
+    target = target_of(model, weights, vocabulary=61)
+    directions, batch = [target.direction, target.chosen], batch_of(12, seed=7, left=left)
+    exact = reference(model, weights, directions)(batch)
+    for engine, allowed in {reverse: 1e-10, forward: 1e-10, difference: 1e-4}.items():
+        fast = engine(model, weights, directions)(batch)
+        assert disagreement(fast.values, exact.values) < allowed, engine.__name__
+        assert torch.allclose(fast.loglik, exact.loglik, rtol=1e-10)
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_engines_agree_in_float32_on_every_architecture(name: str, layers: str) -> None:
+    model = network_of(name)
+    weights = select_weights(model.network, layers)
+    target = target_of(model, weights)
+    directions, batch = [target.direction, target.chosen], batch_of(32, 16, seed=9, vocabulary=V)
+    exact = reference(model, weights, directions)(batch).values
+    assert disagreement(reverse(model, weights, directions)(batch).values, exact) < 1e-4
+    assert disagreement(forward(model, weights, directions)(batch).values, exact) < 1e-4
+    differences = difference(model, weights, directions)(batch).values
+    assert disagreement(differences, exact) < 1e-2
+    for k in range(2):
+        assert rank_correlation(differences[:, k].numpy(), exact[:, k].numpy()) > 0.999
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_ranks_as_the_float32_definition_does(name: str) -> None:
+    torch.manual_seed(0)
+    exact_model = network_of(name)
+    low = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+    low.load_state_dict(exact_model.network.state_dict())
+    model = CausalLM(low.bfloat16())
+    batch, scores = batch_of(64, 16, seed=5, vocabulary=V), []
+    for each, engine in ((model, reverse), (exact_model, reference)):
+        weights = select_weights(each.network, "all")
+        scores.append(engine(each, weights, [target_of(each, weights).direction])(batch).values[:, 0].numpy())
+    assert rank_correlation(scores[0], scores[1]) > 0.99
+
+
+def test_left_padding_scores_like_right_padding_on_every_architecture() -> None:
+    for name in ARCHITECTURES:
+        model = network_of(name)
+        weights = select_weights(model.network, "all")
+        engine = reverse(model, weights, [target_of(model, weights).direction])
+        right = engine(batch_of(8, 16, seed=3, vocabulary=V)).values
+        left = engine(batch_of(8, 16, seed=3, left=True, vocabulary=V)).values
+        assert disagreement(left, right) < 1e-5, name
+
+
+def test_scores_do_not_depend_on_batch_size_order_or_duplicates() -> None:
+    model = network_of("llama")
+    weights = select_weights(model.network, "all")
+    engine = reverse(model, weights, [target_of(model, weights).direction])
+    batch = batch_of(24, 16, seed=4, vocabulary=V)
+    together = engine(batch).values
+    alone = torch.cat([engine(batch.rows(slice(i, i + 1))).values for i in range(24)])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).repeat(2)
+    shuffled = engine(type(batch)(batch.tokens[order], batch.real[order], batch.supervised[order])).values
+    assert disagreement(alone, together) < 1e-5
+    assert disagreement(shuffled, together[order]) < 1e-5
+
+
+def test_a_weight_that_an_engine_cannot_reach_is_named() -> None:
+    config = ARCHITECTURES["mixtral"]()
+    config._experts_implementation = "grouped_mm"  # this form has no forward-mode derivative
+    torch.manual_seed(0)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
+    weights = select_weights(model.network, "all")
+    target = target_of(model, weights)
+    batch = batch_of(4, 16, vocabulary=V)
+    with pytest.raises(Unreachable, match=r"model\.layers\.\d\.mlp\.experts\.gate_up_proj"):
+        reverse(model, weights, [target.direction])(batch)
+    exact = reference(model, weights, [target.direction])(batch).values
+    assert disagreement(difference(model, weights, [target.direction])(batch).values, exact) < 1e-2
+
+
+def test_a_weight_used_behind_its_modules_back_is_named() -> None:
+    model = Tiny()
+    head, words = model.network.head, model.network.body.words
+    model.logits = lambda hidden: hidden @ words.weight.T + head.bias  # type: ignore[method-assign]
+    weights = select_weights(model.network, "head.bias")
+    with pytest.raises(Unreachable, match=r"head\.bias: the module that holds it was never called"):
+        reverse(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])(batch_of(3))
+
+
+def test_difference_refuses_what_rounding_would_ruin() -> None:
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]()).bfloat16())
+    weights = select_weights(model.network, "all")
+    with pytest.raises(BadOption, match="float32"):
+        difference(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])
+
+
+def test_the_check_stops_an_engine_that_is_wrong() -> None:
+    model = Tiny()
+    weights = select_weights(model.network, "all")
+    slow = reference(model, weights, [target_of(model, weights, vocabulary=61).direction])
+
+    def wrong(batch):  # type: ignore[no-untyped-def]
+        return slow(batch)._replace(values=slow(batch).values * 1.01)
+
+    assert check("reverse", slow, slow, batch_of(4), torch.float64) == 0
+    with pytest.raises(EnginesDisagree, match=r"differ by 1\.0e-02 on the first 4 rows \(allowed 1e-04\)"):
+        check("reverse", wrong, slow, batch_of(4), torch.float64)
+
+
+def test_the_model_is_as_it_was_after_each_engine() -> None:
+    model = Tiny()
+    weights = select_weights(model.network, "all")
+    direction = target_of(model, weights, vocabulary=61).direction
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    for make in ENGINES.values():
+        make(model, weights, [direction])(batch_of(3))
+        assert all(torch.equal(before[name], value) for name, value in model.network.state_dict().items())
+        assert not any(weight.requires_grad or weight.grad is not None for weight in model.network.parameters())
+        assert not any(module._forward_hooks for module in model.network.modules())
+
+
+def test_the_head_in_chunks_scores_like_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tiny()
+    weights = select_weights(model.network, "all")
+    engine = reverse(model, weights, [target_of(model, weights, vocabulary=61).direction])
+    whole = engine(batch_of(9))
+    monkeypatch.setattr("prism_select.core.likelihood.HEAD_LOGITS", 3 * 61)
+    parts = engine(batch_of(9))
+    assert np.allclose(parts.values, whole.values, rtol=1e-10)
+    assert np.allclose(parts.loglik, whole.loglik, rtol=1e-10)
