@@ -38,7 +38,7 @@ def option(name: str, hint: Any, default: Any) -> click.Option:
         [flag, name],
         type=number,
         default=None,
-        multiple=kind == tuple[str, ...],
+        multiple=kind == Sequence[str],
         help=text + choices,
         show_default=shown or False,
     )

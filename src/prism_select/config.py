@@ -8,6 +8,7 @@ and its default is said nowhere else. Values are checked when a config is made, 
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -34,10 +35,10 @@ class Amount:
         compact = text.strip().replace("_", "")
         if compact == "positive":
             return cls("positive")
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", compact):
+        if found := re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", compact):
             if 0 < float(found[1]) <= 100:
                 return cls("share", float(found[1]) / 100)
-        elif (found := re.fullmatch(r"(\d+)(tok)?", compact)) and int(found[1]) > 0:
+        elif (found := re.fullmatch(r"(\d{1,15})(tok)?", compact)) and int(found[1]) > 0:
             return cls("tokens" if found[2] else "rows", int(found[1]))
         raise BadOption(
             f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
@@ -51,7 +52,7 @@ class ScoreConfig:
     command: ClassVar[str] = "score"
 
     model: Annotated[str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."] = ""
-    pool: Annotated[tuple[str, ...], "Files, folders or globs of rows to score; repeat the option for more."] = ()
+    pool: Annotated[Sequence[str], "Files, folders or globs of rows to score; repeat the option for more."] = ()
     target: Annotated[str, "File of pairs: chosen is what you want, rejected what you don't."] = ""
     out: Annotated[str, "Run folder to write."] = ""
     weighting: Annotated[
@@ -101,7 +102,7 @@ class ScoreConfig:
         for name in ("batch_tokens", "max_length"):
             if getattr(self, name) < 2:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
-        if Amount.parse("--max-bad", self.max_bad).kind != "share" and self.max_bad != "0%":
+        if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
         self._check_needs()
 
@@ -112,6 +113,12 @@ class ScoreConfig:
                 raise BadOption(f"--{name} is missing; prism {self.command} --help shows what a run needs")
         if bool(self.target) == bool(self.direction):
             raise BadOption("give either --target PAIRS or --direction FILE" + (", not both" if self.target else ""))
+
+    @property
+    def allowed_bad(self) -> float:
+        """Share of the pool's rows that may be bad; NaN where `max_bad` is no share."""
+        found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", self.max_bad.strip())
+        return float(found[1]) / 100 if found else math.nan
 
     @property
     def ranking(self) -> str:
@@ -146,6 +153,8 @@ class SelectConfig(ScoreConfig):
         given = [name for name in ("model", "pool", "target", "direction") if getattr(self, name)]
         if given:
             raise BadOption(f"--select-from takes scores as they are: leave out {', '.join('--' + n for n in given)}")
+        if self.dry_run:
+            raise BadOption("--select-from takes seconds and has no plan: leave out --dry-run")
         if not self.out:
             raise BadOption("--out is missing: the folder for the new choice")
 

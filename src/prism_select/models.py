@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prism_select.core.likelihood import Batch
@@ -102,7 +103,7 @@ def resolve_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadOption(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from None
     return device
@@ -134,11 +135,13 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path, packed = Path(name), None
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
     if path.exists():
         packed = _weights_of(path)
         path = path.parent if path.is_file() else path
     source = str(path) if path.exists() else name
-    options: dict[str, Any] = {"gguf_file": packed} if packed else {}
+    options: dict[str, Any] = {"gguf_file": packed} if packed else {"use_safetensors": True}
     precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if packed:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -147,12 +150,17 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **({"gguf_file": packed} if packed else {}))
         config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": packed} if packed else {}))
         config._experts_implementation = "eager"
-        network = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=precision, **({} if packed else {"use_safetensors": True}), **options
+        network, told = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=precision, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadModel(f"--model {name}: {reason or type(error).__name__}; check the folder or the hub id") from error
+    if missing := sorted(told["missing_keys"]):
+        raise BadModel(
+            f"--model {name}: its files hold no {missing[0]} ({len(missing)} weights are missing and would be random); "
+            "save the whole model with save_pretrained(folder)"
+        )
     if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
         network = network.float()
     return CausalLM(network.to(device)), tokenizer

