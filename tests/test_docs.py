@@ -1,0 +1,39 @@
+"""The docs are held to the code: every command and option is there, and what is generated is up to date."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from prism_select.cli import app
+from prism_select.store import SHARD
+
+ROOT = Path(__file__).parent.parent
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_options_page_is_what_the_configs_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert DOCS["options.md"] == module.page(), "run python docs/make_options.py"
+
+
+def test_every_command_is_in_the_docs_and_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in app.commands:
+        assert f"prism {command}" in DOCS["index.md"]
+        assert f"prism {command}" in readme
+
+
+def test_every_column_of_the_scores_is_in_the_docs() -> None:
+    assert all(f"`{name}`" in DOCS["output.md"] for name in {*SHARD.names, "verdict"} - {"reason"})
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(\w+)\.py\b", readme))
+    source = ROOT / "src" / "prism_select"
+    there = {path.stem for path in [*source.glob("*.py"), *(source / "core").glob("*.py")]}
+    assert there - named == {"__init__", "__main__"}
+    assert named <= there
