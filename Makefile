@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 real: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[real]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/real.py --data $(or $(DATA),../shared/data)
 
 bench: $(STAMP)

@@ -25,6 +25,8 @@ from prism_select.statistics import auroc
 
 WORK = Path(__file__).parent / "work"
 Row = dict[str, Any]
+LONGEST, SPLITS = 600, 3
+UNITS = {"score_per_token": "per token", "score": "summed"}
 
 
 def model() -> Path:
@@ -83,32 +85,38 @@ def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarra
 
 
 def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
-    rows = lines(data / "truthfulqa_pairs.jsonl")
-    random.Random(0).shuffle(rows)
-    target = save("truthful_pairs.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows[:80]])
-    pool = save(
-        "truthful_pool.jsonl",
-        [
-            {"prompt": asked(r["prompt"]), "completion": said(r[side]), "question": i, "is_bad": side == "rejected"}
-            for i, r in enumerate(rows[80:230])
-            for side in ("chosen", "rejected")
-        ],
-    )
     kept, figures = [], []
-    for weighting, wanted in (("prism", "≥ 0.75"), ("uniform", ""), ("unpaired", "")):
-        done = run(
-            "repair", f"truthful-{weighting}", pool=pool, target=target, weighting=weighting, label_field="is_bad"
-        )
-        bad = np.array([row["is_bad"] for row in lines(Path(pool))])
-        question = np.array([row["question"] for row in lines(Path(pool))])
-        for column, unit in (("score_per_token", "per token"), ("score", "summed")):
-            scores = done.scores[column].to_numpy()
-            value = auroc(scores, bad)
-            ends = interval({"scores": scores, "bad": bad}, auroc, question)
-            name = f"TruthfulQA repair AUROC, {weighting}, {unit}"
-            figures.append(figure(name, value, "AUROC", wanted if unit == "per token" else "", ends))
-        kept.append({"scenario": "truthfulqa", "weighting": weighting, "manifest": short(done.manifest)})
+    for weighting, wanted in (("prism", "≥ 0.75"), ("unpaired", "")):
+        found: dict[str, list[float]] = {"score_per_token": [], "score": []}
+        for split in range(SPLITS):
+            target, pool = truthful_files(data, split)
+            name = f"truthful-{weighting}-{split}"
+            done = run("repair", name, pool=pool, target=target, weighting=weighting, label_field="is_bad")
+            bad, question = (np.array([row[c] for row in lines(Path(pool))]) for c in ("is_bad", "question"))
+            for column, values in found.items():
+                scores = done.scores[column].to_numpy()
+                values.append(auroc(scores, bad))
+                ends = interval({"scores": scores, "bad": bad}, auroc, question)
+                title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, split {split}"
+                figures.append(figure(title, values[-1], "AUROC", "", ends))
+            kept.append({"scenario": "truthfulqa", "name": name, "manifest": short(done.manifest)})
+        for column, values in found.items():
+            bar = wanted if column == "score_per_token" else ""
+            title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, mean of {SPLITS} splits"
+            figures.append(figure(title, float(np.mean(values)), "AUROC", bar))
     return kept, figures
+
+
+def truthful_files(data: Path, split: int) -> tuple[str, str]:
+    rows = lines(data / "truthfulqa_pairs.jsonl")
+    random.Random(split).shuffle(rows)
+    pairs = [pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows[:80]]
+    pool = [
+        {"prompt": asked(r["prompt"]), "completion": said(r[side]), "question": i, "is_bad": side == "rejected"}
+        for i, r in enumerate(rows[80:230])
+        for side in ("chosen", "rejected")
+    ]
+    return save(f"truthful_pairs_{split}.jsonl", pairs), save(f"truthful_pool_{split}.jsonl", pool)
 
 
 def gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
@@ -117,17 +125,17 @@ def gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
     draw.shuffle(math)
     two = lines(data / "gsm8k_model_pairs.jsonl")
     draw.shuffle(two)
-    near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:60]]
+    near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:40]]
     targets = {
         "near-miss pairs": save("gsm8k_near.jsonl", near),
-        "two models' pairs": save("gsm8k_two.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]]),
+        "two models' pairs": save("gsm8k_two.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:40]]),
     }
-    pool = save("mixed_pool.jsonl", mixed(data, math[60:210], draw))
+    pool = save("mixed_pool.jsonl", mixed(data, math[40:], draw))
     is_math = np.array([row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))])
     kept, figures = [], [figure("share of math in the pool", float(is_math.mean()), "share", "")]
     for pairs, target in targets.items():
         done = run("score", f"gsm8k-{pairs.split()[0]}", pool=pool, target=target)
-        for column, unit in (("score", "summed"), ("score_per_token", "per token")):
+        for column, unit in UNITS.items():
             best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
             name = f"share of math in the chosen 5%, {pairs}, {unit}"
             figures.append(figure(name, float(is_math[best].mean()), "share", ""))
@@ -153,21 +161,25 @@ def changed(solution: str, draw: random.Random) -> str:
 
 
 def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
-    def row(question: str, answer: str, source: str) -> Row:
-        return {"prompt": asked(question), "completion": said(answer), "source": source}
+    """1,000 rows, a quarter of them math; none longer than `LONGEST` characters, which keeps the study short."""
 
-    def some(rows: list[Row], count: int) -> list[Row]:
-        return draw.sample([r for r in rows if str(r.get("output", r.get("response", "x"))).strip()], count)
+    def some(
+        name: str, question: str, answer: str, source: str, count: int, rows: list[Row] | None = None
+    ) -> list[Row]:
+        every = [
+            {"prompt": asked(" ".join(str(r.get(q, "")) for q in question.split("+"))), "completion": said(r[answer])}
+            for r in rows or lines(data / name)
+        ]
+        short = [r for r in every if r["completion"].strip() and len(r["prompt"] + r["completion"]) <= LONGEST]
+        return [{**r, "source": source} for r in draw.sample(short, count)]
 
-    parts = [row(r["question"], r["answer"], "gsm8k") for r in math]
-    for name, source, count in (
-        ("math_word_problems.json", "math_word_problems", 100),
-        ("alpaca_demo.json", "alpaca", 250),
-    ):
-        parts += [row(f"{r['instruction']} {r['input']}", r["output"], source) for r in some(lines(data / name), count)]
-    dolly = some(lines(data / "dolly_5000.jsonl"), 350)
-    parts += [row(r["instruction"], r["response"], "dolly") for r in dolly]
-    parts += [row(r["prompt"], r["completion"], "t0") for r in draw.sample(lines(data / "t0_pool.jsonl"), 200)]
+    parts = [
+        *some("", "question", "answer", "gsm8k", 150, math),
+        *some("math_word_problems.json", "instruction+input", "output", "math_word_problems", 100),
+        *some("alpaca_demo.json", "instruction+input", "output", "alpaca", 250),
+        *some("dolly_5000.jsonl", "instruction", "response", "dolly", 300),
+        *some("t0_pool.jsonl", "prompt", "completion", "t0", 200),
+    ]
     draw.shuffle(parts)
     return parts
 

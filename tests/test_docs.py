@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 
 
-def test_options_page_is_what_the_configs_say() -> None:
-    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+def test_generated_pages_are_what_the_configs_and_results_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_pages", ROOT / "docs" / "make_pages.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert DOCS["options.md"] == module.page(), "run python docs/make_options.py"
+    for name, write in module.PAGES.items():
+        assert DOCS[name] == write(), "run python docs/make_pages.py"
 
 
 def test_every_command_is_in_the_docs_and_the_readme() -> None:

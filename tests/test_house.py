@@ -37,9 +37,8 @@ def imports_of(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prism_select"):
             inside = (node.module or "").removeprefix("prism_select").lstrip(".")
-            names.update(
-                f"{inside}.{a.name}".lstrip(".") if inside in ("", "core", "data") else inside for a in node.names
-            )
+            package = inside in ("", "core", "data", "demo")
+            names.update(f"{inside}.{a.name}".lstrip(".") if package else inside for a in node.names)
     return names
 
 

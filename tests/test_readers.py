@@ -109,7 +109,7 @@ def test_hub_names_are_kept() -> None:
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonlx", "notes.md", "empty", ""])
 def test_a_pattern_that_reaches_nothing_is_refused(folder: Path, name: str) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(BadFile, match="no such file|ending"):
+    with pytest.raises(BadFile, match=r"no such file|ending"):
         find_files([str(folder / name) if name else ""])
 
 
@@ -146,7 +146,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, name: str
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.jsonl.gz"])
 def test_utf_16_is_refused_by_name(tmp_path: Path, encoding: str, name: str) -> None:
-    with pytest.raises(BadFile, match="UTF-16.*iconv"):
+    with pytest.raises(BadFile, match=r"UTF-16.*iconv"):
         rows(tmp_path / name, '{"a": 1}\n'.encode(encoding))
 
 
@@ -358,7 +358,7 @@ def test_damaged_missing_and_mislabelled_files_are_refused(tmp_path: Path) -> No
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("x.parquet", "plain.jsonl.gz", "missing.jsonl", "missing.parquet", "folder.jsonl"):
-        with pytest.raises(BadFile, match="cannot be read: .*cut short or damaged$"):
+        with pytest.raises(BadFile, match=r"cannot be read: .*cut short or damaged$"):
             list(read_rows(str(tmp_path / name)))
     with pytest.raises(BadFile, match="ending is not supported"):
         list(read_rows(str(tmp_path / "x.txt")))
@@ -384,7 +384,7 @@ def test_a_local_folder_is_read_as_a_hub_data_set(hub: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hub:{}:nosplit", "hub:{}/missing"])
 def test_a_hub_data_set_that_cannot_be_loaded_is_refused_in_one_line(hub: Path, name: str) -> None:
-    with pytest.raises(BadFile, match="cannot be read: .*check the name, the split") as caught:
+    with pytest.raises(BadFile, match=r"cannot be read: .*check the name, the split") as caught:
         list(read_rows(name.format(hub)))
     assert "\n" not in str(caught.value)
 
@@ -572,7 +572,7 @@ def test_each_pool_format_is_detected_and_read(
 def test_an_unknown_pool_row_is_told_what_is_known() -> None:
     with pytest.raises(BadRow, match=r"x.jsonl:3: .*'prompt', 'zzz'; known are messages, prompt\+completion.*--fields"):
         detect_pool({"prompt": 1, "zzz": 2}, {}, "x.jsonl", 3)
-    with pytest.raises(BadRow, match="fields are none.*chosen=good"):
+    with pytest.raises(BadRow, match=r"fields are none.*chosen=good"):
         detect_target({}, {})
 
 
@@ -595,7 +595,7 @@ def test_ids_and_sources_are_the_row_s_own_or_made_of_its_place() -> None:
 
 BAD_POOL = [
     ("prompt+completion", {"prompt": "p"}, "missing field: completion"),
-    ("prompt+completion", {"prompt": "p", "completion": 4}, "completion: a number where a list of messages"),
+    ("prompt+completion", {"prompt": "p", "completion": 4}, "completion: a number where text or a list of messages"),
     ("prompt+completion", {"prompt": True, "completion": "c"}, "prompt: true or false where"),
     ("prompt+completion", {"prompt": None, "completion": "c"}, "prompt: null where"),
     ("prompt+completion", {"prompt": "p", "completion": " \n"}, "empty completion"),

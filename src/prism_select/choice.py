@@ -7,6 +7,7 @@ again only for rows that could be chosen, and only when near-duplicates are look
 """
 
 import json
+import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, li
 from prism_select.statistics import auroc, average_precision, precision_at, rank_correlation
 from prism_select.store import Run, Store
 
-__all__ = ["Chosen", "choose_again", "choose_and_write", "early_refusals"]
+__all__ = ["Chosen", "choose_again", "choose_and_write", "early_refusals", "refuse_budget"]
 
 Verdicts = list[str]
 VERDICTS = {
@@ -63,19 +64,32 @@ class Chosen:
 
 
 def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
-    """What would stop the choice in the end, found before anything is scored: `rows` of the pool are good."""
-    option = {"select": "budget", "repair": "remove"}.get(config.command)
-    if option:
-        budget = Amount.parse(f"--{option}", getattr(config, option))
-        if budget.kind == "rows":
-            limit_of(f"--{option}", budget, np.zeros(rows), np.zeros(rows, dtype=np.int64))
+    """What would stop the choice in the end, found before a model is loaded: `rows` of the pool are good."""
+    option, budget = budget_of(config)
+    if budget.kind == "rows":
+        limit_of(option, budget, np.zeros(rows), np.zeros(rows, dtype=np.int64))
     if isinstance(config, RepairConfig) and config.label_field:
-        first = next(raw for raw in pool.raw() if raw.fields is not None)
-        if first.fields is not None and config.label_field not in first.fields:
-            there = ", ".join(map(repr, first.fields))
-            raise BadOption(
-                f"--label-field {config.label_field}: {first.file}:{first.line} has no such field, only {there}"
-            )
+        labels_of(config.label_field, pool)
+
+
+def refuse_budget(config: ScoreConfig, sampled: Sequence[int], rows: int, every: Callable[[], Iterator[int]]) -> None:
+    """Raises BadOption when `rows` good rows do not fill the budget. `sampled` are the supervised tokens of a sample of
+    them, 0 where a row cannot be encoded; only where twice the budget is more than they promise are the tokens of
+    `every` row counted."""
+    option, budget = budget_of(config)
+    units = {"rows": [min(1, tokens) for tokens in sampled], "tokens": sampled}.get(budget.kind)
+    if units and 2 * budget.value > sum(units) / len(units) * rows:
+        tokens = np.fromiter(every(), dtype=np.int64)
+        limit_of(option, budget, np.zeros(len(tokens)), tokens)
+
+
+def budget_of(config: ScoreConfig) -> tuple[str, Amount]:
+    """The option that says how much is chosen, and what it says."""
+    if isinstance(config, SelectConfig):
+        return "--budget", Amount.parse("--budget", config.budget)
+    if isinstance(config, RepairConfig):
+        return "--remove", Amount.parse("--remove", config.remove)
+    return "", Amount("positive")
 
 
 def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Iterable[pa.Table]], pool: Pool) -> Chosen:
@@ -101,6 +115,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     old, store = Run(Path(config.select_from)), Store(config.out)
     if not (old.path / "manifest.json").exists():
         raise BadOption(f"--select-from {old.path}: no complete run there; give the folder of one")
+    if store.path.resolve() == old.path.resolve():
+        raise BadOption(f"--out {store.path}: it holds the scores to choose from; give another folder")
     manifest = old.manifest
     pool = Pool(manifest["config"]["pool"], parse_fields(manifest["config"]["fields"]))
     if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
@@ -119,6 +135,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
             keys = zip(table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
             yield table.append_column("reason", pa.array([reasons.get(key) for key in keys], pa.string()))
 
+    columns, (option, budget) = columns_of(tables()), budget_of(config)
+    limit_of(option, budget, getattr(columns, config.ranking), columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
     chosen = choose_and_write(config, store, tables, pool)
@@ -155,8 +173,8 @@ def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
         verdicts = _walk(config, columns, pool, share)
     elif isinstance(config, RepairConfig):
         names = {"taken": "removed", "over budget": "kept"}
-        budget, ranking = Amount.parse("--remove", config.remove), getattr(columns, config.ranking)
-        limit = limit_of("--remove", budget, ranking, columns.tokens)
+        (option, budget), ranking = budget_of(config), getattr(columns, config.ranking)
+        limit = limit_of(option, budget, ranking, columns.tokens)
         verdicts = choose(ranking, columns.tokens, columns.source, Rules(budget), limit)
     else:
         names = {}
@@ -165,8 +183,8 @@ def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
 
 
 def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> Verdicts:
-    budget, ranking = Amount.parse("--budget", config.budget), getattr(columns, config.ranking)
-    limit = limit_of("--budget", budget, ranking, columns.tokens)
+    (option, budget), ranking = budget_of(config), getattr(columns, config.ranking)
+    limit = limit_of(option, budget, ranking, columns.tokens)
     if not config.near_duplicates:
         return choose(ranking, columns.tokens, columns.source, Rules(budget, share), limit)
     best = np.argsort(-np.nan_to_num(ranking, nan=-np.inf), kind="stable")
@@ -219,22 +237,28 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
                 places[verdict].write(raw.text.encode("utf-8", "surrogatepass") + b"\n")
 
 
-def label_of(value: object, field: str) -> bool:
-    text = str(value).strip().lower()
-    if text not in _TRUE | _FALSE:
-        raise BadOption(f"--label-field {field}: {value!r} is neither true nor false; use true/false or 1/0")
-    return text in _TRUE
+def labels_of(field: str, pool: Pool) -> list[bool | None]:
+    """Whether each row is known to be bad; None where it does not say. Raises BadOption for what is neither true nor
+    false, and where no row has such a column."""
+    labels = list[bool | None]()
+    for raw in pool.raw():
+        fields = raw.fields or {}
+        text = str(fields[field]).strip().lower() if field in fields else None
+        if text not in _TRUE | _FALSE | {None}:
+            found = reprlib.repr(fields[field])
+            raise BadOption(
+                f"--label-field {field}: {raw.file}:{raw.line} has {found}, neither true nor false; use true/false"
+            )
+        labels.append(None if text is None else text in _TRUE)
+    if not any(label is not None for label in labels):
+        raise BadOption(f"--label-field {field}: no row of the pool has such a field; check its name")
+    return labels
 
 
 def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: Pool) -> dict[str, Any]:
     """How well the ranking finds the rows that are known to be bad; rows without a score or a label are left out."""
-    labels = [
-        None if raw.fields is None or field not in raw.fields else label_of(raw.fields[field], field)
-        for raw in pool.raw()
-    ]
+    labels = labels_of(field, pool)
     usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
-    if not usable.any():
-        raise BadOption(f"--label-field {field}: no row has such a column")
     truth = np.array([bool(label) for label in labels])[usable]
     removed = np.array([verdict == "removed" for verdict in verdicts])[usable]
     return {

@@ -77,7 +77,19 @@ def execute_and_tell(config: ScoreConfig) -> None:
         )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Interrupted(Exception):
+    """Ctrl-C or a polite kill. Click would print an empty line of its own for it."""
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="prism-select", prog_name="prism")
 @click.option("--debug", is_flag=True, help="Print the traceback of a defect.")
 def app(debug: bool) -> None:
@@ -136,10 +148,13 @@ def guarded(call: Callable[[], Any], debug: bool) -> None:
         code = call()
     except PrismError as error:
         fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 0
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "prism"
         fail(f"{error.format_message()} See {where} --help", 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (Interrupted, KeyboardInterrupt, click.Abort):
         fail("interrupted; the same command goes on where it stopped", 130)
     except BrokenPipeError:
         sys.exit(0)

@@ -10,23 +10,23 @@ every pair on reading: from there on, in columns too, `chosen` means the unwante
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
 
 from prism_select import models
-from prism_select.choice import choose_and_write, early_refusals
+from prism_select.choice import choose_and_write, early_refusals, refuse_budget
 from prism_select.config import RepairConfig, ScoreConfig
 from prism_select.core.check import check
-from prism_select.core.engines import ENGINES, Engine
+from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Direction, Weights
-from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, fingerprint, read_target
-from prism_select.data.readers import find_files
+from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
@@ -34,7 +34,7 @@ from prism_select.planning import Plan, make_plan, peak_memory
 from prism_select.progress import Progress, Silent
 from prism_select.scoring import Scorer
 from prism_select.store import Run, Store
-from prism_select.targeting import read_direction, save_direction
+from prism_select.targeting import read_direction, save_direction, towards
 
 __all__ = ["run"]
 
@@ -80,16 +80,16 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
             return Run(store.path)
     with clock.step("load"):
         model, encoder = load_model(config, progress)
+        sample = encode_sample(config, inputs, encoder)
     with clock.step("target"):
         weights, target, directions = read_direction(config, model, encoder, inputs.pairs, progress)
-        rows = first_rows(inputs.pool, encoder)
-        engine, checked = choose_engine(config, model, weights, directions, collate(rows, model.device))
+        engine, checked = choose_engine(config, model, weights, directions, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, weights, encoder, inputs.survey, model.device)
+    plan = plan_run(config, engine, weights, sample, inputs.survey, model.device)
     if config.dry_run:
         return plan
     store.begin(config, inputs.fingerprints)
-    save_direction(store, target, directions, inputs.pairs)
+    save_direction(store, towards(config), target, directions, inputs.pairs)
     scorer = Scorer(encoder, engine, config.batch_tokens, model.device)
     with clock.step("score"):
         shards = score_pool(config, store, inputs, scorer, progress)
@@ -118,7 +118,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
         progress.say(f"{file}: {name}")
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
     early_refusals(config, survey.rows - survey.bad, pool)
-    files = find_files([config.target]) if config.target else [config.direction]
+    files = find_files([config.target]) if config.target else [readable(config.direction)]
     prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": models.fingerprint(config.model)}
     return Inputs(pool, survey, pairs, prints)
 
@@ -129,11 +129,11 @@ def refuse_bad_rows(config: ScoreConfig, bad: int, rows: int, first: BadRow | No
         return
     if config.bad_rows == "stop":
         raise first
-    if bad > float(config.max_bad.rstrip("%")) / 100 * rows:
+    if bad > round(config.allowed_bad * rows, 6):  # 29% of 100 is 29
         raise TooManyBadRows(
             first.file,
             first.line,
-            f"{first.what} (the first of {bad} bad rows among {rows}, and --max-bad allows {config.max_bad})",
+            f"{first.what} (the first of {bad} bad rows found among {rows}, and --max-bad allows {config.max_bad})",
             f"{first.advice}, or raise --max-bad",
         )
 
@@ -142,12 +142,38 @@ def load_model(config: ScoreConfig, progress: Progress) -> tuple[models.CausalLM
     with progress.task(f"loading {config.model}", None):
         model, tokenizer = models.load(config.model, config.dtype, models.resolve_device(config.device))
     limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
-    encoder = Encoder(tokenizer, config.template, min(config.max_length, limit))
+    encoder = Encoder(tokenizer, config.template, min(config.max_length, limit), model.vocabulary)
     progress.say(
         f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}, template "
         f"{encoder.template}, at most {encoder.max_length} tokens a row"
     )
     return model, encoder
+
+
+def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:
+    """The rows of the survey's sample that can be encoded. What would stop the run hours later stops it here: too many
+    rows that cannot be encoded, a conversation without a template, a budget larger than the pool."""
+    survey, sample, bad = inputs.survey, list[Encoded](), list[BadRow]()
+    for example in survey.sample:
+        try:
+            sample.append(encoder.encode(example))
+        except BadRow as error:
+            bad.append(error)
+    if survey.conversation:
+        with suppress(BadRow):
+            encoder.encode(survey.conversation)
+    refuse_bad_rows(config, survey.bad + len(bad), survey.rows, survey.first_bad or next(iter(bad), None))
+    sampled = [row.targets for row in sample] + [0] * len(bad)
+    refuse_budget(config, sampled, survey.rows - survey.bad, partial(targets_of, inputs.pool, encoder))
+    return sample or first_rows(inputs.pool, encoder)
+
+
+def targets_of(pool: Pool, encoder: Encoder) -> Iterator[int]:
+    """Supervised tokens of each row of the pool that can be encoded."""
+    for _, example in pool.rows():
+        if isinstance(example, Example):
+            with suppress(BadRow):
+                yield encoder.encode(example).targets
 
 
 def first_rows(pool: Pool, encoder: Encoder) -> list[Encoded]:
@@ -171,21 +197,31 @@ def _raise(error: BadRow) -> Encoded:
 
 
 def choose_engine(
-    config: ScoreConfig, model: models.CausalLM, weights: Weights, directions: Sequence[Direction], batch: Batch
+    config: ScoreConfig,
+    model: models.CausalLM,
+    weights: Weights,
+    directions: Sequence[Direction],
+    rows: Sequence[Encoded],
 ) -> tuple[Engine, Checked]:
-    """The engine asked for, or the cheapest that reaches every weight; checked against the definition either way."""
+    """The engine asked for, or the cheapest that reaches every weight; checked against the definition either way, on
+    those of `rows` that have a score."""
     narrow = torch.finfo(model.dtype).bits < 32
     order = (
         ["reverse", "forward" if narrow else "difference", "reference"] if config.engine == "auto" else [config.engine]
     )
     slow = ENGINES["reference"](model, weights, directions)
+    exact = slow(collate(rows, model.device))
+    finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
+    kept = finite if finite.any() else ~finite  # where no row has a score, the check says so
+    known = Scores(exact.loglik[kept], exact.values[kept])
+    batch = collate([row for row, keep in zip(rows, kept.tolist(), strict=True) if keep], model.device)
     why = f"asked for, {model.dtype}".replace("torch.", "")
     for name in order:
         if config.engine == "auto" and name == "reverse":
             why = f"one backward pass reaches all {len(weights)} weights in {str(model.dtype).removeprefix('torch.')}"
         engine = slow if name == "reference" else ENGINES[name](model, weights, directions)
         try:
-            apart = check(name, engine, slow, batch, model.dtype)
+            apart = check(name, engine, lambda _: known, batch, model.dtype)
             return engine, Checked(name, why, str(model.dtype).removeprefix("torch."), len(batch), apart)
         except Unreachable as error:
             if name == order[-1]:
@@ -195,15 +231,14 @@ def choose_engine(
 
 
 def plan_run(
-    config: ScoreConfig, engine: Engine, weights: Weights, encoder: Encoder, survey: Survey, device: torch.device
+    config: ScoreConfig,
+    engine: Engine,
+    weights: Weights,
+    sample: Sequence[Encoded],
+    survey: Survey,
+    device: torch.device,
 ) -> Plan:
     """Costs one batch."""
-    sample = []
-    for example in survey.sample:
-        try:
-            sample.append(encoder.encode(example))
-        except BadRow:
-            continue
     lengths = [len(row.tokens) for row in sample]
     batches = plan_batches(lengths, config.batch_tokens)
     middle = batches[len(batches) // 2]
@@ -211,9 +246,10 @@ def plan_run(
 
 
 def score_pool(config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, progress: Progress) -> int:
-    """Every row of the pool, window by window; returns the number of shards."""
+    """Every row of the pool, window by window; returns the number of shards. Stops as soon as there are too many bad
+    rows; what is scored by then stays, since --max-bad may be raised for the same run."""
     done, number = store.finished_shards(), 0
-    rows = inputs.pool.rows()
+    rows, bad, first = inputs.pool.rows(), 0, None
     if done:
         progress.say(f"{done} shards of {WINDOW} rows are there already: going on after them")
     with progress.task("scoring", inputs.survey.rows) as task:
@@ -222,8 +258,9 @@ def score_pool(config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer
                 store.write_shard(number, scorer.table(number * WINDOW, window, task))
             else:
                 task.advance(len(window))
+            for (raw, _), reason in zip(window, store.reasons(number), strict=True):
+                if reason is not None:
+                    bad, first = bad + 1, first or BadRow(raw.file, raw.line, reason, "mend or remove it")
+            refuse_bad_rows(config, bad, inputs.survey.rows, first)
             number += 1
-    bad = [row for table in store.read_shards(number) for row in table.to_pylist() if row["reason"] is not None]
-    first = BadRow(bad[0]["file"], bad[0]["line"], bad[0]["reason"], "mend or remove it") if bad else None
-    refuse_bad_rows(config, len(bad), inputs.survey.rows, first)
     return number

@@ -55,12 +55,12 @@ def choose(
     verdicts[~np.isfinite(scores)] = "quarantined"
     cost = tokens if rules.budget.kind == "tokens" else np.ones(len(scores), dtype=np.int64)
     order = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")[: int(np.isfinite(scores).sum())]
-    spent, by_source = 0.0, dict[str, float]()
+    spent, by_source, cap = 0.0, dict[str, float](), round(rules.per_source * limit, 6)  # 29% of 100 is 29
     for row in order.tolist():
         price, source = float(cost[row]), str(sources[row])
         if spent + price > limit or (rules.budget.kind == "positive" and scores[row] <= 0):
             break
-        if by_source.get(source, 0.0) + price > rules.per_source * limit:
+        if by_source.get(source, 0.0) + price > cap:
             verdicts[row] = "source cap"
         elif rules.repeats(row):
             verdicts[row] = "near duplicate"
@@ -87,7 +87,7 @@ class NearDuplicates:
 
         self.threshold, self.texts = threshold, texts
         self._new = MinHash
-        self._index = MinHashLSH(threshold=threshold, num_perm=128)
+        self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # what it finds is compared below
         self._taken: dict[int, MinHash] = {}
 
     def __call__(self, row: int) -> bool:

@@ -150,6 +150,11 @@ class Store:
             number += 1
         return number
 
+    def reasons(self, number: int) -> list[str | None]:
+        """Why each row of a shard has no score; None for a row that has one."""
+        table = pq.read_table(self.shards / f"{number:08d}.parquet", columns=["reason"])
+        return list(table["reason"].to_pylist())
+
     def read_shards(self, count: int) -> Iterator[pa.Table]:
         for number in range(count):
             yield pq.read_table(self.shards / f"{number:08d}.parquet")

@@ -1,6 +1,7 @@
 """Targeting: pairs to a direction, and a direction to a file and back.
 
     direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
+                             metadata: which answers of the target file it points towards
 
 Choices made here: pairs are split in two random halves, so that every run can say how far they agree; a pair whose two
 answers are the same tokens stops the run, since it says nothing.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from prism_select.config import ScoreConfig
@@ -21,12 +22,12 @@ from prism_select.core.direction import Side, Target, norm, target_gradient
 from prism_select.core.layers import Direction, Weights, select_weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Pair
-from prism_select.errors import BadFile, BadModel, BadRow, NotFinite
+from prism_select.errors import BadFile, BadModel, BadOption, BadRow, NotFinite
 from prism_select.models import CausalLM
 from prism_select.progress import Progress
 from prism_select.store import Store
 
-__all__ = ["read_direction", "save_direction"]
+__all__ = ["read_direction", "save_direction", "towards"]
 
 
 def read_direction(
@@ -34,7 +35,7 @@ def read_direction(
 ) -> tuple[Weights, Target | None, list[Direction]]:
     """The weights that count, what the pairs say, and two directions: of the score and of its chosen half."""
     if config.direction:
-        weights, directions = load_direction(config.direction, model)
+        weights, directions = load_direction(config.direction, model, towards(config))
         return weights, None, directions
     weights = select_weights(model.network, config.layers)
     progress.say(
@@ -80,12 +81,25 @@ def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
         )
 
 
-def load_direction(file: str, model: CausalLM) -> tuple[Weights, list[Direction]]:
-    """A direction.safetensors of an earlier run. Raises BadFile, or BadModel when it is of another model."""
+def towards(config: ScoreConfig) -> str:
+    """Which answers of the target file a positive score moves the model towards."""
+    return "rejected" if config.command == "repair" else "chosen"
+
+
+def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list[Direction]]:
+    """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another model, and BadOption
+    when it points towards the other side than `side`."""
     try:
         saved = load_file(file)
+        with safe_open(file, "pt") as opened:
+            there = (opened.metadata() or {}).get("towards", side)
     except (OSError, SafetensorError) as error:
         raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
+    if there != side:
+        raise BadOption(
+            f"--direction {file}: it points towards the {there} answers, and this command needs the {side} ones; "
+            "repair takes the direction of a repair run, score and select take that of score or select"
+        )
     known = dict(model.network.named_parameters())
     names = [name for name in saved if not name.startswith("chosen/")]
     wrong = [name for name in names if name not in known or known[name].shape != saved[name].shape]
@@ -97,10 +111,13 @@ def load_direction(file: str, model: CausalLM) -> tuple[Weights, list[Direction]
     return {n: known[n] for n in names}, [{n: here[n] for n in names}, {n: here[f"chosen/{n}"] for n in names}]
 
 
-def save_direction(store: Store, target: Target | None, directions: Sequence[Direction], pairs: Sequence[Pair]) -> None:
+def save_direction(
+    store: Store, side: str, target: Target | None, directions: Sequence[Direction], pairs: Sequence[Pair]
+) -> None:
     score, chosen = directions
     tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
-    store.write("direction.safetensors", save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    ready = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    store.write("direction.safetensors", save(ready, metadata={"towards": side}))
     if target is None:
         return
     columns = {

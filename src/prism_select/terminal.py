@@ -4,6 +4,7 @@ Choices made here: everything a run tells goes to standard output, errors alone 
 a terminal, a plain line every ten seconds where there is none; control characters from files never reach the terminal.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ class _Plain:
         parts += [f"{self.tokens / seconds:,.0f} tokens/s"] * bool(self.tokens)
         if self.total and 0 < self.rows < self.total:
             parts.append(f"{seconds * (self.total - self.rows) / self.rows:,.0f} s left")
-        self.console.print(f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s'])}", markup=False, highlight=False)
+        line = f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s'])}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bar:
@@ -62,13 +64,20 @@ class _Bar:
         self.bars.update(self.id, advance=rows, rate=rate)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Who listened has left: the run goes on in silence."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Terminal:
     def __init__(self) -> None:
-        console = Console()
-        self.console = console if console.is_terminal else Console(width=120, color_system=None)
+        console = _Console()
+        self.console = console if console.is_terminal else _Console(color_system=None)
 
     def say(self, line: str) -> None:
-        self.console.print(printable(line), markup=False, highlight=False)
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
@@ -91,10 +100,20 @@ class Terminal:
             yield _Bar(bars, label, total)
 
     def table(self, rows: Mapping[str, str]) -> None:
+        if not self.console.is_terminal:
+            width = max(map(len, rows))
+            for name, value in rows.items():
+                self.say(f"{name:<{width}}  {value}")
+            return
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
             table.add_row(escape(name), escape(printable(value)))
         self.console.print(table, highlight=False)
+
+
+def _figure(value: float | None, spec: str = ".3f") -> str:
+    """null in a manifest is a figure that has no value: the AUROC of labels that are all the same, say."""
+    return "undefined" if value is None else format(value, spec)
 
 
 def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -116,14 +135,14 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)
     if labels := choice.get("labels"):
         rows["ranking"] = (
-            f"AUROC {labels['auroc']:.3f} ({labels['auroc_per_token']:.3f} per token), average precision "
-            f"{labels['average_precision']:.3f} ({labels['average_precision_per_token']:.3f})"
+            f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per token), average precision "
+            f"{_figure(labels['average_precision'])} ({_figure(labels['average_precision_per_token'])})"
         )
-        share = labels["precision_at_removed"]
+        share = _figure(labels["precision_at_removed"])
         rows["precision"] = (
-            f"{share:.3f} of the {labels['removed']:,} removed are bad; {labels['bad']:,} bad of {labels['rows']:,}"
+            f"{share} of the {labels['removed']:,} removed are bad; {labels['bad']:,} bad of {labels['rows']:,}"
         )
-    rows["length"] = f"rank correlation of score and tokens {choice['rank_correlation_with_tokens'] or 0:+.2f}"
+    rows["length"] = f"rank correlation of score and tokens {_figure(choice['rank_correlation_with_tokens'], '+.2f')}"
     rows["engine"] = f"{engine['name']} in {engine['dtype']}, off by {engine['check']['disagreement']:.1e}"
     rows["time"] = f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
     for place, line in enumerate(manifest["warnings"]):

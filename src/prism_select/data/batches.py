@@ -10,6 +10,7 @@ Choices made here: a special token that the text already carries is not doubled;
 filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from prism_select.data.records import Example, Turn
 from prism_select.errors import BadModel, BadRow, MissingChatTemplate
 
 __all__ = ["Encoded", "Encoder", "collate", "plan_batches"]
+
+STAND_IN = "␟prism␟"  # a text that no template changes and no template holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,11 @@ class Encoded:
 
 
 class Encoder:
-    """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has none."""
+    """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has none, and BadModel
+    for a token that is not among the first `vocabulary`: those that the model knows."""
 
-    def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer: Any, template: str, max_length: int, vocabulary: int | None = None) -> None:
+        self.tokenizer, self.max_length, self.vocabulary = tokenizer, max_length, vocabulary
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self.explicit = template != "auto"
         self.template = template if self.explicit else ("chat" if has_template else "plain")
@@ -63,14 +67,18 @@ class Encoder:
             why = f"nothing supervised is left of {len(tokens)} tokens after cutting to {self.max_length}"
             what = why if kept.truncated else "nothing is supervised"
             raise _bad(example, what, "raise --max-length or shorten the prompt")
+        if self.vocabulary is not None and max(kept.tokens) >= self.vocabulary:
+            raise BadModel(
+                f"{example.file}:{example.line}: the tokenizer makes token {max(kept.tokens)} of it, and the model "
+                f"knows {self.vocabulary}; they do not belong together: give a folder with the model's own tokenizer"
+            )
         return kept
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _plain(self, example: Example) -> tuple[list[int], list[bool]]:
-        conversation = len(example.turns) - example.prompt_turns > 1 or example.prompt_turns > 1
-        if conversation and not self.explicit:
+        if example.conversation and not self.explicit:
             raise MissingChatTemplate(
                 f"{example.file}:{example.line}: {len(example.turns)} turns of conversation, and the tokenizer has no "
                 "chat template; use a tokenizer with one, or --template plain to join the turns as they are"
@@ -89,17 +97,17 @@ class Encoder:
             supervised += [learned] * len(ids)
         return tokens, supervised
 
-    def _render(self, example: Example, turns: int, prompt: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in example.turns[:turns]]
+    def _render(self, example: Example, turns: Sequence[Turn], prompt: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise _bad(
                 example, f"the chat template refuses it: {error}", "mend the turns, or --template plain"
             ) from None
 
     def _chat(self, example: Example) -> tuple[list[int], list[bool]]:
-        whole = self._render(example, len(example.turns))
+        whole = self._render(example, example.turns)
         spans = [
             self._span(example, place, whole)
             for place, turn in enumerate(example.turns)
@@ -111,21 +119,19 @@ class Encoder:
 
     def _span(self, example: Example, place: int, whole: str) -> tuple[int, int]:
         """Where an assistant turn stands in the rendered conversation: after its generation prompt, up to and
-        with its end-of-turn token but without the white space that follows it."""
-        before = self._render(example, place, prompt=True) if place else ""
-        after = self._render(example, place + 1)
-        content = example.turns[place].text.strip()
-        start = len(before) if whole.startswith(before) else -1
-        found = whole.find(content, max(start, 0))
-        tail_start = after.rfind(content)
-        if start < 0 or found < 0 or tail_start < 0:
+        with its end-of-turn token but without the white space that follows it. What stands around a turn is seen on a
+        stand-in for it, since a short answer may also occur there."""
+        earlier, content = example.turns[:place], example.turns[place].text.strip()
+        head, there, tail = self._render(example, (*earlier, Turn("assistant", STAND_IN))).partition(STAND_IN)
+        before = self._render(example, earlier, prompt=True) if earlier else head
+        found = whole.find(content, len(head if whole.startswith(head) else before))
+        if not there or not whole.startswith(before) or found < 0:
             raise _bad(
                 example, f"the chat template changes turn {place + 1} beyond recognition", "try --template plain"
             )
-        tail = after[tail_start + len(content) :]
-        tail = tail.rstrip() or tail
-        end = found + len(content) + (len(tail) if whole.startswith(tail, found + len(content)) else 0)
-        return (start if place else found), end
+        end = found + len(content)
+        closing = re.compile(r"\s*" + re.escape(tail.strip()) if tail.strip() else re.escape(tail)).match(whole, end)
+        return len(before), closing.end() if closing else end
 
 
 def _gap(turns: Sequence[Turn]) -> str:

@@ -167,6 +167,8 @@ class _Row:
         value, label = self.value(name), self.label(name)
         if isinstance(value, str):
             return (Turn(role, self.string(value, label)),)
+        if not isinstance(value, list | Mapping):
+            raise self.bad(f"{label}: {_kind(value)} where text or a list of messages was expected")
         return self.messages([value] if isinstance(value, Mapping) else value, label)
 
     def messages(self, value: object, label: str) -> _Turns:

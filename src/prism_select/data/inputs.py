@@ -26,7 +26,8 @@ SAMPLE = 256
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the pool found. `sample` is a uniform sample of its good rows."""
+    """What one pass over the pool found. `sample` is a uniform sample of its good rows, the whole of them while they
+    are few; `conversation` is the first that needs a chat template."""
 
     rows: int
     bad: int
@@ -34,6 +35,7 @@ class Survey:
     formats: Mapping[str, str]
     sources: Counter[str]
     sample: Sequence[Example]
+    conversation: Example | None
 
 
 class Pool:
@@ -73,6 +75,7 @@ class Pool:
         formats: dict[str, str] = {}
         rows = bad = 0
         first_bad: BadRow | None = None
+        conversation: Example | None = None
         for raw, example in self.rows():
             rows += 1
             advance(1)
@@ -82,6 +85,7 @@ class Pool:
             if raw.file not in formats:
                 formats[raw.file] = detect_pool(raw.fields or {}, self.mapping).name
             sources[example.source] += 1
+            conversation = conversation or (example if example.conversation else None)
             if len(sample) < SAMPLE:
                 sample.append(example)
             elif (place := draw.randrange(rows - bad)) < SAMPLE:
@@ -91,7 +95,7 @@ class Pool:
         if not sample and first_bad:
             what = f"{first_bad.what} (and none of the pool's {rows} rows is usable)"
             raise EmptyInput(first_bad.file, first_bad.line, what, first_bad.advice)
-        return Survey(rows, bad, first_bad, formats, sources, sample)
+        return Survey(rows, bad, first_bad, formats, sources, sample, conversation)
 
 
 def read_target(file: str, mapping: Mapping[str, str]) -> list[Pair]:

@@ -1,6 +1,7 @@
 """Readers: files to rows as they came, one at a time.
 
     find_files   patterns → files   folders, globs and hub names; each file once
+    readable     a file → itself    or what is wrong with it
     read_rows    a file → its rows  with file and line; a row that cannot be read says why
 
 Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 from prism_select.data.records import Raw
 from prism_select.errors import BadFile, BadOption
 
-__all__ = ["find_files", "read_rows"]
+__all__ = ["find_files", "read_rows", "readable"]
 
 _CHUNK = 1 << 16
 _FIELD_LIMIT = 1 << 24  # characters in one CSV field: a quote that is never closed must not swallow the file
@@ -63,10 +64,16 @@ def _matches(pattern: str) -> list[str]:
     usable = sorted(file for file in files if _SUPPORTED.search(file) and os.path.isfile(file))
     if not usable:
         raise BadFile(pattern, None, "no file here has an ending that can be read", _ADVICE)
-    for file in usable:
-        if not os.access(file, os.R_OK):
-            raise BadFile(file, None, "permission denied", "make the file readable, or leave it out")
-    return usable
+    return [readable(file) for file in usable]
+
+
+def readable(file: str) -> str:
+    """`file` itself. Raises BadFile where it is no file that can be read."""
+    if not os.path.isfile(file):
+        raise BadFile(file, None, "no such file", "check the path")
+    if not os.access(file, os.R_OK):
+        raise BadFile(file, None, "permission denied", "make the file readable, or leave it out")
+    return file
 
 
 def read_rows(file: str) -> Iterator[Raw]:

@@ -48,6 +48,11 @@ class Example:
     line: int
     prompt_turns: int = 0
 
+    @property
+    def conversation(self) -> bool:
+        """Whether there is more in it than one prompt and one answer: then it takes a template to tell who speaks."""
+        return len(self.turns) - self.prompt_turns > 1 or self.prompt_turns > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

@@ -1,5 +1,7 @@
-"""Writes docs/options.md from the configs, so that a help text stands in one place."""
+"""Writes docs/options.md from the configs and docs/measurements.md from benchmarks/results, so that neither a help text
+nor a figure stands in two places."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prism_select.config import RepairConfig, ScoreConfig, SelectConfig
 
-PAGE = Path(__file__).parent / "options.md"
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
 
 
 def values(kind: Any) -> str:
@@ -27,7 +30,7 @@ def table(kind: type[ScoreConfig], without: set[str]) -> list[str]:
     return lines
 
 
-def page() -> str:
+def options_page() -> str:
     shared = {field.name for field in fields(ScoreConfig)}
     parts = ["# Options", "", "Any of them may stand in a TOML file given as `--config`; the command line wins.", ""]
     for title, kind, without in (
@@ -40,5 +43,26 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def measurements_page() -> str:
+    """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`."""
+    lines = (DOCS / "measurements.in.txt").read_text(encoding="utf-8").splitlines()
+    return "\n".join(figures(line[2:-2]) if line.startswith("{{") else line for line in lines) + "\n"
+
+
+def figures(name: str) -> str:
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    versions = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
+    lines = ["| figure | value | 95% interval | wanted | |", "|---|---|---|---|---|"]
+    for line in result["figures"]:
+        ends = "{:.3f} to {:.3f}".format(*line["interval"]) if "interval" in line else ""
+        state = {True: "holds", False: "**falls short**", None: ""}[line["holds"]]
+        lines.append(f"| {line['name']} | {line['value']:.3f} {line['unit']} | {ends} | {line['wanted']} | {state} |")
+    machine = result["machine"]
+    return "\n".join([*lines, "", f"{result['date']}, {machine['cores']} cores ({machine['processor']}), {versions}."])
+
+
+PAGES = {"options.md": options_page, "measurements.md": measurements_page}
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write(), encoding="utf-8")
