@@ -25,7 +25,7 @@ from prism_select.statistics import auroc
 
 WORK = Path(__file__).parent / "work"
 Row = dict[str, Any]
-LONGEST, SPLITS = 600, 3
+LONGEST, SPLITS = 400, 2
 UNITS = {"score_per_token": "per token", "score": "summed"}
 
 
@@ -121,9 +121,9 @@ def truthful_files(data: Path, split: int) -> tuple[str, str]:
 
 def gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
     draw = random.Random(0)
-    math = lines(data / "gsm8k_train.jsonl")
+    math = [r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST]
     draw.shuffle(math)
-    two = lines(data / "gsm8k_model_pairs.jsonl")
+    two = [r for r in lines(data / "gsm8k_model_pairs.jsonl") if len(r["prompt"] + r["chosen"]) <= LONGEST]
     draw.shuffle(two)
     near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:40]]
     targets = {
