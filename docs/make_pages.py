@@ -50,7 +50,10 @@ def measurements_page() -> str:
 
 
 def figures(name: str) -> str:
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    place = RESULTS / f"{name}.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    result = json.loads(place.read_text(encoding="utf-8"))
     versions = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
     lines = ["| figure | value | 95% interval | wanted | |", "|---|---|---|---|---|"]
     for line in result["figures"]:
