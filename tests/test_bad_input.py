@@ -84,7 +84,10 @@ BAD_ROWS: dict[str, tuple[Line, str]] = {
     "no JSON": ("prompt, completion", "broken JSON"),
     "an array": ('["a", "b"]', "an array where an object was expected"),
     "a number": ("7", "a number where an object was expected"),
-    "number for text": ({"prompt": "a", "completion": 7}, "completion: a number where a list of messages was expected"),
+    "number for text": (
+        {"prompt": "a", "completion": 7},
+        "completion: a number where text or a list of messages was expected",
+    ),
     "null": ({"prompt": "a", "completion": None}, "completion: null where"),
     "list of texts": ({"prompt": ["a"], "completion": "b"}, "prompt[0]: text where a message was expected"),
     "unknown role": ({"prompt": [{"role": "cat", "content": "a"}], "completion": "b"}, "prompt[0]: unknown role 'cat'"),
