@@ -13,19 +13,20 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results_file import figure, write
+from results_file import RESULTS, figure, write
 
 import prism_select
 from prism_select.statistics import auroc
 
 WORK = Path(__file__).parent / "work"
 Row = dict[str, Any]
-LONGEST, SPLITS = 400, 2
+LONGEST = 400
 UNITS = {"score_per_token": "per token", "score": "summed"}
 
 
@@ -86,9 +87,9 @@ def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarra
 
 def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
     kept, figures = [], []
-    for weighting, wanted in (("prism", "≥ 0.75"), ("unpaired", "")):
+    for weighting, wanted, splits in (("prism", "≥ 0.75", 2), ("unpaired", "", 1)):
         found: dict[str, list[float]] = {"score_per_token": [], "score": []}
-        for split in range(SPLITS):
+        for split in range(splits):
             target, pool = truthful_files(data, split)
             name = f"truthful-{weighting}-{split}"
             done = run("repair", name, pool=pool, target=target, weighting=weighting, label_field="is_bad")
@@ -102,7 +103,7 @@ def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
             kept.append({"scenario": "truthfulqa", "name": name, "manifest": short(done.manifest)})
         for column, values in found.items():
             bar = wanted if column == "score_per_token" else ""
-            title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, mean of {SPLITS} splits"
+            title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, mean of {splits} split(s)"
             figures.append(figure(title, float(np.mean(values)), "AUROC", bar))
     return kept, figures
 
@@ -119,29 +120,27 @@ def truthful_files(data: Path, split: int) -> tuple[str, str]:
     return save(f"truthful_pairs_{split}.jsonl", pairs), save(f"truthful_pool_{split}.jsonl", pool)
 
 
-def gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
+def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
+    """`pairs` is near-miss or two-models."""
     draw = random.Random(0)
     math = [r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST]
     draw.shuffle(math)
     two = [r for r in lines(data / "gsm8k_model_pairs.jsonl") if len(r["prompt"] + r["chosen"]) <= LONGEST]
     draw.shuffle(two)
     near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:40]]
-    targets = {
-        "near-miss pairs": save("gsm8k_near.jsonl", near),
-        "two models' pairs": save("gsm8k_two.jsonl", [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:40]]),
-    }
+    models = [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:40]]
+    target = save(f"gsm8k_{pairs.partition('-')[0]}.jsonl", near if pairs == "near-miss" else models)
     pool = save("mixed_pool.jsonl", mixed(data, math[40:], draw))
+    done = run("score", f"gsm8k-{pairs}", pool=pool, target=target)
     is_math = np.array([row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))])
-    kept, figures = [], [figure("share of math in the pool", float(is_math.mean()), "share", "")]
-    for pairs, target in targets.items():
-        done = run("score", f"gsm8k-{pairs.split()[0]}", pool=pool, target=target)
-        for column, unit in UNITS.items():
-            best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
-            name = f"share of math in the chosen 5%, {pairs}, {unit}"
-            figures.append(figure(name, float(is_math[best].mean()), "share", ""))
-            sources = done.scores["source"].take(best).value_counts().to_pylist()
-            kept.append({"scenario": "gsm8k", "pairs": pairs, "ranking": column, "chosen": sources})
-        kept.append({"scenario": "gsm8k", "pairs": pairs, "manifest": short(done.manifest)})
+    kept = [{"scenario": "gsm8k", "pairs": pairs, "manifest": short(done.manifest)}]
+    figures = [figure(f"share of math in the pool ({pairs} pairs)", float(is_math.mean()), "share", "")]
+    for column, unit in reversed(UNITS.items()):
+        best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
+        name = f"share of math in the chosen 5%, {pairs} pairs, {unit}"
+        figures.append(figure(name, float(is_math[best].mean()), "share", ""))
+        sources = done.scores["source"].take(best).value_counts().to_pylist()
+        kept.append({"scenario": "gsm8k", "pairs": pairs, "ranking": column, "chosen": sources})
     return kept, figures
 
 
@@ -188,13 +187,27 @@ def short(manifest: Mapping[str, Any]) -> Row:
     return {name: manifest[name] for name in ("target", "engine", "counts", "timings", "padding")}
 
 
+STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
+    "truthfulqa": truthfulqa,
+    "near-miss": partial(gsm8k, "near-miss"),
+    "two-models": partial(gsm8k, "two-models"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    data = parser.parse_args().data
-    repair_rows, repair_figures = truthfulqa(data)
-    select_rows, select_figures = gsm8k(data)
-    write("real.json", [*repair_rows, *select_rows], [*repair_figures, *select_figures])
+    parser.add_argument("--only", choices=STUDIES, help="measure one study and keep the others' figures as they are")
+    chosen = parser.parse_args()
+    rows, figures = [], []
+    if chosen.only and (RESULTS / "real.json").exists():
+        before = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))
+        rows = [row for row in before["rows"] if row["study"] != chosen.only]
+        figures = [line for line in before["figures"] if line["study"] != chosen.only]
+    for name in [chosen.only] if chosen.only else STUDIES:
+        for kept, new in zip((rows, figures), STUDIES[name](chosen.data), strict=True):
+            kept.extend({**line, "study": name} for line in new)
+    write("real.json", rows, figures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ __all__ = ["check", "disagreement", "tolerance"]
 
 
 def tolerance(engine: str, dtype: torch.dtype) -> float:
-    usual = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05}.get(dtype, 0.15)
+    usual = {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 0.05)
     return {"reference": 0.0, "difference": 2e-2}.get(engine, usual)
 
 

@@ -13,7 +13,7 @@ Choices made here:
   the rest, whatever the seeds.
 - The facts *are* on both sides, in other words: pairs ask about the same capitals and sums as the rows that are scored,
   and the wrong rows of the mixture make the same mistakes as the rejected answers. The demo shows that PRISM finds
-  known facts in new wordings, not that it knows facts that no pair mentions.
+  known facts in new wordings; on facts that no pair mentions it does clearly worse.
 - In `corpus` each fact has a reliability, drawn once per seed, that says how often the text is right about it. So the
   model has real and mixed preferences. The corpus is what the model has read: it uses all prompts, reserved or not.
 """
@@ -159,7 +159,7 @@ FACTS: dict[str, list[Fact]] = {
     "sizes": _sizes(),
 }
 SKILLS: tuple[str, ...] = tuple(FACTS)
-DEMO_SKILL = "animals"
+DEMO_SKILL = "capitals"
 
 
 def _is_reserved(prompt: str) -> bool:
