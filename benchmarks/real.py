@@ -87,7 +87,7 @@ def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarra
 
 def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
     kept, figures = [], []
-    for weighting, wanted, splits in (("prism", "≥ 0.75", 2), ("unpaired", "", 1)):
+    for weighting, wanted, splits in (("prism", "≥ 0.75", 5), ("unpaired", "", 3)):
         found: dict[str, list[float]] = {"score_per_token": [], "score": []}
         for split in range(splits):
             target, pool = truthful_files(data, split)

@@ -735,7 +735,8 @@ def test_output_is_plain_lines_where_there_is_no_terminal(place: Place) -> None:
     assert all(line == line.rstrip() and line.isprintable() and line for line in told)
     assert re.fullmatch(rf"files +{deep}/run: config.toml, .*, selected.jsonl", told[-1])  # whole, on one line
     names = [line.split()[0] for line in told if not line.startswith("warning")]
-    assert names[-8:] == ["read", "verdicts", "pairs", "chosen", "length", "engine", "time", "files"]
+    target = ["pairs", "agreement", "common", "answers"]
+    assert names[-11:] == ["read", "verdicts", *target, "chosen", "length", "engine", "time", "files"]
 
 
 def test_a_run_goes_on_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,15 @@ import torch
 import transformers
 from tiny import Tiny, batch_of, pairs_of
 
-from prism_select.core.check import check, disagreement
+from prism_select.check import check, disagreement
 from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
-from prism_select.core.layers import Weights, select_weights
+from prism_select.core.layers import Weights
 from prism_select.core.likelihood import LanguageModel
 from prism_select.errors import BadOption, EnginesDisagree, Unreachable
 from prism_select.models import CausalLM
 from prism_select.statistics import rank_correlation
+from prism_select.weights import select_weights
 
 V = 97
 SMALL = dict(
@@ -94,6 +95,18 @@ def test_engines_agree_to_rounding_on_a_float64_transformer(tied: bool, layers: 
         fast = engine(model, weights, directions)(batch)
         assert disagreement(fast.values, exact.values) < allowed, engine.__name__
         assert torch.allclose(fast.loglik, exact.loglik, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_many_directions_at_once_are_each_what_one_is_alone(name: str) -> None:
+    model = network_of(name)
+    weights = select_weights(model.network, "all")
+    target = target_of(model, weights)
+    directions = [target.direction, target.chosen, target.rejected, target.common]
+    batch = batch_of(9, 16, seed=3, vocabulary=V)
+    together = reverse(model, weights, directions)(batch).values
+    alone = torch.cat([reverse(model, weights, [direction])(batch).values for direction in directions], dim=1)
+    assert disagreement(together, alone) < 1e-5
 
 
 @pytest.mark.parametrize("layers", ["all", "late"])

@@ -14,11 +14,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["config", "progress"],
-    ["core.likelihood", "core.gains", "core.layers", "core.direction", "core.engines", "core.check"],
-    ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "statistics", "selection"],
+    ["core.likelihood", "core.gains", "core.layers", "core.direction", "core.engines"],
+    ["weights", "check", "sketching", "diagnosis", "statistics", "selection"],
+    ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
     ["models", "store", "planning"],
-    ["choice", "scoring", "targeting", "manifest", "memory"],
-    ["pipeline"],
+    ["choice", "scoring", "targeting", "manifest", "memory", "generation", "warmup"],
+    ["pipeline", "making"],
     ["api"],
     ["terminal"],
     ["demo.world", "demo.train", "demo.story"],
@@ -96,7 +97,18 @@ def test_what_the_package_offers_is_what_can_be_imported() -> None:
 
 def test_every_module_imports_alone() -> None:
     script = "import importlib, sys; [importlib.import_module(n) for n in sys.argv[1:2]]"
-    light = ["errors", "config", "progress", "api", "cli", "terminal", "data.readers", "data.formats", "selection"]
+    light = [
+        "errors",
+        "config",
+        "progress",
+        "api",
+        "cli",
+        "terminal",
+        "data.readers",
+        "data.formats",
+        "data.pairing",
+        "selection",
+    ]
     for name in light:
         code = f"{script}\nassert 'torch' not in sys.modules, 'torch came with it'"
         subprocess.run([sys.executable, "-c", code, f"prism_select.{name}"], check=True)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from prism_select.choice import Columns, hidden_sources
 from prism_select.config import Amount
 from prism_select.errors import BadOption
 from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
@@ -194,3 +195,18 @@ def test_an_amount_is_a_share_rows_tokens_or_every_positive_row(text: str, kind:
 def test_anything_else_is_no_amount(text: str) -> None:
     with pytest.raises(BadOption, match="not an amount; try 5%"):
         Amount.parse("--budget", text)
+
+
+@pytest.mark.parametrize(("rejected", "warned"), [(3.0, True), (1.0, False)])
+def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(rejected: float, warned: bool) -> None:
+    """Math raises the chosen answers by 2 a token, chat by 0.1; what matters is what it does to the rejected ones."""
+    count = 12
+    tokens = np.full(2 * count, 4)
+    chosen = np.repeat([8.0, 0.4], count)
+    score = chosen - np.repeat([4 * rejected, 0.0], count)
+    source = np.repeat(np.array(["math", "chat"], dtype=object), count)
+    told = hidden_sources(Columns(score, score / tokens, chosen, tokens, source, {}, 0))
+    assert bool(told) == warned
+    assert all("source math raises the chosen answers most (+2 a token)" in line for line in told)
+    few = slice(0, 9)
+    assert not hidden_sources(Columns(score[few], score[few], chosen[few], tokens[few], source[few], {}, 0))

@@ -100,13 +100,16 @@ def batch_of(rows: int, time: int = 14, seed: int = 0, left: bool = False, vocab
     return Batch(tokens, real, supervised)
 
 
-def pairs_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[tuple[Side, Side]]:
-    """Two halves of random pairs, their sides of different lengths."""
-    parts = (list(range(count))[::2], list(range(count))[1::2])
-    return [
-        (
-            Side([batch_of(len(part), 10, seed * 100 + 10 * half, vocabulary=vocabulary)], part),
-            Side([batch_of(len(part), 12, seed * 100 + 10 * half + 1, vocabulary=vocabulary)], part),
-        )
-        for half, part in enumerate(parts)
-    ]
+def pairs_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tuple[Side, Side]:
+    """Random pairs in two batches, their sides of different lengths."""
+    order = list(range(count))
+    parts = (order[::2], order[1::2])
+
+    def side(time: int, first: int) -> Side:
+        batches = [
+            batch_of(len(part), time, seed * 100 + 10 * half + first, vocabulary=vocabulary)
+            for half, part in enumerate(parts)
+        ]
+        return Side(batches, [*parts[0], *parts[1]])
+
+    return side(10, 0), side(12, 1)

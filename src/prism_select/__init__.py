@@ -1,6 +1,7 @@
 """PRISM: choose fine-tuning data by its influence on a behaviour that pairs of answers show.
 
 select, repair, score      the commands, as functions that return a Run
+make_pairs, check_pairs    `prism pairs`: a file of pairs, or what one says
 direction_of, scores       the method on a model and tensors in memory
 """
 
@@ -8,19 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_select.api import repair, score, select
+    from prism_select.api import check_pairs, make_pairs, repair, score, select
     from prism_select.core.likelihood import Batch
     from prism_select.errors import PrismError
     from prism_select.memory import direction_of, scores
     from prism_select.store import Run
 
-__all__ = ["Batch", "PrismError", "Run", "direction_of", "repair", "score", "scores", "select"]
+__all__ = [
+    "Batch",
+    "PrismError",
+    "Run",
+    "check_pairs",
+    "direction_of",
+    "make_pairs",
+    "repair",
+    "score",
+    "scores",
+    "select",
+]
 
 _HOMES = {
     "Batch": "core.likelihood",
     "PrismError": "errors",
     "Run": "store",
+    "check_pairs": "api",
     "direction_of": "memory",
+    "make_pairs": "api",
     "repair": "api",
     "score": "api",
     "scores": "memory",

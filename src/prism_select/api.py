@@ -8,17 +8,19 @@ nothing is printed. `plan` is the command line's --dry-run.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
-from prism_select.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import PairsConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.errors import BadOption
 from prism_select.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from prism_select.data.pairing import Accepts
+    from prism_select.making import Made
     from prism_select.planning import Plan
     from prism_select.store import Run
 
-__all__ = ["execute", "plan", "repair", "score", "select"]
+__all__ = ["check_pairs", "execute", "execute_pairs", "make_pairs", "plan", "repair", "score", "select"]
 
 P = ParamSpec("P")
 
@@ -32,6 +34,27 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
     from prism_select.pipeline import run
 
     return run(config, progress or Silent())
+
+
+def execute_pairs(
+    config: PairsConfig, progress: Progress | None = None, accepts: "Accepts | None" = None
+) -> "Made | dict[str, Any]":
+    """The file that was made, or the diagnosis. Raises PrismError for everything that its user can mend."""
+    from prism_select import making
+
+    if config.check:
+        return making.check_pairs(config, progress or Silent())
+    return making.make_pairs(config, progress or Silent(), accepts)
+
+
+def make_pairs(file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any) -> "Made":
+    """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the option `accept`."""
+    return cast("Made", execute_pairs(PairsConfig(file=file, how=how, out=out, **options), accepts=accepts))  # type: ignore[arg-type]
+
+
+def check_pairs(check: str, model: str, **options: Any) -> dict[str, Any]:
+    """`prism pairs --check FILE --model M`: what a run's manifest says about its target, with its warnings."""
+    return cast("dict[str, Any]", execute_pairs(PairsConfig(check=check, model=model, **options)))
 
 
 def plan(config: ScoreConfig) -> "Plan":

@@ -31,7 +31,7 @@ from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, li
 from prism_select.statistics import auroc, average_precision, precision_at, rank_correlation
 from prism_select.store import Run, Store
 
-__all__ = ["Chosen", "choose_again", "choose_and_write", "early_refusals", "refuse_budget"]
+__all__ = ["Chosen", "Columns", "choose_again", "choose_and_write", "early_refusals", "hidden_sources", "refuse_budget"]
 
 Verdicts = list[str]
 VERDICTS = {
@@ -39,6 +39,7 @@ VERDICTS = {
     "select": ("selected", "over budget", "near duplicate", "source cap", "quarantined"),
     "repair": ("removed", "kept", "quarantined"),
 }
+ENOUGH = 10
 _TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "none", "null"}
 
 
@@ -48,6 +49,7 @@ class Columns:
 
     score: NDArray[np.float64]
     score_per_token: NDArray[np.float64]
+    score_chosen: NDArray[np.float64]
     tokens: NDArray[np.int64]
     source: NDArray[np.object_]
     reasons: Mapping[int, str]
@@ -107,7 +109,7 @@ def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Ite
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
     counts["scored"] = len(verdicts) - counts["quarantined"]
-    return Chosen(counts, figures, [])
+    return Chosen(counts, figures, hidden_sources(columns))
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
@@ -152,8 +154,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
 
 
 def columns_of(tables: Iterable[pa.Table]) -> Columns:
-    parts = [table.select(["score", "score_per_token", "tokens", "source", "reason", "truncated"]) for table in tables]
-    whole = pa.concat_tables(parts)
+    names = ["score", "score_per_token", "score_chosen", "tokens", "source", "reason", "truncated"]
+    whole = pa.concat_tables([table.select(names) for table in tables])
 
     def floats(name: str) -> NDArray[np.float64]:
         return np.asarray(whole[name].to_numpy(), dtype=np.float64)
@@ -162,7 +164,8 @@ def columns_of(tables: Iterable[pa.Table]) -> Columns:
     tokens = np.nan_to_num(floats("tokens")).astype(np.int64)
     source = np.asarray(whole["source"].to_pylist(), dtype=object)
     truncated = sum(bool(value) for value in whole["truncated"].to_pylist())
-    return Columns(floats("score"), floats("score_per_token"), tokens, source, reasons, truncated)
+    score, per_token, chosen = (floats(name) for name in names[:3])
+    return Columns(score, per_token, chosen, tokens, source, reasons, truncated)
 
 
 def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
@@ -271,6 +274,27 @@ def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: P
         "precision_at_removed": precision_at(removed, truth),
         "removed": int(removed.sum()),
     }
+
+
+def hidden_sources(columns: Columns) -> list[str]:
+    """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
+    more: a gap alone may not be what the user wants. Means per token, of sources with `ENOUGH` scored rows."""
+    scored, per_token = np.isfinite(columns.score), np.maximum(1, columns.tokens)
+    means: dict[str, tuple[float, float]] = {}
+    for name, count in Counter(columns.source[scored].tolist()).items():
+        if count >= ENOUGH:
+            own = scored & (columns.source == name)
+            raised = float((columns.score_chosen[own] / per_token[own]).mean())
+            means[name] = (raised, float(columns.score_per_token[own].mean()))
+    if len(means) < 2:
+        return []
+    best = max(means, key=lambda name: means[name][0])
+    if means[best][0] <= 0 or means[best][1] > min(score for _, score in means.values()):
+        return []
+    return [
+        f"source {best} raises the chosen answers most ({means[best][0]:+.2g} a token) and still stands last, since "
+        f"it raises the rejected ones more (score {means[best][1]:+.2g}); nearer negatives or --common remove may help"
+    ]
 
 
 def summary_figures(columns: Columns, verdicts: Sequence[str]) -> dict[str, Any]:

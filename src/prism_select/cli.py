@@ -16,9 +16,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
 
-from prism_select.config import RepairConfig, ScoreConfig, SelectConfig, from_toml
+from prism_select.config import ModelConfig, PairsConfig, RepairConfig, ScoreConfig, SelectConfig, from_toml
 from prism_select.errors import PrismError
-from prism_select.terminal import Terminal, printable, summary
+from prism_select.terminal import Terminal, pairs_summary, printable, summary
 
 __all__ = ["app", "main"]
 
@@ -44,10 +44,13 @@ def option(name: str, hint: Any, default: Any) -> click.Option:
     )
 
 
-def command(kind: type[ScoreConfig]) -> click.Command:
+def command(kind: type[ModelConfig]) -> click.Command:
     """`prism score`, say, of ScoreConfig."""
     hints = get_type_hints(kind, include_extras=True)
-    params: list[click.Parameter] = [option(f.name, hints[f.name], f.default) for f in fields(kind)]
+    params: list[click.Parameter] = [
+        click.Argument(["file"], required=False) if f.name == "file" else option(f.name, hints[f.name], f.default)
+        for f in fields(kind)
+    ]
     params.append(click.Option(["--config"], help="TOML file that sets any option; the command line wins."))
 
     def call(config: str | None, **given: Any) -> None:
@@ -58,15 +61,20 @@ def command(kind: type[ScoreConfig]) -> click.Command:
     return click.Command(kind.command, params=params, callback=call, help=kind.__doc__)
 
 
-def execute_and_tell(config: ScoreConfig) -> None:
-    from prism_select.api import execute
+def execute_and_tell(config: ModelConfig) -> None:
+    from prism_select.api import execute, execute_pairs
+    from prism_select.planning import Plan
     from prism_select.store import Run
 
     terminal = Terminal()
+    if isinstance(config, PairsConfig):
+        terminal.table(pairs_summary(config, execute_pairs(config, terminal)))
+        return
+    assert isinstance(config, ScoreConfig)
     done = execute(config, terminal)
     if isinstance(done, Run):
         terminal.table(summary(done.path, done.manifest))
-    else:
+    elif isinstance(done, Plan):
         terminal.table(
             {
                 "tokens": f"{done.tokens:,}",
@@ -106,7 +114,7 @@ def demo(out: str) -> None:
     tell(out, Terminal())
 
 
-for config_kind in (ScoreConfig, SelectConfig, RepairConfig):
+for config_kind in (ScoreConfig, SelectConfig, RepairConfig, PairsConfig):
     app.add_command(command(config_kind))
 
 

@@ -18,7 +18,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 
 from prism_select.errors import BadOption
 
-__all__ = ["MENDABLE", "Amount", "Config", "RepairConfig", "ScoreConfig", "SelectConfig", "from_toml", "to_toml"]
+__all__ = [
+    "MENDABLE",
+    "Amount",
+    "Config",
+    "ModelConfig",
+    "PairsConfig",
+    "RepairConfig",
+    "ScoreConfig",
+    "SelectConfig",
+    "from_toml",
+    "to_toml",
+]
 
 MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
 
@@ -46,15 +57,13 @@ class Amount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Score every row of a pool by how much training on it would raise the gain on the target pairs."""
+class ModelConfig:
+    """What it takes to load a model and read pairs with it."""
 
-    command: ClassVar[str] = "score"
+    command: ClassVar[str] = ""
 
     model: Annotated[str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."] = ""
-    pool: Annotated[Sequence[str], "Files, folders or globs of rows to score; repeat the option for more."] = ()
-    target: Annotated[str, "File of pairs: chosen is what you want, rejected what you don't."] = ""
-    out: Annotated[str, "Run folder to write."] = ""
+    out: Annotated[str, "Where to write."] = ""
     weighting: Annotated[
         Literal["prism", "uniform", "hard", "unpaired"],
         "How pairs count: prism weighs each by the model's present preference (arXiv 2605.21422).",
@@ -62,13 +71,13 @@ class ScoreConfig:
     layers: Annotated[
         str, "Weights that count: all, late (upper half of the blocks), last:N, or a regular expression over names."
     ] = "all"
-    engine: Annotated[
-        Literal["auto", "reverse", "forward", "difference", "reference"],
-        "How scores are computed; auto takes the fastest that reaches every weight, and checks it.",
-    ] = "auto"
-    normalize: Annotated[
-        Literal["none", "tokens"], "Rank by the score (none: summed over tokens, the paper) or by the score per token."
-    ] = "none"
+    anchor: Annotated[float, "Add this many times the chosen answers' mean log-likelihood to the gain; 0: nothing."] = (
+        0.0
+    )
+    common: Annotated[
+        Literal["keep", "remove"], "What both answers of the pairs share: keep it in the direction, or take it out."
+    ] = "keep"
+    skip_end: Annotated[bool, "Leave end-of-turn tokens out, of pairs and of rows, for models that never stop."] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         "Precision of the model; auto is that of its files (float32 for float16 files on a CPU).",
@@ -81,29 +90,62 @@ class ScoreConfig:
         "How turns become text: the tokenizer's chat template, or as they are; auto is chat where there is one.",
     ] = "auto"
     fields: Annotated[str, "Names of columns, as in prompt=question,completion=response."] = ""
-    direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
-    bad_rows: Annotated[Literal["quarantine", "stop"], "What a bad pool row does: it is set aside, or it stops."] = (
+    bad_rows: Annotated[Literal["quarantine", "stop"], "What a bad row does: it is set aside, or it stops."] = (
         "quarantine"
     )
-    max_bad: Annotated[str, "More bad pool rows than this share stop the run."] = "1%"
-    seed: Annotated[int, "Splits the pairs in halves and draws samples."] = 0
-    overwrite: Annotated[bool, "Start the run folder afresh."] = False
-    dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
+    max_bad: Annotated[str, "More bad rows than this share stop the run."] = "1%"
+    seed: Annotated[int, "Of everything that is drawn."] = 0
+    overwrite: Annotated[bool, "Start afresh where something is already there."] = False
 
     def __post_init__(self) -> None:
-        pool: Any = self.pool
-        object.__setattr__(self, "pool", (str(pool),) if isinstance(pool, str | Path) else tuple(map(str, pool)))
-        for name in ("model", "target", "out", "direction"):
-            object.__setattr__(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(type(self)).items():
+            if hint is str:
+                object.__setattr__(self, name, str(getattr(self, name)))
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                known = ", ".join(map(str, get_args(hint)))
+                known = ", ".join(filter(None, map(str, get_args(hint))))
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: unknown; try one of {known}")
         for name in ("batch_tokens", "max_length"):
             if getattr(self, name) < 2:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
+        if not 0 <= self.anchor < math.inf:
+            raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
+        if self.weighting == "unpaired" and self.common == "remove":
+            raise BadOption("--common remove: unpaired answers have nothing in common with others; leave it out")
+
+    @property
+    def allowed_bad(self) -> float:
+        """Share of the rows that may be bad; NaN where `max_bad` is no share."""
+        found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", self.max_bad.strip())
+        return float(found[1]) / 100 if found else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ModelConfig):
+    """Score every row of a pool by how much training on it would raise the gain on the target pairs."""
+
+    command: ClassVar[str] = "score"
+
+    pool: Annotated[Sequence[str], "Files, folders or globs of rows to score; repeat the option for more."] = ()
+    target: Annotated[str, "File of pairs: chosen is what you want, rejected what you don't."] = ""
+    engine: Annotated[
+        Literal["auto", "reverse", "forward", "difference", "reference"],
+        "How scores are computed; auto takes the fastest that reaches every weight, and checks it.",
+    ] = "auto"
+    normalize: Annotated[
+        Literal["none", "tokens"], "Rank by the score (none: summed over tokens, the paper) or by the score per token."
+    ] = "none"
+    direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
+    warmup: Annotated[
+        str, "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged; empty: no."
+    ] = ""
+    dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
+
+    def __post_init__(self) -> None:
+        pool: Any = self.pool
+        object.__setattr__(self, "pool", (str(pool),) if isinstance(pool, str | Path) else tuple(map(str, pool)))
+        super().__post_init__()
         self._check_needs()
 
     def _check_needs(self) -> None:
@@ -113,12 +155,10 @@ class ScoreConfig:
                 raise BadOption(f"--{name} is missing; prism {self.command} --help shows what a run needs")
         if bool(self.target) == bool(self.direction):
             raise BadOption("give either --target PAIRS or --direction FILE" + (", not both" if self.target else ""))
-
-    @property
-    def allowed_bad(self) -> float:
-        """Share of the pool's rows that may be bad; NaN where `max_bad` is no share."""
-        found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", self.max_bad.strip())
-        return float(found[1]) / 100 if found else math.nan
+        if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
+            raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
+        if self.warmup and self.direction:
+            raise BadOption("--warmup: a saved direction was taken without it; leave one of them out")
 
     @property
     def ranking(self) -> str:
@@ -173,10 +213,58 @@ class RepairConfig(ScoreConfig):
         Amount.parse("--remove", self.remove)
 
 
-Config = TypeVar("Config", bound=ScoreConfig)
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(ModelConfig):
+    """Make pairs from what you have, or check pairs that you have (--check)."""
+
+    command: ClassVar[str] = "pairs"
+
+    file: Annotated[str, "Rows to make pairs of: questions with answers, in any format of a pool."] = ""
+    how: Annotated[
+        Literal["", "numbers", "choices", "answers", "weak", "swap"],
+        "What the rejected answer is: the same with its numbers changed, a wrong choice, an answer of the model that "
+        "--accept refuses, a column, or another row's answer (for control).",
+    ] = ""
+    check: Annotated[str, "Pairs file to diagnose with --model: do its pairs agree, and what do they share?"] = ""
+    limit: Annotated[int, "At most this many pairs, of rows that the seed draws; 0: of every row."] = 0
+    wrong: Annotated[
+        Literal["each", "one", "favourite"],
+        "choices: a pair for each wrong choice, for one drawn, or for the one that the model likes best.",
+    ] = "each"
+    weak_field: Annotated[str, "weak: the column with the weaker answer."] = ""
+    accept: Annotated[
+        str, "answers: which of the model's answers are right: number, choice (as the row's own), or regex:PATTERN."
+    ] = "number"
+    samples: Annotated[int, "answers: drawn for each row."] = 8
+    new_tokens: Annotated[int, "answers: most tokens of each."] = 256
+    temperature: Annotated[float, "answers: of the sampling."] = 1.0
+    stop: Annotated[str, "answers: text at which an answer ends, for models that do not stop by themselves."] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.check) == bool(self.file):
+            raise BadOption("give either FILE with --how, or --check PAIRS" + (", not both" if self.file else ""))
+        needed = {"how": bool(self.check or self.how), "out": bool(self.check or self.out), "model": bool(self.model)}
+        needed["model"] |= not (self.check or self.how == "answers" or (self.how == "choices" and self.favourite))
+        needed["weak_field"] = self.how != "weak" or bool(self.weak_field)
+        for name, there in needed.items():
+            if not there:
+                raise BadOption(f"--{name.replace('_', '-')} is missing; prism pairs --help shows what each way needs")
+        for name, least in {"samples": 1, "new_tokens": 1, "limit": 0}.items():
+            if getattr(self, name) < least:
+                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        if not 0 < self.temperature < math.inf:
+            raise BadOption(f"--temperature {self.temperature}: must be above 0")
+
+    @property
+    def favourite(self) -> bool:
+        return self.wrong == "favourite"
 
 
-def to_toml(config: ScoreConfig) -> str:
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def to_toml(config: ModelConfig) -> str:
     """Strings, numbers and lists of them read the same in JSON and in TOML."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]

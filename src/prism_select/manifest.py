@@ -1,20 +1,19 @@
 """Manifest: everything about a run that is not a row. Its keys are stable and described in the docs."""
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
+from prism_select.check import tolerance
 from prism_select.choice import Chosen
 from prism_select.config import RepairConfig, ScoreConfig
-from prism_select.core.check import tolerance
-from prism_select.core.direction import Target
 from prism_select.models import CausalLM
 from prism_select.planning import Plan
+from prism_select.targeting import Aim
 
-__all__ = ["Checked", "Facts", "manifest_of"]
+__all__ = ["Checked", "Facts", "manifest_of", "target_of", "warnings_of"]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
@@ -42,9 +41,7 @@ class Facts:
     padding: float
 
 
-def manifest_of(
-    config: ScoreConfig, target: Target | None, checked: Checked, chosen: Chosen, facts: Facts
-) -> dict[str, Any]:
+def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen, facts: Facts) -> dict[str, Any]:
     repair = isinstance(config, RepairConfig)
     towards = "rejected" if repair else "chosen"
     return {
@@ -65,7 +62,7 @@ def manifest_of(
             "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
             "swapped": repair,
         },
-        "target": _target(target, config),
+        "target": target_of(aim) or {"direction": config.direction},
         "engine": {
             "name": checked.engine,
             "reason": checked.reason,
@@ -82,26 +79,18 @@ def manifest_of(
         "timings": dict(facts.timings),
         "plan": asdict(facts.plan),
         "actual": dict(facts.actual),
-        "warnings": [*_warnings(target), *chosen.warnings],
+        "warnings": [*warnings_of(aim), *chosen.warnings],
     }
 
 
-def _target(target: Target | None, config: ScoreConfig) -> dict[str, Any]:
-    if target is None:
-        return {"direction": config.direction}
-    return {
-        "pairs": len(target.gap),
-        "mean_preference": target.mean_preference,
-        "effective_pairs": target.effective_pairs,
-        "split_half_agreement": None if math.isnan(target.agreement) else target.agreement,
-        "common_part": target.common_part,
-    }
+def target_of(aim: Aim) -> dict[str, Any]:
+    """What the pairs say; nothing for a saved direction."""
+    if aim.diagnosis is None:
+        return {}
+    told = asdict(aim.diagnosis)
+    shares = told.pop("shares")
+    return {**told, "dominant_pairs": [{"pair": i + 1, "share": shares[i]} for i in aim.diagnosis.dominant[:5]]}
 
 
-def _warnings(target: Target | None) -> list[str]:
-    if target is None or math.isnan(target.agreement):
-        return []
-    weak = [f"only {target.effective_pairs:.1f} pairs count"] if target.effective_pairs < 5 else []
-    if target.agreement <= 0:
-        weak.append(f"two halves of the pairs agree at {target.agreement:.2f}: the direction is mostly noise")
-    return weak
+def warnings_of(aim: Aim) -> list[str]:
+    return aim.diagnosis.in_words() if aim.diagnosis else []

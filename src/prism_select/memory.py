@@ -13,9 +13,10 @@ from torch import Tensor
 
 from prism_select.core.direction import Side, target_gradient
 from prism_select.core.engines import ENGINES
-from prism_select.core.layers import Direction, select_weights
+from prism_select.core.layers import Direction
 from prism_select.core.likelihood import Batch
 from prism_select.models import CausalLM
+from prism_select.weights import select_weights
 
 __all__ = ["direction_of", "scores"]
 
@@ -26,8 +27,8 @@ def direction_of(
     """Gradient of the mean gain over the pairs: {weight name: tensor shaped like the weight, float32 or better}."""
     model = CausalLM(network)
     order = list(range(len(chosen)))
-    halves = [(Side([chosen], order), Side([rejected], order))]
-    return target_gradient(model, select_weights(model.network, layers), halves, weighting).direction
+    sides = Side([chosen], order), Side([rejected], order)
+    return target_gradient(model, select_weights(model.network, layers), sides, weighting).direction
 
 
 def scores(network: Any, batch: Batch, direction: Direction, engine: str = "reverse") -> Float[Tensor, " batch"]:

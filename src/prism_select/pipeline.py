@@ -14,15 +14,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 
 from prism_select import models
+from prism_select.check import check
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget
-from prism_select.config import RepairConfig, ScoreConfig
-from prism_select.core.check import check
+from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, fingerprint, read_target
@@ -34,9 +35,10 @@ from prism_select.planning import Plan, make_plan, peak_memory
 from prism_select.progress import Progress, Silent
 from prism_select.scoring import Scorer
 from prism_select.store import Run, Store
-from prism_select.targeting import read_direction, save_direction, towards
+from prism_select.targeting import Aim, read_direction, save_direction, towards
+from prism_select.warmup import ADAPTER, drawn, warm_up
 
-__all__ = ["run"]
+__all__ = ["load_model", "refuse_bad_rows", "run"]
 
 WINDOW = 2048  # rows read, sorted by length, scored and written together
 CHECKED_ROWS = 8
@@ -81,15 +83,18 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     with clock.step("load"):
         model, encoder = load_model(config, progress)
         sample = encode_sample(config, inputs, encoder)
+        model, adapter = warmed(config, store, inputs.pool, (model, encoder), progress)
     with clock.step("target"):
-        weights, target, directions = read_direction(config, model, encoder, inputs.pairs, progress)
-        engine, checked = choose_engine(config, model, weights, directions, first_rows(inputs.pool, encoder))
+        aim = read_direction(config, model, encoder, inputs.pairs, progress)
+        engine, checked = choose_engine(config, model, aim, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, weights, sample, inputs.survey, model.device)
+    plan = plan_run(config, engine, aim.weights, sample, inputs.survey, model.device)
     if config.dry_run:
         return plan
     store.begin(config, inputs.fingerprints)
-    save_direction(store, towards(config), target, directions, inputs.pairs)
+    if adapter:
+        store.keep(ADAPTER, adapter)
+    save_direction(store, towards(config), aim, inputs.pairs)
     scorer = Scorer(encoder, engine, config.batch_tokens, model.device)
     with clock.step("score"):
         shards = score_pool(config, store, inputs, scorer, progress)
@@ -98,9 +103,9 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
         chosen = choose_and_write(config, store, lambda: store.read_shards(shards), inputs.pool)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
     facts = Facts(
-        model, encoder.template, list(weights), inputs.fingerprints, clock.total(), plan, actual, scorer.padding
+        model, encoder.template, list(aim.weights), inputs.fingerprints, clock.total(), plan, actual, scorer.padding
     )
-    store.write_json("manifest.json", manifest_of(config, target, checked, chosen, facts))
+    store.write_json("manifest.json", manifest_of(config, aim, checked, chosen, facts))
     store.drop_shards()
     return Run(store.path)
 
@@ -123,7 +128,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     return Inputs(pool, survey, pairs, prints)
 
 
-def refuse_bad_rows(config: ScoreConfig, bad: int, rows: int, first: BadRow | None) -> None:
+def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:
     """Raises the first bad row itself, or TooManyBadRows, as the options ask."""
     if first is None:
         return
@@ -138,16 +143,31 @@ def refuse_bad_rows(config: ScoreConfig, bad: int, rows: int, first: BadRow | No
         )
 
 
-def load_model(config: ScoreConfig, progress: Progress) -> tuple[models.CausalLM, Encoder]:
+def load_model(config: ModelConfig, progress: Progress) -> tuple[models.CausalLM, Encoder]:
     with progress.task(f"loading {config.model}", None):
         model, tokenizer = models.load(config.model, config.dtype, models.resolve_device(config.device))
     limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
-    encoder = Encoder(tokenizer, config.template, min(config.max_length, limit), model.vocabulary)
+    encoder = Encoder(tokenizer, config.template, min(config.max_length, limit), model.vocabulary, config.skip_end)
     progress.say(
         f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}, template "
         f"{encoder.template}, at most {encoder.max_length} tokens a row"
     )
     return model, encoder
+
+
+def warmed(
+    config: ScoreConfig, store: Store, pool: Pool, loaded: tuple[models.CausalLM, Encoder], progress: Progress
+) -> tuple[models.CausalLM, Path | None]:
+    """The model as it is, or with a merged adapter and the folder of that. A plan does not depend on it."""
+    model, encoder = loaded
+    if not config.warmup or config.dry_run:
+        return model, None
+    earlier = store.path / ("" if config.overwrite else ADAPTER)
+    with progress.task(f"warm-up on {config.warmup} of the pool", None):
+        share = Amount.parse("--warmup", config.warmup).value
+        rows = drawn((example for _, example in pool.rows()), encoder, share, config.seed)
+        progress.say(f"warm-up: {len(rows):,} rows, a LoRA adapter of all linear layers")
+        return warm_up(model, encoder, rows, earlier, config.seed)
 
 
 def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:
@@ -199,8 +219,7 @@ def _raise(error: BadRow) -> Encoded:
 def choose_engine(
     config: ScoreConfig,
     model: models.CausalLM,
-    weights: Weights,
-    directions: Sequence[Direction],
+    aim: Aim,
     rows: Sequence[Encoded],
 ) -> tuple[Engine, Checked]:
     """The engine asked for, or the cheapest that reaches every weight; checked against the definition either way, on
@@ -209,7 +228,7 @@ def choose_engine(
     order = (
         ["reverse", "forward" if narrow else "difference", "reference"] if config.engine == "auto" else [config.engine]
     )
-    slow = ENGINES["reference"](model, weights, directions)
+    slow = ENGINES["reference"](model, aim.weights, aim.directions)
     exact = slow(collate(rows, model.device))
     finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
     kept = finite if finite.any() else ~finite  # where no row has a score, the check says so
@@ -218,8 +237,10 @@ def choose_engine(
     why = f"asked for, {model.dtype}".replace("torch.", "")
     for name in order:
         if config.engine == "auto" and name == "reverse":
-            why = f"one backward pass reaches all {len(weights)} weights in {str(model.dtype).removeprefix('torch.')}"
-        engine = slow if name == "reference" else ENGINES[name](model, weights, directions)
+            why = (
+                f"one backward pass reaches all {len(aim.weights)} weights in {str(model.dtype).removeprefix('torch.')}"
+            )
+        engine = slow if name == "reference" else ENGINES[name](model, aim.weights, aim.directions)
         try:
             apart = check(name, engine, lambda _: known, batch, model.dtype)
             return engine, Checked(name, why, str(model.dtype).removeprefix("torch."), len(batch), apart)

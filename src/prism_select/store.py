@@ -92,10 +92,15 @@ class Store:
             if config.overwrite and self.path.exists():
                 for name in (*FILES, "removed.jsonl", "quarantine.jsonl", "report.html"):
                     (self.path / name).unlink(missing_ok=True)
-                shutil.rmtree(self.shards, ignore_errors=True)
+                for name in ("shards", "adapter"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
             self.shards.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():
             self.write("config.toml", self._config_text(config, inputs).encode())
+
+    def make(self) -> None:
+        with self._disk():
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def _config_text(self, config: ScoreConfig, inputs: Mapping[str, str]) -> str:
         prints = {"command": config.command, **{f"{name} contents": value for name, value in inputs.items()}}
@@ -126,6 +131,20 @@ class Store:
                 draft.replace(place)
         finally:
             draft.unlink(missing_ok=True)
+
+    def keep(self, name: str, folder: Path) -> None:
+        """A copy of the files in a folder, unless it is there already."""
+        place = self.path / name
+        if place.exists():
+            return
+        draft = place.with_name(name + ".part")
+        with self._disk():
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            for file in sorted(folder.iterdir()):
+                if file.is_file():
+                    shutil.copyfile(file, draft / file.name)
+            draft.replace(place)
 
     def write(self, name: str, content: bytes) -> None:
         with self.writing(name) as file:

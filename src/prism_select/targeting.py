@@ -3,13 +3,13 @@
     direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
                              metadata: which answers of the target file it points towards
 
-Choices made here: pairs are split in two random halves, so that every run can say how far they agree; a pair whose two
-answers are the same tokens stops the run, since it says nothing.
+Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how far its pairs agree;
+a pair whose two answers are the same tokens stops the run, since it says nothing.
 """
 
 import math
-import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,26 +17,42 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from prism_select.config import ScoreConfig
+from prism_select.config import ModelConfig, ScoreConfig
 from prism_select.core.direction import Side, Target, norm, target_gradient
-from prism_select.core.layers import Direction, Weights, select_weights
+from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Pair
+from prism_select.diagnosis import Diagnosis, diagnose
 from prism_select.errors import BadFile, BadModel, BadOption, BadRow, NotFinite
 from prism_select.models import CausalLM
 from prism_select.progress import Progress
+from prism_select.sketching import Sketcher
 from prism_select.store import Store
+from prism_select.weights import select_weights
 
-__all__ = ["read_direction", "save_direction", "towards"]
+__all__ = ["Aim", "aim_at", "read_direction", "save_direction", "towards"]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The weights that count, what the pairs say, and two directions: of the score and of its chosen half. A saved
+    direction comes without pairs."""
+
+    weights: Weights
+    directions: Sequence[Direction]
+    target: Target | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def read_direction(
     config: ScoreConfig, model: CausalLM, encoder: Encoder, pairs: Sequence[Pair], progress: Progress
-) -> tuple[Weights, Target | None, list[Direction]]:
-    """The weights that count, what the pairs say, and two directions: of the score and of its chosen half."""
+) -> Aim:
     if config.direction:
-        weights, directions = load_direction(config.direction, model, towards(config))
-        return weights, None, directions
+        return Aim(*load_direction(config.direction, model, towards(config)))
+    return aim_at(config, model, encoder, pairs, progress)
+
+
+def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, pairs: Sequence[Pair], progress: Progress) -> Aim:
     weights = select_weights(model.network, config.layers)
     progress.say(
         f"counted: {len(weights)} weights, {sum(w.numel() for w in weights.values()):,} numbers ({config.layers})"
@@ -46,25 +62,35 @@ def read_direction(
         if chosen.tokens == rejected.tokens:
             advice = "give answers that differ, or raise --max-length"
             raise BadRow(pair.chosen.file, pair.chosen.line, "chosen and rejected are the same tokens", advice)
-    order = list(range(len(pairs)))
-    random.Random(config.seed).shuffle(order)
-    parts = [part for part in (order[::2], order[1::2]) if part]
-    halves = [tuple(as_side(side, part, config.batch_tokens, model.device) for side in sides) for part in parts]
-    with progress.task(f"direction from {len(pairs)} pairs", None):
-        target = target_gradient(model, weights, halves, config.weighting)  # type: ignore[arg-type]
+    chosen, rejected = (as_side(side, config.batch_tokens, model.device) for side in sides)
+    sketcher = Sketcher(model.network, weights, len(pairs), config.seed)
+    with progress.task(f"direction from {len(pairs)} pairs", None), sketcher.open() as observe:
+        target = target_gradient(model, weights, (chosen, rejected), config.weighting, config.anchor, observe)
     refuse_not_finite(target, pairs)
-    return weights, target, [target.direction, target.chosen]
+    diagnosis = diagnose(
+        (sketcher.pictures["chosen"].double().numpy(), sketcher.pictures["rejected"].double().numpy()),
+        (answers(sides[0]), answers(sides[1])),
+        target,
+        sketcher.share,
+        config.common == "remove",
+        config.seed,
+    )
+    used = target.without_common() if config.common == "remove" else target
+    return Aim(weights, [used.direction, used.chosen], target, diagnosis)
+
+
+def answers(rows: Sequence[Encoded]) -> list[list[int]]:
+    """Supervised tokens of each row."""
+    return [[token for token, counts in zip(row.tokens, row.supervised, strict=True) if counts] for row in rows]
 
 
 def encode_side(pairs: Sequence[Pair], side: str, encoder: Encoder) -> list[Encoded]:
     return [encoder.encode(getattr(pair, side)) for pair in pairs]
 
 
-def as_side(rows: Sequence[Encoded], pairs: Sequence[int], batch_tokens: int, device: torch.device) -> Side:
-    """The rows of some pairs, in batches."""
-    batches = plan_batches([len(rows[pair].tokens) for pair in pairs], batch_tokens)
-    order = [[pairs[place] for place in batch] for batch in batches]
-    return Side([collate([rows[p] for p in batch], device) for batch in order], [p for batch in order for p in batch])
+def as_side(rows: Sequence[Encoded], batch_tokens: int, device: torch.device) -> Side:
+    batches = plan_batches([len(row.tokens) for row in rows], batch_tokens)
+    return Side([collate([rows[pair] for pair in batch], device) for batch in batches], [p for b in batches for p in b])
 
 
 def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
@@ -111,22 +137,21 @@ def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list
     return {n: known[n] for n in names}, [{n: here[n] for n in names}, {n: here[f"chosen/{n}"] for n in names}]
 
 
-def save_direction(
-    store: Store, side: str, target: Target | None, directions: Sequence[Direction], pairs: Sequence[Pair]
-) -> None:
-    score, chosen = directions
+def save_direction(store: Store, side: str, aim: Aim, pairs: Sequence[Pair]) -> None:
+    score, chosen = aim.directions
     tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
     ready = {name: value.cpu().contiguous() for name, value in tensors.items()}
     store.write("direction.safetensors", save(ready, metadata={"towards": side}))
-    if target is None:
+    if aim.target is None or aim.diagnosis is None:
         return
     columns = {
         "target": [Path(pair.chosen.file).name.partition(".")[0] for pair in pairs],
         "prompt": ["\n".join(turn.text for turn in pair.chosen.turns[: pair.chosen.prompt_turns]) for pair in pairs],
-        "loglik_chosen": target.mean_loglik_chosen.tolist(),
-        "loglik_rejected": target.mean_loglik_rejected.tolist(),
-        "gap": target.gap.tolist(),
-        "weight": target.weight.tolist(),
+        "loglik_chosen": aim.target.mean_loglik_chosen.tolist(),
+        "loglik_rejected": aim.target.mean_loglik_rejected.tolist(),
+        "gap": aim.target.gap.tolist(),
+        "weight": aim.target.weight.tolist(),
+        "share": list(aim.diagnosis.shares),
         "line": [pair.chosen.line for pair in pairs],
     }
     store.write_table("pairs.parquet", pa.table(columns))

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from prism_select.config import PairsConfig
 from prism_select.progress import Task
 
-__all__ = ["Terminal", "printable", "summary"]
+__all__ = ["Terminal", "pairs_summary", "printable", "summary"]
 
 QUIET_SECONDS, EVERY_SECONDS = 2.0, 10.0
 
@@ -116,6 +117,40 @@ def _figure(value: float | None, spec: str = ".3f") -> str:
     return "undefined" if value is None else format(value, spec)
 
 
+def target_lines(target: Mapping[str, Any]) -> dict[str, str]:
+    """What the pairs say, as the manifest's `target` has it."""
+    rows = {
+        "pairs": f"{target['pairs']}, mean preference {target['mean_preference']:.3f}, {target['preferred_share']:.0%} "
+        f"preferred already, {target['effective_pairs']:.1f} effective"
+    }
+    if target["split_half_agreement"] is not None:
+        low, high = target["agreement_spread"]
+        wanted = target["pairs_for_half_agreement"]
+        more = f"; about {wanted:,} pairs for 0.50" if wanted else ""
+        rows["agreement"] = (
+            f"two halves agree at {target['split_half_agreement']:.2f} (splits {low:.2f} to {high:.2f}){more}"
+        )
+    rows["common part"] = f"{target['common_part']:.1f} times what tells the two answers of a pair apart"
+    rows["answers"] = (
+        f"{target['mean_tokens_chosen']:.0f} tokens chosen, {target['mean_tokens_rejected']:.0f} rejected, "
+        f"overlap {target['token_overlap']:.2f}, chosen longer in {target['chosen_longer_share']:.0%}"
+    )
+    return rows
+
+
+def pairs_summary(config: PairsConfig, told: Any) -> dict[str, str]:
+    """The final table of `prism pairs`: of a file that was made, or of a diagnosis."""
+    if config.check:
+        warnings = {f"warning {place + 1}": line for place, line in enumerate(told["warnings"])}
+        first = ", ".join(f"{each['pair']} ({each['share']:.0%})" for each in told["dominant_pairs"])
+        return {**target_lines(told), "largest shares": f"pairs {first}", **warnings}
+    rows = {"read": f"{told.rows:,} rows", "pairs": f"{told.pairs:,} by {config.how}"}
+    for place, (reason, count) in enumerate(sorted(told.skipped.items(), key=lambda item: -item[1])):
+        rows[f"no pair {place + 1}"] = f"{count:,} rows: {reason}"
+    rows["files"] = f"{told.path}, {told.path}.skipped.jsonl"
+    return rows
+
+
 def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """The final table: what was read and chosen, what the pairs say, how it was computed, where the files are."""
     counts, target, engine, choice = (manifest[key] for key in ("counts", "target", "engine", "choice"))
@@ -124,12 +159,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     told = {name: counts[name] for name in counts if name not in ("read", "scored", "quarantined", "truncated")}
     rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
     if "pairs" in target:
-        agreement = target["split_half_agreement"]
-        halves = "" if agreement is None else f"; two halves agree at {agreement:.2f}"
-        rows["pairs"] = (
-            f"{target['pairs']}, mean preference {target['mean_preference']:.3f}, "
-            f"{target['effective_pairs']:.1f} effective{halves}"
-        )
+        rows |= target_lines(target)
     if len(choice["sources"]) > 1 and manifest["command"] != "score":
         shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
         rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)

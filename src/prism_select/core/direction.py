@@ -6,14 +6,16 @@
 
 Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs; then each side goes
 backward on its own, so swapping the sides of every pair under `uniform` negates the direction to the last bit.
-Gradients add up in float32 or better whatever the model's dtype. The pairs come in two random halves, and the
-cosine between the halves' directions (`agreement`) says how much of the direction is signal.
+Gradients add up in float32 or better whatever the model's dtype. What both answers of a pair share is the common part
+c = ½(C + R); `without_common` makes d − (d·c / c·c) c, and the like of either half.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -23,7 +25,7 @@ from prism_select.core.gains import slopes
 from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
 
-__all__ = ["Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
+__all__ = ["Observe", "Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,6 @@ class Target:
     mean_loglik_chosen: Float[Tensor, " pairs"]
     mean_loglik_rejected: Float[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"]
-    agreement: float
 
     @property
     def gap(self) -> Float[Tensor, " pairs"]:
@@ -54,19 +55,20 @@ class Target:
         return minus(self.chosen, self.rejected)
 
     @property
-    def mean_preference(self) -> float:
-        return float(torch.sigmoid(self.gap).mean())
-
-    @property
-    def effective_pairs(self) -> float:
-        """(Σ weight)² / Σ weight²: how many equally weighted pairs would spread the weight as much (Kish)."""
-        return float(self.weight.sum() ** 2 / self.weight.square().sum().clamp(min=1e-300))
+    def common(self) -> Direction:
+        return {name: (value + self.rejected[name]) / 2 for name, value in self.chosen.items()}
 
     @property
     def common_part(self) -> float:
         """‖½(C + R)‖ / ‖C − R‖: what both answers of a pair share, against what tells them apart."""
-        common = {name: (value + self.rejected[name]) / 2 for name, value in self.chosen.items()}
-        return norm(common) / (norm(self.direction) or math.nan)
+        return norm(self.common) / (norm(self.direction) or math.nan)
+
+    def without_common(self) -> "Target":
+        """The same with nothing of the common part in either half, and so in the direction."""
+        common = self.common
+        size = dot(common, common) or 1.0
+        chosen, rejected = (minus(half, common, dot(half, common) / size) for half in (self.chosen, self.rejected))
+        return replace(self, chosen=chosen, rejected=rejected)
 
 
 def dot(a: Direction, b: Direction) -> float:
@@ -77,8 +79,8 @@ def norm(a: Direction) -> float:
     return math.sqrt(dot(a, a))
 
 
-def minus(a: Direction, b: Direction) -> Direction:
-    return {name: a[name] - b[name] for name in a}
+def minus(a: Direction, b: Direction, times: float = 1.0) -> Direction:
+    return {name: a[name] - times * b[name] for name in a}
 
 
 @contextmanager
@@ -94,23 +96,31 @@ def differentiable(weights: Weights) -> Iterator[None]:
             weight.grad = None
 
 
-def _mean_logliks(model: LanguageModel, sides: Sequence[Side]) -> Float[Tensor, " pairs"]:
+def _mean_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
     with torch.no_grad():
-        rows = [token_logliks(model, b).double().sum(1) / b.counts for side in sides for b in side.batches]
-    means = torch.empty(sum(len(side.order) for side in sides), dtype=torch.float64)
-    means[[pair for side in sides for pair in side.order]] = torch.cat(rows).cpu()
+        rows = torch.cat([token_logliks(model, batch).double().sum(1) / batch.counts for batch in side.batches])
+    means = torch.empty(len(side.order), dtype=torch.float64)
+    means[list(side.order)] = rows.cpu()
     return means
 
 
+Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
+
+
 def _add_gradient(
-    model: LanguageModel, weights: Weights, side: Side, slope: Float[Tensor, " pairs"], total: dict[str, Tensor]
+    model: LanguageModel,
+    weights: Weights,
+    side: Side,
+    slope: Float[Tensor, " pairs"],
+    total: dict[str, Tensor],
+    seen: Callable[[Sequence[int]], Callable[[Tensor], None]],
 ) -> None:
     """total += Σ_q slope_q ∇mean_loglik_q over the pairs of this side."""
     start = 0
     for batch in side.batches:
         pairs = list(side.order[start : start + len(batch)])
         start += len(batch)
-        backward(model, batch, slope[pairs].to(batch.tokens.device) / batch.counts)
+        backward(model, batch, slope[pairs].to(batch.tokens.device) / batch.counts, seen(pairs))
         for name, weight in weights.items():
             if weight.grad is not None:
                 total[name] += weight.grad.to(total[name].dtype)
@@ -118,26 +128,26 @@ def _add_gradient(
 
 
 def target_gradient(
-    model: LanguageModel, weights: Weights, halves: Sequence[tuple[Side, Side]], weighting: str
+    model: LanguageModel,
+    weights: Weights,
+    sides: tuple[Side, Side],
+    weighting: str,
+    anchor: float = 0.0,
+    observe: Observe = lambda side, pairs: lambda rows: None,
 ) -> Target:
-    """The gradient of the mean gain over all pairs; `halves` hold each pair once, as (chosen sides, rejected sides).
+    """The gradient of the mean gain over all pairs; `sides` are their chosen and their rejected answers.
 
-    Memory: three copies of the weights in float32. With fewer than two halves `agreement` is NaN.
+    `observe(side, pairs)` is told, before each backward pass, which pairs its rows are; what it returns is told which
+    row each gradient belongs to. Memory: two copies of the weights in float32.
     """
-    chosen = _mean_logliks(model, [side for side, _ in halves])
-    rejected = _mean_logliks(model, [side for _, side in halves])
-    slope = slopes(weighting, chosen, rejected)
+    means = [_mean_logliks(model, side) for side in sides]
+    slope = slopes(weighting, means[0], means[1], anchor)
     up, down = (
         {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
-        for _ in slope
+        for _ in sides
     )
-    first: Direction = {}
     with differentiable(weights):
-        for liked, disliked in halves:
-            _add_gradient(model, weights, liked, slope.chosen / len(chosen), up)
-            if slope.rejected.any():
-                _add_gradient(model, weights, disliked, slope.rejected / len(chosen), down)
-            first = first or minus(up, down)
-    second = minus(minus(up, down), first)  # zero when there is one half
-    agreement = dot(first, second) / (norm(first) * norm(second) or math.nan)
-    return Target(up, down, chosen, rejected, slope.chosen, agreement)
+        for side, each, total, name in zip(sides, slope, (up, down), ("chosen", "rejected"), strict=True):
+            if each.any():
+                _add_gradient(model, weights, side, each / len(each), total, partial(observe, name))
+    return Target(up, down, means[0], means[1], slope.chosen)

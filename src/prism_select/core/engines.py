@@ -2,7 +2,7 @@
 
     score(z) = ∇loglik(z) · d = d/dε loglik(z; θ + ε d) at ε = 0
 
-    reverse     one backward pass without weight gradients: Σ over modules of output gradient · tangent
+    reverse     one backward pass, no weight gradient kept: Σ over modules of output gradient · tangent
     forward     dual numbers through the whole model: one pass per direction
     difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes per direction, no graph, any architecture
     reference   the definition: one example at a time, autograd, dot product
@@ -23,7 +23,17 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_select.core.direction import differentiable, dot, norm
-from prism_select.core.layers import Direction, Owner, Weights, owners, swapped, watching
+from prism_select.core.layers import (
+    Direction,
+    Inputs,
+    Owner,
+    Weights,
+    by_example,
+    owners,
+    swapped,
+    watching,
+    weight_gradients,
+)
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
 from prism_select.errors import BadOption, Unreachable
 
@@ -58,17 +68,21 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     """
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
+    side_by_side = {name: torch.stack([d[name].flatten() for d in unit]) for name in weights} if len(unit) > 2 else {}
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
         places: list[Int[Tensor, " rows"]] = []  # the last: which example each row of a gradient belongs to
 
-        def visit(owner: Owner, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
-            shape, place = gradient.shape, places[-1]
-            if len(shape) > 2 and shape[0] == len(batch):  # one slice per example; otherwise one row per token
-                place = torch.arange(len(batch), device=place.device)
-            elif shape[:-1].numel() != len(place):
-                why = f"its output of shape {tuple(shape)} cannot be told apart by example"
+        def visit(owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
+            found = weight_gradients(owner, inputs, gradient, len(batch)) if side_by_side else None
+            if found is not None:
+                for part, own in found:  # with many directions, a gradient of a few examples costs less than tangents
+                    total[part] += (own @ side_by_side[owner.weights["weight"]].T).to(total.dtype)
+                return
+            place = by_example(places[-1], len(batch), gradient)
+            if place is None:
+                why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
                 raise Unreachable("reverse", list(owner.weights.values()), why)
             rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(place), -1)
             for k in range(len(unit)):

@@ -9,6 +9,8 @@
     hard      log σ(Δ)        slope 1 − π: pairs not yet learned count most, as in DPO (arXiv 2305.18290)
     unpaired  mean_loglik(chosen)                                    no negative
 
+An anchor β adds β · mean_loglik(chosen) to any of them, so that a gap cannot grow by making both answers unlikely.
+
 Sign: a direction points uphill in the gain, so **a positive score means that training on the row raises the gain**.
 Only gains are written; their slopes, which weight the pairs, come from autograd.
 """
@@ -40,9 +42,12 @@ class Slopes(NamedTuple):
     rejected: Float[Tensor, " pairs"]
 
 
-def slopes(weighting: str, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Slopes:
+def slopes(
+    weighting: str, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], anchor: float = 0.0
+) -> Slopes:
     """Slopes of each pair's own gain; divide by the number of pairs for those of J."""
     with torch.enable_grad():
         ends = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
-        up, down = torch.autograd.grad(GAINS[weighting](*ends).sum(), ends)
+        gain = GAINS[weighting](*ends) + anchor * ends[0]
+        up, down = torch.autograd.grad(gain.sum(), ends)
     return Slopes(up, -down)

@@ -1,4 +1,4 @@
-"""Layers: which weights count, and how one layer's output gradient meets a direction.
+"""Layers: which modules hold the weights that count, and how one's output gradient meets a direction.
 
     y = f(x; W)       tangent = ∂f/∂W · D       contribution of one example = Σ ∂loglik/∂y · tangent
 
@@ -6,27 +6,37 @@
     Embedding  tangent = D[x]                   the rest   forward-mode derivative of the module itself:
                                                            norms, routers, fused experts, learned positions
 
-Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head included; a tied
-weight is one weight, wherever it is used; `late` and `last:N` mean weights of the upper blocks alone. A module that
-is never called, or whose output cannot be told apart by example, is reported by name and never skipped.
+Choices made here: a tied weight is one weight, wherever it is used. A module that is never called, or whose output
+cannot be told apart by example, is reported by name and never skipped.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from prism_select.errors import UnknownLayers, Unreachable
+from prism_select.errors import Unreachable
 
-__all__ = ["Direction", "Owner", "Weights", "owners", "select_weights", "swapped", "tangent_of", "watching"]
+__all__ = [
+    "Direction",
+    "Inputs",
+    "Owner",
+    "Weights",
+    "by_example",
+    "is_closed",
+    "owners",
+    "swapped",
+    "tangent_of",
+    "watching",
+    "weight_gradients",
+]
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
 Direction: TypeAlias = Mapping[str, Tensor]
@@ -38,34 +48,6 @@ class Owner(NamedTuple):
     name: str
     module: nn.Module
     weights: Mapping[str, str]
-
-
-def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
-    """Whether a weight is in the upper blocks; the blocks are the longest list of modules in no other list."""
-    lists = {name: len(part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)}
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    stack = max(outermost, key=lists.__getitem__, default="")
-    count = (lists.get(stack, 0) + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
-    kept = range(max(0, lists.get(stack, 0) - count), lists.get(stack, 0))
-    place = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    return lambda name: bool((found := place.match(name)) and int(found[1]) in kept)
-
-
-def select_weights(network: nn.Module, wanted: str) -> Weights:
-    """The weights that `wanted` names: all, late (upper half of the blocks), last:N, or a regular expression
-    searched for in weight names. Raises UnknownLayers when none is left or the expression is malformed."""
-    known = {name: weight for name, weight in network.named_parameters() if weight.is_floating_point()}
-    if wanted == "all":
-        return known
-    named = wanted == "late" or re.fullmatch(r"last:[1-9]\d*", wanted)
-    try:
-        matches = _upper_blocks(network, wanted) if named else re.compile(wanted).search
-    except re.error:
-        raise UnknownLayers(wanted, list(known)) from None
-    chosen = {name: weight for name, weight in known.items() if matches(name)}
-    if not chosen:
-        raise UnknownLayers(wanted, list(known))
-    return chosen
 
 
 def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
@@ -92,7 +74,7 @@ def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
             owner.module._parameters.update(parameters)
 
 
-def _is_closed(module: nn.Module) -> bool:
+def is_closed(module: nn.Module) -> bool:
     """Whether `tangent_of` has a formula for the module; a subclass may compute something else."""
     return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
 
@@ -103,7 +85,7 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
     module: Any = owner.module
     if type(module) is nn.Embedding:
         return [functional.embedding(inputs[0], own["weight"])]
-    if _is_closed(module):
+    if is_closed(module):
         matrix = own.get("weight", torch.zeros_like(module.weight))
         moved = functional.linear(inputs[0], matrix if isinstance(module, nn.Linear) else matrix.T)
         return [moved + own["bias"] if "bias" in own else moved]
@@ -114,13 +96,14 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
         return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
 
 
-Visit: TypeAlias = Callable[[Owner, Callable[[int], Tensor], Float[Tensor, "*rows d_out"]], None]
+Inputs: TypeAlias = tuple[Any, ...]
+Visit: TypeAlias = Callable[[Owner, Inputs, Callable[[int], Tensor], Float[Tensor, "*rows d_out"]], None]
 
 
 @contextmanager
 def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: Visit) -> Iterator[set[str]]:
-    """While open, `visit(owner, tangent, gradient)` is called in each backward pass for each output of each owner;
-    `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far.
+    """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for each output of each
+    owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far.
 
     The graph starts at the first owner: nothing below it is recorded. Formulas are applied in the backward pass and
     keep only a module's inputs; forward-mode derivatives are taken in the forward pass and kept.
@@ -130,14 +113,14 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
 
     def after(owner: Owner, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
         nonlocal busy
-        if busy:
+        if busy or not torch.is_grad_enabled():
             return output
         called.add(owner.name)
         inputs, words = tree_map_only(Tensor, Tensor.detach, (args, dict(named)))
         kept: list[list[Any]] = []
         busy = True
         try:
-            kept = [] if _is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
+            kept = [] if is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
         except (RuntimeError, NotImplementedError) as error:
             why = f"no forward-mode derivative ({str(error).splitlines()[0]})"
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
@@ -151,7 +134,7 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
             def tangent(k: int, place: int = place) -> Tensor:
                 return cast(Tensor, (kept[k] if kept else tangent_of(owner, directions[k], inputs, words))[place])
 
-            tensors[place] = _watched(tensor, partial(visit, owner, tangent))
+            tensors[place] = _watched(tensor, partial(visit, owner, inputs, tangent))
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:
@@ -161,6 +144,31 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
             )
             hooks.callback(handle.remove)
         yield called
+
+
+def by_example(
+    rows: Int[Tensor, " rows"], size: int, gradient: Float[Tensor, "*rows d_out"]
+) -> Int[Tensor, " rows"] | None:
+    """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one per row, of which
+    `rows` tells; None where it is neither."""
+    if gradient.ndim > 2 and len(gradient) == size:
+        return torch.arange(size, device=gradient.device)
+    return rows if gradient.shape[:-1].numel() == len(rows) else None
+
+
+def weight_gradients(
+    owner: Owner, inputs: Inputs, gradient: Float[Tensor, "*rows d_out"], size: int
+) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
+    """Each example's own gradient of a matrix, a few examples at a time; None where the module holds anything else, or
+    has no slice per example."""
+    if gradient.ndim != 3 or len(gradient) != size or not is_closed(owner.module) or set(owner.weights) != {"weight"}:
+        return None
+    if type(owner.module) is nn.Embedding:
+        return None
+    left, right = (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
+    few = max(1, 2**25 // (left.shape[-1] * right.shape[-1]))
+    parts = [slice(start, start + few) for start in range(0, size, few)]
+    return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)
 
 
 def _watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:

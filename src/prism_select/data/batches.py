@@ -6,7 +6,8 @@
             stands there already, and EOS after each assistant turn, which counts; a bare text is supervised from
             end to end
 
-Choices made here: a special token that the text already carries is not doubled; long rows lose their end; batches are
+Choices made here: a special token that the text already carries is not doubled; `skip_end` leaves the end-of-turn
+tokens in the text and out of what is supervised; long rows lose their end; batches are
 filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
 """
 
@@ -44,8 +45,11 @@ class Encoder:
     """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has none, and BadModel
     for a token that is not among the first `vocabulary`: those that the model knows."""
 
-    def __init__(self, tokenizer: Any, template: str, max_length: int, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str, max_length: int, vocabulary: int | None = None, skip_end: bool = False
+    ) -> None:
         self.tokenizer, self.max_length, self.vocabulary = tokenizer, max_length, vocabulary
+        self.skip_end = skip_end
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self.explicit = template != "auto"
         self.template = template if self.explicit else ("chat" if has_template else "plain")
@@ -95,6 +99,8 @@ class Encoder:
                 ids.append(end)
             tokens += ids
             supervised += [learned] * len(ids)
+            if self.skip_end and learned and ids[-1:] == [end]:
+                supervised[-1] = False
         return tokens, supervised
 
     def _render(self, example: Example, turns: Sequence[Turn], prompt: bool = False) -> str:
@@ -130,6 +136,8 @@ class Encoder:
                 example, f"the chat template changes turn {place + 1} beyond recognition", "try --template plain"
             )
         end = found + len(content)
+        if self.skip_end:
+            return len(before), end
         closing = re.compile(r"\s*" + re.escape(tail.strip()) if tail.strip() else re.escape(tail)).match(whole, end)
         return len(before), closing.end() if closing else end
 

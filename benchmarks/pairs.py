@@ -1,0 +1,337 @@
+"""Do pairs foretell the ranking? Agreement of two halves, common part and quality, by kind of pairs and their number.
+
+    python benchmarks/pairs.py --data DIR        about 40 minutes on two cores; may be stopped, goes on where it was
+
+Gemma-3-270M (base), bfloat16, flat curvature, upper half of the blocks, prism weighting, pairs and pool of different
+questions. A group of target sets shares one pool, which is scored along both halves C and R of every set and size in
+one pass; everything that is linear in C and R follows: the score, the score without the common part, and an anchor.
+
+Choices made here: quality is the AUROC of right rows over wrong ones, and of right rows over general ones, per token
+and summed; an anchor is taken on the weighted chosen half, β · C / mean weight; rows have at most 400 characters.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from real import LONGEST, WORK, Row, asked, lines, model, pair, said, save
+from results_file import figure, write
+
+import prism_select
+from prism_select import models
+from prism_select.core.direction import Target, dot, norm, target_gradient
+from prism_select.core.engines import reverse
+from prism_select.core.layers import Direction
+from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.pairing import change_numbers
+from prism_select.data.records import Example, Turn
+from prism_select.diagnosis import diagnose
+from prism_select.sketching import Sketcher
+from prism_select.statistics import auroc, rank_correlation
+from prism_select.targeting import answers, as_side
+from prism_select.weights import select_weights
+
+BATCH_TOKENS = 2048
+REMEDIES = ("none", "common removed", "anchor 0.1", "anchor 1")
+Sets = Mapping[str, tuple[list[Row], Sequence[int]]]  # name → pairs, numbers of them to try
+
+
+class Study:
+    """The model, loaded once."""
+
+    def __init__(self) -> None:
+        self.model, tokenizer = models.load(str(model()), "bfloat16", torch.device("cpu"))
+        self.encoder = Encoder(tokenizer, "plain", 256, self.model.vocabulary)
+        self.weights = select_weights(self.model.network, "late")
+
+    def encode(self, prompt: str, answer: str) -> Encoded:
+        turns = (Turn("user", prompt), Turn("assistant", answer))
+        return self.encoder.encode(Example(turns, "", "", "study", 1, 1))
+
+    def halves(self, pairs: Sequence[Row], sizes: Sequence[int]) -> list[tuple[Target, Row]]:
+        """C and R of the first n pairs, and what they say, for each n: the slopes are each pair's own, so the halves of
+        many are sums of those of few."""
+        found: list[tuple[Target, Row]] = []
+        total: Target | None = None
+        pictures: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
+        coded = [[self.encode(row["prompt"], row[side]) for row in pairs] for side in ("chosen", "rejected")]
+        start = 0
+        for size in sizes:
+            part = slice(start, size)
+            sides = tuple(as_side(side[part], BATCH_TOKENS, torch.device("cpu")) for side in coded)
+            sketcher = Sketcher(self.model.network, self.weights, max(sizes), 0)
+            with sketcher.open() as observe:
+                more = target_gradient(self.model, self.weights, sides, "prism", 0.0, observe)  # type: ignore[arg-type]
+            for name, kept in pictures.items():
+                kept.append(sketcher.pictures[name][: size - start] * (size - start))
+            total = more if total is None else joined(total, more)
+            both = tuple(torch.cat(kept).double().numpy() / size for kept in pictures.values())
+            tokens = tuple(answers(side[:size]) for side in coded)
+            told = {
+                remedy: asdict(diagnose(both, tokens, total, sketcher.share, remedy == "common removed", 0))  # type: ignore[arg-type]
+                for remedy in REMEDIES[:2]
+            }
+            found.append((low(total), told))
+            start = size
+            print(f"  {size} pairs: halves agree at {told['none']['split_half_agreement']:.2f}", flush=True)
+        return found
+
+    def scores(self, rows: Sequence[Encoded], directions: Sequence[Direction]) -> np.ndarray:
+        engine = reverse(self.model, self.weights, directions)
+        values = np.zeros((len(rows), len(directions)))
+        for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
+            values[batch] = engine(collate([rows[i] for i in batch])).values.numpy()
+        return values
+
+
+def joined(a: Target, b: Target) -> Target:
+    """The halves of two sets of pairs together, each a mean over its own."""
+    n, m = len(a.weight), len(b.weight)
+    mean = [
+        {name: (n * left[name] + m * right[name]) / (n + m) for name in left}
+        for left, right in ((a.chosen, b.chosen), (a.rejected, b.rejected))
+    ]
+    rest = [
+        torch.cat([getattr(a, name), getattr(b, name)])
+        for name in ("mean_loglik_chosen", "mean_loglik_rejected", "weight")
+    ]
+    return Target(mean[0], mean[1], *rest)
+
+
+def low(target: Target) -> Target:
+    """Halves in bfloat16, to hold many: the engine would round them so anyway."""
+    halves = [{name: value.bfloat16() for name, value in half.items()} for half in (target.chosen, target.rejected)]
+    return Target(halves[0], halves[1], target.mean_loglik_chosen, target.mean_loglik_rejected, target.weight)
+
+
+def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:
+    """Scores by one remedy from those along C and R, the columns of `along`."""
+    chosen, rejected = along.T
+    score: np.ndarray = chosen - rejected
+    if remedy.startswith("anchor"):
+        score = score + float(remedy.split()[1]) * chosen / float(target.weight.mean())
+    if remedy == "common removed":
+        common = target.common
+        score = score - dot(target.direction, common) / dot(common, common) * (chosen + rejected) / 2
+    return score
+
+
+def quality(score: np.ndarray, kinds: np.ndarray, kind: str) -> float:
+    """AUROC of right rows over those of another kind."""
+    kept = (kinds == "right") | (kinds == kind)
+    return auroc(score[kept], kinds[kept] == "right")
+
+
+def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]:
+    """A row of results for each set, size and remedy; kept in a file, so that a second run reads it."""
+    place = WORK / f"pairs-{name}.json"
+    if place.exists():
+        return list(json.loads(place.read_text()))
+    found: list[tuple[str, int, Target, Row]] = []
+    for title, (pairs, sizes) in sets.items():
+        print(f"{name}: {title}", flush=True)
+        fitting = [size for size in sizes if size <= len(pairs)]
+        found += [(title, n, *each) for n, each in zip(fitting, study.halves(pairs, fitting), strict=True)]
+    rows = [study.encode(row["prompt"], row["completion"]) for row in pool]
+    directions = [half for _, _, target, _ in found for half in (target.chosen, target.rejected)]
+    along, kinds = study.scores(rows, directions), np.array([row["kind"] for row in pool])
+    tokens, results = np.array([row.targets for row in rows]), []
+    for i, (title, n, target, told) in enumerate(found):
+        for remedy in REMEDIES:
+            summed = under(remedy, target, along[:, 2 * i : 2 * i + 2])
+            best = np.argsort(-summed / tokens, kind="stable")[: round(0.1 * len(rows))]
+            results.append(
+                {
+                    "group": name,
+                    "set": title,
+                    "pairs": n,
+                    "remedy": remedy,
+                    "diagnosis": {
+                        k: v for k, v in (told[remedy] if remedy in told else told["none"]).items() if k != "shares"
+                    },
+                    "norms": [norm(target.chosen), norm(target.rejected)],
+                    "per token": {kind: quality(summed / tokens, kinds, kind) for kind in set(kinds) - {"right"}},
+                    "summed": {kind: quality(summed, kinds, kind) for kind in set(kinds) - {"right"}},
+                    "best tenth per token": {kind: int((kinds[best] == kind).sum()) for kind in sorted(set(kinds))},
+                }
+            )
+    place.write_text(json.dumps(results))
+    return results
+
+
+def completions(kind: str, rows: Sequence[tuple[str, str]]) -> list[Row]:
+    return [{"prompt": asked(question), "completion": said(answer), "kind": kind} for question, answer in rows]
+
+
+def general(data: Path, draw: random.Random, count: int) -> list[Row]:
+    rows = [(r["instruction"], r["response"]) for r in lines(data / "dolly_5000.jsonl") if r["response"].strip()]
+    return completions("general", draw.sample([r for r in rows if len(r[0] + r[1]) <= LONGEST], count))
+
+
+def gsm8k(data: Path) -> tuple[Sets, list[Row]]:
+    draw = random.Random(0)
+    math = [r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST]
+    two = [r for r in lines(data / "gsm8k_model_pairs.jsonl") if len(r["prompt"] + r["chosen"]) <= LONGEST]
+    draw.shuffle(math)
+    draw.shuffle(two)
+    near = [pair(r["question"], r["answer"], change_numbers(r["answer"], draw)) for r in math[:100]]
+    swapped = [
+        pair(r["question"], r["answer"], other["answer"]) for r, other in zip(math[:30], math[30:60], strict=True)
+    ]
+    file = save(
+        "gsm8k-golds.jsonl", [{"prompt": asked(r["question"]), "completion": said(r["answer"])} for r in math[:100]]
+    )
+    made = WORK / "gsm8k-own-answers.jsonl"
+    if not made.exists():
+        prism_select.make_pairs(
+            file,
+            "answers",
+            str(made),
+            model=str(model()),
+            dtype="bfloat16",
+            limit=30,
+            samples=4,
+            new_tokens=128,
+            stop="\nQ",
+        )
+    sets = {
+        "near miss (numbers)": (near, (10, 30, 100)),
+        "two models": ([pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]], (10, 30, 60)),
+        "own answers": (lines(made), (10, 30)),
+        "swapped": (swapped, (10, 30)),
+    }
+    right, wrong = math[100:250], math[250:400]
+    pool = [
+        *completions("right", [(r["question"], r["answer"]) for r in right]),
+        *completions("numbers changed", [(r["question"], change_numbers(r["answer"], draw)) for r in wrong]),
+        *completions("a model's wrong", [(r["prompt"], r["rejected"]) for r in two[60:210]]),
+        *completions("a model's right", [(r["prompt"], r["chosen"]) for r in two[60:210]]),
+        *general(data, draw, 150),
+    ]
+    return sets, pool
+
+
+def arc(data: Path) -> tuple[Sets, list[Row]]:
+    draw = random.Random(0)
+    quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 200]
+    draw.shuffle(quiz)
+    file = save(
+        "arc-target.jsonl",
+        [{**r, "question": asked(r["question"]), "choices": [said(c) for c in r["choices"]]} for r in quiz[:100]],
+    )
+    sets = {}
+    for wrong, sizes in (("each", (30, 90)), ("one", (10, 30, 100)), ("favourite", (10, 30, 100))):
+        out = WORK / f"arc-{wrong}.jsonl"
+        if not out.exists():
+            needs: Row = {"model": str(model()), "dtype": "bfloat16"} if wrong == "favourite" else {}
+            prism_select.make_pairs(file, "choices", str(out), wrong=wrong, **needs)
+        sets[f"{wrong} wrong choice"] = (lines(out)[: max(sizes)], sizes)
+    rest = quiz[100:400]
+    pool = [
+        *completions("right", [(r["question"], r["choices"][r["answer"]]) for r in rest[:150]]),
+        *completions(
+            "wrong",
+            [
+                (r["question"], draw.choice([c for i, c in enumerate(r["choices"]) if i != r["answer"]]))
+                for r in rest[150:]
+            ],
+        ),
+        *general(data, draw, 150),
+    ]
+    return sets, pool
+
+
+def sided(rows: Sequence[tuple[str, str, str]], title: str, data: Path) -> tuple[Sets, list[Row]]:
+    """Question, wanted and unwanted answer: the first 300 are pairs, of the next 150 both answers are the pool."""
+    pairs = [pair(*row) for row in rows[:300]]
+    rest = rows[300:450]
+    pool = [
+        *completions("right", [(question, good) for question, good, _ in rest]),
+        *completions("wrong", [(question, bad) for question, _, bad in rest]),
+        *general(data, random.Random(0), 100),
+    ]
+    return {title: (pairs, (10, 30, 100, 300))}, pool
+
+
+def truthfulqa(data: Path) -> tuple[Sets, list[Row]]:
+    rows = [(r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "truthfulqa_pairs.jsonl")]
+    random.Random(0).shuffle(rows)
+    return sided(rows, "best answers", data)
+
+
+def polite(data: Path) -> tuple[Sets, list[Row]]:
+    rows = [
+        (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
+        for r in lines(data / "polite_rude_pairs.json")
+        if r["chosen"].strip() != r["rejected"].strip()
+    ]
+    random.Random(0).shuffle(rows)
+    return sided(rows, "polite over rude", data)
+
+
+GROUPS: Mapping[str, Callable[[Path], tuple[Sets, list[Row]]]] = {
+    "truthfulqa": truthfulqa,
+    "polite": polite,
+    "arc": arc,
+    "gsm8k": gsm8k,
+}
+AGAINST = {"gsm8k": "numbers changed"}
+
+
+def figures_of(rows: Sequence[Row]) -> list[Row]:
+    figures = []
+    for row in rows:
+        title = f"{row['group']}, {row['set']}, {row['pairs']} pairs"
+        if row["remedy"] == "none":
+            told = row["diagnosis"]
+            figures.append(
+                figure(
+                    f"{title}: split-half agreement",
+                    told["split_half_agreement"],
+                    "cosine",
+                    "",
+                    told["agreement_spread"],
+                )
+            )
+            figures.append(figure(f"{title}: common part", told["common_part"], "times the difference", ""))
+        for kind, value in row["per token"].items():
+            bar = wanted(row, kind)
+            figures.append(
+                figure(f"{title}, remedy {row['remedy']}: right over {kind}, per token", value, "AUROC", bar)
+            )
+    for remedy in REMEDIES[:2]:
+        plain = [row for row in rows if row["remedy"] == remedy]
+        agreement = np.array([row["diagnosis"]["split_half_agreement"] for row in plain])
+        ranking = np.array([row["per token"][AGAINST.get(row["group"], "wrong")] for row in plain])
+        name = (
+            f"rank correlation of agreement with right-over-wrong AUROC, {len(plain)} sets and sizes, remedy {remedy}"
+        )
+        figures.append(figure(name, rank_correlation(agreement, ranking), "Spearman's ρ", ""))
+    return figures
+
+
+def wanted(row: Row, kind: str) -> str:
+    if row["group"] == "gsm8k" and row["set"].startswith("near") and row["pairs"] == 100 and row["remedy"] == "none":
+        return "≥ 0.85" if kind == "numbers changed" else ""
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    parser.add_argument("--only", choices=GROUPS, help="measure one group")
+    chosen = parser.parse_args()
+    study, rows = Study(), list[Row]()
+    for name, make in GROUPS.items():
+        if chosen.only in (None, name) or (WORK / f"pairs-{name}.json").exists():
+            rows += group(study, name, *make(chosen.data))
+    write("pairs.json", rows, figures_of(rows))
+
+
+if __name__ == "__main__":
+    main()

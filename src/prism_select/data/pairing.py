@@ -1,0 +1,112 @@
+"""Pairing: what people have, made into pairs whose two answers differ in the behaviour and in little else.
+
+    numbers   a worked solution, and the same with its numbers changed (a near miss)
+    choices   the right choice, and wrong ones
+    answers   an answer, and the nearest one of the model's own that a check refuses
+    weak      an answer, and that of a weaker model, from a column
+    swap      an answer, and that of another row: a far negative, for control
+
+Choices made here: `chosen` is always the row's own answer, to the letter; nothing is drawn but from the generator
+given, so the same seed makes the same bytes; a row of which no pair can be made is told with its reason, never lost.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from rapidfuzz.distance import Levenshtein
+
+from prism_select.data.records import Example, Turn
+from prism_select.errors import BadOption
+
+__all__ = ["Accepts", "NoPair", "accepts_by", "change_numbers", "final_number", "nearest", "other_answers", "parts_of"]
+
+Accepts: TypeAlias = Callable[[str, str], bool]
+_DIGITS = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+_LETTER = re.compile(r"\b([A-H])\b")
+
+
+class NoPair(Exception):
+    """Why a row gives no pair; counted and written down, not an error."""
+
+
+def parts_of(example: Example) -> tuple[tuple[Turn, ...], str]:
+    """The prompt's turns and the last answer. Raises NoPair for a bare text or a row that does not end in an answer."""
+    *prompt, answer = example.turns
+    if answer.role != "assistant":
+        raise NoPair("it is a bare text" if answer.role == "text" else "its last turn is no answer")
+    if not prompt:
+        raise NoPair("it has no prompt")
+    return tuple(prompt), answer.text
+
+
+def change_numbers(answer: str, draw: random.Random) -> str:
+    """`answer` with every run of digits another one of the same length, so that the final number certainly differs and
+    all before the first number is kept. Raises NoPair when there is no number in it."""
+
+    def other(found: re.Match[str]) -> str:
+        digits = found[0]
+        first = "123456789" if len(digits) > 1 and digits[0] != "0" else "0123456789"
+        while True:
+            drawn = draw.choice(first) + "".join(draw.choices("0123456789", k=len(digits) - 1))
+            if drawn != digits:
+                return drawn
+
+    changed = _DIGITS.sub(other, answer)
+    if changed == answer:
+        raise NoPair("its answer has no number")
+    return changed
+
+
+def final_number(text: str) -> str | None:
+    """The last number in a text without thousands separators and trailing zeros; None where there is none."""
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    whole, _, part = found[-1].replace(",", "").partition(".")
+    part = part.rstrip("0")
+    number = f"{whole}.{part}" if part else whole
+    sign = "-" if number.startswith("-") else ""
+    return sign + (number.removeprefix("-").lstrip("0") or "0")
+
+
+def accepts_by(rule: str) -> Accepts:
+    """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (the same letter A to H
+    first, or the same text), or `regex:PATTERN` (found in the answer). Raises BadOption for anything else."""
+    if rule == "number":
+        return lambda answer, right: final_number(answer) is not None and final_number(answer) == final_number(right)
+    if rule == "choice":
+        return lambda answer, right: _first_choice(answer) == _first_choice(right)
+    if rule.startswith("regex:"):
+        try:
+            pattern = re.compile(rule.removeprefix("regex:"))
+        except re.error as error:
+            raise BadOption(f"--accept {rule}: not a regular expression ({error}); mend it") from None
+        return lambda answer, right: bool(pattern.search(answer))
+    raise BadOption(f"--accept {rule}: unknown; try number, choice or regex:PATTERN")
+
+
+def _first_choice(text: str) -> str:
+    found = _LETTER.search(text)
+    return found[1] if found else " ".join(text.split()).casefold().rstrip(".")
+
+
+def nearest(chosen: str, refused: Sequence[str]) -> str:
+    """The refused answer with the fewest edits from `chosen`; the first of equals. Raises NoPair when there is none."""
+    others = [answer for answer in refused if answer.strip() and answer.strip() != chosen.strip()]
+    if not others:
+        raise NoPair("the check refused none of the answers")
+    return min(others, key=lambda answer: Levenshtein.distance(chosen, answer))
+
+
+def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
+    """For each answer that of another row, each row's used once where that is possible; None where all are the same."""
+    order = list(range(len(answers)))
+    draw.shuffle(order)
+    found: list[str | None] = [None] * len(answers)
+    for place, row in enumerate(order):
+        rest = order[place + 1 :] + order[:place]
+        found[row] = next((answers[i] for i in rest if answers[i].strip() != answers[row].strip()), None)
+    return found

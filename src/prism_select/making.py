@@ -1,0 +1,207 @@
+"""Making: the pairs file that `prism pairs` writes, and what `--check` says about one.
+
+    OUT                  prompt, chosen, rejected, how, id, source, file, line
+    OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
+
+Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what is made of it
+depends on no other row; the pairs stand in the order of the rows.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from prism_select.config import PairsConfig
+from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
+from prism_select.data.inputs import Pool, read_target
+from prism_select.data.pairing import Accepts, NoPair, accepts_by, change_numbers, nearest, other_answers, parts_of
+from prism_select.data.readers import find_files, read_rows
+from prism_select.data.records import Example, Pair, Raw, Turn
+from prism_select.errors import BadOption, BadRow, EmptyInput
+from prism_select.generation import favourite, sample
+from prism_select.manifest import target_of, warnings_of
+from prism_select.pipeline import load_model, refuse_bad_rows
+from prism_select.progress import Progress
+from prism_select.store import Store
+from prism_select.targeting import aim_at
+
+__all__ = ["Made", "check_pairs", "make_pairs"]
+
+CHUNK = 16  # rows that the model answers at a time
+Answer: TypeAlias = tuple[Sequence[Turn], str, str]  # prompt, chosen, rejected
+Row: TypeAlias = tuple[Raw, Example | list[Pair]]
+Result: TypeAlias = tuple[Raw, Example | Pair, list[Answer] | NoPair]
+
+
+@dataclass(frozen=True)
+class Made:
+    """`skipped` counts rows by the reason why they gave no pair."""
+
+    path: Path
+    pairs: int
+    rows: int
+    skipped: Mapping[str, int]
+
+
+def make_pairs(config: PairsConfig, progress: Progress, accepts: Accepts | None = None) -> Made:
+    """Raises EmptyInput when no row gives a pair, TooManyBadRows as a pool does."""
+    place = Path(config.out)
+    if place.suffix != ".jsonl":
+        raise BadOption(f"--out {config.out}: give a name that ends in .jsonl")
+    if place.exists() and not config.overwrite:
+        raise BadOption(f"--out {config.out}: there already; give another name, or --overwrite")
+    accepts = accepts or accepts_by(config.accept)
+    rows, skipped = read(config)
+    count = len(rows) + len(skipped)
+    if config.limit:
+        random.Random(config.seed).shuffle(rows)
+    written: list[tuple[Raw, dict[str, Any]]] = []
+    with progress.task(f"pairs by {config.how}", len(rows)) as task:
+        for raw, row, made in getattr(Ways(config, progress, accepts), config.how)(rows):
+            task.advance(1)
+            if isinstance(made, NoPair):
+                skipped.append((raw, str(made)))
+            else:
+                written += [(raw, as_row(answer, config.how, row)) for answer in made]
+            if config.limit and len(written) >= config.limit:
+                written = written[: config.limit]
+                break
+    if not written:
+        why = Counter(reason for _, reason in skipped).most_common(1)
+        what = f"no row gives a pair; most often: {why[0][0]}" if why else "there are no rows"
+        raise EmptyInput(config.file, None, what, "try another --how, or name the columns with --fields")
+    order = {id(raw): (raw.file, raw.line) for raw, _ in written}
+    written.sort(key=lambda item: order[id(item[0])])
+    save(place, written, sorted(skipped, key=lambda item: (item[0].file, item[0].line)))
+    return Made(place, len(written), count, Counter(reason for _, reason in skipped))
+
+
+def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
+    """Good rows, and bad ones with their reasons."""
+    mapping = parse_fields(config.fields)
+    rows: list[Row] = []
+    bad: list[tuple[Raw, str]] = []
+    first: BadRow | None = None
+    for raw, row in compared(config.file, mapping) if config.how == "choices" else Pool([config.file], mapping).rows():
+        if isinstance(row, BadRow):
+            bad.append((raw, row.what))
+            first = first or row
+        else:
+            rows.append((raw, row))
+    if not rows and first:
+        raise first
+    refuse_bad_rows(config, len(bad), len(rows) + len(bad), first)
+    return rows, bad
+
+
+def compared(file: str, mapping: Mapping[str, str]) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
+    """Multiple-choice rows as a pair for each wrong choice."""
+    for name in find_files([file]):
+        for raw in read_rows(name):
+            try:
+                if raw.fields is not None and "choices" not in detect_target(raw.fields, mapping, name, raw.line).name:
+                    raise BadRow(name, raw.line, "no choices", "--how choices takes question, choices and answer")
+                yield raw, to_pairs(raw, Format("question+choices+answer"), mapping)
+            except BadRow as bad:
+                yield raw, bad
+
+
+class Ways:
+    """A method for each --how: rows in, for each the pairs that were made of it, or why there are none."""
+
+    def __init__(self, config: PairsConfig, progress: Progress, accepts: Accepts) -> None:
+        self.config, self.progress, self.accepts = config, progress, accepts
+
+    def draw(self, raw: Raw) -> random.Random:
+        return random.Random(f"{self.config.seed}/{Path(raw.file).name}/{raw.line}")
+
+    def numbers(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
+        for raw, example in rows:
+            yield raw, example, attempt(example, partial(change_numbers, draw=self.draw(raw)))
+
+    def weak(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
+        column = self.config.weak_field
+        for raw, example in rows:
+            value = (raw.fields or {}).get(column)
+            text = value if isinstance(value, str) and value.strip() else None
+            yield raw, example, attempt(example, partial(given, text=text, otherwise=f"no text in {column}"))
+
+    def swap(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
+        found = other_answers([example.turns[-1].text for _, example in rows], random.Random(self.config.seed))
+        for (raw, example), other in zip(rows, found, strict=True):
+            yield raw, example, attempt(example, partial(given, text=other, otherwise="every other answer is the same"))
+
+    def choices(self, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iterator[Result]:
+        model, encoder = load_model(self.config, self.progress) if self.config.favourite else (None, None)
+        for raw, pairs in rows:
+            kept = pairs
+            if self.config.wrong == "one":
+                kept = [self.draw(raw).choice(pairs)]
+            elif model and encoder:
+                kept = [pairs[favourite(model, encoder, [pair.rejected for pair in pairs])]]
+            made: list[Answer] = [(*parts_of(pair.chosen), pair.rejected.turns[-1].text) for pair in kept]
+            yield raw, pairs[0], made
+
+    def answers(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
+        model, encoder = load_model(self.config, self.progress)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            asked = [replace(example, prompt_turns=len(example.turns) - 1) for _, example in chunk]
+            for (raw, example), found in zip(chunk, sample(model, encoder, asked, self.config), strict=True):
+                yield raw, example, attempt(example, partial(self.refused, found=found))
+
+    def refused(self, right: str, found: Sequence[str]) -> str:
+        return nearest(right, [answer for answer in found if not self.accepts(answer, right)])
+
+
+def given(_: str, text: str | None, otherwise: str) -> str:
+    if text is None:
+        raise NoPair(otherwise)
+    return text
+
+
+def attempt(example: Example, rejected: Callable[[str], str]) -> list[Answer] | NoPair:
+    try:
+        prompt, chosen = parts_of(example)
+        other = rejected(chosen)
+        if other.strip() == chosen.strip():
+            raise NoPair("the other answer is the same")
+        return [(prompt, chosen, other)]
+    except NoPair as reason:
+        return reason
+
+
+def as_row(answer: Answer, how: str, row: Example | Pair) -> dict[str, Any]:
+    prompt, chosen, rejected = answer
+    example = row.chosen if isinstance(row, Pair) else row
+    alone = len(prompt) == 1 and prompt[0].role == "user"
+    asked: Any = prompt[0].text if alone else [{"role": turn.role, "content": turn.text} for turn in prompt]
+    origin = {"id": example.id, "source": example.source, "file": Path(example.file).name, "line": example.line}
+    return {"prompt": asked, "chosen": chosen, "rejected": rejected, "how": how, **origin}
+
+
+def save(place: Path, written: Sequence[tuple[Raw, Mapping[str, Any]]], skipped: Sequence[tuple[Raw, str]]) -> None:
+    store = Store(str(place.parent))
+    store.make()
+    lost = [{"file": raw.file, "line": raw.line, "reason": reason, "raw": raw.text} for raw, reason in skipped]
+    for name, rows in ((f"{place.name}.skipped.jsonl", lost), (place.name, [row for _, row in written])):
+        store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
+    """What a run's manifest says about its target, and its warnings, without a pool."""
+    pairs = read_target(config.check, parse_fields(config.fields))
+    model, encoder = load_model(config, progress)
+    aim = aim_at(config, model, encoder, pairs, progress)
+    told = {**target_of(aim), "warnings": warnings_of(aim)}
+    if config.out:
+        place = Path(config.out)
+        store = Store(str(place.parent))
+        store.make()
+        store.write_json(place.name, told)
+    return told

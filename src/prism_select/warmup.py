@@ -1,0 +1,94 @@
+"""Warm-up: a short LoRA fine-tuning on a random part of the pool, so that direction and scores are taken at a
+checkpoint that has learned the pool's format already and sees what is left to learn.
+
+    network ← network + merged adapter          RUN/adapter keeps the adapter, for stock PEFT
+
+Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear layers, one epoch, 2e-4
+falling to 0), since nothing about this step is ours; rows are drawn by a hash of seed and place, so a pool is read once
+and a run that was stopped takes the adapter that it left.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism_select.data.batches import Encoded, Encoder
+from prism_select.data.records import Example
+from prism_select.errors import BadOption, BadRow
+from prism_select.models import CausalLM
+
+__all__ = ["ADAPTER", "drawn", "warm_up"]
+
+ADAPTER = "adapter"
+RANK, RATE, ROWS_A_STEP = 16, 2e-4, 8
+
+
+def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, seed: int) -> list[Encoded]:
+    """A random share of the rows that can be encoded."""
+    draw, rows = random.Random(seed), list[Encoded]()
+    for example in examples:
+        if draw.random() < share and isinstance(example, Example):
+            with suppress(BadRow):
+                rows.append(encoder.encode(example))
+    return rows
+
+
+def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], kept: Path, seed: int) -> tuple[CausalLM, Path]:
+    """The model with a merged adapter: that in the folder `kept` if there is one, or a new one, trained on `rows`; and
+    the folder that it is in. Raises BadOption without TRL and PEFT, or without rows."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise BadOption("--warmup needs PEFT and TRL; install them with pip install 'prism-select[train]'") from None
+    network: Any = model.network
+    if not (kept / "adapter_model.safetensors").exists():
+        if not rows:
+            raise BadOption("--warmup drew no row of this pool; raise its share")
+        kept = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
+        network = train(network, encoder.tokenizer, rows, kept, seed)
+    else:
+        network = PeftModel.from_pretrained(network, str(kept))
+    return CausalLM(network.merge_and_unload()), kept
+
+
+def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, seed: int) -> Any:
+    """The network with an adapter, trained on the supervised tokens of `rows`; the adapter is saved in `folder`."""
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    disable_progress_bars()
+    torch.manual_seed(seed)
+    adapted = get_peft_model(network, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    coded = [
+        {
+            "input_ids": list(row.tokens),
+            "labels": [t if learned else -100 for t, learned in zip(row.tokens, row.supervised, strict=True)],
+        }
+        for row in rows
+    ]
+    settings = SFTConfig(
+        output_dir=str(folder / "training"),
+        per_device_train_batch_size=ROWS_A_STEP,
+        num_train_epochs=1,
+        learning_rate=RATE,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=next(network.parameters()).device.type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    SFTTrainer(model=adapted, args=settings, train_dataset=Dataset.from_list(coded), processing_class=tokenizer).train()
+    adapted.save_pretrained(str(folder))
+    return adapted

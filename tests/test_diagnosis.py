@@ -1,0 +1,178 @@
+"""What a run says about its pairs, held to values that are known in closed form or computed the slow way."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import Tiny, batch_of, pairs_of
+from torch import Tensor
+
+from prism_select.core.direction import Side, Target, differentiable, dot, norm, target_gradient
+from prism_select.core.engines import reverse
+from prism_select.core.layers import Weights
+from prism_select.core.likelihood import Batch, LanguageModel, backward
+from prism_select.diagnosis import Diagnosis, diagnose, overlap, pairs_wanted
+from prism_select.models import CausalLM
+from prism_select.sketching import Sketcher
+from prism_select.weights import select_weights
+
+
+def pictured(model: LanguageModel, sides: tuple[Side, Side], layers: str = "all") -> tuple[Sketcher, Target, Weights]:
+    weights = select_weights(model.network, layers)
+    sketcher = Sketcher(model.network, weights, len(sides[0].order), 0)
+    with sketcher.open() as observe:
+        target = target_gradient(model, weights, sides, "prism", 0.0, observe)
+    return sketcher, target, weights
+
+
+def own_gradients(model: LanguageModel, weights: Weights, side: Side, slope: Tensor, covered: set[str]) -> Tensor:
+    """The slow way: each pair's part of one half by itself, over the weights that pictures cover."""
+    rows: list[Tensor] = [torch.zeros(0)] * len(side.order)
+    order = iter(side.order)
+    for batch in side.batches:
+        for i in range(len(batch)):
+            pair, row = next(order), batch.rows(slice(i, i + 1))
+            with differentiable(weights):
+                backward(model, row, slope[pair : pair + 1] / len(slope) / row.counts)
+                parts = [w.grad.flatten().double() for n, w in weights.items() if n in covered and w.grad is not None]
+                rows[pair] = torch.cat(parts)
+    return torch.stack(rows)
+
+
+def gpt2() -> CausalLM:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    return CausalLM(transformers.GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize("make", [Tiny, gpt2], ids=["linear, tied", "Conv1D"])
+def test_pictures_have_the_inner_products_of_the_gradients(make: type[Tiny]) -> None:
+    """Tied weights are one weight, and a head that runs in chunks is one head."""
+    model, sides = make(), pairs_of(12)
+    sketcher, target, weights = pictured(model, sides)
+    covered = set(sketcher.place)
+    for side, name in zip(sides, ("chosen", "rejected"), strict=True):
+        exact = own_gradients(model, weights, side, target.weight, covered)
+        small = sketcher.pictures[name].double()
+        apart = (small @ small.T - exact @ exact.T).norm() / (exact @ exact.T).norm()
+        assert apart < 0.1, (name, apart)
+    assert 0.5 < sketcher.share <= 1
+    assert all(not module._forward_hooks for module in model.network.modules())
+
+
+def test_the_direction_is_the_same_with_and_without_pictures() -> None:
+    model, sides = Tiny(), pairs_of(6)
+    _, target, weights = pictured(model, sides)
+    plain = target_gradient(model, weights, sides, "prism")
+    assert all(torch.equal(target.direction[name], plain.direction[name]) for name in weights)
+
+
+def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None:
+    model = Tiny()
+    chosen, rejected = batch_of(1, 10, 1), batch_of(1, 12, 2)
+
+    def repeated(batch: Batch, count: int) -> list[Batch]:
+        return [batch] * count
+
+    order = list(range(8))
+    sides = Side(repeated(chosen, 8), order), Side(repeated(rejected, 8), order)
+    sketcher, target, _ = pictured(model, sides)
+    told = diagnosed(
+        sketcher.pictures["chosen"].double().numpy(), sketcher.pictures["rejected"].double().numpy(), target=target
+    )
+    assert told.split_half_agreement == pytest.approx(1, abs=1e-6)
+    assert np.allclose(told.shares, 1 / 8, atol=1e-6)
+    assert told.pairs_for_half_agreement == 2
+    assert told.effective_pairs == pytest.approx(8) and told.common_part == target.common_part
+    assert told.mean_preference == pytest.approx(float(target.gap.sigmoid().mean()))
+
+
+def diagnosed(
+    chosen: np.ndarray, rejected: np.ndarray, without_common: bool = False, target: Target | None = None
+) -> Diagnosis:
+    count = len(chosen)
+    tokens, means, one = [[1, 2, 3]] * count, torch.zeros(count, dtype=torch.float64), {"w": torch.ones(1)}
+    target = target or Target(one, {"w": torch.zeros(1)}, means, means, torch.ones(count))
+    return diagnose((chosen, rejected), (tokens, tokens), target, 1.0, without_common, 0)
+
+
+@pytest.mark.parametrize("kappa", [3.0, 20.0, 100.0])
+def test_a_planted_signal_is_found_with_the_agreement_that_theory_gives(kappa: float) -> None:
+    """Pairs = signal + noise of κ times its power: m of them against m others agree at 1 / (1 + κ/m)."""
+    draw, count, size = np.random.default_rng(1), 160, 20_000
+    signal = np.zeros(size)
+    signal[0] = 1.0
+    pairs = signal + draw.normal(size=(count, size)) * math.sqrt(kappa / size)
+    told = diagnosed(pairs, np.zeros_like(pairs))
+    for m, found in told.agreement_by_pairs.items():
+        assert found == pytest.approx(1 / (1 + kappa / m), abs=0.04), m
+    assert set(told.agreement_by_pairs) == {80, 40, 20}
+    assert told.pairs_for_half_agreement == pytest.approx(2 * kappa, rel=0.2)
+    low, high = told.agreement_spread
+    assert low <= told.split_half_agreement <= high
+
+
+def test_a_shared_part_hides_the_signal_until_it_is_taken_out() -> None:
+    """Each pair's two answers share a part of random strength, so it is left in their difference as noise in one
+    direction; taken out, the agreement is that of the signal alone."""
+    draw, count, size = np.random.default_rng(2), 100, 20_000
+    shared, signal = np.zeros((2, size))
+    shared[0], signal[1] = 1.0, 1.0
+    noise = draw.normal(size=(count, size)) * math.sqrt(10.0 / size)
+    strength = draw.normal(size=(count, 1))
+    chosen = (5 + strength) * shared + signal / 2 + noise / 2
+    rejected = (5 - strength) * shared - signal / 2 - noise / 2
+    kept, taken = diagnosed(chosen, rejected), diagnosed(chosen, rejected, without_common=True)
+    assert taken.split_half_agreement == pytest.approx(1 / (1 + 10 / 50), abs=0.05)
+    assert kept.agreement_spread[1] - kept.agreement_spread[0] > taken.agreement_spread[1] - taken.agreement_spread[0]
+    assert sum(taken.shares) == pytest.approx(1)
+
+
+def test_noise_alone_agrees_at_nothing_and_promises_no_number_of_pairs() -> None:
+    pairs = np.random.default_rng(3).normal(size=(64, 20_000))
+    told = diagnosed(pairs, np.zeros_like(pairs))
+    assert abs(told.split_half_agreement) < 0.03
+    assert any("mostly noise" in line for line in told.in_words())
+
+
+def test_one_loud_pair_is_named() -> None:
+    pairs = np.random.default_rng(4).normal(size=(40, 5_000))
+    pairs[17] *= 20
+    told = diagnosed(pairs, np.zeros_like(pairs))
+    assert told.dominant[0] == 17 and told.pairs_for_half_of_direction == 1
+    assert any("18 (" in line for line in told.in_words())
+
+
+def test_small_formulas() -> None:
+    assert overlap([1, 2, 2, 3], [2, 3, 4]) == pytest.approx(4 / 7)
+    assert overlap([1], [1]) == 1 and overlap([1], [2]) == 0
+    assert pairs_wanted({10: 0.5, 5: 1 / 3}) == 20
+    assert pairs_wanted({10: -0.01}) is None and pairs_wanted({}) is None
+
+
+def test_one_pair_has_a_diagnosis_without_agreement() -> None:
+    told = diagnosed(np.ones((1, 4)), np.zeros((1, 4)))
+    assert math.isnan(told.split_half_agreement) and told.pairs_for_half_agreement is None
+    assert not any("agree" in line for line in told.in_words())
+
+
+def test_what_pairs_share_is_taken_out_of_the_direction_and_of_both_halves() -> None:
+    model, sides, batch = Tiny(), pairs_of(6), batch_of(10, seed=4)
+    weights = select_weights(model.network, "all")
+    target = target_gradient(model, weights, sides, "prism")
+    taken, common = target.without_common(), target.common
+    assert abs(dot(taken.direction, common)) < 1e-12 * norm(taken.direction) * norm(common)
+    assert norm(taken.direction) <= norm(target.direction)
+    values = reverse(model, weights, [taken.direction, taken.chosen, taken.rejected])(batch).values
+    assert torch.allclose(values[:, 0], values[:, 1] - values[:, 2], rtol=1e-9, atol=1e-12)
+
+
+def test_an_anchor_adds_the_likelihood_of_the_chosen_answers() -> None:
+    model, sides = Tiny(), pairs_of(6)
+    weights = select_weights(model.network, "all")
+    plain, unpaired = (target_gradient(model, weights, sides, name).direction for name in ("prism", "unpaired"))
+    anchored = target_gradient(model, weights, sides, "prism", anchor=0.3).direction
+    for name in weights:
+        assert torch.allclose(anchored[name], plain[name] + 0.3 * unpaired[name], rtol=1e-9, atol=1e-14)
