@@ -87,24 +87,29 @@ def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarra
 
 def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
     kept, figures = [], []
-    for weighting, wanted, splits in (("prism", "≥ 0.75", 5), ("unpaired", "", 3)):
+    ways: list[tuple[str, Row, str, int]] = [
+        ("prism", {}, "≥ 0.75", 5),
+        ("prism, common part removed", {"common": "remove"}, "≥ 0.75", 5),
+        ("unpaired", {"weighting": "unpaired"}, "", 3),
+    ]
+    for title, options, wanted, splits in ways:
         found: dict[str, list[float]] = {"score_per_token": [], "score": []}
         for split in range(splits):
             target, pool = truthful_files(data, split)
-            name = f"truthful-{weighting}-{split}"
-            done = run("repair", name, pool=pool, target=target, weighting=weighting, label_field="is_bad")
+            name = f"truthful-{title.replace(', ', '-').replace(' ', '-')}-{split}"
+            done = run("repair", name, pool=pool, target=target, label_field="is_bad", **options)
             bad, question = (np.array([row[c] for row in lines(Path(pool))]) for c in ("is_bad", "question"))
             for column, values in found.items():
                 scores = done.scores[column].to_numpy()
                 values.append(auroc(scores, bad))
                 ends = interval({"scores": scores, "bad": bad}, auroc, question)
-                title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, split {split}"
-                figures.append(figure(title, values[-1], "AUROC", "", ends))
+                line = f"TruthfulQA repair, {title}, {UNITS[column]}, split {split}"
+                figures.append(figure(line, values[-1], "AUROC", "", ends))
             kept.append({"scenario": "truthfulqa", "name": name, "manifest": short(done.manifest)})
         for column, values in found.items():
             bar = wanted if column == "score_per_token" else ""
-            title = f"TruthfulQA repair, {weighting}, {UNITS[column]}, mean of {splits} split(s)"
-            figures.append(figure(title, float(np.mean(values)), "AUROC", bar))
+            line = f"TruthfulQA repair, {title}, {UNITS[column]}, mean of {splits} splits"
+            figures.append(figure(line, float(np.mean(values)), "AUROC", bar))
     return kept, figures
 
 

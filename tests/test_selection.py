@@ -205,8 +205,10 @@ def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(r
     chosen = np.repeat([8.0, 0.4], count)
     score = chosen - np.repeat([4 * rejected, 0.0], count)
     source = np.repeat(np.array(["math", "chat"], dtype=object), count)
-    told = hidden_sources(Columns(score, score / tokens, chosen, tokens, source, {}, 0))
-    assert bool(told) == warned
-    assert all("source math raises the chosen answers most (+2 a token)" in line for line in told)
+    columns = Columns(score, score / tokens, chosen, tokens, source, {}, 0)
+    for ranking, raised in (("score", "+8"), ("score_per_token", "+2")):
+        told = hidden_sources(columns, ranking)
+        assert bool(told) == warned
+        assert all(f"source math raises the chosen answers most ({raised} a row" in line for line in told)
     few = slice(0, 9)
-    assert not hidden_sources(Columns(score[few], score[few], chosen[few], tokens[few], source[few], {}, 0))
+    assert not hidden_sources(Columns(score[few], score[few], chosen[few], tokens[few], source[few], {}, 0), "score")

@@ -109,7 +109,7 @@ def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Ite
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
     counts["scored"] = len(verdicts) - counts["quarantined"]
-    return Chosen(counts, figures, hidden_sources(columns))
+    return Chosen(counts, figures, hidden_sources(columns, config.ranking))
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
@@ -276,24 +276,24 @@ def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: P
     }
 
 
-def hidden_sources(columns: Columns) -> list[str]:
+def hidden_sources(columns: Columns, ranking: str) -> list[str]:
     """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
-    more: a gap alone may not be what the user wants. Means per token, of sources with `ENOUGH` scored rows."""
-    scored, per_token = np.isfinite(columns.score), np.maximum(1, columns.tokens)
+    more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows."""
+    scored, score = np.isfinite(columns.score), getattr(columns, ranking)
+    chosen = columns.score_chosen / (np.maximum(1, columns.tokens) if ranking == "score_per_token" else 1)
     means: dict[str, tuple[float, float]] = {}
     for name, count in Counter(columns.source[scored].tolist()).items():
         if count >= ENOUGH:
             own = scored & (columns.source == name)
-            raised = float((columns.score_chosen[own] / per_token[own]).mean())
-            means[name] = (raised, float(columns.score_per_token[own].mean()))
+            means[name] = (float(chosen[own].mean()), float(score[own].mean()))
     if len(means) < 2:
         return []
     best = max(means, key=lambda name: means[name][0])
-    if means[best][0] <= 0 or means[best][1] > min(score for _, score in means.values()):
+    if means[best][0] <= 0 or means[best][1] > min(mean for _, mean in means.values()):
         return []
     return [
-        f"source {best} raises the chosen answers most ({means[best][0]:+.2g} a token) and still stands last, since "
-        f"it raises the rejected ones more (score {means[best][1]:+.2g}); nearer negatives or --common remove may help"
+        f"source {best} raises the chosen answers most ({means[best][0]:+.2g} a row on average) and still stands last "
+        f"({means[best][1]:+.2g}), since it raises the rejected ones more; nearer negatives or --common remove may help"
     ]
 
 

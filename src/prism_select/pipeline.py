@@ -259,10 +259,11 @@ def plan_run(
     survey: Survey,
     device: torch.device,
 ) -> Plan:
-    """Costs one batch."""
+    """Costs one batch, or a fiftieth of the pool where that is less."""
     lengths = [len(row.tokens) for row in sample]
     batches = plan_batches(lengths, config.batch_tokens)
     middle = batches[len(batches) // 2]
+    middle = middle[: max(1, (survey.rows - survey.bad) // 50)]
     return make_plan(engine, weights, collate([sample[i] for i in middle], device), survey.rows - survey.bad, lengths)
 
 
