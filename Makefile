@@ -1,11 +1,11 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
-# make real: quality on a real pre-trained model (slow)        make bench: memory against pool size
+# make real, make pairs: quality on a real pre-trained model (slow)      make bench: memory against pool size
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test real bench clean
+.PHONY: demo test real pairs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -26,6 +26,10 @@ test: $(STAMP)
 real: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/real.py --data $(or $(DATA),../shared/data)
+
+pairs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
+	$(BIN)/python benchmarks/pairs.py --data $(or $(DATA),../shared/data)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py

@@ -46,9 +46,49 @@ def options_page() -> str:
 
 
 def measurements_page() -> str:
-    """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`."""
+    """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`; of the many of the
+    pairs study, a table."""
     lines = (DOCS / "measurements.in.txt").read_text(encoding="utf-8").splitlines()
-    return "\n".join(figures(line[2:-2]) if line.startswith("{{") else line for line in lines) + "\n"
+    tables = {"{{pairs}}": pairs_table}
+    return (
+        "\n".join(tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x for x in lines) + "\n"
+    )
+
+
+def pairs_table() -> str:
+    """A line for each kind of pairs and their number; AUROCs per token, with each remedy."""
+    place = RESULTS / "pairs.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    result = json.loads(place.read_text(encoding="utf-8"))
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["group"], row["set"], row["pairs"]), {})[row["remedy"]] = row
+    remedies = list(next(iter(found.values())))
+    lines = [
+        "| target | pairs | halves agree | common part | right over wrong: "
+        + " / ".join(remedies)
+        + " | right over general: the same |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (group, name, count), by_remedy in found.items():
+        told = by_remedy["none"]["diagnosis"]
+        wrong = "wrong" if "wrong" in by_remedy["none"]["per token"] else "numbers changed"
+        cells = [
+            " / ".join(f"{by_remedy[remedy]['per token'][kind]:.2f}" for remedy in remedies)
+            for kind in (wrong, "general")
+        ]
+        lines.append(
+            f"| {group}: {name} | {count} | {told['split_half_agreement']:.2f} | {told['common_part']:.1f} | "
+            f"{cells[0]} | {cells[1]} |"
+        )
+    summary = [line for line in result["figures"] if "rank correlation" in line["name"] or line["wanted"]]
+    return "\n".join([*lines, "", *(told_figure(line) for line in summary)])
+
+
+def told_figure(line: dict[str, Any]) -> str:
+    state = {True: f", wanted {line['wanted']}: holds", False: f", wanted {line['wanted']}: **falls short**"}
+    return f"- {line['name']}: {line['value']:.3f} {line['unit']}{state.get(line['holds'], '')}"
 
 
 def figures(name: str) -> str:

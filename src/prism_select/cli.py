@@ -6,6 +6,7 @@ Choices made here: options are the fields of the configs, so a help text stands 
 line wins over --config; `--pool a b c` is read as three pools, as a shell's wildcard gives them.
 """
 
+import os
 import signal
 import sys
 import traceback
@@ -109,6 +110,7 @@ def app(debug: bool) -> None:
 @click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
 def demo(out: str) -> None:
     """Run the main jobs offline, on a bundled model and a small generated world, in under a minute."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: a tiny model is slower with more
     from prism_select.demo.story import tell
 
     tell(out, Terminal())
