@@ -37,7 +37,7 @@ from prism_select.targeting import answers, as_side
 from prism_select.weights import select_weights
 
 BATCH_TOKENS = 2048
-REMEDIES = ("none", "common removed", "anchor 0.1", "anchor 1")
+REMEDIES = ("none", "common removed", "anchor 0.03", "anchor 0.1")
 Sets = Mapping[str, tuple[list[Row], Sequence[int]]]  # name → pairs, numbers of them to try
 
 
@@ -161,6 +161,7 @@ def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]
                 }
             )
     place.write_text(json.dumps(results))
+    np.savez(WORK / f"pairs-{name}.npz", along=along, tokens=tokens, kinds=kinds)
     return results
 
 
@@ -200,18 +201,17 @@ def gsm8k(data: Path) -> tuple[Sets, list[Row]]:
             stop="\nQ",
         )
     sets = {
-        "near miss (numbers)": (near, (10, 30, 100)),
+        "near miss (numbers)": (near, (10, 30, 60)),
         "two models": ([pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]], (10, 30, 60)),
-        "own answers": (lines(made), (10, 30)),
-        "swapped": (swapped, (10, 30)),
+        "own answers": (lines(made), (30,)),
+        "swapped": (swapped, (30,)),
     }
     right, wrong = math[100:250], math[250:400]
     pool = [
         *completions("right", [(r["question"], r["answer"]) for r in right]),
         *completions("numbers changed", [(r["question"], change_numbers(r["answer"], draw)) for r in wrong]),
         *completions("a model's wrong", [(r["prompt"], r["rejected"]) for r in two[60:210]]),
-        *completions("a model's right", [(r["prompt"], r["chosen"]) for r in two[60:210]]),
-        *general(data, draw, 150),
+        *general(data, draw, 100),
     ]
     return sets, pool
 
@@ -316,7 +316,7 @@ def figures_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def wanted(row: Row, kind: str) -> str:
-    if row["group"] == "gsm8k" and row["set"].startswith("near") and row["pairs"] == 100 and row["remedy"] == "none":
+    if row["group"] == "gsm8k" and row["set"].startswith("near") and row["pairs"] == 60 and row["remedy"] == "none":
         return "≥ 0.85" if kind == "numbers changed" else ""
     return ""
 

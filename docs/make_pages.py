@@ -25,7 +25,7 @@ def table(kind: type[ModelConfig], without: set[str]) -> list[str]:
     for field in fields(kind):
         if field.name not in without:
             value, text = get_args(hints[field.name])[:2]
-            default = f"`{field.default}`" if field.default not in ("", (), False) else ""
+            default = f"`{field.default}`" if field.default not in ("", ()) and field.default is not False else ""
             option = "FILE" if field.name == "file" else f"--{field.name.replace('_', '-')}"
             lines.append(f"| `{option}` | {values(value)} | {default} | {text} |")
     return lines
@@ -64,7 +64,7 @@ def pairs_table() -> str:
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in result["rows"]:
         found.setdefault((row["group"], row["set"], row["pairs"]), {})[row["remedy"]] = row
-    remedies = list(next(iter(found.values())))
+    remedies = [name for name in next(iter(found.values())) if all(name in each for each in found.values())]
     lines = [
         "| target | pairs | halves agree | common part | right over wrong: "
         + " / ".join(remedies)

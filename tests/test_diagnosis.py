@@ -145,6 +145,25 @@ def test_one_loud_pair_is_named() -> None:
     assert any("18 (" in line for line in told.in_words())
 
 
+def test_a_large_target_is_diagnosed_without_a_table_of_pairs_by_pairs() -> None:
+    pairs = np.random.default_rng(5).normal(size=(3_000, 64)).astype(np.float32)
+    assert -0.1 < diagnosed(pairs, np.zeros_like(pairs)).split_half_agreement < 0.1
+
+
+def test_without_a_matrix_there_is_nothing_to_say() -> None:
+    told = diagnosed(np.zeros((20, 0)), np.zeros((20, 0)))
+    assert told.pairs_for_half_of_direction is None and math.isnan(told.split_half_agreement)
+    assert not any("half" in line for line in told.in_words())
+
+
+def test_the_longer_side_is_named_as_the_target_file_names_it() -> None:
+    pairs, means = np.ones((12, 4)), torch.zeros(12, dtype=torch.float64)
+    target = Target({"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(12))
+    told = diagnose((pairs, 0 * pairs), ([[1, 2, 3]] * 12, [[1]] * 12), target, 1.0, False, 0)
+    assert any("the chosen answer is the longer one in 100%" in line for line in told.in_words())
+    assert any("the rejected answer is the longer one" in line for line in told.in_words(("rejected", "chosen")))
+
+
 def test_small_formulas() -> None:
     assert overlap([1, 2, 2, 3], [2, 3, 4]) == pytest.approx(4 / 7)
     assert overlap([1], [1]) == 1 and overlap([1], [2]) == 0
@@ -158,13 +177,14 @@ def test_one_pair_has_a_diagnosis_without_agreement() -> None:
     assert not any("agree" in line for line in told.in_words())
 
 
-def test_what_pairs_share_is_taken_out_of_the_direction_and_of_both_halves() -> None:
+def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stays() -> None:
     model, sides, batch = Tiny(), pairs_of(6), batch_of(10, seed=4)
     weights = select_weights(model.network, "all")
     target = target_gradient(model, weights, sides, "prism")
     taken, common = target.without_common(), target.common
     assert abs(dot(taken.direction, common)) < 1e-12 * norm(taken.direction) * norm(common)
     assert norm(taken.direction) <= norm(target.direction)
+    assert all(torch.equal(taken.chosen[name], target.chosen[name]) for name in weights)
     values = reverse(model, weights, [taken.direction, taken.chosen, taken.rejected])(batch).values
     assert torch.allclose(values[:, 0], values[:, 1] - values[:, 2], rtol=1e-9, atol=1e-12)
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,20 @@ def test_swapped_answers_are_those_of_other_rows(answers: list[str], seed: int) 
     found = other_answers(answers, random.Random(seed))
     for answer, other in zip(answers, found, strict=True):
         if other is None:
-            assert len({each.strip() for each in answers}) == 1
+            assert not answer.strip() or len({each.strip() for each in answers} - {""}) == 1
         else:
-            assert other in answers and other.strip() != answer.strip()
+            assert other in answers and other.strip() not in ("", answer.strip())
 
 
 def test_numbers_are_compared_by_value() -> None:
     assert final_number("so 1,200 in all") == final_number("#### 1200.0") == "1200"
     assert final_number("-3.50") == "-3.5" and final_number("none") is None and final_number("007") == "7"
+    assert final_number("\N{MINUS SIGN}5") == "-5" and final_number("it is 03/4") == "3/4" != final_number("1/4")
     right = accepts_by("number")
     assert right("= 42.0", "#### 42") and not right("41", "42") and not right("no number", "no number")
     assert accepts_by("choice")("B) apple", "B") and not accepts_by("choice")("apple", "pear")
+    assert accepts_by("choice")("(B)", "B.") and not accepts_by("choice")("A battery", "A magnet")
+    assert accepts_by("choice")(" An apple. ", "an apple") and not accepts_by("choice")("Because", "B")
     assert accepts_by("regex:^ye")("yes", "anything") and not accepts_by("regex:^ye")("no", "anything")
     for wrong in ("regex:(", "number?", ""):
         with pytest.raises(BadOption, match="--accept"):
@@ -162,7 +166,7 @@ def test_weak_answers_come_from_a_column_and_swapped_ones_from_other_rows(tmp_pa
 
 def test_answers_are_the_models_own_where_the_check_refuses_them(tmp_path: Path, plain_model: Path) -> None:
     file = jsonl(tmp_path / "solved.jsonl", SOLVED)
-    words = ("--how", "answers", "--model", plain_model, "--samples", 3, "--new-tokens", 6)
+    words = ("--how", "answers", "--model", plain_model, "--samples", 3, "--new-tokens", 9, "--stop", "e")
     pairs = made(tmp_path / "a.jsonl", file, *words)
     assert all(pair["rejected"].strip() and pair["rejected"] != pair["chosen"] for pair in pairs) and pairs
     assert pairs == made(tmp_path / "b.jsonl", file, *words)
@@ -171,14 +175,18 @@ def test_answers_are_the_models_own_where_the_check_refuses_them(tmp_path: Path,
         "no row gives a pair",
         "the check refused none of the answers",
     )
+    refused(
+        prism("pairs", file, *words[:-2], "--out", tmp_path / "c.jsonl"),
+        "no answer ended within --new-tokens",
+    )
     kept = prism_select.make_pairs(
         file, "answers", str(tmp_path / "d.jsonl"), accepts=lambda answer, right: False, **options(plain_model)
     )
-    assert kept.pairs == len(SOLVED) and sum(kept.skipped.values()) == 0
+    assert kept.pairs and kept.pairs + sum(kept.skipped.values()) == len(SOLVED)
 
 
 def options(model: Path) -> dict[str, Any]:
-    return {"model": str(model), "samples": 3, "new_tokens": 6}
+    return {"model": str(model), "samples": 3, "new_tokens": 9, "stop": "e"}
 
 
 def test_conversations_keep_their_turns(tmp_path: Path) -> None:
@@ -259,6 +267,83 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, words: tuple[str, .
     refused(prism("pairs", *[file if word == "FILE" else word for word in words]), part)
 
 
+def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(tmp_path: Path, plain_model: Path) -> None:
+    talk = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3?"}]
+    long = {"messages": [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "4"}]}
+    fine = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    file = jsonl(tmp_path / "rows.jsonl", [{"messages": talk}, long, fine])
+    words = ("--how", "answers", "--model", plain_model, "--template", "plain", "--samples", 9, "--new-tokens", 9)
+    assert len(made(tmp_path / "p.jsonl", file, *words, "--stop", "e")) == 1
+    lost = rows(tmp_path / "p.jsonl.skipped.jsonl")
+    assert [row["line"] for row in lost] == [1, 2]
+
+
+def test_what_cannot_be_an_answer_is_no_answer(tmp_path: Path) -> None:
+    def said(text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
+
+    first = {"role": "assistant", "content": "yes"}
+    empty = {"messages": [{"role": "user", "content": "q"}, first, *said("")["messages"]]}
+    asks = {"messages": [*said("a")["messages"], {"role": "user", "content": "more?"}]}
+    file = jsonl(tmp_path / "rows.jsonl", [said("one"), empty, asks, said("two")])
+    pairs = made(tmp_path / "p.jsonl", file, "--how", "swap")
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
+    odd = jsonl(
+        tmp_path / "odd.jsonl",
+        [{**SOLVED[0], "weaker": "fine"}, '{"question": "q", "answer": "a", "weaker": "\\ud800"}'],
+    )
+    assert len(made(tmp_path / "w.jsonl", odd, "--how", "weak", "--weak-field", "weaker", "--max-bad", "60%")) == 1
+
+
+def test_what_is_read_is_never_written(tmp_path: Path, plain_model: Path) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", SOLVED)
+    before = Path(file).read_bytes()
+    refused(prism("pairs", file, "--how", "numbers", "--out", file, "--overwrite"), "the file to read")
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
+    kept = pairs.read_bytes()
+    refused(prism("pairs", "--check", pairs, "--model", plain_model, "--out", pairs), "the file to read")
+    report = tmp_path / "report.json"
+    report.write_text("mine")
+    refused(prism("pairs", "--check", pairs, "--model", plain_model, "--out", report), "there already")
+    assert Path(file).read_bytes() == before and pairs.read_bytes() == kept and report.read_text() == "mine"
+
+
+def test_one_pair_has_no_agreement_and_says_so_without_a_number(tmp_path: Path, plain_model: Path) -> None:
+    file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    done = prism("pairs", "--check", file, "--model", plain_model)
+    assert done.code == 0 and "nan" not in done.out and "agree at" not in done.out
+    assert prism_select.check_pairs(file, str(plain_model))["split_half_agreement"] is None
+    norms = prism("pairs", "--check", file, "--model", plain_model, "--layers", "norm")
+    assert norms.code == 0 and "nan" not in norms.out and "none of the counted weights is a matrix" in norms.out
+
+
+def test_a_saved_direction_comes_with_its_own_settings(tmp_path: Path, plain_model: Path) -> None:
+    pool = jsonl(tmp_path / "rows.jsonl", SOLVED)
+    made(tmp_path / "pairs.jsonl", pool, "--how", "numbers")
+    shared = ("--model", plain_model, "--pool", pool)
+    first = prism(
+        "score", *shared, "--target", tmp_path / "pairs.jsonl", "--out", tmp_path / "run", "--common", "remove"
+    )
+    assert first.code == 0
+    again = ("score", *shared, "--direction", tmp_path / "run" / "direction.safetensors", "--out", tmp_path / "again")
+    for words in (("--common", "remove"), ("--anchor", 3), ("--weighting", "hard"), ("--layers", "late")):
+        refused(prism(*again, *words), words[0], "a saved direction has that in it")
+    assert prism(*again).code == 0
+    scores = [prism_select.Run(tmp_path / name).scores["score"].to_pylist() for name in ("run", "again")]
+    assert scores[0] == pytest.approx(scores[1])
+    refused(prism(*again, "--seed", "-1"), "--seed")
+
+
+def test_repair_speaks_of_the_answers_as_the_target_file_does(tmp_path: Path, plain_model: Path) -> None:
+    pool = jsonl(tmp_path / "rows.jsonl", SOLVED)
+    rows_ = [{"prompt": f"q {i}", "chosen": "a much longer answer " * 2, "rejected": f"b {i}"} for i in range(12)]
+    file = jsonl(tmp_path / "pairs.jsonl", rows_)
+    for command in ("score", "repair"):
+        done = prism(command, "--model", plain_model, "--pool", pool, "--target", file, "--out", tmp_path / command)
+        assert "the chosen answer is the longer one in 100% of the pairs" in done.out, done.out + done.err
+
+
 def test_a_file_that_is_there_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     file, out = jsonl(tmp_path / "rows.jsonl", SOLVED), tmp_path / "p.jsonl"
     out.write_text("mine")
@@ -330,16 +415,21 @@ def test_made_says_where_and_how_many(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the warm-up
 
 
-def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(tmp_path: Path, chat_model: Path) -> None:
+def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(
+    tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     pool = jsonl(tmp_path / "rows.jsonl", SOLVED * 4)
     made(tmp_path / "pairs.jsonl", pool, "--how", "numbers", "--limit", 4)
     shared = ("--model", chat_model, "--pool", pool, "--target", tmp_path / "pairs.jsonl", "--layers", "late")
     for name, words in (("plain", ()), ("warm", ("--warmup", "60%")), ("again", ("--warmup", "60%"))):
         done = prism("score", *shared, *words, "--out", tmp_path / name)
-        assert done.code == 0, done.err
+        assert done.code == 0 and "train_runtime" not in done.out, done.err
+    assert not any((tmp_path / "temporary").iterdir())
     plain, warm, again = (prism_select.Run(tmp_path / name) for name in ("plain", "warm", "again"))
     logliks = [run.scores["loglik"].to_pylist() for run in (plain, warm, again)]
     assert sum(logliks[1]) > sum(logliks[0]) and logliks[1] == pytest.approx(logliks[2])

@@ -109,7 +109,7 @@ def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Ite
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
     counts["scored"] = len(verdicts) - counts["quarantined"]
-    return Chosen(counts, figures, hidden_sources(columns, config.ranking))
+    return Chosen(counts, figures, [] if config.command == "repair" else hidden_sources(columns, config.ranking))
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:

@@ -147,13 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, interrupt)
     if not debug:
         warnings.simplefilter("ignore")
-    guarded(
-        lambda: app.main([w for w in spread(words) if w != "--debug"], prog_name="prism", standalone_mode=False), debug
-    )
+    rest = [word for word in spread(words) if word != "--debug"]
+    resumes = "nothing was written" if rest[:1] == ["pairs"] else "the same command goes on where it stopped"
+    guarded(lambda: app.main(rest, prog_name="prism", standalone_mode=False), debug, resumes)
 
 
-def guarded(call: Callable[[], Any], debug: bool) -> None:
-    """Every way to end, in one place."""
+def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
+    """Every way to end, in one place; `resumes` is what an interruption leaves."""
     try:
         code = call()
     except PrismError as error:
@@ -165,7 +165,7 @@ def guarded(call: Callable[[], Any], debug: bool) -> None:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "prism"
         fail(f"{error.format_message()} See {where} --help", 2)
     except (Interrupted, KeyboardInterrupt, click.Abort):
-        fail("interrupted; the same command goes on where it stopped", 130)
+        fail(f"interrupted; {resumes}", 130)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:

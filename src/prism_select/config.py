@@ -71,9 +71,11 @@ class ModelConfig:
     layers: Annotated[
         str, "Weights that count: all, late (upper half of the blocks), last:N, or a regular expression over names."
     ] = "all"
-    anchor: Annotated[float, "Add this many times the chosen answers' mean log-likelihood to the gain; 0: nothing."] = (
-        0.0
-    )
+    anchor: Annotated[
+        float,
+        "Add this many times the mean log-likelihood of the answers that are aimed at (the chosen ones; in repair, the "
+        "rejected ones) to the gain; 0: nothing.",
+    ] = 0.0
     common: Annotated[
         Literal["keep", "remove"], "What both answers of the pairs share: keep it in the direction, or take it out."
     ] = "keep"
@@ -109,6 +111,8 @@ class ModelConfig:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
+        if not 0 <= self.seed < 2**32:
+            raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
         if self.weighting == "unpaired" and self.common == "remove":
@@ -157,8 +161,9 @@ class ScoreConfig(ModelConfig):
             raise BadOption("give either --target PAIRS or --direction FILE" + (", not both" if self.target else ""))
         if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
             raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
-        if self.warmup and self.direction:
-            raise BadOption("--warmup: a saved direction was taken without it; leave one of them out")
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.direction and (settled := sorted(given & {"anchor", "common", "layers", "warmup", "weighting"})):
+            raise BadOption(f"--{settled[0]}: a saved direction has that in it; leave it out, or give --target")
 
     @property
     def ranking(self) -> str:
@@ -253,8 +258,8 @@ class PairsConfig(ModelConfig):
         for name, least in {"samples": 1, "new_tokens": 1, "limit": 0}.items():
             if getattr(self, name) < least:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-        if not 0 < self.temperature < math.inf:
-            raise BadOption(f"--temperature {self.temperature}: must be above 0")
+        if not 0.01 <= self.temperature <= 100:
+            raise BadOption(f"--temperature {self.temperature}: must be between 0.01 and 100")
 
     @property
     def favourite(self) -> bool:

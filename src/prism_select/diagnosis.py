@@ -4,7 +4,7 @@
                     expected 1 / (1 + κ/m), κ the noise of one pair over the signal  →  halves of 2κ pairs agree at ½
     share of pair q     d_q · d / ‖d‖², which add up to 1
 
-All from the inner products of the pairs' pictures (sketching.py), so it costs no pass of the model.
+All from the pairs' pictures (sketching.py), so it costs no pass of the model.
 
 Choices made here: where the common part is taken out of the direction it is taken out of each set's own; κ is
 Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums bears one small agreement.
@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ __all__ = ["Diagnosis", "diagnose"]
 SPLITS = 200
 NOISE, WEAK = 0.1, 0.3  # agreements below which a direction is called mostly noise, and weak
 
-Floats = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 Tokens = Sequence[Sequence[int]]
 
 
@@ -47,7 +48,7 @@ class Diagnosis:
     mean_tokens_chosen: float
     mean_tokens_rejected: float
     token_overlap: float  # Dice coefficient of the two answers' tokens, mean over pairs
-    pairs_for_half_of_direction: int
+    pairs_for_half_of_direction: int | None
     shares: tuple[float, ...]  # of each pair in the direction
     covered_share: float  # of the counted weights that the pictures cover
 
@@ -56,74 +57,59 @@ class Diagnosis:
         """The pairs, largest share first."""
         return [int(place) for place in np.argsort(-np.array(self.shares), kind="stable")]
 
-    def in_words(self) -> list[str]:
-        """What the user should know before believing the ranking."""
+    def in_words(self, sides: tuple[str, str] = ("chosen", "rejected")) -> list[str]:
+        """What the user should know before believing the ranking; `sides` is what the two answers are called."""
         told = [f"only {self.effective_pairs:.1f} pairs count"] if self.effective_pairs < 5 else []
-        agreement, pairs = self.split_half_agreement, self.pairs
+        if self.covered_share == 0:
+            told.append("none of the counted weights is a matrix: whether the pairs agree is not known")
+        agreement, pairs, half = self.split_half_agreement, self.pairs, self.pairs_for_half_of_direction
         if not math.isnan(agreement) and agreement < WEAK:
             more = self.pairs_for_half_agreement
-            advice = f"about {more} pairs like these" if more else "more pairs than these can tell"
+            advice = f"about {more:,} pairs like these" if more else "more pairs than these can tell"
             strength = "mostly noise" if agreement < NOISE else "weak"
             told.append(
                 f"two halves of your pairs agree at {agreement:.2f}: the direction is {strength}; {advice} would bring "
-                "that to 0.50, and nearer negatives, --common remove or a warm-up may help"
+                "that to 0.50, and nearer negatives, --common remove or --warmup may help"
             )
-        if self.pairs_for_half_of_direction <= 0.05 * pairs:
+        if half is not None and half <= 0.05 * pairs:
             first = ", ".join(f"{place + 1} ({self.shares[place]:.0%})" for place in self.dominant[:3])
+            told.append(f"{half} of {pairs} pairs make half of the direction: first of all {first}")
+        longer, side = max((self.chosen_longer_share, sides[0]), (1 - self.chosen_longer_share, sides[1]))
+        if longer > 0.8 and pairs >= 10:
             told.append(
-                f"{self.pairs_for_half_of_direction} of {pairs} pairs make half of the direction: first of all {first}"
+                f"the {side} answer is the longer one in {longer:.0%} of the pairs: length may be what they teach"
             )
-        if max(self.chosen_longer_share, 1 - self.chosen_longer_share) > 0.8 and pairs >= 10:
-            share = self.chosen_longer_share
-            side = (
-                f"chosen answer is the longer one in {share:.0%}" if share > 0.5 else f"rejected one in {1 - share:.0%}"
-            )
-            told.append(f"the {side} of the pairs: length may be what they teach")
         return told
 
 
-@dataclass(frozen=True)
-class Products:
-    """Inner products of the pairs' pictures: of d = C − R and of c = ½(C + R)."""
+def directions_of(sets: Floats, pictures: tuple[Floats, Floats], without_common: bool) -> Floats:
+    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair is in the set."""
+    chosen, rejected = (sets @ side for side in pictures)
+    direction = chosen - rejected
+    if without_common:
+        common = chosen + rejected
+        size = np.square(common).sum(1, keepdims=True)
+        direction = direction - (direction * common).sum(1, keepdims=True) / np.where(size > 0, size, 1) * common
+    return np.asarray(direction)
 
-    dd: Floats
-    dc: Floats
-    cc: Floats
-    without_common: bool
 
-    @classmethod
-    def of(cls, chosen: Floats, rejected: Floats, without_common: bool) -> "Products":
-        d, c = chosen - rejected, (chosen + rejected) / 2
-        return cls(d @ d.T, d @ c.T, c @ c.T, without_common)
+def agreements(m: int, pictures: tuple[Floats, Floats], without_common: bool, draw: np.random.Generator) -> Floats:
+    """Cosines between the directions of `m` pairs and of `m` others, for `SPLITS` draws."""
+    count = len(pictures[0])
+    a, b = np.zeros((2, SPLITS, count), dtype=pictures[0].dtype)
+    for split in range(SPLITS):
+        order = draw.permutation(count)
+        a[split, order[:m]], b[split, order[m : 2 * m]] = 1, 1
+    x, y = (directions_of(sets, pictures, without_common) for sets in (a, b))
+    size = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return np.asarray((x * y).sum(1) / np.where(size > 0, size, math.nan), dtype=np.float64)
 
-    def taken(self, a: Floats) -> float:
-        """How much of its own common part the direction of the pairs in `a` loses."""
-        size = float(a @ self.cc @ a)
-        return float(a @ self.dc @ a) / size if self.without_common and size else 0.0
 
-    def dot(self, a: Floats, b: Floats) -> float:
-        """Between the directions of two sets of pairs, given as 0 and 1 per pair."""
-        x, y = self.taken(a), self.taken(b)
-        return float(a @ self.dd @ b - y * (a @ self.dc @ b) - x * (b @ self.dc @ a) + x * y * (a @ self.cc @ b))
-
-    def cosine(self, a: Floats, b: Floats) -> float:
-        size = math.sqrt(max(0.0, self.dot(a, a)) * max(0.0, self.dot(b, b)))
-        return self.dot(a, b) / size if size else math.nan
-
-    def agreements(self, m: int, draw: np.random.Generator) -> Floats:
-        found = []
-        for _ in range(SPLITS):
-            order = draw.permutation(len(self.dd))
-            a, b = np.zeros((2, len(self.dd)))
-            a[order[:m]], b[order[m : 2 * m]] = 1.0, 1.0
-            found.append(self.cosine(a, b))
-        return np.array(found)
-
-    def shares(self) -> Floats:
-        every = np.ones(len(self.dd))
-        x = self.taken(every)
-        own = self.dd @ every - x * (self.dc @ every + self.dc.T @ every) + x * x * (self.cc @ every)
-        return np.asarray(own / (own.sum() or math.nan))
+def shares_of(pictures: tuple[Floats, Floats], without_common: bool) -> Floats:
+    """Each pair's own part in the direction of all: they add up to 1."""
+    every = directions_of(np.ones((1, len(pictures[0])), dtype=pictures[0].dtype), pictures, without_common)
+    own = ((pictures[0] - pictures[1]) @ every[0]).astype(np.float64)
+    return np.asarray(own / (own.sum() or math.nan))
 
 
 def diagnose(
@@ -135,13 +121,13 @@ def diagnose(
     seed: int,
 ) -> Diagnosis:
     """`pictures` are of the pairs' parts in C and in R, (pairs, numbers) each; `tokens` are the answers' own."""
-    products, draw = Products.of(*pictures, without_common), np.random.default_rng(seed)
+    draw = np.random.default_rng(seed)
     gap, weight = target.gap.numpy(), target.weight.numpy()
     sizes = sorted({len(gap) // parts for parts in (2, 4, 8)} - {0}, reverse=True)
-    splits = {m: products.agreements(m, draw) for m in sizes}
+    splits = {m: agreements(m, pictures, without_common, draw) for m in sizes}
     means = {m: float(np.mean(found)) for m, found in splits.items()}
     halves = splits[sizes[0]] if sizes else np.array([math.nan])
-    shares = products.shares()
+    shares = shares_of(pictures, without_common)
     longer = np.array([len(a) - len(b) for a, b in zip(*tokens, strict=True)])
     return Diagnosis(
         pairs=len(gap),
@@ -157,10 +143,15 @@ def diagnose(
         mean_tokens_chosen=float(np.mean([len(answer) for answer in tokens[0]])),
         mean_tokens_rejected=float(np.mean([len(answer) for answer in tokens[1]])),
         token_overlap=float(np.mean([overlap(a, b) for a, b in zip(*tokens, strict=True)])),
-        pairs_for_half_of_direction=int(np.searchsorted(np.cumsum(-np.sort(-shares)), 0.5) + 1),
+        pairs_for_half_of_direction=pairs_for_half(shares),
         shares=tuple(map(float, shares)),
         covered_share=covered_share,
     )
+
+
+def pairs_for_half(shares: Floats) -> int | None:
+    """How many pairs, largest share first, make half of the direction."""
+    return None if np.isnan(shares).any() else int((np.cumsum(-np.sort(-shares)) < 0.5).sum() + 1)
 
 
 def pairs_wanted(means: dict[int, float]) -> int | None:

@@ -1,10 +1,12 @@
 """Generation: what the model itself would say, and which of several answers it likes best.
 
-Choices made here: plain sampling at a temperature, nothing cut from the distribution; prompts padded on the left; an
-answer ends at the model's own end token, at --stop, or after --new-tokens.
+Choices made here: plain sampling at a temperature, nothing cut from the distribution and nothing penalised; prompts
+padded on the left; an answer ends at the model's own end token or at --stop, and one that does not end within
+--new-tokens is no answer.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,21 +14,33 @@ import torch
 from prism_select.config import PairsConfig
 from prism_select.core.likelihood import token_logliks
 from prism_select.data.batches import Encoded, Encoder, collate
+from prism_select.data.pairing import NoPair
 from prism_select.data.records import Example
 from prism_select.models import CausalLM
 
-__all__ = ["favourite", "sample"]
+__all__ = ["favourite", "prompt_of", "sample"]
 
 
-def sample(model: CausalLM, encoder: Encoder, examples: Sequence[Example], config: PairsConfig) -> list[list[str]]:
-    """`config.samples` answers to the prompt of each example."""
-    rows = [encoder.encode(example) for example in examples]
-    prompts = [row.tokens[: row.supervised.index(True)] for row in rows]
+def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[int]:
+    """The tokens before the last answer. Raises NoPair where an answer of `new_tokens` has no room after them, BadRow
+    where the row cannot be encoded."""
+    row = encoder.encode(replace(example, prompt_turns=len(example.turns) - 1))
+    prompt = row.tokens[: row.supervised.index(True)]
+    if not prompt or len(prompt) + new_tokens > encoder.max_length:
+        raise NoPair(
+            f"its prompt of {len(prompt)} tokens leaves no room for --new-tokens {new_tokens} within --max-length"
+        )
+    return prompt
+
+
+def sample(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], config: PairsConfig) -> list[list[str]]:
+    """Those of `config.samples` answers to each prompt that end."""
     batch = collate([Encoded(prompt, [False] * len(prompt), False) for prompt in prompts], model.device, "left")
     network: Any = model.network
-    end = encoder.tokenizer.eos_token_id
+    ends = network.generation_config.eos_token_id
+    known = {encoder.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(config.seed + examples[0].line)
+        torch.manual_seed(config.seed + sum(map(len, prompts)))
         spoken = network.generate(
             input_ids=batch.tokens,
             attention_mask=batch.real.long(),
@@ -34,17 +48,26 @@ def sample(model: CausalLM, encoder: Encoder, examples: Sequence[Example], confi
             temperature=config.temperature,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,
             max_new_tokens=config.new_tokens,
             num_return_sequences=config.samples,
-            pad_token_id=0 if end is None else end,
+            eos_token_id=sorted(known) or None,
+            pad_token_id=min(known, default=0),
         )
-    texts = encoder.tokenizer.batch_decode(spoken[:, batch.tokens.shape[1] :], skip_special_tokens=True)
-    said = [text.partition(config.stop)[0] if config.stop else text for text in texts]
-    return [said[i : i + config.samples] for i in range(0, len(said), config.samples)]
+    answers = spoken[:, batch.tokens.shape[1] :]
+    texts = encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    ended = [bool(known & set(row)) for row in answers.tolist()]
+    said = [_finished(text, config.stop, end) for text, end in zip(texts, ended, strict=True)]
+    return [[text for text in said[i : i + config.samples] if text] for i in range(0, len(said), config.samples)]
+
+
+def _finished(text: str, stop: str, ended: bool) -> str | None:
+    before, found, _ = text.partition(stop) if stop else (text, "", "")
+    return before if found or ended else None
 
 
 def favourite(model: CausalLM, encoder: Encoder, answers: Sequence[Example]) -> int:
     """The place of the answer with the highest mean log-likelihood."""
     batch = collate([encoder.encode(answer) for answer in answers], model.device)
     with torch.no_grad():
-        return int((token_logliks(model, batch).double().sum(1) / batch.counts).argmax())
+        return int((token_logliks(model, batch).cpu().double().sum(1) / batch.counts.cpu()).argmax())

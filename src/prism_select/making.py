@@ -3,31 +3,33 @@
     OUT                  prompt, chosen, rejected, how, id, source, file, line
     OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
 
-Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what is made of it
-depends on no other row; the pairs stand in the order of the rows.
+Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what `numbers` and
+`choices` make of it depends on no other row; the pairs stand in the order of the rows.
 """
 
 import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from prism_select.config import PairsConfig
+from prism_select.data.batches import Encoder
 from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
 from prism_select.data.inputs import Pool, read_target
 from prism_select.data.pairing import Accepts, NoPair, accepts_by, change_numbers, nearest, other_answers, parts_of
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw, Turn
 from prism_select.errors import BadOption, BadRow, EmptyInput
-from prism_select.generation import favourite, sample
+from prism_select.generation import favourite, prompt_of, sample
 from prism_select.manifest import target_of, warnings_of
 from prism_select.pipeline import load_model, refuse_bad_rows
 from prism_select.progress import Progress
-from prism_select.store import Store
+from prism_select.store import Store, finite
 from prism_select.targeting import aim_at
 
 __all__ = ["Made", "check_pairs", "make_pairs"]
@@ -50,11 +52,7 @@ class Made:
 
 def make_pairs(config: PairsConfig, progress: Progress, accepts: Accepts | None = None) -> Made:
     """Raises EmptyInput when no row gives a pair, TooManyBadRows as a pool does."""
-    place = Path(config.out)
-    if place.suffix != ".jsonl":
-        raise BadOption(f"--out {config.out}: give a name that ends in .jsonl")
-    if place.exists() and not config.overwrite:
-        raise BadOption(f"--out {config.out}: there already; give another name, or --overwrite")
+    place = free(config, config.file, ".jsonl")
     accepts = accepts or accepts_by(config.accept)
     rows, skipped = read(config)
     count = len(rows) + len(skipped)
@@ -75,10 +73,22 @@ def make_pairs(config: PairsConfig, progress: Progress, accepts: Accepts | None 
         why = Counter(reason for _, reason in skipped).most_common(1)
         what = f"no row gives a pair; most often: {why[0][0]}" if why else "there are no rows"
         raise EmptyInput(config.file, None, what, "try another --how, or name the columns with --fields")
-    order = {id(raw): (raw.file, raw.line) for raw, _ in written}
-    written.sort(key=lambda item: order[id(item[0])])
-    save(place, written, sorted(skipped, key=lambda item: (item[0].file, item[0].line)))
+    in_order = attrgetter("file", "line")
+    written.sort(key=lambda item: in_order(item[0]))
+    save(place, written, sorted(skipped, key=lambda item: in_order(item[0])))
     return Made(place, len(written), count, Counter(reason for _, reason in skipped))
+
+
+def free(config: PairsConfig, source: str, ending: str) -> Path:
+    """Where to write. Raises BadOption for a file that is there, and always for the one that is read."""
+    place = Path(config.out)
+    if place.suffix != ending:
+        raise BadOption(f"--out {config.out}: give a name that ends in {ending}")
+    if place.exists() and Path(source).exists() and place.samefile(source):
+        raise BadOption(f"--out {config.out}: that is the file to read; give another name")
+    if place.exists() and not config.overwrite:
+        raise BadOption(f"--out {config.out}: there already; give another name, or --overwrite")
+    return place
 
 
 def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
@@ -128,11 +138,11 @@ class Ways:
         column = self.config.weak_field
         for raw, example in rows:
             value = (raw.fields or {}).get(column)
-            text = value if isinstance(value, str) and value.strip() else None
+            text = value if isinstance(value, str) and value.strip() and is_text(value) else None
             yield raw, example, attempt(example, partial(given, text=text, otherwise=f"no text in {column}"))
 
     def swap(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
-        found = other_answers([example.turns[-1].text for _, example in rows], random.Random(self.config.seed))
+        found = other_answers([answer_of(example) for _, example in rows], random.Random(self.config.seed))
         for (raw, example), other in zip(rows, found, strict=True):
             yield raw, example, attempt(example, partial(given, text=other, otherwise="every other answer is the same"))
 
@@ -143,7 +153,11 @@ class Ways:
             if self.config.wrong == "one":
                 kept = [self.draw(raw).choice(pairs)]
             elif model and encoder:
-                kept = [pairs[favourite(model, encoder, [pair.rejected for pair in pairs])]]
+                try:
+                    kept = [pairs[favourite(model, encoder, [pair.rejected for pair in pairs])]]
+                except BadRow as bad:
+                    yield raw, pairs[0], NoPair(bad.what)
+                    continue
             made: list[Answer] = [(*parts_of(pair.chosen), pair.rejected.turns[-1].text) for pair in kept]
             yield raw, pairs[0], made
 
@@ -151,11 +165,28 @@ class Ways:
         model, encoder = load_model(self.config, self.progress)
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            asked = [replace(example, prompt_turns=len(example.turns) - 1) for _, example in chunk]
-            for (raw, example), found in zip(chunk, sample(model, encoder, asked, self.config), strict=True):
-                yield raw, example, attempt(example, partial(self.refused, found=found))
+            asked = [self.prompt(encoder, example) for _, example in chunk]
+            prompts = [prompt for prompt in asked if not isinstance(prompt, NoPair)]
+            found = iter(sample(model, encoder, prompts, self.config) if prompts else [])
+            for (raw, example), prompt in zip(chunk, asked, strict=True):
+                if isinstance(prompt, NoPair):
+                    yield raw, example, prompt
+                else:
+                    yield raw, example, attempt(example, partial(self.refused, found=next(found)))
+
+    def prompt(self, encoder: Encoder, example: Example) -> Sequence[int] | NoPair:
+        """The tokens before the answer, or why the model cannot be asked."""
+        try:
+            parts_of(example)
+            return prompt_of(encoder, example, self.config.new_tokens)
+        except NoPair as reason:
+            return reason
+        except BadRow as bad:
+            return NoPair(bad.what)
 
     def refused(self, right: str, found: Sequence[str]) -> str:
+        if not found:
+            raise NoPair("no answer ended within --new-tokens; raise it, or give --stop")
         return nearest(right, [answer for answer in found if not self.accepts(answer, right)])
 
 
@@ -165,10 +196,25 @@ def given(_: str, text: str | None, otherwise: str) -> str:
     return text
 
 
+def answer_of(example: Example) -> str:
+    """The last answer; nothing where there is none."""
+    try:
+        return parts_of(example)[1]
+    except NoPair:
+        return ""
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written: a lone surrogate cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def attempt(example: Example, rejected: Callable[[str], str]) -> list[Answer] | NoPair:
     try:
         prompt, chosen = parts_of(example)
         other = rejected(chosen)
+        if not chosen.strip() or not other.strip():
+            raise NoPair("an answer is empty")
         if other.strip() == chosen.strip():
             raise NoPair("the other answer is the same")
         return [(prompt, chosen, other)]
@@ -195,13 +241,13 @@ def save(place: Path, written: Sequence[tuple[Raw, Mapping[str, Any]]], skipped:
 
 def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     """What a run's manifest says about its target, and its warnings, without a pool."""
+    place = free(config, config.check, ".json") if config.out else None
     pairs = read_target(config.check, parse_fields(config.fields))
     model, encoder = load_model(config, progress)
     aim = aim_at(config, model, encoder, pairs, progress)
-    told = {**target_of(aim), "warnings": warnings_of(aim)}
-    if config.out:
-        place = Path(config.out)
+    told = finite({**target_of(aim), "warnings": warnings_of(aim, swapped=False)})
+    if place:
         store = Store(str(place.parent))
         store.make()
         store.write_json(place.name, told)
-    return told
+    return dict(told)

@@ -57,7 +57,8 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
             "counted_weights": list(facts.weights),
         },
         "score": {
-            "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain",
+            "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain"
+            + (", without the common part" if config.common == "remove" else ""),
             "sign": f"positive: training on the row moves the model towards the {towards} answers of the target file",
             "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
             "swapped": repair,
@@ -79,7 +80,7 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
         "timings": dict(facts.timings),
         "plan": asdict(facts.plan),
         "actual": dict(facts.actual),
-        "warnings": [*warnings_of(aim), *chosen.warnings],
+        "warnings": [*warnings_of(aim, repair), *chosen.warnings],
     }
 
 
@@ -92,5 +93,7 @@ def target_of(aim: Aim) -> dict[str, Any]:
     return {**told, "dominant_pairs": [{"pair": i + 1, "share": shares[i]} for i in aim.diagnosis.dominant[:5]]}
 
 
-def warnings_of(aim: Aim) -> list[str]:
-    return aim.diagnosis.in_words() if aim.diagnosis else []
+def warnings_of(aim: Aim, swapped: bool) -> list[str]:
+    """`swapped` pairs are told by the names that the target file has for their answers."""
+    sides = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+    return aim.diagnosis.in_words(sides) if aim.diagnosis else []

@@ -35,8 +35,8 @@ from prism_select.planning import Plan, make_plan, peak_memory
 from prism_select.progress import Progress, Silent
 from prism_select.scoring import Scorer
 from prism_select.store import Run, Store
-from prism_select.targeting import Aim, read_direction, save_direction, towards
-from prism_select.warmup import ADAPTER, drawn, warm_up
+from prism_select.targeting import Aim, read_direction, save_direction
+from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
 
 __all__ = ["load_model", "refuse_bad_rows", "run"]
 
@@ -93,8 +93,8 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
         return plan
     store.begin(config, inputs.fingerprints)
     if adapter:
-        store.keep(ADAPTER, adapter)
-    save_direction(store, towards(config), aim, inputs.pairs)
+        store.move_in(ADAPTER, adapter)
+    save_direction(store, config, aim, inputs.pairs)
     scorer = Scorer(encoder, engine, config.batch_tokens, model.device)
     with clock.step("score"):
         shards = score_pool(config, store, inputs, scorer, progress)
@@ -158,16 +158,19 @@ def load_model(config: ModelConfig, progress: Progress) -> tuple[models.CausalLM
 def warmed(
     config: ScoreConfig, store: Store, pool: Pool, loaded: tuple[models.CausalLM, Encoder], progress: Progress
 ) -> tuple[models.CausalLM, Path | None]:
-    """The model as it is, or with a merged adapter and the folder of that. A plan does not depend on it."""
+    """The model as it is, or with a merged adapter, and the folder of an adapter that is new. A plan is made without:
+    it costs no training, and does not count it."""
     model, encoder = loaded
     if not config.warmup or config.dry_run:
         return model, None
-    earlier = store.path / ("" if config.overwrite else ADAPTER)
+    if not config.overwrite and has_adapter(store.path / ADAPTER):
+        progress.say("warm-up: the adapter that is in the run folder")
+        return merged(model, store.path / ADAPTER), None
     with progress.task(f"warm-up on {config.warmup} of the pool", None):
         share = Amount.parse("--warmup", config.warmup).value
         rows = drawn((example for _, example in pool.rows()), encoder, share, config.seed)
         progress.say(f"warm-up: {len(rows):,} rows, a LoRA adapter of all linear layers")
-        return warm_up(model, encoder, rows, earlier, config.seed)
+        return warm_up(model, encoder, rows, config.seed)
 
 
 def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:

@@ -7,7 +7,8 @@ Inner products of pictures are those of gradients up to noise: without bias, and
 resamples, the part they share) is known from one backward pass.
 
 Choices made here: pictures cover the weights that have a closed form (Linear, Conv1D, Embedding); of fused experts,
-norms and biases there is none, and `share` says how much is covered. All pictures together hold `NUMBERS` at most.
+norms and biases there is none, and `share` says how much of the weights they cover in all their uses. All pictures
+together hold at most `NUMBERS` numbers.
 """
 
 import math
@@ -32,14 +33,15 @@ class Sketcher:
     """`pictures["chosen"][q]` is that of pair q's part in C, slope and mean over pairs included; likewise rejected."""
 
     def __init__(self, network: nn.Module, weights: Weights, pairs: int, seed: int) -> None:
-        closed = [owner for owner in owners(network, weights) if is_closed(owner.module)]
-        self.owners = [owner for owner in closed if "weight" in owner.weights]
+        every = owners(network, weights)
+        self.owners = [owner for owner in every if is_closed(owner.module) and "weight" in owner.weights]
         names = sorted({owner.weights["weight"] for owner in self.owners})
         self.width = max(2, math.isqrt(min(LONGEST, NUMBERS // (2 * pairs)) // max(1, len(names))))
         self.place = {name: i * self.width**2 for i, name in enumerate(names)}
         self.seed, self.signs = seed, dict[str, tuple[Tensor, Tensor]]()
         self.pictures = {side: torch.zeros(pairs, len(names) * self.width**2) for side in ("chosen", "rejected")}
-        self.share = sum(weights[name].numel() for name in names) / sum(w.numel() for w in weights.values())
+        whole = {name for name in names if all(o in self.owners for o in every if name in o.weights.values())}
+        self.share = sum(weights[name].numel() for name in whole) / sum(w.numel() for w in weights.values())
         self._side, self._pairs, self._rows = "chosen", list[int](), torch.zeros(0, dtype=torch.long)
 
     @contextmanager

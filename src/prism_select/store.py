@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from prism_select.config import MENDABLE, ScoreConfig, to_toml
 from prism_select.errors import BadOption, DiskTrouble, RunMismatch
 
-__all__ = ["FILES", "SHARD", "Run", "Store"]
+__all__ = ["FILES", "SHARD", "Run", "Store", "finite"]
 
 FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
 SHARD = pa.schema(
@@ -132,19 +132,14 @@ class Store:
         finally:
             draft.unlink(missing_ok=True)
 
-    def keep(self, name: str, folder: Path) -> None:
-        """A copy of the files in a folder, unless it is there already."""
-        place = self.path / name
-        if place.exists():
-            return
-        draft = place.with_name(name + ".part")
+    def move_in(self, name: str, folder: Path) -> None:
+        """A folder from elsewhere, whole or not at all."""
+        draft = self.path / f"{name}.part"
         with self._disk():
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            for file in sorted(folder.iterdir()):
-                if file.is_file():
-                    shutil.copyfile(file, draft / file.name)
-            draft.replace(place)
+            shutil.copytree(folder, draft)
+            draft.replace(self.path / name)
+        shutil.rmtree(folder)
 
     def write(self, name: str, content: bytes) -> None:
         with self.writing(name) as file:
@@ -152,7 +147,7 @@ class Store:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """A number that is NaN or infinite, and so has no value, becomes null."""
-        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
     def write_shard(self, number: int, table: pa.Table) -> None:
@@ -224,11 +219,12 @@ class Run:
         return f"Run({str(self.path)!r})"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """As JSON has it: names are texts, and a number that is NaN or infinite is null."""
     if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
+        return {str(name): finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

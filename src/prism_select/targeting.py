@@ -1,7 +1,7 @@
 """Targeting: pairs to a direction, and a direction to a file and back.
 
     direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
-                             metadata: which answers of the target file it points towards
+                             metadata: which answers of the target file it points towards, and the warm-up, if any
 
 Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how far its pairs agree;
 a pair whose two answers are the same tokens stops the run, since it says nothing.
@@ -68,7 +68,7 @@ def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, pairs: Sequen
         target = target_gradient(model, weights, (chosen, rejected), config.weighting, config.anchor, observe)
     refuse_not_finite(target, pairs)
     diagnosis = diagnose(
-        (sketcher.pictures["chosen"].double().numpy(), sketcher.pictures["rejected"].double().numpy()),
+        (sketcher.pictures["chosen"].numpy(), sketcher.pictures["rejected"].numpy()),
         (answers(sides[0]), answers(sides[1])),
         target,
         sketcher.share,
@@ -118,9 +118,14 @@ def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list
     try:
         saved = load_file(file)
         with safe_open(file, "pt") as opened:
-            there = (opened.metadata() or {}).get("towards", side)
+            said = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
+    there = said.get("towards", side)
+    if said.get("warmup"):
+        raise BadOption(
+            f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give --target"
+        )
     if there != side:
         raise BadOption(
             f"--direction {file}: it points towards the {there} answers, and this command needs the {side} ones; "
@@ -137,11 +142,11 @@ def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list
     return {n: known[n] for n in names}, [{n: here[n] for n in names}, {n: here[f"chosen/{n}"] for n in names}]
 
 
-def save_direction(store: Store, side: str, aim: Aim, pairs: Sequence[Pair]) -> None:
+def save_direction(store: Store, config: ScoreConfig, aim: Aim, pairs: Sequence[Pair]) -> None:
     score, chosen = aim.directions
     tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
     ready = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    store.write("direction.safetensors", save(ready, metadata={"towards": side}))
+    store.write("direction.safetensors", save(ready, metadata={"towards": towards(config), "warmup": config.warmup}))
     if aim.target is None or aim.diagnosis is None:
         return
     columns = {

@@ -117,11 +117,12 @@ def _figure(value: float | None, spec: str = ".3f") -> str:
     return "undefined" if value is None else format(value, spec)
 
 
-def target_lines(target: Mapping[str, Any]) -> dict[str, str]:
-    """What the pairs say, as the manifest's `target` has it."""
+def target_lines(target: Mapping[str, Any], swapped: bool) -> dict[str, str]:
+    """What the pairs say, as the manifest's `target` has it; `swapped` pairs by the names of the target file."""
+    sides = ("rejected", "chosen") if swapped else ("chosen", "rejected")
     rows = {
-        "pairs": f"{target['pairs']}, mean preference {target['mean_preference']:.3f}, {target['preferred_share']:.0%} "
-        f"preferred already, {target['effective_pairs']:.1f} effective"
+        "pairs": f"{target['pairs']}, mean preference for the {sides[0]} {target['mean_preference']:.3f}, above one "
+        f"half in {target['preferred_share']:.0%}, {target['effective_pairs']:.1f} effective"
     }
     if target["split_half_agreement"] is not None:
         low, high = target["agreement_spread"]
@@ -132,8 +133,8 @@ def target_lines(target: Mapping[str, Any]) -> dict[str, str]:
         )
     rows["common part"] = f"{target['common_part']:.1f} times what tells the two answers of a pair apart"
     rows["answers"] = (
-        f"{target['mean_tokens_chosen']:.0f} tokens chosen, {target['mean_tokens_rejected']:.0f} rejected, "
-        f"overlap {target['token_overlap']:.2f}, chosen longer in {target['chosen_longer_share']:.0%}"
+        f"{target['mean_tokens_chosen']:.0f} tokens {sides[0]}, {target['mean_tokens_rejected']:.0f} {sides[1]}, "
+        f"overlap {target['token_overlap']:.2f}, {sides[0]} longer in {target['chosen_longer_share']:.0%}"
     )
     return rows
 
@@ -142,8 +143,8 @@ def pairs_summary(config: PairsConfig, told: Any) -> dict[str, str]:
     """The final table of `prism pairs`: of a file that was made, or of a diagnosis."""
     if config.check:
         warnings = {f"warning {place + 1}": line for place, line in enumerate(told["warnings"])}
-        first = ", ".join(f"{each['pair']} ({each['share']:.0%})" for each in told["dominant_pairs"])
-        return {**target_lines(told), "largest shares": f"pairs {first}", **warnings}
+        first = ", ".join(f"{each['pair']} ({_figure(each['share'], '.0%')})" for each in told["dominant_pairs"])
+        return {**target_lines(told, swapped=False), "largest shares": f"pairs {first}", **warnings}
     rows = {"read": f"{told.rows:,} rows", "pairs": f"{told.pairs:,} by {config.how}"}
     for place, (reason, count) in enumerate(sorted(told.skipped.items(), key=lambda item: -item[1])):
         rows[f"no pair {place + 1}"] = f"{count:,} rows: {reason}"
@@ -159,7 +160,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     told = {name: counts[name] for name in counts if name not in ("read", "scored", "quarantined", "truncated")}
     rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
     if "pairs" in target:
-        rows |= target_lines(target)
+        rows |= target_lines(target, manifest["score"]["swapped"])
     if len(choice["sources"]) > 1 and manifest["command"] != "score":
         shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
         rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)

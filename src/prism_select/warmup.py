@@ -4,11 +4,11 @@ checkpoint that has learned the pool's format already and sees what is left to l
     network ← network + merged adapter          RUN/adapter keeps the adapter, for stock PEFT
 
 Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear layers, one epoch, 2e-4
-falling to 0), since nothing about this step is ours; rows are drawn by a hash of seed and place, so a pool is read once
-and a run that was stopped takes the adapter that it left.
+falling to 0), since nothing about this step is ours; a run that was stopped takes the adapter that it left.
 """
 
 import random
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,10 +22,11 @@ from prism_select.data.records import Example
 from prism_select.errors import BadOption, BadRow
 from prism_select.models import CausalLM
 
-__all__ = ["ADAPTER", "drawn", "warm_up"]
+__all__ = ["ADAPTER", "drawn", "has_adapter", "merged", "warm_up"]
 
 ADAPTER = "adapter"
 RANK, RATE, ROWS_A_STEP = 16, 2e-4, 8
+_INSTALL = "--warmup needs PEFT and TRL; install PRISM with its extra [train]"
 
 
 def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, seed: int) -> list[Encoded]:
@@ -38,30 +39,45 @@ def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, 
     return rows
 
 
-def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], kept: Path, seed: int) -> tuple[CausalLM, Path]:
-    """The model with a merged adapter: that in the folder `kept` if there is one, or a new one, trained on `rows`; and
-    the folder that it is in. Raises BadOption without TRL and PEFT, or without rows."""
+def has_adapter(folder: Path) -> bool:
+    return (folder / "adapter_model.safetensors").exists()
+
+
+def merged(model: CausalLM, folder: Path) -> CausalLM:
+    """The model with the adapter of a folder in its weights. Raises BadOption without PEFT."""
     try:
         from peft import PeftModel
     except ImportError:
-        raise BadOption("--warmup needs PEFT and TRL; install them with pip install 'prism-select[train]'") from None
+        raise BadOption(_INSTALL) from None
     network: Any = model.network
-    if not (kept / "adapter_model.safetensors").exists():
-        if not rows:
-            raise BadOption("--warmup drew no row of this pool; raise its share")
-        kept = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
-        network = train(network, encoder.tokenizer, rows, kept, seed)
-    else:
-        network = PeftModel.from_pretrained(network, str(kept))
-    return CausalLM(network.merge_and_unload()), kept
+    return CausalLM(PeftModel.from_pretrained(network, str(folder)).merge_and_unload())
+
+
+def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: int) -> tuple[CausalLM, Path]:
+    """The model with a new adapter, trained on `rows`, in its weights, and a temporary folder with the adapter. Raises
+    BadOption without TRL and PEFT, or without rows."""
+    if not rows:
+        raise BadOption("--warmup drew no row of this pool; raise its share")
+    folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
+    try:
+        adapted = train(model.network, encoder.tokenizer, rows, folder, seed)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        return CausalLM(adapted.merge_and_unload()), folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, seed: int) -> Any:
     """The network with an adapter, trained on the supervised tokens of `rows`; the adapter is saved in `folder`."""
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig, get_peft_model
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    try:
+        from datasets import Dataset, disable_progress_bars
+        from peft import LoraConfig, get_peft_model
+        from transformers import PrinterCallback
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+    except ImportError:
+        raise BadOption(_INSTALL) from None
 
     disable_progress_bars()
     torch.manual_seed(seed)
@@ -89,6 +105,9 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, s
         disable_tqdm=True,
         seed=seed,
     )
-    SFTTrainer(model=adapted, args=settings, train_dataset=Dataset.from_list(coded), processing_class=tokenizer).train()
+    data = Dataset.from_list(coded)
+    trainer = SFTTrainer(model=adapted, args=settings, train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     adapted.save_pretrained(str(folder))
     return adapted

@@ -7,7 +7,7 @@
 Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs; then each side goes
 backward on its own, so swapping the sides of every pair under `uniform` negates the direction to the last bit.
 Gradients add up in float32 or better whatever the model's dtype. What both answers of a pair share is the common part
-c = ½(C + R); `without_common` makes d − (d·c / c·c) c, and the like of either half.
+c = ½(C + R), each pair with its weight; `without_common` makes d − (d·c / c·c) c.
 """
 
 import math
@@ -64,11 +64,11 @@ class Target:
         return norm(self.common) / (norm(self.direction) or math.nan)
 
     def without_common(self) -> "Target":
-        """The same with nothing of the common part in either half, and so in the direction."""
-        common = self.common
-        size = dot(common, common) or 1.0
-        chosen, rejected = (minus(half, common, dot(half, common) / size) for half in (self.chosen, self.rejected))
-        return replace(self, chosen=chosen, rejected=rejected)
+        """The same with nothing of the common part in the direction. The chosen half stays as it is, so that a score
+        along it keeps its meaning."""
+        common, direction = self.common, self.direction
+        times = dot(direction, common) / (dot(common, common) or 1.0)
+        return replace(self, rejected=minus(self.rejected, common, -times))
 
 
 def dot(a: Direction, b: Direction) -> float:
@@ -98,9 +98,9 @@ def differentiable(weights: Weights) -> Iterator[None]:
 
 def _mean_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
     with torch.no_grad():
-        rows = torch.cat([token_logliks(model, batch).double().sum(1) / batch.counts for batch in side.batches])
+        rows = [token_logliks(model, batch).cpu().double().sum(1) / batch.counts.cpu() for batch in side.batches]
     means = torch.empty(len(side.order), dtype=torch.float64)
-    means[list(side.order)] = rows.cpu()
+    means[list(side.order)] = torch.cat(rows)
     return means
 
 

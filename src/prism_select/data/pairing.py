@@ -24,8 +24,8 @@ __all__ = ["Accepts", "NoPair", "accepts_by", "change_numbers", "final_number", 
 
 Accepts: TypeAlias = Callable[[str, str], bool]
 _DIGITS = re.compile(r"[0-9]+")
-_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
-_LETTER = re.compile(r"\b([A-H])\b")
+_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
+_LETTER = re.compile(r"\(?([A-H])\b\)?[.):]?")
 
 
 class NoPair(Exception):
@@ -61,24 +61,29 @@ def change_numbers(answer: str, draw: random.Random) -> str:
 
 
 def final_number(text: str) -> str | None:
-    """The last number in a text without thousands separators and trailing zeros; None where there is none."""
-    found = _NUMBER.findall(text)
+    """The last number in a text without thousands separators and trailing zeros; None where there is none. A fraction
+    such as 3/4 is one number."""
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     if not found:
         return None
-    whole, _, part = found[-1].replace(",", "").partition(".")
+    return "/".join(_canonical(number) for number in found[-1].replace(",", "").split("/"))
+
+
+def _canonical(number: str) -> str:
+    whole, _, part = number.partition(".")
+    sign, whole = whole[: whole.startswith("-")], whole.removeprefix("-").lstrip("0") or "0"
     part = part.rstrip("0")
-    number = f"{whole}.{part}" if part else whole
-    sign = "-" if number.startswith("-") else ""
-    return sign + (number.removeprefix("-").lstrip("0") or "0")
+    return sign + whole + (f".{part}" if part else "")
 
 
 def accepts_by(rule: str) -> Accepts:
-    """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (the same letter A to H
-    first, or the same text), or `regex:PATTERN` (found in the answer). Raises BadOption for anything else."""
+    """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (it begins with the
+    letter A to H that is the row's own answer, or is the same text), or `regex:PATTERN` (found in the answer). Raises
+    BadOption for anything else."""
     if rule == "number":
         return lambda answer, right: final_number(answer) is not None and final_number(answer) == final_number(right)
     if rule == "choice":
-        return lambda answer, right: _first_choice(answer) == _first_choice(right)
+        return _same_choice
     if rule.startswith("regex:"):
         try:
             pattern = re.compile(rule.removeprefix("regex:"))
@@ -88,9 +93,16 @@ def accepts_by(rule: str) -> Accepts:
     raise BadOption(f"--accept {rule}: unknown; try number, choice or regex:PATTERN")
 
 
-def _first_choice(text: str) -> str:
-    found = _LETTER.search(text)
-    return found[1] if found else " ".join(text.split()).casefold().rstrip(".")
+def _same_choice(answer: str, right: str) -> bool:
+    letter = _LETTER.fullmatch(right.strip())
+    if letter:
+        said = _LETTER.match(answer.strip())
+        return said is not None and said[1] == letter[1]
+    return _plain(answer) == _plain(right)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".")
 
 
 def nearest(chosen: str, refused: Sequence[str]) -> str:
@@ -102,11 +114,12 @@ def nearest(chosen: str, refused: Sequence[str]) -> str:
 
 
 def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
-    """For each answer that of another row, each row's used once where that is possible; None where all are the same."""
-    order = list(range(len(answers)))
+    """For each answer that of the next row in a random order whose answer is another; None where all are the same.
+    Empty answers are nobody's."""
+    order = [row for row, answer in enumerate(answers) if answer.strip()]
     draw.shuffle(order)
     found: list[str | None] = [None] * len(answers)
     for place, row in enumerate(order):
-        rest = order[place + 1 :] + order[:place]
-        found[row] = next((answers[i] for i in rest if answers[i].strip() != answers[row].strip()), None)
+        others = (answers[order[(place + step) % len(order)]] for step in range(1, len(order)))
+        found[row] = next((other for other in others if other.strip() != answers[row].strip()), None)
     return found
