@@ -37,7 +37,7 @@ from prism_select.targeting import answers, as_side
 from prism_select.weights import select_weights
 
 BATCH_TOKENS = 2048
-REMEDIES = ("none", "common removed", "anchor 0.03", "anchor 0.1")
+REMEDIES = ("none", "common removed", "anchor 0.03", "anchor 0.1", "common removed, anchor 0.03")
 Sets = Mapping[str, tuple[list[Row], Sequence[int]]]  # name → pairs, numbers of them to try
 
 
@@ -113,11 +113,11 @@ def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:
     """Scores by one remedy from those along C and R, the columns of `along`."""
     chosen, rejected = along.T
     score: np.ndarray = chosen - rejected
-    if remedy.startswith("anchor"):
-        score = score + float(remedy.split()[1]) * chosen / float(target.weight.mean())
-    if remedy == "common removed":
+    if "common removed" in remedy:
         common = target.common
         score = score - dot(target.direction, common) / dot(common, common) * (chosen + rejected) / 2
+    if "anchor" in remedy:
+        score = score + float(remedy.split()[-1]) * chosen / float(target.weight.mean())
     return score
 
 
@@ -195,15 +195,15 @@ def gsm8k(data: Path) -> tuple[Sets, list[Row]]:
             str(made),
             model=str(model()),
             dtype="bfloat16",
-            limit=30,
-            samples=4,
-            new_tokens=128,
+            limit=15,
+            samples=2,
+            new_tokens=100,
             stop="\nQ",
         )
     sets = {
         "near miss (numbers)": (near, (10, 30, 60)),
         "two models": ([pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]], (10, 30, 60)),
-        "own answers": (lines(made), (30,)),
+        "own answers": (lines(made), (15,)),
         "swapped": (swapped, (30,)),
     }
     right, wrong = math[100:250], math[250:400]

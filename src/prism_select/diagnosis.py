@@ -2,6 +2,7 @@
 
     agreement(m)    cosine between the directions of two disjoint random sets of m pairs, mean over `SPLITS` draws
                     expected 1 / (1 + κ/m), κ the noise of one pair over the signal  →  halves of 2κ pairs agree at ½
+                    and then all n pairs have the cosine √(2a / (1 + a)) with what endlessly many would say
     share of pair q     d_q · d / ‖d‖², which add up to 1
 
 All from the pairs' pictures (sketching.py), so it costs no pass of the model.
@@ -25,7 +26,7 @@ from prism_select.core.direction import Target
 __all__ = ["Diagnosis", "diagnose"]
 
 SPLITS = 200
-NOISE, WEAK = 0.1, 0.3  # agreements below which a direction is called mostly noise, and weak
+NOISE, EVEN = 0.1, 1 / 3  # agreements: below the second, a direction of all pairs is more noise than signal
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Tokens = Sequence[Sequence[int]]
@@ -63,10 +64,10 @@ class Diagnosis:
         if self.covered_share == 0:
             told.append("none of the counted weights is a matrix: whether the pairs agree is not known")
         agreement, pairs, half = self.split_half_agreement, self.pairs, self.pairs_for_half_of_direction
-        if not math.isnan(agreement) and agreement < WEAK:
+        if not math.isnan(agreement) and agreement < EVEN:
             more = self.pairs_for_half_agreement
             advice = f"about {more:,} pairs like these" if more else "more pairs than these can tell"
-            strength = "mostly noise" if agreement < NOISE else "weak"
+            strength = "mostly noise" if agreement < NOISE else "more noise than signal"
             told.append(
                 f"two halves of your pairs agree at {agreement:.2f}: the direction is {strength}; {advice} would bring "
                 "that to 0.50, and nearer negatives, --common remove or --warmup may help"
