@@ -435,6 +435,8 @@ def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(
     assert sum(logliks[1]) > sum(logliks[0]) and logliks[1] == pytest.approx(logliks[2])
     weights = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "warm" / "adapter")
     assert any("lora" in name for name, _ in weights.named_parameters())
+    saved = ("--direction", tmp_path / "warm" / "direction.safetensors", "--out", tmp_path / "cold")
+    refused(prism("score", "--model", chat_model, "--pool", pool, *saved), "after a warm-up", "--target")
     (tmp_path / "warm" / "manifest.json").unlink()  # as if it had been stopped: the adapter is taken, not made again
     adapter = tmp_path / "warm" / "adapter" / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns

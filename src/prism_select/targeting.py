@@ -1,7 +1,8 @@
 """Targeting: pairs to a direction, and a direction to a file and back.
 
     direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
-                             metadata: which answers of the target file it points towards, and the warm-up, if any
+                             metadata: which answers of the target file it points towards, and whether after a
+                             warm-up; one entry alone, since the order of several is not the same in every file
 
 Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how far its pairs agree;
 a pair whose two answers are the same tokens stops the run, since it says nothing.
@@ -31,6 +32,8 @@ from prism_select.store import Store
 from prism_select.weights import select_weights
 
 __all__ = ["Aim", "aim_at", "read_direction", "save_direction", "towards"]
+
+WARMED = ", after a warm-up"
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,10 @@ def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list
     try:
         saved = load_file(file)
         with safe_open(file, "pt") as opened:
-            said = opened.metadata() or {}
+            there = (opened.metadata() or {}).get("towards", side)
     except (OSError, SafetensorError) as error:
         raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
-    there = said.get("towards", side)
-    if said.get("warmup"):
+    if there.endswith(WARMED):
         raise BadOption(
             f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give --target"
         )
@@ -146,7 +148,9 @@ def save_direction(store: Store, config: ScoreConfig, aim: Aim, pairs: Sequence[
     score, chosen = aim.directions
     tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
     ready = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    store.write("direction.safetensors", save(ready, metadata={"towards": towards(config), "warmup": config.warmup}))
+    store.write(
+        "direction.safetensors", save(ready, metadata={"towards": towards(config) + WARMED * bool(config.warmup)})
+    )
     if aim.target is None or aim.diagnosis is None:
         return
     columns = {
