@@ -1,6 +1,7 @@
 """`prism pairs`: good pairs from what people have, the same bytes for the same seed, and nothing lost."""
 
 import json
+import os
 import random
 import re
 import tempfile
@@ -293,6 +294,12 @@ def test_what_cannot_be_an_answer_is_no_answer(tmp_path: Path) -> None:
         [{**SOLVED[0], "weaker": "fine"}, '{"question": "q", "answer": "a", "weaker": "\\ud800"}'],
     )
     assert len(made(tmp_path / "w.jsonl", odd, "--how", "weak", "--weak-field", "weaker", "--max-bad", "60%")) == 1
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jsonl"))
+    file = jsonl(place, SOLVED)
+    refused(prism("pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl"), "its name is not UTF-8; rename it")
 
 
 def test_what_is_read_is_never_written(tmp_path: Path, plain_model: Path) -> None:

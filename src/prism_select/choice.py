@@ -6,7 +6,6 @@ Choices made here: rows are copied from the pool as they came, in the order of t
 again only for rows that could be chosen, and only when near-duplicates are looked for.
 """
 
-import json
 import reprlib
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from prism_select.errors import BadOption
 from prism_select.progress import Progress
 from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
 from prism_select.statistics import auroc, average_precision, precision_at, rank_correlation
-from prism_select.store import Run, Store
+from prism_select.store import Run, Store, json_line
 
 __all__ = ["Chosen", "Columns", "choose_again", "choose_and_write", "early_refusals", "hidden_sources", "refuse_budget"]
 
@@ -232,10 +231,7 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
                 places.update(dict.fromkeys(kinds, stack.enter_context(store.writing(name))))
         for row, (raw, verdict) in enumerate(zip(pool.raw(), verdicts, strict=True)):
             if verdict == "quarantined":
-                record = {"file": raw.file, "line": raw.line, "reason": columns.reasons.get(row, ""), "raw": raw.text}
-                places[verdict].write(
-                    json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-                )
+                places[verdict].write(json_line(raw.set_aside(columns.reasons.get(row, ""))))
             elif verdict in places:
                 places[verdict].write(raw.text.encode("utf-8", "surrogatepass") + b"\n")
 
@@ -281,11 +277,9 @@ def hidden_sources(columns: Columns, ranking: str) -> list[str]:
     more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows."""
     scored, score = np.isfinite(columns.score), getattr(columns, ranking)
     chosen = columns.score_chosen / (np.maximum(1, columns.tokens) if ranking == "score_per_token" else 1)
-    means: dict[str, tuple[float, float]] = {}
-    for name, count in Counter(columns.source[scored].tolist()).items():
-        if count >= ENOUGH:
-            own = scored & (columns.source == name)
-            means[name] = (float(chosen[own].mean()), float(score[own].mean()))
+    names, place, count = np.unique(columns.source[scored], return_inverse=True, return_counts=True)
+    raised, stands = (np.bincount(place, values[scored], len(names)) / count for values in (chosen, score))
+    means = {name: (raised[i], stands[i]) for i, name in enumerate(names) if count[i] >= ENOUGH}
     if len(means) < 2:
         return []
     best = max(means, key=lambda name: means[name][0])

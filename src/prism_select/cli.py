@@ -64,7 +64,6 @@ def command(kind: type[ModelConfig]) -> click.Command:
 
 def execute_and_tell(config: ModelConfig) -> None:
     from prism_select.api import execute, execute_pairs
-    from prism_select.planning import Plan
     from prism_select.store import Run
 
     terminal = Terminal()
@@ -75,7 +74,7 @@ def execute_and_tell(config: ModelConfig) -> None:
     done = execute(config, terminal)
     if isinstance(done, Run):
         terminal.table(summary(done.path, done.manifest))
-    elif isinstance(done, Plan):
+    else:
         terminal.table(
             {
                 "tokens": f"{done.tokens:,}",

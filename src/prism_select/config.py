@@ -28,6 +28,7 @@ __all__ = [
     "ScoreConfig",
     "SelectConfig",
     "from_toml",
+    "sides_of",
     "to_toml",
 ]
 
@@ -264,6 +265,11 @@ class PairsConfig(ModelConfig):
     @property
     def favourite(self) -> bool:
         return self.wrong == "favourite"
+
+
+def sides_of(swapped: bool) -> tuple[str, str]:
+    """What the target file calls the answers that are aimed at and the others; `repair` swaps them."""
+    return ("rejected", "chosen") if swapped else ("chosen", "rejected")
 
 
 Config = TypeVar("Config", bound=ModelConfig)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prism_select.config import PairsConfig
-from prism_select.core.likelihood import token_logliks
+from prism_select.core.likelihood import mean_logliks
 from prism_select.data.batches import Encoded, Encoder, collate
 from prism_select.data.pairing import NoPair
 from prism_select.data.records import Example
@@ -69,5 +69,4 @@ def _finished(text: str, stop: str, ended: bool) -> str | None:
 def favourite(model: CausalLM, encoder: Encoder, answers: Sequence[Example]) -> int:
     """The place of the answer with the highest mean log-likelihood."""
     batch = collate([encoder.encode(answer) for answer in answers], model.device)
-    with torch.no_grad():
-        return int((token_logliks(model, batch).cpu().double().sum(1) / batch.counts.cpu()).argmax())
+    return int(mean_logliks(model, batch).argmax())

@@ -7,7 +7,6 @@ Choices made here: a row draws from a generator of its own, seeded by --seed and
 `choices` make of it depends on no other row; the pairs stand in the order of the rows.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +22,13 @@ from prism_select.data.formats import Format, detect_target, parse_fields, to_pa
 from prism_select.data.inputs import Pool, read_target
 from prism_select.data.pairing import Accepts, NoPair, accepts_by, change_numbers, nearest, other_answers, parts_of
 from prism_select.data.readers import find_files, read_rows
-from prism_select.data.records import Example, Pair, Raw, Turn
+from prism_select.data.records import Example, Pair, Raw, Turn, is_text
 from prism_select.errors import BadOption, BadRow, EmptyInput
 from prism_select.generation import favourite, prompt_of, sample
 from prism_select.manifest import target_of, warnings_of
 from prism_select.pipeline import load_model, refuse_bad_rows
 from prism_select.progress import Progress
-from prism_select.store import Store, finite
+from prism_select.store import Store, finite, json_line
 from prism_select.targeting import aim_at
 
 __all__ = ["Made", "check_pairs", "make_pairs"]
@@ -204,11 +203,6 @@ def answer_of(example: Example) -> str:
         return ""
 
 
-def is_text(value: str) -> bool:
-    """Whether it can be written: a lone surrogate cannot."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
 def attempt(example: Example, rejected: Callable[[str], str]) -> list[Answer] | NoPair:
     try:
         prompt, chosen = parts_of(example)
@@ -232,11 +226,15 @@ def as_row(answer: Answer, how: str, row: Example | Pair) -> dict[str, Any]:
 
 
 def save(place: Path, written: Sequence[tuple[Raw, Mapping[str, Any]]], skipped: Sequence[tuple[Raw, str]]) -> None:
+    store = folder_of(place)
+    store.write(f"{place.name}.skipped.jsonl", b"".join(json_line(raw.set_aside(reason)) for raw, reason in skipped))
+    store.write(place.name, b"".join(json_line(row) for _, row in written))
+
+
+def folder_of(place: Path) -> Store:
     store = Store(str(place.parent))
     store.make()
-    lost = [{"file": raw.file, "line": raw.line, "reason": reason, "raw": raw.text} for raw, reason in skipped]
-    for name, rows in ((f"{place.name}.skipped.jsonl", lost), (place.name, [row for _, row in written])):
-        store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return store
 
 
 def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
@@ -247,7 +245,5 @@ def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     aim = aim_at(config, model, encoder, pairs, progress)
     told = finite({**target_of(aim), "warnings": warnings_of(aim, swapped=False)})
     if place:
-        store = Store(str(place.parent))
-        store.make()
-        store.write_json(place.name, told)
+        folder_of(place).write_json(place.name, told)
     return dict(told)

@@ -8,10 +8,10 @@ from typing import Any
 
 from prism_select.check import tolerance
 from prism_select.choice import Chosen
-from prism_select.config import RepairConfig, ScoreConfig
+from prism_select.config import RepairConfig, ScoreConfig, sides_of
 from prism_select.models import CausalLM
 from prism_select.planning import Plan
-from prism_select.targeting import Aim
+from prism_select.targeting import Aim, towards
 
 __all__ = ["Checked", "Facts", "manifest_of", "target_of", "warnings_of"]
 
@@ -43,7 +43,6 @@ class Facts:
 
 def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen, facts: Facts) -> dict[str, Any]:
     repair = isinstance(config, RepairConfig)
-    towards = "rejected" if repair else "chosen"
     return {
         "prism_version": version("prism-select"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -59,7 +58,8 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
         "score": {
             "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain"
             + (", without the common part" if config.common == "remove" else ""),
-            "sign": f"positive: training on the row moves the model towards the {towards} answers of the target file",
+            "sign": "positive: training on the row moves the model towards the "
+            f"{towards(config)} answers of the target file",
             "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
             "swapped": repair,
         },
@@ -95,5 +95,4 @@ def target_of(aim: Aim) -> dict[str, Any]:
 
 def warnings_of(aim: Aim, swapped: bool) -> list[str]:
     """`swapped` pairs are told by the names that the target file has for their answers."""
-    sides = ("rejected", "chosen") if swapped else ("chosen", "rejected")
-    return aim.diagnosis.in_words(sides) if aim.diagnosis else []
+    return aim.diagnosis.in_words(sides_of(swapped)) if aim.diagnosis else []

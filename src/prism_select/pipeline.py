@@ -237,16 +237,15 @@ def choose_engine(
     kept = finite if finite.any() else ~finite  # where no row has a score, the check says so
     known = Scores(exact.loglik[kept], exact.values[kept])
     batch = collate([row for row, keep in zip(rows, kept.tolist(), strict=True) if keep], model.device)
-    why = f"asked for, {model.dtype}".replace("torch.", "")
+    dtype = str(model.dtype).removeprefix("torch.")
+    why = f"asked for, {dtype}"
     for name in order:
         if config.engine == "auto" and name == "reverse":
-            why = (
-                f"one backward pass reaches all {len(aim.weights)} weights in {str(model.dtype).removeprefix('torch.')}"
-            )
+            why = f"one backward pass reaches all {len(aim.weights)} weights in {dtype}"
         engine = slow if name == "reference" else ENGINES[name](model, aim.weights, aim.directions)
         try:
             apart = check(name, engine, lambda _: known, batch, model.dtype)
-            return engine, Checked(name, why, str(model.dtype).removeprefix("torch."), len(batch), apart)
+            return engine, Checked(name, why, dtype, len(batch), apart)
         except Unreachable as error:
             if name == order[-1]:
                 raise

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from prism_select.config import MENDABLE, ScoreConfig, to_toml
 from prism_select.errors import BadOption, DiskTrouble, RunMismatch
 
-__all__ = ["FILES", "SHARD", "Run", "Store", "finite"]
+__all__ = ["FILES", "SHARD", "Run", "Store", "finite", "json_line"]
 
 FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
 SHARD = pa.schema(
@@ -226,6 +226,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_line(row: Mapping[str, object]) -> bytes:
+    """What no UTF-8 can say is escaped."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _flat(text: str) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from prism_select.config import ModelConfig, ScoreConfig
+from prism_select.config import ModelConfig, ScoreConfig, sides_of
 from prism_select.core.direction import Side, Target, norm, target_gradient
 from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
@@ -112,7 +112,7 @@ def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
 
 def towards(config: ScoreConfig) -> str:
     """Which answers of the target file a positive score moves the model towards."""
-    return "rejected" if config.command == "repair" else "chosen"
+    return sides_of(config.command == "repair")[0]
 
 
 def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list[Direction]]:

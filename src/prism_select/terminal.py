@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from prism_select.config import PairsConfig
+from prism_select.config import PairsConfig, sides_of
 from prism_select.progress import Task
 
 __all__ = ["Terminal", "pairs_summary", "printable", "summary"]
@@ -119,7 +119,7 @@ def _figure(value: float | None, spec: str = ".3f") -> str:
 
 def target_lines(target: Mapping[str, Any], swapped: bool) -> dict[str, str]:
     """What the pairs say, as the manifest's `target` has it; `swapped` pairs by the names of the target file."""
-    sides = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+    sides = sides_of(swapped)
     rows = {
         "pairs": f"{target['pairs']}, mean preference for the {sides[0]} {target['mean_preference']:.3f}, above one "
         f"half in {target['preferred_share']:.0%}, {target['effective_pairs']:.1f} effective"

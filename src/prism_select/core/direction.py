@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prism_select.core.gains import slopes
 from prism_select.core.layers import Direction, Weights
-from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
+from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
 __all__ = ["Observe", "Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
 
@@ -97,11 +97,8 @@ def differentiable(weights: Weights) -> Iterator[None]:
 
 
 def _mean_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
-    with torch.no_grad():
-        rows = [token_logliks(model, batch).cpu().double().sum(1) / batch.counts.cpu() for batch in side.batches]
-    means = torch.empty(len(side.order), dtype=torch.float64)
-    means[list(side.order)] = torch.cat(rows)
-    return means
+    means = torch.cat([mean_logliks(model, batch) for batch in side.batches])
+    return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
 
 Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]

@@ -161,9 +161,8 @@ def weight_gradients(
 ) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
     """Each example's own gradient of a matrix, a few examples at a time; None where the module holds anything else, or
     has no slice per example."""
-    if gradient.ndim != 3 or len(gradient) != size or not is_closed(owner.module) or set(owner.weights) != {"weight"}:
-        return None
-    if type(owner.module) is nn.Embedding:
+    matrix = is_closed(owner.module) and type(owner.module) is not nn.Embedding and set(owner.weights) == {"weight"}
+    if gradient.ndim != 3 or len(gradient) != size or not matrix:
         return None
     left, right = (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
     few = max(1, 2**25 // (left.shape[-1] * right.shape[-1]))

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Batch", "LanguageModel", "backward", "token_logliks"]
+__all__ = ["Batch", "LanguageModel", "backward", "mean_logliks", "token_logliks"]
 
 HEAD_LOGITS = 2**26  # logits alive at a time: 256 MB in float32
 
@@ -99,6 +99,12 @@ def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch co
     predicted = batch.predicted
     values = torch.cat(chunks)
     return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(predicted, values)
+
+
+def mean_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, " batch"]:
+    """mean_loglik of each example, without a graph, in float64 on the CPU."""
+    with torch.no_grad():
+        return token_logliks(model, batch).cpu().double().sum(1) / batch.counts.cpu()
 
 
 def backward(

@@ -20,7 +20,7 @@ from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
-from prism_select.data.records import Example, Pair, Raw, Role, Turn
+from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.errors import BadOption, BadRow
 
 __all__ = ["Format", "detect_pool", "detect_target", "explicit_id", "parse_fields", "to_example", "to_pairs"]
@@ -147,7 +147,7 @@ class _Row:
     def string(self, value: object, where: str) -> str:
         if not isinstance(value, str):
             raise self.bad(f"{where}: {_kind(value)} where text was expected")
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not is_text(value):
             raise self.bad(f"{where}: not valid text: lone surrogate")
         return value
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
-from prism_select.data.records import Raw
+from prism_select.data.records import Raw, is_text
 from prism_select.errors import BadFile, BadOption
 
 __all__ = ["find_files", "read_rows", "readable"]
@@ -73,6 +73,8 @@ def readable(file: str) -> str:
         raise BadFile(file, None, "no such file", "check the path")
     if not os.access(file, os.R_OK):
         raise BadFile(file, None, "permission denied", "make the file readable, or leave it out")
+    if not is_text(file):
+        raise BadFile(file, None, "its name is not UTF-8", "rename it")
     return file
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["Example", "Pair", "Raw", "Role", "Turn"]
+__all__ = ["Example", "Pair", "Raw", "Role", "Turn", "is_text"]
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool", "text"]
 
@@ -26,6 +26,10 @@ class Raw:
     text: str
     fields: Mapping[str, object] | None
     problem: str | None = None
+
+    def set_aside(self, reason: str) -> dict[str, object]:
+        """As a line of quarantine.jsonl, or of what was skipped."""
+        return {"file": self.file, "line": self.line, "reason": reason, "raw": self.text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,8 @@ class Example:
 class Pair:
     chosen: Example
     rejected: Example
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written down: a lone surrogate cannot."""
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
