@@ -24,6 +24,7 @@ from results_file import figure, write
 
 import prism_select
 from prism_select import models
+from prism_select.common import common_of
 from prism_select.core.direction import Target, dot, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Direction
@@ -114,7 +115,7 @@ def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:
     chosen, rejected = along.T
     score: np.ndarray = chosen - rejected
     if "common removed" in remedy:
-        common = target.common
+        common = common_of(target)
         score = score - dot(target.direction, common) / dot(common, common) * (chosen + rejected) / 2
     if "anchor" in remedy:
         score = score + float(remedy.split()[-1]) * chosen / float(target.weight.mean())

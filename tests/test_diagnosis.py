@@ -9,6 +9,7 @@ import transformers
 from tiny import Tiny, batch_of, pairs_of
 from torch import Tensor
 
+from prism_select.common import common_of, common_part, without_common
 from prism_select.core.direction import Side, Target, differentiable, dot, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Weights
@@ -85,7 +86,7 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
     assert told.split_half_agreement == pytest.approx(1, abs=1e-6)
     assert np.allclose(told.shares, 1 / 8, atol=1e-6)
     assert told.pairs_for_half_agreement == 2
-    assert told.effective_pairs == pytest.approx(8) and told.common_part == target.common_part
+    assert told.effective_pairs == pytest.approx(8) and told.common_part == common_part(target)
     assert told.mean_preference == pytest.approx(float(target.gap.sigmoid().mean()))
 
 
@@ -181,7 +182,7 @@ def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stay
     model, sides, batch = Tiny(), pairs_of(6), batch_of(10, seed=4)
     weights = select_weights(model.network, "all")
     target = target_gradient(model, weights, sides, "prism")
-    taken, common = target.without_common(), target.common
+    taken, common = without_common(target), common_of(target)
     assert abs(dot(taken.direction, common)) < 1e-12 * norm(taken.direction) * norm(common)
     assert norm(taken.direction) <= norm(target.direction)
     assert all(torch.equal(taken.chosen[name], target.chosen[name]) for name in weights)

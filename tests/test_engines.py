@@ -10,6 +10,7 @@ import transformers
 from tiny import Tiny, batch_of, pairs_of
 
 from prism_select.check import check, disagreement
+from prism_select.common import common_of
 from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
 from prism_select.core.layers import Weights
@@ -102,7 +103,7 @@ def test_many_directions_at_once_are_each_what_one_is_alone(name: str) -> None:
     model = network_of(name)
     weights = select_weights(model.network, "all")
     target = target_of(model, weights)
-    directions = [target.direction, target.chosen, target.rejected, target.common]
+    directions = [target.direction, target.chosen, target.rejected, common_of(target)]
     batch = batch_of(9, 16, seed=3, vocabulary=V)
     together = reverse(model, weights, directions)(batch).values
     alone = torch.cat([reverse(model, weights, [direction])(batch).values for direction in directions], dim=1)

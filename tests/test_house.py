@@ -15,7 +15,7 @@ LAYERS = [
     ["errors"],
     ["config", "progress"],
     ["core.likelihood", "core.gains", "core.layers", "core.direction", "core.engines"],
-    ["weights", "check", "sketching", "diagnosis", "statistics", "selection"],
+    ["common", "curvature", "weights", "check", "sketching", "diagnosis", "statistics", "selection"],
     ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
     ["models", "store", "planning"],
     ["choice", "scoring", "targeting", "manifest", "memory", "generation", "warmup"],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import Tiny, batch_of, pairs_of
 
+from prism_select.common import common_part
 from prism_select.core.direction import Side, Target, minus, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.gains import GAINS, slopes
@@ -91,7 +92,7 @@ def test_figures_of_the_target_follow_their_formulas() -> None:
     weight = torch.sigmoid(target.gap)
     assert torch.allclose(target.weight, weight)
     common = {name: (target.chosen[name] + target.rejected[name]) / 2 for name in target.chosen}
-    assert math.isclose(target.common_part, norm(common) / norm(target.direction), rel_tol=1e-9)
+    assert math.isclose(common_part(target), norm(common) / norm(target.direction), rel_tol=1e-9)
 
 
 def test_layers_are_chosen_by_block_and_by_name() -> None:

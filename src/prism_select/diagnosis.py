@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from prism_select.common import common_part
 from prism_select.core.direction import Target
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -134,7 +135,7 @@ def diagnose(
         pairs=len(gap),
         mean_preference=float(expit(gap).mean()),
         effective_pairs=float(weight.sum() ** 2 / max(1e-300, np.square(weight).sum())),
-        common_part=target.common_part,
+        common_part=common_part(target),
         split_half_agreement=float(np.mean(halves)),
         agreement_spread=(float(np.quantile(halves, 0.05)), float(np.quantile(halves, 0.95))),
         agreement_by_pairs=means,

@@ -63,7 +63,7 @@ class Scorer:
 
     def _score(self, rows: Sequence[Encoded], records: Sequence[dict[str, Any]]) -> None:
         batch = collate(rows, self.device)
-        loglik, values = self.engine(batch)
+        loglik, values, _ = self.engine(batch)
         self.real += sum(len(row.tokens) for row in rows)
         self.computed += batch.tokens.numel()
         for row, record, likelihood, (score, chosen) in zip(

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from prism_select.common import without_common
 from prism_select.config import ModelConfig, ScoreConfig, sides_of
 from prism_select.core.direction import Side, Target, norm, target_gradient
 from prism_select.core.layers import Direction, Weights
@@ -78,7 +79,7 @@ def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, pairs: Sequen
         config.common == "remove",
         config.seed,
     )
-    used = target.without_common() if config.common == "remove" else target
+    used = without_common(target) if config.common == "remove" else target
     return Aim(weights, [used.direction, used.chosen], target, diagnosis)
 
 

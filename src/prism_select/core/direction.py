@@ -6,14 +6,13 @@
 
 Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs; then each side goes
 backward on its own, so swapping the sides of every pair under `uniform` negates the direction to the last bit.
-Gradients add up in float32 or better whatever the model's dtype. What both answers of a pair share is the common part
-c = ½(C + R), each pair with its weight; `without_common` makes d − (d·c / c·c) c.
+Gradients add up in float32 or better whatever the model's dtype.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -53,22 +52,6 @@ class Target:
     @property
     def direction(self) -> Direction:
         return minus(self.chosen, self.rejected)
-
-    @property
-    def common(self) -> Direction:
-        return {name: (value + self.rejected[name]) / 2 for name, value in self.chosen.items()}
-
-    @property
-    def common_part(self) -> float:
-        """‖½(C + R)‖ / ‖C − R‖: what both answers of a pair share, against what tells them apart."""
-        return norm(self.common) / (norm(self.direction) or math.nan)
-
-    def without_common(self) -> "Target":
-        """The same with nothing of the common part in the direction. The chosen half stays as it is, so that a score
-        along it keeps its meaning."""
-        common, direction = self.common, self.direction
-        times = dot(direction, common) / (dot(common, common) or 1.0)
-        return replace(self, rejected=minus(self.rejected, common, -times))
 
 
 def dot(a: Direction, b: Direction) -> float:

@@ -9,7 +9,8 @@
 
 Choices made here: every engine scores several directions at once; directions are scaled to unit length before they meet
 the model's dtype and the scores are scaled back, so no dtype under- or overflows; dot products add up in float64
-where the device has it. `difference` needs float32 or better, since a small step is lost in the rounding of bfloat16.
+where the device has it; a weight that a direction lacks stays where it is. `difference` needs float32 or better, since
+a small step is lost in the rounding of bfloat16.
 """
 
 import math
@@ -41,10 +42,12 @@ __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", 
 
 
 class Scores(NamedTuple):
-    """`values[b, k]`: score of example b along direction k, in nats per unit of that direction (positive: up)."""
+    """`values[b, k]`: score of example b along direction k, in nats per unit of that direction (positive: up).
+    `tokens[b, t, k]`: what token t + 1, predicted at position t, adds to it; only some engines know."""
 
     loglik: Float[Tensor, " batch"]
     values: Float[Tensor, "batch directions"]
+    tokens: Float[Tensor, "batch context directions"] | None = None
 
 
 Engine: TypeAlias = Callable[[Batch], Scores]
@@ -62,30 +65,32 @@ def _unit(weights: Weights, directions: Sequence[Direction]) -> tuple[list[Direc
 
 
 def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
-    """No weight gradient is formed, and below the lowest weight that counts nothing is recorded.
+    """No weight gradient is kept, and below the lowest weight that counts nothing is recorded.
 
     Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its examples.
     """
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
-    side_by_side = {name: torch.stack([d[name].flatten() for d in unit]) for name in weights} if len(unit) > 2 else {}
+    moving = {name: [k for k, direction in enumerate(unit) if name in direction] for name in weights}
+    stacked = {n: torch.stack([unit[k][n].flatten() for k in ks]) for n, ks in moving.items() if len(ks) > 2}
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
         places: list[Int[Tensor, " rows"]] = []  # the last: which example each row of a gradient belongs to
 
         def visit(owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
-            found = weight_gradients(owner, inputs, gradient, len(batch)) if side_by_side else None
+            names = list(owner.weights.values())
+            found = weight_gradients(owner, inputs, gradient, len(batch)) if names[0] in stacked else None
             if found is not None:
-                for part, own in found:  # with many directions, a gradient of a few examples costs less than tangents
-                    total[part] += (own @ side_by_side[owner.weights["weight"]].T).to(total.dtype)
+                for few, own in found:  # with many directions, a gradient of a few examples costs less than tangents
+                    total[few, moving[names[0]]] += (own @ stacked[names[0]].T).to(total.dtype)
                 return
             place = by_example(places[-1], len(batch), gradient)
             if place is None:
                 why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
-                raise Unreachable("reverse", list(owner.weights.values()), why)
+                raise Unreachable("reverse", names, why)
             rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(place), -1)
-            for k in range(len(unit)):
+            for k in sorted({k for name in names for k in moving[name]}):
                 products = torch.linalg.vecdot(rows, tangent(k).to(rows.dtype).reshape(rows.shape))
                 total[:, k].index_add_(0, place, products.to(total.dtype))
 
@@ -104,21 +109,21 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
 
-    def along(batch: Batch, direction: Direction) -> Float[Tensor, "2 batch"]:
+    def along(batch: Batch, direction: Direction) -> Float[Tensor, "2 batch context"]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(w.detach(), direction[name]) for name, w in weights.items()}
-            with swapped(holders, duals):
+            with swapped(holders, {n: forward_ad.make_dual(weights[n].detach(), d) for n, d in direction.items()}):
                 primal, tangent = forward_ad.unpack_dual(token_logliks(model, batch))
-            return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent]).sum(2)
+            return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent])
 
     def scores(batch: Batch) -> Scores:
         try:
-            parts = torch.stack([along(batch, direction) for direction in unit], dim=2)
+            parts = torch.stack([along(batch, direction) for direction in unit], dim=3)
         except (RuntimeError, NotImplementedError) as error:
             if "forward" not in str(error):
                 raise
             raise Unreachable("forward", list(weights), str(error).splitlines()[0]) from error
-        return Scores(parts[0, :, 0], parts[1].to(lengths.dtype) * lengths)
+        tokens = parts[1].to(lengths.dtype) * lengths
+        return Scores(parts[0, :, :, 0].sum(1), tokens.sum(1), tokens)
 
     return scores
 
@@ -139,26 +144,25 @@ def difference(model: LanguageModel, weights: Weights, directions: Sequence[Dire
     chosen: list[float] = []
 
     @torch.no_grad()
-    def logliks(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
-        with swapped(holders, {name: w + step * direction[name] for name, w in weights.items()}):
-            values: Tensor = token_logliks(model, batch).to(lengths.dtype).sum(1)
-            return values
+    def logliks(batch: Batch, direction: Direction, step: float) -> Float[Tensor, "batch context"]:
+        with swapped(holders, {name: weights[name] + step * d for name, d in direction.items()}):
+            return token_logliks(model, batch).to(lengths.dtype)
 
-    def slope(batch: Batch, direction: Direction, step: float) -> Float[Tensor, " batch"]:
+    def slope(batch: Batch, direction: Direction, step: float) -> Float[Tensor, "batch context"]:
         return (logliks(batch, direction, step) - logliks(batch, direction, -step)) / (2 * step)
 
     def small_step(batch: Batch, direction: Direction) -> float:
         least = root / 256 * size
-        near, far = slope(batch, direction, least), slope(batch, direction, 2 * least)
+        near, far = (slope(batch, direction, times * least).sum(1) for times in (1, 2))
         noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
         return least * min(max(1.0, noise / (3 * root)), 2**14)
 
     def scores(batch: Batch) -> Scores:
         if not chosen:
             chosen.extend(small_step(batch, direction) for direction in unit)
-        values = torch.stack([slope(batch, d, step) for d, step in zip(unit, chosen, strict=True)], dim=1)
+        tokens = torch.stack([slope(batch, d, step) for d, step in zip(unit, chosen, strict=True)], dim=2) * lengths
         with torch.no_grad():
-            return Scores(token_logliks(model, batch).sum(1), values * lengths)
+            return Scores(token_logliks(model, batch).sum(1), tokens.sum(1), tokens)
 
     return scores
 
@@ -169,8 +173,8 @@ def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direc
     def one(row: Batch) -> tuple[Tensor, list[float]]:
         with differentiable(weights):
             loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
-            gradient = {name: w.grad for name, w in weights.items() if w.grad is not None}
-            return loglik, [dot(gradient, direction) for direction in directions]
+            moved = {name: w.grad for name, w in weights.items() if w.grad is not None}
+            return loglik, [dot({n: g for n, g in moved.items() if n in d}, d) for d in directions]
 
     def scores(batch: Batch) -> Scores:
         rows = [one(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
@@ -180,5 +184,6 @@ def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direc
     return scores
 
 
-Make: TypeAlias = Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]
-ENGINES: Mapping[str, Make] = {make.__name__: make for make in (reverse, forward, difference, reference)}
+ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]] = {
+    make.__name__: make for make in (reverse, forward, difference, reference)
+}

@@ -31,7 +31,9 @@ __all__ = [
     "Weights",
     "by_example",
     "is_closed",
+    "is_matrix",
     "owners",
+    "sides",
     "swapped",
     "tangent_of",
     "watching",
@@ -66,8 +68,7 @@ def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
     saved = [(owner, dict(owner.module._parameters)) for owner in holders]
     try:
         for owner, _ in saved:
-            for key, name in owner.weights.items():
-                owner.module._parameters[key] = values[name]  # type: ignore[assignment]
+            owner.module._parameters.update({k: values[n] for k, n in owner.weights.items() if n in values})  # type: ignore[misc]
         yield
     finally:
         for owner, parameters in saved:
@@ -81,7 +82,7 @@ def is_closed(module: nn.Module) -> bool:
 
 def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
     """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
-    own = {key: direction[name] for key, name in owner.weights.items()}
+    own = {key: direction[name] for key, name in owner.weights.items() if name in direction}
     module: Any = owner.module
     if type(module) is nn.Embedding:
         return [functional.embedding(inputs[0], own["weight"])]
@@ -90,8 +91,8 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
         moved = functional.linear(inputs[0], matrix if isinstance(module, nn.Linear) else matrix.T)
         return [moved + own["bias"] if "bias" in own else moved]
     with torch.no_grad(), forward_ad.dual_level():
-        own_weights = {name: module._parameters[key].detach() for key, name in owner.weights.items()}
-        with swapped([owner], {name: forward_ad.make_dual(w, direction[name]) for name, w in own_weights.items()}):
+        duals = {owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d) for k, d in own.items()}
+        with swapped([owner], duals):
             outputs = tree_flatten(module.forward(*inputs, **named))[0]
         return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
 
@@ -156,15 +157,24 @@ def by_example(
     return rows if gradient.shape[:-1].numel() == len(rows) else None
 
 
+def is_matrix(owner: Owner) -> bool:
+    """Whether the module multiplies by a matrix that counts, in a formula that is known."""
+    return is_closed(owner.module) and type(owner.module) is not nn.Embedding and "weight" in owner.weights
+
+
+def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """l and r, row by row, where the gradient of the module's matrix is Σ_t l_t r_tᵀ."""
+    return (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
+
+
 def weight_gradients(
     owner: Owner, inputs: Inputs, gradient: Float[Tensor, "*rows d_out"], size: int
 ) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
     """Each example's own gradient of a matrix, a few examples at a time; None where the module holds anything else, or
     has no slice per example."""
-    matrix = is_closed(owner.module) and type(owner.module) is not nn.Embedding and set(owner.weights) == {"weight"}
-    if gradient.ndim != 3 or len(gradient) != size or not matrix:
+    if gradient.ndim != 3 or len(gradient) != size or not is_matrix(owner) or len(owner.weights) > 1:
         return None
-    left, right = (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
+    left, right = sides(owner, inputs, gradient)
     few = max(1, 2**25 // (left.shape[-1] * right.shape[-1]))
     parts = [slice(start, start + few) for start in range(0, size, few)]
     return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)

@@ -69,11 +69,16 @@ class LanguageModel(Protocol):
 
 
 def _logliks(
-    model: LanguageModel, hidden: Float[Tensor, "rows width"], targets: Int[Tensor, " rows"]
+    model: LanguageModel,
+    hidden: Float[Tensor, "rows width"],
+    targets: Int[Tensor, " rows"],
+    draw: torch.Generator | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The loss of the whole library, with its sign turned: log-likelihood of each target."""
+    """The loss of the whole library, with its sign turned: log-likelihood of each target, or of one that is drawn."""
     logits = model.logits(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if draw is not None:
+        targets = logits.detach().softmax(-1).multinomial(1, generator=draw)[:, 0]
     return -functional.cross_entropy(logits, targets, reduction="none")
 
 
@@ -89,15 +94,9 @@ def _head_chunks(
 
 
 def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch context"]:
-    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised.
-
-    For evaluation without a graph and for forward-mode derivatives; `backward` is for gradients.
-    """
-    chunks = [
-        _logliks(model, states, targets) for states, targets, _ in _head_chunks(model, batch, model.hidden(batch))
-    ]
-    predicted = batch.predicted
-    values = torch.cat(chunks)
+    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised; no graph."""
+    chunks = _head_chunks(model, batch, model.hidden(batch))
+    values, predicted = torch.cat([_logliks(model, *chunk[:2]) for chunk in chunks]), batch.predicted
     return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(predicted, values)
 
 
@@ -112,8 +111,10 @@ def backward(
     batch: Batch,
     weights: Float[Tensor, " batch"],
     on_rows: Callable[[Int[Tensor, " rows"]], None] = lambda examples: None,
+    draw: torch.Generator | None = None,
 ) -> Float[Tensor, " batch"]:
-    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever asks for it.
+    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever asks for it; `draw`
+    puts tokens drawn from the model in place of those of the batch.
 
     Each chunk of the head goes backward at once, so that one chunk's logits are all that is ever held; the body
     follows. `on_rows` is told, before each of these, which example each row of the coming gradients belongs to.
@@ -124,7 +125,7 @@ def backward(
     for chunk, targets, examples in _head_chunks(model, batch, hidden):
         on_rows(examples)
         leaf = chunk.detach().requires_grad_()
-        values = _logliks(model, leaf, targets)
+        values = _logliks(model, leaf, targets, draw)
         (values * weights.to(values)[examples]).sum().backward()
         total.index_add_(0, examples, values.detach())
         states.append(chunk)

@@ -1,0 +1,246 @@
+"""What sharpens a ranking? Curvature × common part × layers × normalisation × weighting, by two repairs.
+
+    python benchmarks/curvature.py --data DIR        about two hours on two cores; may be stopped, goes on where it was
+
+Gemma-3-270M (base), bfloat16, all 18 blocks. TruthfulQA: 80 pairs, the right and the wrong answers of 150 other
+questions; polite and rude: 60 pairs, both answers to 150 other instructions. Which rows are the unwanted answers?
+
+Choices made here: every row is scored along both halves of the direction of each weighting, damping and curvature,
+block by block, in one pass for each curvature; layers, common part and normalisation follow from these sums, since each
+weight has its own curvature. Curvature is fitted on the pool itself; intervals resample questions.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pairs import BATCH_TOKENS, Study
+from real import WORK, Row, interval, lines, pair, truthful_files
+from results_file import figure, write
+
+from prism_select.core.direction import Target, target_gradient
+from prism_select.core.engines import reverse
+from prism_select.core.layers import Direction, is_matrix, owners, watching, weight_gradients
+from prism_select.core.likelihood import Batch, backward
+from prism_select.curvature import Blocks, diagonal, ekfac, solve
+from prism_select.data.batches import Encoded, collate, plan_batches
+from prism_select.statistics import auroc
+from prism_select.targeting import as_side
+from prism_select.weights import select_weights
+
+CPU = torch.device("cpu")
+WEIGHTINGS = ("prism", "uniform", "hard", "unpaired")
+DAMPINGS: Mapping[str, Sequence[float]] = {
+    "flat": (0.0,),
+    "diagonal": (0.1, 1.0),
+    "ekfac": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "ekfac, empirical": (0.1, 1.0),
+}
+LAYERS = {"all blocks": range(18), "late": range(9, 18), "last:12": range(6, 18), "last:6": range(12, 18)}
+COMMON = ("keep", "remove", "remove after")
+NORMALIZE = ("none", "tokens", "norm")
+
+
+def polite_files(data: Path) -> tuple[list[Row], list[Row]]:
+    rows = [
+        (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
+        for r in lines(data / "polite_rude_pairs.json")
+        if r["chosen"].strip() != r["rejected"].strip()
+    ]
+    random.Random(0).shuffle(rows)
+    asked = list(dict.fromkeys(row[0] for row in rows))
+    first, rest = set(asked[:60]), set(asked[60:210])
+    pairs = [pair(*row) for row in rows if row[0] in first][:60]
+    made = [pair(*row) for row in rows if row[0] in rest]
+    return pairs, [
+        {"prompt": r["prompt"], "completion": r[side], "question": r["prompt"], "is_bad": side == "rejected"}
+        for r in made
+        for side in ("chosen", "rejected")
+    ]
+
+
+def truthful(split: int, data: Path) -> tuple[list[Row], list[Row]]:
+    pairs, pool = truthful_files(data, split)
+    return lines(Path(pairs)), lines(Path(pool))
+
+
+TASKS: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
+    "truthfulqa": partial(truthful, 0),
+    "polite": polite_files,
+}
+
+
+class Halves:
+    """Both halves of the direction of each weighting, before any curvature; a repair aims at the unwanted answers."""
+
+    def __init__(self, study: Study, pairs: Sequence[Row]) -> None:
+        coded = [[study.encode(row["prompt"], row[side]) for row in pairs] for side in ("rejected", "chosen")]
+        aimed, other = (as_side(side, BATCH_TOKENS, CPU) for side in coded)
+        self.of: dict[str, Target] = {
+            name: target_gradient(study.model, study.weights, (aimed, other), name) for name in WEIGHTINGS[:3]
+        }
+
+    def solved(self, blocks: Blocks | None, damping: float) -> list[Direction]:
+        """In bfloat16, to hold many: the engine would round them so anyway."""
+        raw = [half for target in self.of.values() for half in (target.chosen, target.rejected)]
+        done = (solve(blocks, half, damping) if blocks else half for half in raw)
+        return [{name: value.bfloat16() for name, value in half.items()} for half in done]
+
+    def grams(self, solved: Sequence[Direction], part: Mapping[str, int]) -> np.ndarray:
+        """[weighting, raw half, solved half, block]: their inner products."""
+        found = np.zeros((3, 2, 2, 1 + max(part.values())))
+        for w, target in enumerate(self.of.values()):
+            for i, raw in enumerate((target.chosen, target.rejected)):
+                for j in range(2):
+                    for name, value in raw.items():
+                        found[w, i, j, part[name]] += float((value * solved[2 * w + j][name].float()).sum())
+        return found
+
+
+def squared_norms(study: Study, batch: Batch, part: Mapping[str, int]) -> np.ndarray:
+    """[example, block], of matrices alone, which are all but 0.02% of the numbers."""
+    total = np.zeros((len(batch), 1 + max(part.values())))
+
+    def visit(owner: Any, inputs: Any, _: object, gradient: torch.Tensor) -> None:
+        for few, own in weight_gradients(owner, inputs, gradient, len(batch)) or ():
+            total[few, part[owner.weights["weight"]]] += own.float().square().sum(1).numpy()
+
+    holders = [owner for owner in owners(study.model.network, study.weights) if is_matrix(owner)]
+    with watching(holders, [], visit):
+        backward(study.model, batch, torch.ones(len(batch)))
+    return total
+
+
+def measure(study: Study, task: str, data: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of one task for each curvature, kept in files."""
+    pairs, pool = TASKS[task](data)
+    rows = [study.encode(row["prompt"], row["completion"]) for row in pool]
+    part = {name: int(re.search(r"layers\.(\d+)\.", name)[1]) for name in study.weights}  # type: ignore[index]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    halves: Halves | None = None
+    for curvature in DAMPINGS:
+        place = WORK / f"curvature-{task}-{curvature.replace(', ', '-')}.npz"
+        if not place.exists():
+            halves = halves or Halves(study, pairs)
+            print(f"{task}: {curvature}", flush=True)
+            np.savez(place, **scored(study, halves, rows, part, curvature))  # type: ignore[arg-type]
+        found[curvature] = dict(np.load(place))
+    told = {
+        "tokens": np.array([row.targets for row in rows]),
+        "bad": np.array([row["is_bad"] for row in pool]),
+        "question": np.array([str(row["question"]) for row in pool]),
+    }
+    return found | {"rows": told}
+
+
+def fitted(study: Study, rows: Sequence[Encoded], curvature: str) -> Blocks | None:
+    if curvature == "flat":
+        return None
+    fit = diagonal if curvature == "diagonal" else ekfac
+    seed = None if curvature.endswith("empirical") else 0
+    return fit(study.model, study.weights, [collate([row], CPU) for row in rows], seed)
+
+
+def scored(
+    study: Study, halves: Halves, rows: Sequence[Encoded], part: Mapping[str, int], curvature: str
+) -> dict[str, np.ndarray]:
+    dampings, fit = DAMPINGS[curvature], fitted(study, rows, curvature)
+    directions, grams = list[Direction](), list[np.ndarray]()
+    for damping in dampings:
+        solved = halves.solved(fit, damping)
+        directions += solved
+        grams.append(halves.grams(solved, part))
+    del fit
+    print("  fitted", flush=True)
+    count = 1 + max(part.values())
+    engine = reverse(
+        study.model,
+        study.weights,
+        [{n: d for n, d in whole.items() if part[n] == block} for whole in directions for block in range(count)],
+    )
+    along = np.zeros((len(rows), len(directions), count))
+    squares = np.zeros((len(rows), along.shape[2]))
+    for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
+        together = collate([rows[i] for i in batch], CPU)
+        along[batch] = engine(together).values.numpy().reshape(len(batch), len(directions), count)
+        if curvature == "flat":
+            squares[batch] = squared_norms(study, together, part)
+    return {
+        "along": along.reshape(len(rows), len(dampings), 3, 2, -1),
+        "grams": np.stack(grams),
+        "squares": squares,
+    }
+
+
+def score_of(found: Mapping[str, Mapping[str, np.ndarray]], way: Mapping[str, Any]) -> np.ndarray:
+    """Scores of one way, from sums over its blocks."""
+    here, raw = found[way["curvature"]], found["flat"]
+    place = list(DAMPINGS[way["curvature"]]).index(way["damping"])
+    blocks = list(LAYERS[way["layers"]])
+    weighting = 1 if way["weighting"] == "unpaired" else WEIGHTINGS.index(way["weighting"])
+    chosen, rejected = here["along"][:, place, weighting][:, :, blocks].sum(2).T
+    score = chosen if way["weighting"] == "unpaired" else chosen - rejected
+    if way["common"] != "keep":
+        gram = (raw["grams"][0] if way["common"] == "remove" else here["grams"][place])[weighting][:, :, blocks].sum(2)
+        common, difference = np.array([0.5, 0.5]), np.array([1.0, -1.0])
+        score = score - (common @ gram @ difference) / (common @ gram @ common) * (chosen + rejected) / 2
+    if way["normalize"] == "tokens":
+        score = score / found["rows"]["tokens"]
+    elif way["normalize"] == "norm":
+        score = score / np.sqrt(raw["squares"][:, blocks].sum(1))
+    return np.asarray(score)
+
+
+def ways() -> list[Row]:
+    return [
+        {
+            "curvature": curvature,
+            "damping": damping,
+            "common": common,
+            "layers": layers,
+            "normalize": normalize,
+            "weighting": weighting,
+        }
+        for curvature, dampings in DAMPINGS.items()
+        for damping, common, layers, normalize, weighting in itertools.product(
+            dampings, COMMON, LAYERS, NORMALIZE, WEIGHTINGS
+        )
+        if not (weighting == "unpaired" and common != "keep")
+        if not (curvature == "flat" and common == "remove after")
+    ]
+
+
+def title(way: Mapping[str, Any]) -> str:
+    curvature = way["curvature"] + (f" {way['damping']}" if way["damping"] else "")
+    return f"{curvature}, {way['layers']}, common {way['common']}, normalize {way['normalize']}, {way['weighting']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    chosen = parser.parse_args()
+    study = Study()
+    study.weights = select_weights(study.model.network, r"layers\.\d+\.")
+    rows, figures = list[Row](), list[Row]()
+    for task in TASKS:
+        found = measure(study, task, chosen.data)
+        bad, question = found["rows"]["bad"], found["rows"]["question"]
+        for way in ways():
+            score = score_of(found, way)
+            rows.append({"task": task, **way, "auroc": auroc(score, bad)})
+            ends = interval({"score": score, "bad": bad}, auroc, question)
+            figures.append(figure(f"{task} repair, {title(way)}", rows[-1]["auroc"], "AUROC", "", ends))
+    (WORK / "curvature-rows.json").write_text(json.dumps(rows))
+    write("curvature.json", rows, figures)
+
+
+if __name__ == "__main__":
+    main()
