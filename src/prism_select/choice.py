@@ -6,12 +6,14 @@ Choices made here: rows are copied from the pool as they came, in the order of t
 again only for rows that could be chosen, and only when near-duplicates are looked for.
 """
 
+import re
 import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +28,15 @@ from prism_select.data.inputs import Pool, fingerprint
 from prism_select.data.records import Example
 from prism_select.errors import BadOption
 from prism_select.progress import Progress
-from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
-from prism_select.statistics import auroc, average_precision, precision_at, rank_correlation
+from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of, round_robin
+from prism_select.statistics import (
+    auroc,
+    average_precision,
+    overlap_of_best,
+    precision_at,
+    rank_correlation,
+    stable_share,
+)
 from prism_select.store import Run, Store, json_line
 
 __all__ = ["Chosen", "Columns", "choose_again", "choose_and_write", "early_refusals", "hidden_sources", "refuse_budget"]
@@ -46,10 +55,11 @@ _TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "n
 class Columns:
     """What a choice needs of scores.parquet; not finite where a row could not be scored."""
 
+    ranking: NDArray[np.float64]  # what the choice goes by, the highest first
     score: NDArray[np.float64]
-    score_per_token: NDArray[np.float64]
     score_chosen: NDArray[np.float64]
     tokens: NDArray[np.int64]
+    others: Mapping[str, NDArray[np.float64]]  # scores along groups of pairs and with other dampings, and cosines
     source: NDArray[np.object_]
     reasons: Mapping[int, str]
     truncated: int
@@ -95,9 +105,9 @@ def budget_of(config: ScoreConfig) -> tuple[str, Amount]:
 
 def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Iterable[pa.Table]], pool: Pool) -> Chosen:
     """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them."""
-    columns = columns_of(tables())
+    columns = columns_of(config, tables())
     verdicts = decide(config, columns, pool)
-    figures: dict[str, Any] = summary_figures(columns, verdicts)
+    figures: dict[str, Any] = summary_figures(config, columns, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
         figures["labels"] = label_figures(config.label_field, columns, verdicts, pool)
     write_choice(store, tables(), verdicts, columns, pool)
@@ -108,7 +118,7 @@ def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Ite
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
     counts["scored"] = len(verdicts) - counts["quarantined"]
-    return Chosen(counts, figures, [] if config.command == "repair" else hidden_sources(columns, config.ranking))
+    return Chosen(counts, figures, [] if config.command == "repair" else hidden_sources(config, columns))
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
@@ -136,8 +146,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
             keys = zip(table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
             yield table.append_column("reason", pa.array([reasons.get(key) for key in keys], pa.string()))
 
-    columns, (option, budget) = columns_of(tables()), budget_of(config)
-    limit_of(option, budget, getattr(columns, config.ranking), columns.tokens)
+    columns, (option, budget) = columns_of(config, tables()), budget_of(config)
+    limit_of(option, budget, columns.ranking, columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
     chosen = choose_and_write(config, store, tables, pool)
@@ -152,19 +162,38 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     return Run(store.path)
 
 
-def columns_of(tables: Iterable[pa.Table]) -> Columns:
-    names = ["score", "score_per_token", "score_chosen", "tokens", "source", "reason", "truncated"]
-    whole = pa.concat_tables([table.select(names) for table in tables])
+def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
+    """Raises BadOption where the scores of an earlier run lack what the choice goes by."""
+    few = ["score", "score_per_token", "score_chosen", "tokens", "source", "reason", "truncated"]
+    more = re.compile(r"score:|score_cosine$|score_damping_|score_groups$")
+    whole = pa.concat_tables([t.select(few + [n for n in t.column_names if more.match(n)]) for t in tables])
+    if config.ranking not in whole.column_names:
+        raise BadOption(f"--normalize {config.normalize}: these scores were made without it; score the pool again")
 
     def floats(name: str) -> NDArray[np.float64]:
-        return np.asarray(whole[name].to_numpy(), dtype=np.float64)
+        if name != "score_groups":
+            return np.asarray(whole[name].to_numpy(), dtype=np.float64)
+        rows = whole[name].to_pylist()
+        width = next((len(row) for row in rows if row), 0)
+        return np.array([row or [np.nan] * width for row in rows])
 
     reasons = {row: reason for row, reason in enumerate(whole["reason"].to_pylist()) if reason is not None}
     tokens = np.nan_to_num(floats("tokens")).astype(np.int64)
-    source = np.asarray(whole["source"].to_pylist(), dtype=object)
-    truncated = sum(bool(value) for value in whole["truncated"].to_pylist())
-    score, per_token, chosen = (floats(name) for name in names[:3])
-    return Columns(score, per_token, chosen, tokens, source, reasons, truncated)
+    targets = [name for name in whole.column_names if name.startswith("score:")]
+    ranking = floats(config.ranking)
+    if config.combine == "round-robin" and len(targets) > 1:
+        unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
+        ranking = round_robin(np.column_stack([floats(name) / unit for name in targets]))
+    return Columns(
+        ranking,
+        floats("score"),
+        floats("score_chosen"),
+        tokens,
+        {name: floats(name) for name in whole.column_names if more.match(name) and name not in targets},
+        np.asarray(whole["source"].to_pylist(), dtype=object),
+        reasons,
+        sum(bool(value) for value in whole["truncated"].to_pylist()),
+    )
 
 
 def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
@@ -175,9 +204,9 @@ def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
         verdicts = _walk(config, columns, pool, share)
     elif isinstance(config, RepairConfig):
         names = {"taken": "removed", "over budget": "kept"}
-        (option, budget), ranking = budget_of(config), getattr(columns, config.ranking)
-        limit = limit_of(option, budget, ranking, columns.tokens)
-        verdicts = choose(ranking, columns.tokens, columns.source, Rules(budget), limit)
+        option, budget = budget_of(config)
+        limit = limit_of(option, budget, columns.ranking, columns.tokens)
+        verdicts = choose(columns.ranking, columns.tokens, columns.source, Rules(budget), limit)
     else:
         names = {}
         verdicts = ["scored" if finite else "quarantined" for finite in np.isfinite(columns.score)]
@@ -185,7 +214,7 @@ def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
 
 
 def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> Verdicts:
-    (option, budget), ranking = budget_of(config), getattr(columns, config.ranking)
+    (option, budget), ranking = budget_of(config), columns.ranking
     limit = limit_of(option, budget, ranking, columns.tokens)
     if not config.near_duplicates:
         return choose(ranking, columns.tokens, columns.source, Rules(budget, share), limit)
@@ -260,23 +289,26 @@ def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: P
     usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
     truth = np.array([bool(label) for label in labels])[usable]
     removed = np.array([verdict == "removed" for verdict in verdicts])[usable]
+    per_token = (columns.score / np.maximum(1, columns.tokens))[usable]
+    cosine = columns.others.get("score_cosine")
     return {
         "rows": int(usable.sum()),
         "bad": int(truth.sum()),
         "auroc": auroc(columns.score[usable], truth),
-        "auroc_per_token": auroc(columns.score_per_token[usable], truth),
+        "auroc_per_token": auroc(per_token, truth),
         "average_precision": average_precision(columns.score[usable], truth),
-        "average_precision_per_token": average_precision(columns.score_per_token[usable], truth),
+        "average_precision_per_token": average_precision(per_token, truth),
         "precision_at_removed": precision_at(removed, truth),
         "removed": int(removed.sum()),
+        **({"auroc_cosine": auroc(cosine[usable], truth)} if cosine is not None else {}),
     }
 
 
-def hidden_sources(columns: Columns, ranking: str) -> list[str]:
+def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
     more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows."""
-    scored, score = np.isfinite(columns.score), getattr(columns, ranking)
-    chosen = columns.score_chosen / (np.maximum(1, columns.tokens) if ranking == "score_per_token" else 1)
+    unit = np.maximum(1, columns.tokens) if config.ranking == "score_per_token" else np.ones(len(columns.tokens))
+    scored, score, chosen = np.isfinite(columns.score), columns.score / unit, columns.score_chosen / unit
     names, place, count = np.unique(columns.source[scored], return_inverse=True, return_counts=True)
     raised, stands = (np.bincount(place, values[scored], len(names)) / count for values in (chosen, score))
     means = {name: (raised[i], stands[i]) for i, name in enumerate(names) if count[i] >= ENOUGH}
@@ -291,15 +323,29 @@ def hidden_sources(columns: Columns, ranking: str) -> list[str]:
     ]
 
 
-def summary_figures(columns: Columns, verdicts: Sequence[str]) -> dict[str, Any]:
-    """Shares of each source in the pool and in the choice, and how far length decides the ranking."""
+def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Sequence[str]) -> dict[str, Any]:
+    """Shares of each source in the pool and in the choice, and how far length, damping and the pairs decide."""
     scored = np.isfinite(columns.score)
     read = Counter(columns.source[scored].tolist())
     taken = np.array([verdict in ("selected", "removed") for verdict in verdicts])
     chosen = Counter(columns.source[taken].tolist())
-    return {
+    tokens = columns.tokens[scored].astype(np.float64)
+    by_length = {"none": columns.score[scored], "tokens": columns.score[scored] / np.maximum(1, tokens)}
+    if "score_cosine" in columns.others:
+        by_length["norm"] = columns.others["score_cosine"][scored]
+    figures: dict[str, Any] = {
         "sources": {name: {"pool": read[name], "chosen": chosen[name]} for name in sorted(read)},
-        "rank_correlation_with_tokens": rank_correlation(
-            columns.score[scored], columns.tokens[scored].astype(np.float64)
-        ),
+        "rank_correlation_with_tokens": {name: rank_correlation(s, tokens) for name, s in by_length.items()},
     }
+    dampings = {name.removeprefix("score_damping_"): s for name, s in columns.others.items() if "_damping_" in name}
+    if dampings and isinstance(config, ScoreConfig):
+        every = {f"{config.dampings[0]:g}": columns.score, **dampings}
+        figures["damping_overlap"] = [
+            {"dampings": [a, b], "overlap": overlap_of_best(every[a][scored], every[b][scored], 0.05)}
+            for a, b in combinations(every, 2)
+        ]
+    if "score_groups" in columns.others and taken.any():
+        unit = np.maximum(1, columns.tokens) if config.ranking == "score_per_token" else np.ones(len(scored))
+        groups = (columns.others["score_groups"] / unit[:, None])[scored]
+        figures["stable_share"] = stable_share(groups, taken[scored], config.seed)
+    return figures

@@ -32,6 +32,10 @@ __all__ = [
     "to_toml",
 ]
 
+SETTLED = frozenset(  # what a saved direction has in it
+    {"anchor", "combine", "common", "curvature", "curvature_from", "damping", "layers", "save_curvature", "target_by"}
+    | {"uncertainty", "warmup", "weighting"}
+)
 MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
 
 
@@ -133,13 +137,44 @@ class ScoreConfig(ModelConfig):
     command: ClassVar[str] = "score"
 
     pool: Annotated[Sequence[str], "Files, folders or globs of rows to score; repeat the option for more."] = ()
-    target: Annotated[str, "File of pairs: chosen is what you want, rejected what you don't."] = ""
+    target: Annotated[
+        Sequence[str],
+        "File of pairs: chosen is what you want, rejected what you don't; NAME=FILE, repeated, for several targets.",
+    ] = ()
+    target_by: Annotated[str, "Column of the target file: each of its values is a target of its own."] = ""
+    combine: Annotated[
+        Literal["mean", "max", "round-robin"],
+        "Several targets: score by their mean, by the best of them, or take each one's best row in turn.",
+    ] = "mean"
+    curvature: Annotated[
+        Literal["flat", "diagonal", "ekfac", "cg"],
+        "What the direction is divided by: nothing, second moments of gradients, their Kronecker-factored form (arXiv "
+        "1806.03884), or the Gauss-Newton matrix by conjugate gradients.",
+    ] = "flat"
+    damping: Annotated[
+        str, "Share of each weight's mean eigenvalue that is added to it; with several, as in 0.1,1, the first counts."
+    ] = "0.1"
+    curvature_rows: Annotated[int, "Rows of the pool, drawn at random, that the curvature is fitted on."] = 256
+    curvature_labels: Annotated[
+        Literal["sampled", "given"],
+        "Tokens for the curvature: drawn from the model (the Fisher matrix) or those of the rows (the empirical one).",
+    ] = "sampled"
+    curvature_from: Annotated[
+        str, "Take the curvature of this run folder, or Adam's second moments by weight from a .safetensors file."
+    ] = ""
+    save_curvature: Annotated[bool, "Keep the curvature in the run folder, for --curvature-from; it is large."] = False
+    uncertainty: Annotated[
+        int, "Groups of pairs that are scored one by one, which gives each score a standard error; 0: none."
+    ] = 0
+    tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
     engine: Annotated[
         Literal["auto", "reverse", "forward", "difference", "reference"],
         "How scores are computed; auto takes the fastest that reaches every weight, and checks it.",
     ] = "auto"
     normalize: Annotated[
-        Literal["none", "tokens"], "Rank by the score (none: summed over tokens, the paper) or by the score per token."
+        Literal["none", "tokens", "norm"],
+        "Rank by the score (none: summed over tokens, the paper), by the score per token, or by its cosine with the "
+        "row's gradient.",
     ] = "none"
     direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
     warmup: Annotated[
@@ -148,10 +183,13 @@ class ScoreConfig(ModelConfig):
     dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
 
     def __post_init__(self) -> None:
-        pool: Any = self.pool
-        object.__setattr__(self, "pool", (str(pool),) if isinstance(pool, str | Path) else tuple(map(str, pool)))
+        for name in ("pool", "target"):
+            given: Any = getattr(self, name)
+            one = isinstance(given, str | Path)
+            object.__setattr__(self, name, (str(given),) * bool(str(given)) if one else tuple(map(str, given)))
         super().__post_init__()
         self._check_needs()
+        self._check_curvature()
 
     def _check_needs(self) -> None:
         needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
@@ -163,13 +201,51 @@ class ScoreConfig(ModelConfig):
         if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
             raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.direction and (settled := sorted(given & {"anchor", "common", "layers", "warmup", "weighting"})):
-            raise BadOption(f"--{settled[0]}: a saved direction has that in it; leave it out, or give --target")
+        if self.direction and (settled := sorted(given & SETTLED)):
+            option = settled[0].replace("_", "-")
+            raise BadOption(f"--{option}: a saved direction has that in it; leave it out, or give --target")
+
+    def _check_curvature(self) -> None:
+        if self.curvature == "flat" and self.curvature_from:
+            raise BadOption("--curvature-from: say which with --curvature, diagonal or ekfac")
+        if self.curvature == "cg" and self.curvature_from:
+            raise BadOption("--curvature-from: cg keeps nothing that could be reused; leave it out")
+        if self.save_curvature and self.curvature in ("flat", "cg"):
+            raise BadOption(
+                f"--save-curvature: {self.curvature} keeps nothing; take diagonal or ekfac"
+            )
+        if self.curvature_rows < 1:
+            raise BadOption(f"--curvature-rows {self.curvature_rows}: must be at least 1")
+        if not self.dampings or not all(0 < value < math.inf for value in self.dampings):
+            raise BadOption(f"--damping {self.damping}: not one or several numbers above 0; try 0.1 or 0.1,1")
+        if len(self.dampings) > 1 and self.curvature == "flat":
+            raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
+        if self.uncertainty and self.uncertainty < 4:
+            raise BadOption(f"--uncertainty {self.uncertainty}: at least 4 groups, or 0 for none")
+        if self.combine == "round-robin" and "positive" in (getattr(self, "budget", ""), getattr(self, "remove", "")):
+            raise BadOption("--combine round-robin takes rows in turn and knows no positive ones; give a share or a number")
+        if self.combine != "mean" and (self.uncertainty or len(self.dampings) > 1):
+            option = "--uncertainty" if self.uncertainty else "several values of --damping"
+            raise BadOption(f"{option}: only with --combine mean")
+        if self.tokens and self.engine in ("reverse", "reference"):
+            raise BadOption(f"--tokens: engine {self.engine} does not tell tokens apart; try --engine forward")
+        if self.normalize == "norm" and self.engine in ("forward", "difference"):
+            raise BadOption(f"--normalize norm: engine {self.engine} has no gradients; try --engine reverse")
+        if self.normalize == "norm" and self.tokens:
+            raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
+
+    @property
+    def dampings(self) -> tuple[float, ...]:
+        """The first is the one that counts; none where `damping` is no list of numbers."""
+        try:
+            return tuple(float(part) for part in self.damping.split(","))
+        except ValueError:
+            return ()
 
     @property
     def ranking(self) -> str:
         """The column of scores.parquet that the choice is made by."""
-        return "score_per_token" if self.normalize == "tokens" else "score"
+        return {"tokens": "score_per_token", "norm": "score_cosine"}.get(self.normalize, "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +374,15 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
             raise BadOption(f"--config {path}: unknown option {name!r}; known are {near}")
         default = known[name].default
         wanted: Sequence[type] = (
-            (list, str) if default == () else (int, float) if type(default) is float else (type(default),)
+            (list, str)
+            if default == ()
+            else (int, float)
+            if type(default) is float
+            else (str, int, float)  # an amount may be written as a number
+            if type(default) is str
+            else (type(default),)
         )
-        if default is not MISSING and not isinstance(value, tuple(wanted)):
+        wrong = isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, tuple(wanted))
+        if default is not MISSING and wrong:
             raise BadOption(f"--config {path}: {name} is {value!r}; it must be of type {wanted[0].__name__}")
     return values

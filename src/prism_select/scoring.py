@@ -2,33 +2,80 @@
 
     score           along the direction                 score_per_token    score / tokens
     score_chosen    along its chosen half               score_rejected     score_chosen − score
+    score_cosine    score / (‖∇loglik‖ ‖direction‖)     score_se           from scores along groups of the pairs
+
+    several targets     mean, round-robin: the mean of their scores     max: the best of them, and its chosen half
 
 Choices made here: a row that cannot be encoded, or whose score is not finite, gets a reason and no numbers, and harms
 no other row; the rejected half is a difference, so that the halves add up to the score to the last bit.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
 
-from prism_select.core.engines import Engine
+from prism_select.config import ScoreConfig
+from prism_select.core.engines import Scores
+from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Example, Raw
 from prism_select.errors import BadRow
 from prism_select.progress import Task
+from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Scorer"]
+__all__ = ["Lines", "Measure", "Scorer"]
+
+Floats: TypeAlias = NDArray[np.float64]
+Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """What the directions of an engine are, in this order: of the scores of each target, of the chosen halves (one, or
+    one for each target where the best is taken), of groups of the pairs, and of other dampings."""
+
+    targets: Sequence[str] = ("",)
+    lengths: Sequence[float] = (1.0,)  # of each target's direction
+    best: bool = False
+    groups: Sequence[int] = ()  # pairs in each
+    dampings: Sequence[float] = ()
+
+    def columns(self, values: Floats, norms: Floats | None) -> dict[str, Any]:
+        """Columns of `scores.parquet` from the scores of some rows along every direction."""
+        count = len(self.targets)
+        each, rest = values[:, :count], values[:, count:]
+        chosen, rest = np.split(rest, [count if self.best else 1], axis=1)
+        groups, dampings = np.split(rest, [len(self.groups)], axis=1)
+        place = each.argmax(1)[:, None]
+        found: dict[str, Any] = {"score": self._joined(each, place)}
+        found["score_chosen"] = np.take_along_axis(chosen, place, 1)[:, 0] if self.best else chosen[:, 0]
+        found["score_rejected"] = found["score_chosen"] - found["score"]
+        found |= {f"score:{name}": each[:, k] for k, name in enumerate(self.targets) if name}
+        found |= {f"score_damping_{value:g}": dampings[:, k] for k, value in enumerate(self.dampings)}
+        if norms is not None:
+            cosines = each / np.array(self.lengths) / np.where(norms > 0, norms, 1)[:, None]
+            found |= {"gradient_norm": norms, "score_cosine": self._joined(cosines, cosines.argmax(1)[:, None])}
+        if self.groups:
+            found |= {"score_se": standard_error(groups, np.array(self.groups)), "score_groups": groups.tolist()}
+        return found
+
+    def _joined(self, each: Floats, place: NDArray[np.int64]) -> Floats:
+        return np.take_along_axis(each, place, 1)[:, 0] if self.best else each.mean(1)
 
 
 class Scorer:
     """Adds up, over its windows, the tokens that were real and those that were computed."""
 
-    def __init__(self, encoder: Encoder, engine: Engine, batch_tokens: int, device: torch.device) -> None:
-        self.encoder, self.engine, self.batch_tokens, self.device = encoder, engine, batch_tokens, device
+    def __init__(self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig) -> None:
+        self.encoder, self.measure, self.lines, self.config = encoder, measure, lines, config
         self.real = self.computed = 0
 
     @property
@@ -36,8 +83,23 @@ class Scorer:
         """Share of the computed tokens that were padding."""
         return 1 - self.real / self.computed if self.computed else 0.0
 
-    def table(self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
-        records = [self._empty(start + place, *row) for place, row in enumerate(window)]
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of every run, and those of this one."""
+        names = [f"score:{name}" for name in self.lines.targets if name]
+        names += [f"score_damping_{value:g}" for value in self.lines.dampings]
+        names += ["gradient_norm", "score_cosine"] if self.config.normalize == "norm" else []
+        more = [pa.field(name, pa.float64()) for name in names]
+        if self.lines.groups:
+            more += [pa.field("score_se", pa.float64()), pa.field("score_groups", pa.list_(pa.float64()))]
+        if self.config.tokens:
+            more += [pa.field("token_scores", pa.list_(pa.float32())), pa.field("token_texts", pa.list_(pa.string()))]
+        return pa.schema([*SHARD, *more])
+
+    def table(
+        self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], device: torch.device, task: Task
+    ) -> pa.Table:
+        reasons: dict[int, str] = {}
         encoded: dict[int, Encoded] = {}
         for place, (_, example) in enumerate(window):
             try:
@@ -45,40 +107,78 @@ class Scorer:
                     raise example
                 encoded[place] = self.encoder.encode(example)
             except BadRow as bad:
-                records[place]["reason"] = bad.what
+                reasons[place] = bad.what
                 task.advance(1)
-        places = list(encoded)
-        for batch in plan_batches([len(encoded[place].tokens) for place in places], self.batch_tokens):
-            chosen = [places[i] for i in batch]
-            self._score([encoded[place] for place in chosen], [records[place] for place in chosen])
-            task.advance(len(chosen), sum(len(encoded[place].tokens) for place in chosen))
-        return pa.Table.from_pylist(records, schema=SHARD)
+        places, order, parts = list(encoded), list[int](), list[pa.Table]()
+        for few in plan_batches([len(encoded[place].tokens) for place in places], self.config.batch_tokens):
+            rows = [encoded[places[i]] for i in few]
+            columns = self._score(rows, collate(rows, device))
+            reasons |= {places[i]: why for i, why in zip(few, columns.pop("reason"), strict=True) if why}
+            order += [places[i] for i in few]
+            parts.append(pa.table(columns))
+            task.advance(len(rows), sum(len(row.tokens) for row in rows))
+        return self._as_table(start, window, (pa.concat_tables(parts) if parts else None, order), reasons)
 
-    def _empty(self, row: int, raw: Raw, example: Example | BadRow) -> dict[str, Any]:
-        record: dict[str, Any] = dict.fromkeys(SHARD.names)
-        record |= {"row": row, "file": raw.file, "line": raw.line}
-        if isinstance(example, Example):
-            record |= {"id": example.id, "source": example.source}
-        return record
-
-    def _score(self, rows: Sequence[Encoded], records: Sequence[dict[str, Any]]) -> None:
-        batch = collate(rows, self.device)
-        loglik, values, _ = self.engine(batch)
+    def _score(self, rows: Sequence[Encoded], batch: Batch) -> dict[str, Any]:
+        (loglik, values, tokens), norms = self.measure(batch)
         self.real += sum(len(row.tokens) for row in rows)
         self.computed += batch.tokens.numel()
-        for row, record, likelihood, (score, chosen) in zip(
-            rows, records, loglik.tolist(), values.tolist(), strict=True
-        ):
-            if not all(map(math.isfinite, (likelihood, score, chosen))):
-                record["reason"] = f"its score is not finite ({score}, log-likelihood {likelihood})"
-                continue
-            record |= {
-                "score": score,
-                "score_per_token": score / row.targets,
-                "tokens": row.targets,
-                "length": len(row.tokens),
-                "loglik": likelihood,
-                "score_chosen": chosen,
-                "score_rejected": chosen - score,
-                "truncated": row.truncated,
-            }
+        along, likelihood = values.double().cpu().numpy(), loglik.double().cpu().numpy()
+        columns: dict[str, Any] = self.lines.columns(along, None if norms is None else norms.double().cpu().numpy())
+        if self.config.tokens and tokens is not None:
+            columns |= self._by_token(batch, tokens.double().cpu().numpy(), along)
+        finite = np.isfinite(np.column_stack([along, likelihood])).all(1)
+        return columns | {
+            "loglik": likelihood,
+            "tokens": (counted := np.array([row.targets for row in rows])),
+            "score_per_token": columns["score"] / counted,
+            "length": [len(row.tokens) for row in rows],
+            "truncated": [row.truncated for row in rows],
+            "reason": [
+                None if good else f"its score is not finite ({score}, log-likelihood {value})"
+                for good, score, value in zip(finite, columns["score"], likelihood, strict=True)
+            ],
+        }
+
+    def _by_token(self, batch: Batch, tokens: Floats, along: Floats) -> dict[str, Any]:
+        """What each supervised token adds to the score, and its text: a score belongs to the token predicted."""
+        count, best = len(self.lines.targets), self.lines.best
+        each = [
+            part[:, place] if best else part[:, :count].mean(1)
+            for part, place in zip(tokens, along[:, :count].argmax(1), strict=True)
+        ]
+        predicted, ids = batch.predicted.cpu().numpy(), batch.tokens[:, 1:].cpu().numpy()
+        texts = [row[here].tolist() for row, here in zip(ids, predicted, strict=True)]
+        return {
+            "token_scores": [part[here].tolist() for part, here in zip(each, predicted, strict=True)],
+            "token_texts": [[self.encoder.tokenizer.decode([token]) for token in row] for row in texts],
+        }
+
+    def _as_table(
+        self,
+        start: int,
+        window: Sequence[tuple[Raw, Example | BadRow]],
+        found: tuple[pa.Table | None, Sequence[int]],
+        reasons: Mapping[int, str],
+    ) -> pa.Table:
+        scored, order = found
+        at = {place: i for i, place in enumerate(order) if place not in reasons}
+        index = pa.array([at.get(place) for place in range(len(window))], pa.int64())
+        good = [example if isinstance(example, Example) else None for _, example in window]
+        told = {
+            "row": range(start, start + len(window)),
+            "id": [example and example.id for example in good],
+            "source": [example and example.source for example in good],
+            "file": [raw.file for raw, _ in window],
+            "line": [raw.line for raw, _ in window],
+            "reason": [reasons.get(place) for place in range(len(window))],
+        }
+        columns = [
+            pa.array(told[field.name], field.type)
+            if field.name in told
+            else pa.nulls(len(window), field.type)
+            if scored is None
+            else scored[field.name].cast(field.type).take(index)
+            for field in self.schema
+        ]
+        return pa.table(columns, schema=self.schema)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prism_select.config import Amount
 from prism_select.errors import BadOption
 
-__all__ = ["NearDuplicates", "Rules", "UnreadText", "choose", "limit_of"]
+__all__ = ["NearDuplicates", "Rules", "UnreadText", "choose", "limit_of", "round_robin"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -69,6 +69,23 @@ def choose(
             spent += price
             by_source[source] = by_source.get(source, 0.0) + price
     return list(verdicts)
+
+
+def round_robin(each: Floats) -> Floats:
+    """Minus the turn at which each row is taken when every target (column) takes its best row that is left, one after
+    another; NaN for rows without a score."""
+    finite = np.isfinite(each).all(1)
+    orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in each[finite].T]
+    turns = np.zeros(int(finite.sum()))
+    left, turn = set(range(len(turns))), 0
+    while left:
+        row = next(row for row in orders[turn % len(orders)] if row in left)
+        left.remove(row)
+        turns[row] = -turn
+        turn += 1
+    found = np.full(len(each), np.nan)
+    found[finite] = turns
+    return found
 
 
 class UnreadText(LookupError):

@@ -30,13 +30,14 @@ NUMBERS, LONGEST = 2**25, 2**16  # of all pictures (128 MB), of one
 
 
 class Sketcher:
-    """`pictures["chosen"][q]` is that of pair q's part in C, slope and mean over pairs included; likewise rejected."""
+    """`pictures["chosen"][q]` is that of pair q's part in C, slope and mean over pairs included; likewise rejected.
+    Sketchers of the same seed and number of pairs `among` which theirs are make pictures that can be compared."""
 
-    def __init__(self, network: nn.Module, weights: Weights, pairs: int, seed: int) -> None:
+    def __init__(self, network: nn.Module, weights: Weights, pairs: int, seed: int, among: int = 0) -> None:
         every = owners(network, weights)
         self.owners = [owner for owner in every if is_closed(owner.module) and "weight" in owner.weights]
         names = sorted({owner.weights["weight"] for owner in self.owners})
-        self.width = max(2, math.isqrt(min(LONGEST, NUMBERS // (2 * pairs)) // max(1, len(names))))
+        self.width = max(2, math.isqrt(min(LONGEST, NUMBERS // (2 * max(pairs, among))) // max(1, len(names))))
         self.place = {name: i * self.width**2 for i, name in enumerate(names)}
         self.seed, self.signs = seed, dict[str, tuple[Tensor, Tensor]]()
         self.pictures = {side: torch.zeros(pairs, len(names) * self.width**2) for side in ("chosen", "rejected")}

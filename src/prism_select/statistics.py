@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-__all__ = ["auroc", "average_precision", "precision_at", "rank_correlation"]
+__all__ = ["auroc", "average_precision", "overlap_of_best", "precision_at", "rank_correlation", "stable_share", "standard_error"]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -29,3 +29,29 @@ def precision_at(chosen: Bools, labels: Bools) -> float:
 def rank_correlation(a: Floats, b: Floats) -> float:
     """Spearman's ρ; NaN when either is constant."""
     return float(spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+
+
+def standard_error(groups: Floats, sizes: Floats) -> Floats:
+    """Of the mean over all pairs, row by row, from its means over groups of them (columns), each of `sizes` pairs:
+    √(Σ_g w_g (s_g − s)² / (G − 1)), w_g the group's share of the pairs. Source: the random-groups estimator (Wolter
+    2007, chapter 2)."""
+    share = sizes / sizes.sum()
+    mean = (groups * share).sum(1, keepdims=True)
+    return np.asarray(np.sqrt((share * np.square(groups - mean)).sum(1) / (len(sizes) - 1)))
+
+
+def overlap_of_best(a: Floats, b: Floats, share: float) -> float:
+    """Share of the best rows by `a` that are among as many best by `b`."""
+    count = max(1, round(share * len(a)))
+    best = [set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (a, b)]
+    return len(best[0] & best[1]) / count
+
+
+def stable_share(groups: Floats, chosen: Bools, seed: int) -> float:
+    """Share of the chosen rows that are among as many best in 90% or more of 200 resamples of the groups (columns) that
+    scores are means of."""
+    draw, count = np.random.default_rng(seed), int(chosen.sum())
+    often = np.zeros(len(groups))
+    for weights in draw.multinomial(groups.shape[1], [1 / groups.shape[1]] * groups.shape[1], 200):
+        often[np.argpartition(-(groups @ weights), count - 1)[:count]] += 1
+    return float((often[chosen] >= 180).mean())

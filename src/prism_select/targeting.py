@@ -1,95 +1,229 @@
-"""Targeting: pairs to a direction, and a direction to a file and back.
+"""Targeting: pairs to directions.
 
-    direction.safetensors    NAME → direction of the score        chosen/NAME → its half of the chosen answers
-                             metadata: which answers of the target file it points towards, and whether after a
-                             warm-up; one entry alone, since the order of several is not the same in every file
+    one target         its direction d, and the half C of its chosen answers
+    several targets    d of each, and the mean of their C (where the best target counts: C of each)
+    groups of pairs    the mean over targets of a group's own d, which tells how far scores move with the pairs
 
 Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how far its pairs agree;
-a pair whose two answers are the same tokens stops the run, since it says nothing.
+a pair whose two answers are the same tokens stops the run, since it says nothing; in a mean of targets each counts
+alike, whatever its number of pairs.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-import pyarrow as pa
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 
-from prism_select.common import without_common
-from prism_select.config import ModelConfig, ScoreConfig, sides_of
-from prism_select.core.direction import Side, Target, norm, target_gradient
+from prism_select.common import common_of, without_common
+from prism_select.config import ModelConfig, ScoreConfig
+from prism_select.core.direction import Side, Target, dot, minus, norm, target_gradient
 from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Pair
 from prism_select.diagnosis import Diagnosis, diagnose
-from prism_select.errors import BadFile, BadModel, BadOption, BadRow, NotFinite
+from prism_select.errors import BadOption, BadRow, NotFinite
 from prism_select.models import CausalLM
 from prism_select.progress import Progress
+from prism_select.scoring import Lines
 from prism_select.sketching import Sketcher
-from prism_select.store import Store
 from prism_select.weights import select_weights
 
-__all__ = ["Aim", "aim_at", "read_direction", "save_direction", "towards"]
+__all__ = ["Aim", "Said", "aim_at", "answers", "as_side", "joined"]
 
-WARMED = ", after a warm-up"
+Targets: TypeAlias = Mapping[str, Sequence[Pair]]
+Coded: TypeAlias = tuple[Sequence[Encoded], Sequence[Encoded]]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What some pairs say."""
+
+    pairs: Sequence[Pair]
+    target: Target
+    diagnosis: Diagnosis
 
 
 @dataclass(frozen=True)
 class Aim:
-    """The weights that count, what the pairs say, and two directions: of the score and of its chosen half. A saved
-    direction comes without pairs."""
+    """The weights that count, and the directions that rows are scored along; `lines` tells which is what. `said` is by
+    target, `whole` is of all together; a saved direction comes without them."""
 
     weights: Weights
     directions: Sequence[Direction]
-    target: Target | None = None
-    diagnosis: Diagnosis | None = None
+    lines: Lines
+    said: Mapping[str, Said]
+    whole: Said | None = None
+
+    @property
+    def cosines(self) -> list[list[float]]:
+        """Between the directions of the targets."""
+        few = self.directions[: len(self.lines.targets)]
+        sizes = [norm(direction) or math.nan for direction in few]
+        return [[dot(a, b) / (m * n) for b, n in zip(few, sizes, strict=True)] for a, m in zip(few, sizes, strict=True)]
 
 
-def read_direction(
-    config: ScoreConfig, model: CausalLM, encoder: Encoder, pairs: Sequence[Pair], progress: Progress
-) -> Aim:
-    if config.direction:
-        return Aim(*load_direction(config.direction, model, towards(config)))
-    return aim_at(config, model, encoder, pairs, progress)
-
-
-def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, pairs: Sequence[Pair], progress: Progress) -> Aim:
+def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, targets: Targets, progress: Progress) -> Aim:
     weights = select_weights(model.network, config.layers)
-    progress.say(
-        f"counted: {len(weights)} weights, {sum(w.numel() for w in weights.values()):,} numbers ({config.layers})"
+    numbers = sum(weight.numel() for weight in weights.values())
+    progress.say(f"counted: {len(weights)} weights, {numbers:,} numbers ({config.layers})")
+    coded = {name: encode_sides(pairs, encoder) for name, pairs in targets.items()}
+    parts = {name: groups_of(config, name, len(pairs)) for name, pairs in targets.items()}
+    count = sum(map(len, targets.values()))
+    found: dict[str, Gradients] = {}
+    with progress.task(f"direction from {count} pairs", None):
+        for name, sides in coded.items():
+            sketcher = Sketcher(model.network, weights, len(targets[name]), config.seed, count)
+            found[name] = gradients_of(config, (model, weights), sides, parts[name], sketcher)
+            refuse_not_finite(found[name].target, targets[name])
+    said = {name: found[name].said(config, pairs, coded[name]) for name, pairs in targets.items()}
+    whole = next(iter(said.values()))
+    if len(said) > 1:
+        every = together(list(found.values()))
+        pairs = [pair for few in targets.values() for pair in few]
+        both = [[row for sides in coded.values() for row in sides[side]] for side in (0, 1)]
+        whole = every.said(config, pairs, (both[0], both[1]))
+        found[""] = every
+    return aimed(config, weights, list(found.values()), said, whole)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The target of some pairs, the directions of groups of them with their sizes, and their pictures."""
+
+    target: Target
+    groups: Sequence[Direction]
+    sizes: Sequence[int]
+    pictures: Mapping[str, torch.Tensor]
+    covered_share: float
+
+    def said(self, config: ModelConfig, pairs: Sequence[Pair], sides: Coded) -> Said:
+        pictures = self.pictures["chosen"].numpy(), self.pictures["rejected"].numpy()
+        tokens = answers(sides[0]), answers(sides[1])
+        removed = config.common == "remove"
+        told = diagnose(pictures, tokens, self.target, self.covered_share, removed, config.seed)
+        return Said(pairs, self.target, told)
+
+    def without_common(self) -> "Gradients":
+        common = common_of(self.target)
+        size = dot(common, common) or 1.0
+        groups = [minus(each, common, dot(each, common) / size) for each in self.groups]
+        return replace(self, target=without_common(self.target), groups=groups)
+
+
+def gradients_of(
+    config: ModelConfig,
+    counted: tuple[CausalLM, Weights],
+    sides: Coded,
+    groups: Sequence[Sequence[int]],
+    sketcher: Sketcher,
+) -> Gradients:
+    """Group by group: the gradients of all pairs are sums of theirs."""
+    model, weights = counted
+    total: Target | None = None
+    kept: list[Direction] = []
+    for members in groups:
+        batched = [as_side([rows[i] for i in members], config.batch_tokens, model.device) for rows in sides]
+        with sketcher.open() as observe:
+            part = target_gradient(
+                model,
+                weights,
+                (batched[0], batched[1]),
+                config.weighting,
+                config.anchor,
+                lambda side, pairs, members=members: observe(side, [members[pair] for pair in pairs]),
+            )
+        for pictures in sketcher.pictures.values():
+            pictures[list(members)] *= len(members) / len(sides[0])
+        kept += [part.direction] if len(groups) > 1 else []
+        total = part if total is None else joined(total, part)
+    assert total is not None
+    order = torch.tensor([pair for members in groups for pair in members]).argsort()
+    total = replace(
+        total,
+        mean_loglik_chosen=total.mean_loglik_chosen[order],
+        mean_loglik_rejected=total.mean_loglik_rejected[order],
+        weight=total.weight[order],
     )
-    sides = [encode_side(pairs, side, encoder) for side in ("chosen", "rejected")]
-    for pair, chosen, rejected in zip(pairs, *sides, strict=True):
-        if chosen.tokens == rejected.tokens:
+    return Gradients(total, kept, [len(members) for members in groups], sketcher.pictures, sketcher.share)
+
+
+def joined(a: Target, b: Target) -> Target:
+    """The target of the pairs of `a` and `b`, in this order."""
+    return _mean((a, b), (len(a.weight), len(b.weight)))
+
+
+def together(each: Sequence[Gradients]) -> Gradients:
+    """The mean over targets, each counted alike."""
+    target = _mean([one.target for one in each], [1] * len(each))
+    groups = [mean_of(few, [1] * len(each)) for few in zip(*(one.groups for one in each), strict=True)]
+    sizes = [sum(few) for few in zip(*(one.sizes for one in each), strict=True)] if groups else []
+    pictures = {side: torch.cat([one.pictures[side] for one in each]) / len(each) for side in each[0].pictures}
+    return Gradients(target, groups, sizes, pictures, each[0].covered_share)
+
+
+def _mean(each: Sequence[Target], weights: Sequence[int]) -> Target:
+    columns = [
+        torch.cat([getattr(one, name) for one in each])
+        for name in ("mean_loglik_chosen", "mean_loglik_rejected", "weight")
+    ]
+    halves = [mean_of([getattr(one, side) for one in each], weights) for side in ("chosen", "rejected")]
+    return Target(halves[0], halves[1], *columns)
+
+
+def mean_of(directions: Sequence[Direction], weights: Sequence[int]) -> Direction:
+    total = sum(weights)
+    return {
+        name: sum((w * d[name] for d, w in zip(directions, weights, strict=True)), torch.zeros(())) / total
+        for name in directions[0]
+    }
+
+
+def aimed(
+    config: ModelConfig, weights: Weights, found: Sequence[Gradients], said: Mapping[str, Said], whole: Said
+) -> Aim:
+    """Directions in the order of `Lines`; the last of `found` is of all targets together."""
+    used = [each.without_common() if config.common == "remove" else each for each in found]
+    best = isinstance(config, ScoreConfig) and config.combine == "max" and len(said) > 1
+    scores = [each.target.direction for each in used[: len(said)]]
+    chosen = [each.target.chosen for each in (used[: len(said)] if best else used[-1:])]
+    groups = used[-1].groups
+    lines = Lines(
+        targets=list(said),
+        lengths=[norm(direction) for direction in scores],
+        best=best,
+        groups=used[-1].sizes if groups else (),
+    )
+    return Aim(weights, [*scores, *chosen, *groups], lines, said, whole)
+
+
+def groups_of(config: ModelConfig, name: str, pairs: int) -> list[list[int]]:
+    """The pairs in random groups of even size, each at most one pair larger; all in one without --uncertainty."""
+    count = config.uncertainty if isinstance(config, ScoreConfig) else 0
+    if count > pairs:
+        which = f"target {name} has" if name else "the target has"
+        raise BadOption(f"--uncertainty {count}: {which} {pairs} pairs; ask for fewer groups, or give more pairs")
+    if not count:
+        return [list(range(pairs))]
+    order = random.Random(config.seed).sample(range(pairs), pairs)
+    return [sorted(order[start::count]) for start in range(count)]
+
+
+def encode_sides(pairs: Sequence[Pair], encoder: Encoder) -> Coded:
+    """Raises BadRow for a pair whose two answers are the same tokens."""
+    chosen, rejected = ([encoder.encode(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
+    for pair, one, other in zip(pairs, chosen, rejected, strict=True):
+        if one.tokens == other.tokens:
             advice = "give answers that differ, or raise --max-length"
             raise BadRow(pair.chosen.file, pair.chosen.line, "chosen and rejected are the same tokens", advice)
-    chosen, rejected = (as_side(side, config.batch_tokens, model.device) for side in sides)
-    sketcher = Sketcher(model.network, weights, len(pairs), config.seed)
-    with progress.task(f"direction from {len(pairs)} pairs", None), sketcher.open() as observe:
-        target = target_gradient(model, weights, (chosen, rejected), config.weighting, config.anchor, observe)
-    refuse_not_finite(target, pairs)
-    diagnosis = diagnose(
-        (sketcher.pictures["chosen"].numpy(), sketcher.pictures["rejected"].numpy()),
-        (answers(sides[0]), answers(sides[1])),
-        target,
-        sketcher.share,
-        config.common == "remove",
-        config.seed,
-    )
-    used = without_common(target) if config.common == "remove" else target
-    return Aim(weights, [used.direction, used.chosen], target, diagnosis)
+    return chosen, rejected
 
 
 def answers(rows: Sequence[Encoded]) -> list[list[int]]:
     """Supervised tokens of each row."""
     return [[token for token, counts in zip(row.tokens, row.supervised, strict=True) if counts] for row in rows]
-
-
-def encode_side(pairs: Sequence[Pair], side: str, encoder: Encoder) -> list[Encoded]:
-    return [encoder.encode(getattr(pair, side)) for pair in pairs]
 
 
 def as_side(rows: Sequence[Encoded], batch_tokens: int, device: torch.device) -> Side:
@@ -109,59 +243,3 @@ def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
         raise NotFinite(
             f"the direction of the pairs has length {length}; try --dtype float32, other pairs or other --layers"
         )
-
-
-def towards(config: ScoreConfig) -> str:
-    """Which answers of the target file a positive score moves the model towards."""
-    return sides_of(config.command == "repair")[0]
-
-
-def load_direction(file: str, model: CausalLM, side: str) -> tuple[Weights, list[Direction]]:
-    """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another model, and BadOption
-    when it points towards the other side than `side`."""
-    try:
-        saved = load_file(file)
-        with safe_open(file, "pt") as opened:
-            there = (opened.metadata() or {}).get("towards", side)
-    except (OSError, SafetensorError) as error:
-        raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
-    if there.endswith(WARMED):
-        raise BadOption(
-            f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give --target"
-        )
-    if there != side:
-        raise BadOption(
-            f"--direction {file}: it points towards the {there} answers, and this command needs the {side} ones; "
-            "repair takes the direction of a repair run, score and select take that of score or select"
-        )
-    known = dict(model.network.named_parameters())
-    names = [name for name in saved if not name.startswith("chosen/")]
-    wrong = [name for name in names if name not in known or known[name].shape != saved[name].shape]
-    if wrong or not names or any(f"chosen/{name}" not in saved for name in names):
-        raise BadModel(
-            f"--direction {file}: {(wrong or ['its list of weights'])[0]} does not fit this model; use its own model"
-        )
-    here = {name: value.to(model.device) for name, value in saved.items()}
-    return {n: known[n] for n in names}, [{n: here[n] for n in names}, {n: here[f"chosen/{n}"] for n in names}]
-
-
-def save_direction(store: Store, config: ScoreConfig, aim: Aim, pairs: Sequence[Pair]) -> None:
-    score, chosen = aim.directions
-    tensors = {**score, **{f"chosen/{name}": value for name, value in chosen.items()}}
-    ready = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    store.write(
-        "direction.safetensors", save(ready, metadata={"towards": towards(config) + WARMED * bool(config.warmup)})
-    )
-    if aim.target is None or aim.diagnosis is None:
-        return
-    columns = {
-        "target": [Path(pair.chosen.file).name.partition(".")[0] for pair in pairs],
-        "prompt": ["\n".join(turn.text for turn in pair.chosen.turns[: pair.chosen.prompt_turns]) for pair in pairs],
-        "loglik_chosen": aim.target.mean_loglik_chosen.tolist(),
-        "loglik_rejected": aim.target.mean_loglik_rejected.tolist(),
-        "gap": aim.target.gap.tolist(),
-        "weight": aim.target.weight.tolist(),
-        "share": list(aim.diagnosis.shares),
-        "line": [pair.chosen.line for pair in pairs],
-    }
-    store.write_table("pairs.parquet", pa.table(columns))

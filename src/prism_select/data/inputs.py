@@ -9,7 +9,9 @@ silence is a direction changed in silence.
 """
 
 import hashlib
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,9 @@ from dataclasses import dataclass
 from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
-from prism_select.errors import BadRow, EmptyInput
+from prism_select.errors import BadOption, BadRow, EmptyInput
 
-__all__ = ["Pool", "Survey", "fingerprint", "read_target"]
+__all__ = ["Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
 
 SAMPLE = 256
 
@@ -100,16 +102,48 @@ class Pool:
 
 def read_target(file: str, mapping: Mapping[str, str]) -> list[Pair]:
     """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
-    pairs: list[Pair] = []
+    return [pair for _, pair in _target_rows(file, mapping)]
+
+
+def read_targets(given: Sequence[str], mapping: Mapping[str, str], by: str = "") -> dict[str, list[Pair]]:
+    """The pairs of each target, by name; the name of a single file without one is empty. `by` is a column whose values
+    are targets. Raises BadOption for a name that comes twice, and what `read_target` raises."""
+    files = [named(text) for text in given]
+    if len(files) > 1:
+        files = [(name or os.path.basename(file).partition(".")[0], file) for name, file in files]
+    names = Counter(name for name, _ in files)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise BadOption(f"--target: two targets are called {twice[0]}; name them, as in --target NAME={files[-1][1]}")
+    if not by:
+        return {name: read_target(file, mapping) for name, file in files}
+    if len(files) > 1:
+        raise BadOption(f"--target-by {by}: it takes one target file, and here are {len(files)}")
+    found: dict[str, list[Pair]] = {}
+    for raw, pair in _target_rows(files[0][1], mapping):
+        value = (raw.fields or {}).get(by)
+        if not isinstance(value, str | int) or not str(value).strip():
+            raise BadRow(raw.file, raw.line, f"no text in the column {by}", "name it, or leave out --target-by")
+        found.setdefault(str(value), []).append(pair)
+    return found
+
+
+def named(text: str) -> tuple[str, str]:
+    """Name and file of NAME=FILE; a file may have a = in its own name."""
+    found = None if os.path.exists(text) else re.fullmatch(r"([\w .-]+)=(.+)", text)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def _target_rows(file: str, mapping: Mapping[str, str]) -> list[tuple[Raw, Pair]]:
+    rows: list[tuple[Raw, Pair]] = []
     format: Format | None = None
     for name in find_files([file]):
         for raw in read_rows(name):
             if format is None and raw.fields is not None:
                 format = detect_target(raw.fields, mapping, raw.file, raw.line)
-            pairs += to_pairs(raw, format or Format("prompt+chosen+rejected"), mapping)
-    if not pairs:
+            rows += [(raw, pair) for pair in to_pairs(raw, format or Format("prompt+chosen+rejected"), mapping)]
+    if not rows:
         raise EmptyInput(file, None, "the target has no pairs", "give rows with prompt, chosen and rejected")
-    return pairs
+    return rows
 
 
 def fingerprint(files: Sequence[str]) -> str:

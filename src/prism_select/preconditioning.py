@@ -1,0 +1,130 @@
+"""Preconditioning: the directions of a run, each divided once by the curvature at the model.
+
+    d ← (H + λ)⁻¹ d    H of a random sample of the pool     RUN/curvature.safetensors keeps H, where asked
+                       WEIGHT/eigenvalues, and where it has a basis WEIGHT/left and WEIGHT/right
+
+Choices made here: halves and groups are divided as the direction is, since all this is linear; other dampings change
+the mean of the targets alone. A file of Adam's moments has a second moment for each weight under its own name, and
+these count as a diagonal of second moments.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from prism_select.config import ScoreConfig
+from prism_select.core.direction import dot, norm
+from prism_select.core.layers import Direction, Weights
+from prism_select.core.likelihood import Batch
+from prism_select.curvature import Block, Blocks, GaussNewton, diagonal, ekfac, solve
+from prism_select.data.batches import Encoded, collate
+from prism_select.errors import BadFile, BadModel, NotFinite
+from prism_select.models import CausalLM
+from prism_select.progress import Progress
+from prism_select.store import Store
+from prism_select.targeting import Aim, mean_of
+
+__all__ = ["CURVATURE", "Sharpened", "curvature_file", "save_curvature", "sharpened"]
+
+CURVATURE = "curvature.safetensors"
+
+
+@dataclass(frozen=True)
+class Sharpened:
+    """Directions after the curvature, and what is told of it."""
+
+    aim: Aim
+    told: Mapping[str, Any]
+    blocks: Blocks
+
+
+def curvature_file(config: ScoreConfig) -> Path | None:
+    """Where --curvature-from points: the file itself, or that of a run folder. Raises BadFile where it is not there."""
+    if not config.curvature_from:
+        return None
+    given = Path(config.curvature_from)
+    place = given / CURVATURE if given.is_dir() else given
+    if not place.is_file():
+        advice = "give a run folder made with --save-curvature, or a .safetensors file of Adam's second moments"
+        raise BadFile(str(place), None, "no such file", advice)
+    return place
+
+
+def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Encoded], progress: Progress) -> Sharpened:
+    """Raises NotFinite when a direction is lost in the solve."""
+    batches = [collate([row], model.device) for row in rows]
+    place = curvature_file(config)
+    if place:
+        blocks = loaded(config, place, aim.weights)
+    else:
+        with progress.task(f"curvature of {len(rows)} rows", None):
+            blocks = fitted(config, model, aim.weights, batches)
+    newton = GaussNewton(model, aim.weights, batches, blocks) if config.curvature == "cg" else None
+    count = len(aim.lines.targets)
+    mean = aim.directions[0] if count == 1 else mean_of(aim.directions[:count], [1] * count)
+
+    def solved(direction: Direction, damping: float) -> Direction:
+        return newton.solve(direction, damping) if newton else solve(blocks, direction, damping)
+
+    first, *others = config.dampings
+    with progress.task(f"dividing {len(aim.directions) + len(others)} directions by the curvature", None):
+        directions = [solved(direction, first) for direction in aim.directions]
+        residual = newton.residual if newton else None
+        more = [solved(mean, damping) for damping in others]
+    lengths = [norm(direction) for direction in directions[:count]]
+    if not all(0 < length < float("inf") for length in lengths):
+        raise NotFinite(f"the direction after --curvature {config.curvature} has length {lengths[0]}; raise --damping")
+    cosines = [dot(a, b) / (norm(a) * size) for a, b, size in zip(aim.directions, directions, lengths, strict=False)]
+    told = {
+        "name": config.curvature,
+        "damping": first,
+        "rows": len(rows) if not place else None,
+        "cosine": {name: cosine for name, cosine in zip(aim.lines.targets, cosines, strict=True)},
+        "one_eigenvalue": sorted(name for name, block in blocks.items() if not block.eigenvalues.ndim),
+        "residual": residual,
+    }
+    lines = replace(aim.lines, lengths=lengths, dampings=others)
+    return Sharpened(replace(aim, directions=[*directions, *more], lines=lines), told, blocks)
+
+
+def fitted(config: ScoreConfig, model: CausalLM, weights: Weights, batches: Sequence[Batch]) -> Blocks:
+    seed = config.seed if config.curvature_labels == "sampled" else None
+    fit = ekfac if config.curvature == "ekfac" else diagonal
+    return fit(model, weights, batches, seed)
+
+
+def loaded(config: ScoreConfig, place: Path, weights: Weights) -> Blocks:
+    """Raises BadFile for what cannot be read, BadModel for a weight that is missing or of another shape."""
+    try:
+        saved = load_file(place)
+    except (OSError, SafetensorError) as error:
+        raise BadFile(str(place), None, f"cannot be read ({error})", "give a .safetensors file") from None
+    blocks: dict[str, Block] = {}
+    for name, weight in weights.items():
+        values = saved.get(f"{name}/eigenvalues", saved.get(name))
+        if values is None or values.shape not in (weight.shape, torch.Size([])):
+            what = f"no second moments of {name}" if values is None else f"{name} has shape {tuple(values.shape)}"
+            raise BadModel(f"--curvature-from {place}: {what}; it must have one for each counted weight, by its name")
+        sides = [saved.get(f"{name}/{side}") for side in ("left", "right")]
+        if (sides[0] is None) == (config.curvature == "ekfac" and weight.ndim > 1 and values.ndim > 0):
+            raise BadModel(
+                f"--curvature-from {place}: it is no --curvature {config.curvature}; name its own"
+            )
+        blocks[name] = Block(*(part if part is None else part.to(weight.device) for part in (values, *sides)))
+    return blocks
+
+
+def save_curvature(store: Store, blocks: Blocks) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, block in blocks.items():
+        for part in ("eigenvalues", "left", "right"):
+            value = getattr(block, part)
+            if value is not None:
+                tensors[f"{name}/{part}"] = value.cpu().contiguous()
+    store.write(CURVATURE, save(tensors))
