@@ -67,7 +67,7 @@ def dense_ekfac(model: Tiny, name: str, weight: Tensor, rows: list[Batch]) -> Te
         g, own = torch.autograd.grad(loglik, [seen["y"], weight])
         hook.remove()
         weight.requires_grad_(False)
-        g, x = g[0], seen["x"][0]
+        g, x = g[0, row.real[0]], seen["x"][0, row.real[0]]
         left = g.T @ g if left.ndim == 1 else left + g.T @ g
         right = x.T @ x if right.ndim == 1 else right + x.T @ x
         gradients.append(own)
@@ -91,6 +91,19 @@ def test_ekfac_is_a_dense_construction_of_the_same_approximation() -> None:
     exact = solve(diagonal(model, weights, rows), direction, 0.1)
     for name in set(weights) - set(matrices):
         assert torch.allclose(solved[name], exact[name], rtol=1e-9)
+
+
+def test_padding_is_no_part_of_ekfac() -> None:
+    model, padded = Tiny(), batch_of(6, 12)
+    weights = select_weights(model.network, PATTERN)
+    assert not padded.real.all()
+    rows = [
+        Batch(*(part[None, real] for part in (tokens, real, supervised)))
+        for tokens, real, supervised in zip(padded.tokens, padded.real, padded.supervised, strict=True)
+    ]
+    direction = random_direction(weights)
+    one_by_one, together = (solve(ekfac(model, weights, each), direction, 0.1) for each in (rows, [padded]))
+    assert close(together, one_by_one) < 1e-9
 
 
 def test_cg_is_a_dense_gauss_newton_solve() -> None:

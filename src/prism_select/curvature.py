@@ -59,13 +59,13 @@ def solve(blocks: Blocks, direction: Direction, damping: float) -> Direction:
 def _gradients(
     model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None
 ) -> Iterator[Mapping[str, Tensor]]:
-    """∇loglik of each example, in float32 or better; a seed draws its labels from the model."""
+    """∇loglik of each example without its padding, in float32 or better; a seed draws its labels from the model."""
     device = rows[0].tokens.device
     draw = None if seed is None else torch.Generator(device).manual_seed(seed)
     with differentiable(weights):
         for batch in rows:
-            for place in range(len(batch)):
-                row = batch.rows(slice(place, place + 1))
+            for place, real in enumerate(batch.real):
+                row = Batch(*(part[place : place + 1, real] for part in (batch.tokens, batch.real, batch.supervised)))
                 backward(model, row, torch.ones(1, device=device), draw=draw)
                 yield {n: w.grad.to(_wide(w)) for n, w in weights.items() if w.grad is not None}
                 for weight in weights.values():

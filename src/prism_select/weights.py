@@ -12,18 +12,27 @@ from torch import nn
 from prism_select.core.layers import Weights
 from prism_select.errors import UnknownLayers
 
-__all__ = ["select_weights"]
+__all__ = ["blocks_of", "select_weights", "upper"]
 
 
-def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
-    """Whether a weight is in the upper blocks; the blocks are the longest list of modules in no other list."""
+def blocks_of(network: nn.Module) -> tuple[int, Callable[[str], int | None]]:
+    """How many blocks there are, and which one a weight is in; they are the longest list of modules in no other."""
     lists = {name: len(part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     stack = max(outermost, key=lists.__getitem__, default="")
-    count = (lists.get(stack, 0) + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
-    kept = range(max(0, lists.get(stack, 0) - count), lists.get(stack, 0))
     place = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    return lambda name: bool((found := place.match(name)) and int(found[1]) in kept)
+    return lists.get(stack, 0), lambda name: int(found[1]) if (found := place.match(name)) else None
+
+
+def upper(count: int, wanted: str) -> range:
+    """The numbers of those of `count` blocks that `wanted`, late or last:N, keeps."""
+    kept = (count + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
+    return range(max(0, count - kept), count)
+
+
+def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
+    count, number = blocks_of(network)
+    return lambda name: number(name) in upper(count, wanted)
 
 
 def select_weights(network: nn.Module, wanted: str) -> Weights:

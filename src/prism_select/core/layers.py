@@ -36,6 +36,7 @@ __all__ = [
     "sides",
     "swapped",
     "tangent_of",
+    "watched",
     "watching",
     "weight_gradients",
 ]
@@ -93,7 +94,7 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
     with torch.no_grad(), forward_ad.dual_level():
         duals = {owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d) for k, d in own.items()}
         with swapped([owner], duals):
-            outputs = tree_flatten(module.forward(*inputs, **named))[0]
+            outputs = tree_flatten(module.forward(*inputs, **named))[0] if own else []
         return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
 
 
@@ -129,13 +130,13 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
             busy = False
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or (kept and kept[0][place] is None):
+            if not isinstance(tensor, Tensor) or (kept and not any(k and k[place] is not None for k in kept)):
                 continue
 
             def tangent(k: int, place: int = place) -> Tensor:
                 return cast(Tensor, (kept[k] if kept else tangent_of(owner, directions[k], inputs, words))[place])
 
-            tensors[place] = _watched(tensor, partial(visit, owner, inputs, tangent))
+            tensors[place] = watched(tensor, partial(visit, owner, inputs, tangent))
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:
@@ -180,7 +181,7 @@ def weight_gradients(
     return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)
 
 
-def _watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
+def watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
     """`tensor`, made the start of a graph if it is in none, whose gradient is shown to `visit`. A node of its own, so
     that the gradient has nothing in it of other outputs of the same module, which may depend on this one."""
     tensor = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
