@@ -29,7 +29,7 @@ LAYERS = [
     ],
     ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
     ["models", "store", "planning"],
-    ["choice", "scoring", "targeting", "manifest", "memory", "generation", "warmup"],
+    ["choice", "scoring", "targeting", "saving", "preconditioning", "manifest", "memory", "generation", "warmup"],
     ["pipeline", "making"],
     ["api"],
     ["terminal"],

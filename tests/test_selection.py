@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prism_select.choice import Columns, hidden_sources
-from prism_select.config import Amount
+from prism_select.config import Amount, ScoreConfig
 from prism_select.errors import BadOption
 from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
 
@@ -205,10 +205,15 @@ def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(r
     chosen = np.repeat([8.0, 0.4], count)
     score = chosen - np.repeat([4 * rejected, 0.0], count)
     source = np.repeat(np.array(["math", "chat"], dtype=object), count)
-    columns = Columns(score, score / tokens, chosen, tokens, source, {}, 0)
-    for ranking, raised in (("score", "+8"), ("score_per_token", "+2")):
-        told = hidden_sources(columns, ranking)
+    columns = Columns(score, score, chosen, tokens, {}, source, {}, 0)
+    for normalize, raised in (("none", "+8"), ("tokens", "+2")):
+        told = hidden_sources(config_of(normalize), columns)
         assert bool(told) == warned
         assert all(f"source math raises the chosen answers most ({raised} a row" in line for line in told)
     few = slice(0, 9)
-    assert not hidden_sources(Columns(score[few], score[few], chosen[few], tokens[few], source[few], {}, 0), "score")
+    short = Columns(score[few], score[few], chosen[few], tokens[few], {}, source[few], {}, 0)
+    assert not hidden_sources(config_of("none"), short)
+
+
+def config_of(normalize: str) -> ScoreConfig:
+    return ScoreConfig(model="m", pool=["p"], target=["t"], out="o", normalize=normalize)  # type: ignore[arg-type]

@@ -190,6 +190,7 @@ class ScoreConfig(ModelConfig):
         super().__post_init__()
         self._check_needs()
         self._check_curvature()
+        self._check_ranking()
 
     def _check_needs(self) -> None:
         needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
@@ -206,31 +207,29 @@ class ScoreConfig(ModelConfig):
             raise BadOption(f"--{option}: a saved direction has that in it; leave it out, or give --target")
 
     def _check_curvature(self) -> None:
-        if self.curvature == "flat" and self.curvature_from:
-            raise BadOption("--curvature-from: say which with --curvature, diagonal or ekfac")
-        if self.curvature == "cg" and self.curvature_from:
-            raise BadOption("--curvature-from: cg keeps nothing that could be reused; leave it out")
+        if self.curvature_from and self.curvature in ("flat", "cg"):
+            raise BadOption("--curvature-from: say which it is with --curvature, diagonal or ekfac")
         if self.save_curvature and self.curvature in ("flat", "cg"):
-            raise BadOption(
-                f"--save-curvature: {self.curvature} keeps nothing; take diagonal or ekfac"
-            )
+            raise BadOption(f"--save-curvature: {self.curvature} keeps nothing; take diagonal or ekfac")
         if self.curvature_rows < 1:
             raise BadOption(f"--curvature-rows {self.curvature_rows}: must be at least 1")
         if not self.dampings or not all(0 < value < math.inf for value in self.dampings):
             raise BadOption(f"--damping {self.damping}: not one or several numbers above 0; try 0.1 or 0.1,1")
         if len(self.dampings) > 1 and self.curvature == "flat":
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
+
+    def _check_ranking(self) -> None:
         if self.uncertainty and self.uncertainty < 4:
             raise BadOption(f"--uncertainty {self.uncertainty}: at least 4 groups, or 0 for none")
         if self.combine == "round-robin" and "positive" in (getattr(self, "budget", ""), getattr(self, "remove", "")):
-            raise BadOption("--combine round-robin takes rows in turn and knows no positive ones; give a share or a number")
+            raise BadOption("--combine round-robin takes rows in turn and knows no positive ones; give a share")
         if self.combine != "mean" and (self.uncertainty or len(self.dampings) > 1):
             option = "--uncertainty" if self.uncertainty else "several values of --damping"
             raise BadOption(f"{option}: only with --combine mean")
         if self.tokens and self.engine in ("reverse", "reference"):
             raise BadOption(f"--tokens: engine {self.engine} does not tell tokens apart; try --engine forward")
-        if self.normalize == "norm" and self.engine in ("forward", "difference"):
-            raise BadOption(f"--normalize norm: engine {self.engine} has no gradients; try --engine reverse")
+        if self.normalize == "norm" and self.engine not in ("auto", "reverse"):
+            raise BadOption(f"--normalize norm: engine {self.engine} has no norms of gradients; try --engine reverse")
         if self.normalize == "norm" and self.tokens:
             raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
 

@@ -242,7 +242,7 @@ def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     place = free(config, config.check, ".json") if config.out else None
     pairs = read_target(config.check, parse_fields(config.fields))
     model, encoder = load_model(config, progress)
-    aim = aim_at(config, model, encoder, pairs, progress)
+    aim = aim_at(config, model, encoder, {"": pairs}, progress)
     told = finite({**target_of(aim), "warnings": warnings_of(aim, swapped=False)})
     if place:
         folder_of(place).write_json(place.name, told)

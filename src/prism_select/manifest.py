@@ -1,7 +1,7 @@
 """Manifest: everything about a run that is not a row. Its keys are stable and described in the docs."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -11,7 +11,8 @@ from prism_select.choice import Chosen
 from prism_select.config import RepairConfig, ScoreConfig, sides_of
 from prism_select.models import CausalLM
 from prism_select.planning import Plan
-from prism_select.targeting import Aim, towards
+from prism_select.saving import towards
+from prism_select.targeting import Aim, Said
 
 __all__ = ["Checked", "Facts", "manifest_of", "target_of", "warnings_of"]
 
@@ -33,7 +34,7 @@ class Checked:
 class Facts:
     model: CausalLM
     template: str
-    weights: Sequence[str]
+    curvature: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     timings: Mapping[str, float]
     plan: Plan
@@ -53,17 +54,19 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
             "architecture": type(facts.model.network).__name__,
             "device": str(facts.model.device),
             "template": facts.template,
-            "counted_weights": list(facts.weights),
+            "counted_weights": list(aim.weights),
         },
         "score": {
             "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain"
-            + (", without the common part" if config.common == "remove" else ""),
+            + (", without the common part" if config.common == "remove" else "")
+            + (f", divided by the curvature ({config.curvature})" if config.curvature != "flat" else ""),
             "sign": "positive: training on the row moves the model towards the "
             f"{towards(config)} answers of the target file",
             "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
             "swapped": repair,
         },
         "target": target_of(aim) or {"direction": config.direction},
+        "curvature": dict(facts.curvature),
         "engine": {
             "name": checked.engine,
             "reason": checked.reason,
@@ -85,14 +88,29 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
 
 
 def target_of(aim: Aim) -> dict[str, Any]:
-    """What the pairs say; nothing for a saved direction."""
-    if aim.diagnosis is None:
+    """What the pairs say, of all targets together and of each; nothing for a saved direction."""
+    if aim.whole is None:
         return {}
-    told = asdict(aim.diagnosis)
+    told = told_of(aim.whole)
+    if len(aim.said) > 1:
+        told |= {"targets": {name: told_of(said) for name, said in aim.said.items()}, "cosines": aim.cosines}
+    return told
+
+
+def told_of(said: Said) -> dict[str, Any]:
+    told = asdict(said.diagnosis)
     shares = told.pop("shares")
-    return {**told, "dominant_pairs": [{"pair": i + 1, "share": shares[i]} for i in aim.diagnosis.dominant[:5]]}
+    return {**told, "dominant_pairs": [{"pair": i + 1, "share": shares[i]} for i in said.diagnosis.dominant[:5]]}
 
 
 def warnings_of(aim: Aim, swapped: bool) -> list[str]:
     """`swapped` pairs are told by the names that the target file has for their answers."""
-    return aim.diagnosis.in_words(sides_of(swapped)) if aim.diagnosis else []
+    found = []
+    for name, said in aim.said.items():
+        which = f"target {name}: " if len(aim.said) > 1 else ""
+        found += [which + line for line in said.diagnosis.in_words(sides_of(swapped))]
+    for (a, row), b in ((pair, b) for pair in zip(aim.said, aim.cosines, strict=False) for b in range(len(aim.said))):
+        name = list(aim.said)[b]
+        if a < name and row[b] < -0.1:
+            found.append(f"targets {a} and {name} conflict: the cosine of their directions is {row[b]:.2f}")
+    return found

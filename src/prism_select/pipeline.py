@@ -1,6 +1,6 @@
 """Pipeline: the steps, read top to bottom; the only place where everything meets.
 
-    survey the pool → read the target → load the model → direction → engine, checked → score, shard by shard
+    survey the pool → read the target → load the model → direction ÷ curvature → engine, checked → score, shard by shard
     → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
 
 Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
@@ -8,6 +8,7 @@ memory does not grow with the pool, and a run that was stopped goes on after its
 every pair on reading: from there on, in columns too, `chosen` means the unwanted answer.
 """
 
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,19 +24,21 @@ from prism_select.check import check
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
-from prism_select.core.layers import Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, Survey, fingerprint, read_target
+from prism_select.data.inputs import SAMPLE, Pool, Survey, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
+from prism_select.norms import with_norms
 from prism_select.planning import Plan, make_plan, peak_memory
+from prism_select.preconditioning import Sharpened, curvature_file, save_curvature, sharpened
 from prism_select.progress import Progress, Silent
-from prism_select.scoring import Scorer
+from prism_select.saving import load_direction, save_direction, towards
+from prism_select.scoring import Measure, Scorer
 from prism_select.store import Run, Store
-from prism_select.targeting import Aim, read_direction, save_direction
+from prism_select.targeting import Aim, aim_at
 from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
 
 __all__ = ["load_model", "refuse_bad_rows", "run"]
@@ -49,7 +52,7 @@ STEPS = ("load", "target", "curvature", "score", "choose")
 class Inputs:
     pool: Pool
     survey: Survey
-    pairs: Sequence[Pair]
+    targets: Mapping[str, Sequence[Pair]]
     fingerprints: Mapping[str, str]
 
 
@@ -85,26 +88,29 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
         sample = encode_sample(config, inputs, encoder)
         model, adapter = warmed(config, store, inputs.pool, (model, encoder), progress)
     with clock.step("target"):
-        aim = read_direction(config, model, encoder, inputs.pairs, progress)
-        engine, checked = choose_engine(config, model, aim, first_rows(inputs.pool, encoder))
+        aim = find_direction(config, model, encoder, inputs, progress)
+    with clock.step("curvature"):
+        aim, sharp = sharpened_by(config, model, aim, sample, progress)
+    engine, checked = choose_engine(config, model, aim, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, aim.weights, sample, inputs.survey, model.device)
+    plan = plan_run(config, engine, aim, sample, inputs.survey)
     if config.dry_run:
         return plan
     store.begin(config, inputs.fingerprints)
     if adapter:
         store.move_in(ADAPTER, adapter)
-    save_direction(store, config, aim, inputs.pairs)
-    scorer = Scorer(encoder, engine, config.batch_tokens, model.device)
+    save_direction(store, config, aim)
+    if sharp and config.save_curvature:
+        save_curvature(store, sharp.blocks)
+    scorer = Scorer(encoder, engine, aim.lines, config)
     with clock.step("score"):
-        shards = score_pool(config, store, inputs, scorer, progress)
+        shards = score_pool(config, store, inputs, scorer, model.device, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     with clock.step("choose"):
         chosen = choose_and_write(config, store, lambda: store.read_shards(shards), inputs.pool)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
-    facts = Facts(
-        model, encoder.template, list(aim.weights), inputs.fingerprints, clock.total(), plan, actual, scorer.padding
-    )
+    told = sharp.told if sharp else {"name": "flat"}
+    facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
     store.write_json("manifest.json", manifest_of(config, aim, checked, chosen, facts))
     store.drop_shards()
     return Run(store.path)
@@ -113,19 +119,24 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
     mapping = parse_fields(config.fields)
-    pairs = read_target(config.target, mapping) if config.target else []
+    targets = read_targets(config.target, mapping, config.target_by) if config.target else {}
     if isinstance(config, RepairConfig):
-        pairs = [Pair(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+        targets = {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in targets.items()}
+    curvature_file(config)
     pool = Pool(config.pool, mapping)
     with progress.task("reading the pool", None) as task:
-        survey = pool.survey(config.seed, task.advance)
+        survey = pool.survey(config.seed, max(SAMPLE, config.curvature_rows), task.advance)
     for file, name in survey.formats.items():
         progress.say(f"{file}: {name}")
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
     early_refusals(config, survey.rows - survey.bad, pool)
-    files = find_files([config.target]) if config.target else [readable(config.direction)]
+    files = (
+        [file for text in config.target for file in find_files([named(text)[1]])]
+        if config.target
+        else [readable(config.direction)]
+    )
     prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": models.fingerprint(config.model)}
-    return Inputs(pool, survey, pairs, prints)
+    return Inputs(pool, survey, targets, prints)
 
 
 def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:
@@ -171,6 +182,32 @@ def warmed(
         rows = drawn((example for _, example in pool.rows()), encoder, share, config.seed)
         progress.say(f"warm-up: {len(rows):,} rows, a LoRA adapter of all linear layers")
         return warm_up(model, encoder, rows, config.seed)
+
+
+def find_direction(
+    config: ScoreConfig, model: models.CausalLM, encoder: Encoder, inputs: Inputs, progress: Progress
+) -> Aim:
+    if config.direction:
+        return load_direction(config.direction, model, towards(config))
+    return aim_at(config, model, encoder, inputs.targets, progress)
+
+
+def sharpened_by(
+    config: ScoreConfig, model: models.CausalLM, aim: Aim, sample: Sequence[Encoded], progress: Progress
+) -> tuple[Aim, Sharpened | None]:
+    """The directions divided by the curvature of a random part of the sample; as they are where it is flat."""
+    if config.curvature == "flat":
+        return aim, None
+    rows = random.Random(config.seed).sample(sample, min(len(sample), config.curvature_rows))
+    done = sharpened(config, model, aim, rows, progress)
+    for name, cosine in done.told["cosine"].items():
+        target = f" of {name}" if name else ""
+        progress.say(
+            f"curvature {config.curvature}: cosine {cosine:.2f} between the direction{target} before and after"
+        )
+    if done.told["residual"] is not None:
+        progress.say(f"conjugate gradients left {done.told['residual']:.1e} of the direction")
+    return done.aim, done
 
 
 def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:
@@ -224,13 +261,10 @@ def choose_engine(
     model: models.CausalLM,
     aim: Aim,
     rows: Sequence[Encoded],
-) -> tuple[Engine, Checked]:
-    """The engine asked for, or the cheapest that reaches every weight; checked against the definition either way, on
-    those of `rows` that have a score."""
-    narrow = torch.finfo(model.dtype).bits < 32
-    order = (
-        ["reverse", "forward" if narrow else "difference", "reference"] if config.engine == "auto" else [config.engine]
-    )
+) -> tuple[Measure, Checked]:
+    """The engine asked for, or the cheapest that reaches every weight and tells what is asked; checked against the
+    definition either way, on those of `rows` that have a score."""
+    order = engines_for(config, torch.finfo(model.dtype).bits < 32)
     slow = ENGINES["reference"](model, aim.weights, aim.directions)
     exact = slow(collate(rows, model.device))
     finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
@@ -245,7 +279,8 @@ def choose_engine(
         engine = slow if name == "reference" else ENGINES[name](model, aim.weights, aim.directions)
         try:
             apart = check(name, engine, lambda _: known, batch, model.dtype)
-            return engine, Checked(name, why, dtype, len(batch), apart)
+            measure = with_norms(model, aim.weights, aim.directions) if config.normalize == "norm" else plainly(engine)
+            return measure, Checked(name, why, dtype, len(batch), apart)
         except Unreachable as error:
             if name == order[-1]:
                 raise
@@ -253,23 +288,36 @@ def choose_engine(
     raise AssertionError("unreachable")
 
 
-def plan_run(
-    config: ScoreConfig,
-    engine: Engine,
-    weights: Weights,
-    sample: Sequence[Encoded],
-    survey: Survey,
-    device: torch.device,
-) -> Plan:
+def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
+    """In the order in which they are tried; `narrow` is a dtype below float32."""
+    if config.engine != "auto":
+        return [config.engine]
+    if config.tokens:
+        return ["forward"] if narrow else ["forward", "difference"]
+    if config.normalize == "norm":
+        return ["reverse"]
+    return ["reverse", "forward" if narrow else "difference", "reference"]
+
+
+def plainly(engine: Engine) -> Measure:
+    return lambda batch: (engine(batch), None)
+
+
+def plan_run(config: ScoreConfig, engine: Measure, aim: Aim, sample: Sequence[Encoded], survey: Survey) -> Plan:
     """Costs one batch, or a fiftieth of the pool where that is less."""
     lengths = [len(row.tokens) for row in sample]
     batches = plan_batches(lengths, config.batch_tokens)
     middle = batches[len(batches) // 2]
     middle = middle[: max(1, (survey.rows - survey.bad) // 50)]
-    return make_plan(engine, weights, collate([sample[i] for i in middle], device), survey.rows - survey.bad, lengths)
+    device = next(iter(aim.weights.values())).device
+    numbers = len(aim.directions) * sum(weight.numel() for weight in aim.weights.values())
+    rows = survey.rows - survey.bad
+    return make_plan(engine, numbers, collate([sample[i] for i in middle], device), rows, lengths)
 
 
-def score_pool(config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, progress: Progress) -> int:
+def score_pool(
+    config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, device: torch.device, progress: Progress
+) -> int:
     """Every row of the pool, window by window; returns the number of shards. Stops as soon as there are too many bad
     rows; what is scored by then stays, since --max-bad may be raised for the same run."""
     done, number = store.finished_shards(), 0
@@ -279,7 +327,7 @@ def score_pool(config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer
     with progress.task("scoring", inputs.survey.rows) as task:
         while window := list(islice(rows, WINDOW)):
             if number >= done:
-                store.write_shard(number, scorer.table(number * WINDOW, window, task))
+                store.write_shard(number, scorer.table(number * WINDOW, window, device, task))
             else:
                 task.advance(len(window))
             for (raw, _), reason in zip(window, store.reasons(number), strict=True):

@@ -8,13 +8,11 @@ disk    = directions + 120 bytes a row
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from prism_select.core.engines import Engine
-from prism_select.core.layers import Weights
 from prism_select.core.likelihood import Batch
 
 __all__ = ["Plan", "make_plan", "peak_memory"]
@@ -38,12 +36,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def make_plan(engine: Engine, weights: Weights, batch: Batch, rows: int, lengths: Sequence[int]) -> Plan:
-    """`lengths` are those of a sample of the pool's `rows` rows, `batch` is one full batch of that sample."""
+def make_plan(engine: Callable[[Batch], object], numbers: int, batch: Batch, rows: int, lengths: Sequence[int]) -> Plan:
+    """`numbers` are those of all directions, `lengths` those of a sample of the pool's `rows` rows; `batch` is one full
+    batch of that sample."""
     start = time.perf_counter()
     engine(batch)
     per_token = (time.perf_counter() - start) / batch.tokens.numel()
     tokens = round(sum(lengths) / max(1, len(lengths)) * rows)
-    directions = sum(weight.numel() for weight in weights.values()) * 4 * 2
+    directions = numbers * 4
     device = batch.tokens.device
     return Plan(tokens, tokens * per_token, peak_memory(device) + directions, directions + rows * BYTES_PER_ROW)

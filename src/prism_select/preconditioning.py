@@ -113,10 +113,9 @@ def loaded(config: ScoreConfig, place: Path, weights: Weights) -> Blocks:
             raise BadModel(f"--curvature-from {place}: {what}; it must have one for each counted weight, by its name")
         sides = [saved.get(f"{name}/{side}") for side in ("left", "right")]
         if (sides[0] is None) == (config.curvature == "ekfac" and weight.ndim > 1 and values.ndim > 0):
-            raise BadModel(
-                f"--curvature-from {place}: it is no --curvature {config.curvature}; name its own"
-            )
-        blocks[name] = Block(*(part if part is None else part.to(weight.device) for part in (values, *sides)))
+            raise BadModel(f"--curvature-from {place}: it is no --curvature {config.curvature}; name its own")
+        left, right = (side if side is None else side.to(weight.device) for side in sides)
+        blocks[name] = Block(values.to(weight.device), left, right)
     return blocks
 
 

@@ -5,7 +5,15 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-__all__ = ["auroc", "average_precision", "overlap_of_best", "precision_at", "rank_correlation", "stable_share", "standard_error"]
+__all__ = [
+    "auroc",
+    "average_precision",
+    "overlap_of_best",
+    "precision_at",
+    "rank_correlation",
+    "stable_share",
+    "standard_error",
+]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -90,7 +90,7 @@ class Store:
         """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
         with self._disk():
             if config.overwrite and self.path.exists():
-                for name in (*FILES, "removed.jsonl", "quarantine.jsonl", "report.html"):
+                for name in (*FILES, "removed.jsonl", "quarantine.jsonl", "report.html", "curvature.safetensors"):
                     (self.path / name).unlink(missing_ok=True)
                 for name in ("shards", "adapter"):
                     shutil.rmtree(self.path / name, ignore_errors=True)

@@ -11,15 +11,17 @@ alike, whatever its number of pairs.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from prism_select.common import common_of, without_common
 from prism_select.config import ModelConfig, ScoreConfig
-from prism_select.core.direction import Side, Target, dot, minus, norm, target_gradient
+from prism_select.core.direction import Observe, Side, Target, dot, minus, norm, target_gradient
 from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Pair
@@ -133,7 +135,7 @@ def gradients_of(
                 (batched[0], batched[1]),
                 config.weighting,
                 config.anchor,
-                lambda side, pairs, members=members: observe(side, [members[pair] for pair in pairs]),
+                partial(_among, observe, members),
             )
         for pictures in sketcher.pictures.values():
             pictures[list(members)] *= len(members) / len(sides[0])
@@ -148,6 +150,10 @@ def gradients_of(
         weight=total.weight[order],
     )
     return Gradients(total, kept, [len(members) for members in groups], sketcher.pictures, sketcher.share)
+
+
+def _among(observe: Observe, members: Sequence[int], side: str, pairs: Sequence[int]) -> Callable[[Tensor], None]:
+    return observe(side, [members[pair] for pair in pairs])
 
 
 def joined(a: Target, b: Target) -> Target:

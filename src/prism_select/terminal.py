@@ -152,6 +152,31 @@ def pairs_summary(config: PairsConfig, told: Any) -> dict[str, str]:
     return rows
 
 
+def several_lines(target: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, str]:
+    """How several targets stand to each other: the cosines of their directions."""
+    if "cosines" not in target:
+        return {}
+    names = list(target["targets"])
+    rows = {"targets": ", ".join(f"{name} {told['pairs']} pairs" for name, told in target["targets"].items())}
+    for name, cosines in zip(names[:8], target["cosines"], strict=False):
+        told = ", ".join(
+            f"{_figure(c, '+.2f')} {other}" for c, other in zip(cosines, names, strict=True) if other != name
+        )
+        rows[f"cosine {name}"] = told
+    return rows
+
+
+def curvature_line(told: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
+    cosines = ", ".join(f"{_figure(value, '.2f')} {name}".strip() for name, value in told["cosine"].items())
+    line = f"{told['name']}, damping {told['damping']:g}, cosine before and after {cosines}"
+    if told["residual"] is not None:
+        line += f", residual {told['residual']:.1e}"
+    for pair in choice.get("damping_overlap", ()):
+        a, b = pair["dampings"]
+        line += f"; best 5% by damping {a} and {b} share {pair['overlap']:.0%}"
+    return line
+
+
 def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """The final table: what was read and chosen, what the pairs say, how it was computed, where the files are."""
     counts, target, engine, choice = (manifest[key] for key in ("counts", "target", "engine", "choice"))
@@ -161,6 +186,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
     if "pairs" in target:
         rows |= target_lines(target, manifest["score"]["swapped"])
+    rows |= several_lines(target, choice)
     if len(choice["sources"]) > 1 and manifest["command"] != "score":
         shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
         rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)
@@ -173,7 +199,16 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         rows["precision"] = (
             f"{share} of the {labels['removed']:,} removed are bad; {labels['bad']:,} bad of {labels['rows']:,}"
         )
-    rows["length"] = f"rank correlation of score and tokens {_figure(choice['rank_correlation_with_tokens'], '+.2f')}"
+    by_length = choice["rank_correlation_with_tokens"].items()
+    rows["length"] = "rank correlation with tokens " + ", ".join(
+        f"{_figure(r, '+.2f')} ({how})" for how, r in by_length
+    )
+    if manifest["curvature"]["name"] != "flat":
+        rows["curvature"] = curvature_line(manifest["curvature"], choice)
+    if "stable_share" in choice:
+        rows["stability"] = (
+            f"{choice['stable_share']:.0%} of the chosen rows are chosen in 90% or more of resamples of the pairs"
+        )
     rows["engine"] = f"{engine['name']} in {engine['dtype']}, off by {engine['check']['disagreement']:.1e}"
     rows["time"] = f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
     for place, line in enumerate(manifest["warnings"]):

@@ -21,7 +21,7 @@ from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
 from prism_select.errors import BadOption, BadRow, EmptyInput
 
-__all__ = ["Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
+__all__ = ["SAMPLE", "Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
 
 SAMPLE = 256
 
@@ -71,8 +71,8 @@ class Pool:
             seen.add(key)
         return example
 
-    def survey(self, seed: int, advance: Callable[[int], None] = lambda rows: None) -> Survey:
-        """Raises EmptyInput when there is no row at all, or no good one."""
+    def survey(self, seed: int, size: int = SAMPLE, advance: Callable[[int], None] = lambda rows: None) -> Survey:
+        """With a sample of `size` rows. Raises EmptyInput when there is no row at all, or no good one."""
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
         formats: dict[str, str] = {}
         rows = bad = 0
@@ -88,9 +88,9 @@ class Pool:
                 formats[raw.file] = detect_pool(raw.fields or {}, self.mapping).name
             sources[example.source] += 1
             conversation = conversation or (example if example.conversation else None)
-            if len(sample) < SAMPLE:
+            if len(sample) < size:
                 sample.append(example)
-            elif (place := draw.randrange(rows - bad)) < SAMPLE:
+            elif (place := draw.randrange(rows - bad)) < size:
                 sample[place] = example
         if not rows:
             raise EmptyInput(", ".join(self.files), None, "the pool has no rows", "give a file with at least one")
