@@ -18,6 +18,7 @@ LAYERS = [
     [
         "common",
         "curvature",
+        "lowrank",
         "weights",
         "check",
         "sketching",
@@ -28,7 +29,7 @@ LAYERS = [
         "profile",
     ],
     ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
-    ["models", "store", "planning"],
+    ["models", "store", "planning", "adapters"],
     ["choice", "scoring", "targeting", "saving", "preconditioning", "manifest", "memory", "generation", "warmup"],
     ["pipeline", "making"],
     ["api"],

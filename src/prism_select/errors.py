@@ -50,10 +50,11 @@ class BadOption(PrismError):
 class UnknownLayers(BadOption):
     def __init__(self, wanted: str, known: Sequence[str]) -> None:
         examples = ", ".join(known[:3])
-        super().__init__(
-            f"--layers {wanted}: no weight matches; this model has {len(known)} weights, "
-            f"for example {examples}; try all, late, last:N or another regular expression"
-        )
+        advice = "try all, late, last:N or another regular expression"
+        if wanted == "adapter":
+            advice = "an adapter counts where --adapter puts it on the model without merging it"
+        found = f"this model has {len(known)} weights, for example {examples}"
+        super().__init__(f"--layers {wanted}: no weight matches; {found}; {advice}")
 
 
 class BadFile(PrismError):

@@ -37,7 +37,6 @@ from prism_select.core.layers import (
     sides,
     swapped,
     tangent_of,
-    watched,
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel
@@ -220,7 +219,7 @@ class _Observer:
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                tensors[place] = watched(tensor, partial(self._rest, owner, call, place))
+                tensors[place] = _watched(tensor, partial(self._rest, owner, call, place))
         return tree_unflatten(tensors, shape)
 
     def _rest(self, owner: Owner, call: Call, place: int, gradient: Tensor) -> None:
@@ -351,3 +350,10 @@ def _again(owner: Owner, values: Direction, call: Call, place: int) -> Tensor:
     with torch.enable_grad(), _quiet(owner.module), swapped([owner], values):
         output: Tensor = tree_flatten(owner.module.forward(*call[0], **call[1]))[0][place]
     return output
+
+
+def _watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
+    """`tensor` as a node of its own, whose gradient is shown to `visit`, as `watching` has it."""
+    tensor = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+    tensor.register_hook(lambda gradient: visit(gradient))  # returns None: what a hook returns replaces the gradient
+    return tensor

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from prism_select.adapters import WEIGHTS, load_adapter
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.records import Example
 from prism_select.errors import BadOption, BadRow
@@ -40,17 +41,12 @@ def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, 
 
 
 def has_adapter(folder: Path) -> bool:
-    return (folder / "adapter_model.safetensors").exists()
+    return (folder / WEIGHTS).exists()
 
 
 def merged(model: CausalLM, folder: Path) -> CausalLM:
-    """The model with the adapter of a folder in its weights. Raises BadOption without PEFT."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise BadOption(_INSTALL) from None
-    network: Any = model.network
-    return CausalLM(PeftModel.from_pretrained(network, str(folder)).merge_and_unload())
+    """The model with the adapter of a folder in its weights."""
+    return load_adapter(model.network, folder, merge=True)
 
 
 def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: int) -> tuple[CausalLM, Path]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -26,6 +26,8 @@ from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_lo
 
 __all__ = ["Observe", "Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
 
+Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -33,6 +35,11 @@ class Side:
 
     batches: Sequence[Batch]
     order: Sequence[int]
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
+        """Each batch with the pairs of its rows."""
+        pairs = iter(self.order)
+        return ((batch, list(islice(pairs, len(batch)))) for batch in self.batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +91,6 @@ def _mean_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
     return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
 
-Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
-
-
-def _add_gradient(
-    model: LanguageModel,
-    weights: Weights,
-    side: Side,
-    slope: Float[Tensor, " pairs"],
-    total: dict[str, Tensor],
-    seen: Callable[[Sequence[int]], Callable[[Tensor], None]],
-) -> None:
-    """total += Σ_q slope_q ∇mean_loglik_q over the pairs of this side."""
-    start = 0
-    for batch in side.batches:
-        pairs = list(side.order[start : start + len(batch)])
-        start += len(batch)
-        backward(model, batch, slope[pairs].to(batch.tokens.device) / batch.counts, seen(pairs))
-        for name, weight in weights.items():
-            if weight.grad is not None:
-                total[name] += weight.grad.to(total[name].dtype)
-                weight.grad = None
-
-
 def target_gradient(
     model: LanguageModel,
     weights: Weights,
@@ -128,6 +112,11 @@ def target_gradient(
     )
     with differentiable(weights):
         for side, each, total, name in zip(sides, slope, (up, down), ("chosen", "rejected"), strict=True):
-            if each.any():
-                _add_gradient(model, weights, side, each / len(each), total, partial(observe, name))
+            for batch, pairs in side if each.any() else ():
+                scale = (each / len(each))[pairs].to(batch.tokens.device) / batch.counts
+                backward(model, batch, scale, observe(name, pairs))
+                for key, weight in weights.items():
+                    if weight.grad is not None:
+                        total[key] += weight.grad.to(total[key].dtype)
+                        weight.grad = None
     return Target(up, down, means[0], means[1], slope.chosen)

@@ -20,16 +20,17 @@ from typing import NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_select.core.direction import differentiable, dot, norm
 from prism_select.core.layers import (
-    Direction,
+    Factored,
     Inputs,
     Owner,
     Weights,
     by_example,
+    dense,
     owners,
     swapped,
     watching,
@@ -53,18 +54,18 @@ class Scores(NamedTuple):
 Engine: TypeAlias = Callable[[Batch], Scores]
 
 
-def _unit(weights: Weights, directions: Sequence[Direction]) -> tuple[list[Direction], Float[Tensor, " directions"]]:
+def _unit(weights: Weights, directions: Sequence[Factored]) -> tuple[list[Factored], Float[Tensor, " directions"]]:
     """Directions of length one in the dtype of the weights, and the lengths that they had."""
     device = next(iter(weights.values())).device
-    lengths = [norm(direction) or 1.0 for direction in directions]
-    unit: list[Direction] = [
+    lengths = [norm(dense(direction)) or 1.0 for direction in directions]
+    unit: list[Factored] = [
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)
     ]
     return unit, torch.tensor(lengths, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """No weight gradient is kept, and below the lowest weight that counts nothing is recorded.
 
     Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its examples.
@@ -72,7 +73,8 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     moving = {name: [k for k, direction in enumerate(unit) if name in direction] for name in weights}
-    stacked = {n: torch.stack([unit[k][n].flatten() for k in ks]) for n, ks in moving.items() if len(ks) > 2}
+    whole = {n: [d.flatten() for k in ks if isinstance(d := unit[k][n], Tensor)] for n, ks in moving.items()}
+    stacked = {n: torch.stack(flat) for n, flat in whole.items() if len(flat) == len(moving[n]) > 2}
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
@@ -104,15 +106,15 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     return scores
 
 
-def forward(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+def forward(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """Raises Unreachable where an operation of the model has no forward-mode derivative."""
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
 
-    def along(batch: Batch, direction: Direction) -> Float[Tensor, "2 batch context"]:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            with swapped(holders, {n: forward_ad.make_dual(weights[n].detach(), d) for n, d in direction.items()}):
-                primal, tangent = forward_ad.unpack_dual(token_logliks(model, batch))
+    def along(batch: Batch, direction: Factored) -> Float[Tensor, "2 batch context"]:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
+            with swapped(holders, {n: make_dual(weights[n].detach(), d) for n, d in dense(direction).items()}):
+                primal, tangent = unpack_dual(token_logliks(model, batch))
             return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent])
 
     def scores(batch: Batch) -> Scores:
@@ -128,7 +130,7 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Directi
     return scores
 
 
-def difference(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+def difference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """Each direction's step is the smallest whose rounding noise, measured on the first batch, is below 3√ε of the
     scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does.
 
@@ -144,14 +146,14 @@ def difference(model: LanguageModel, weights: Weights, directions: Sequence[Dire
     chosen: list[float] = []
 
     @torch.no_grad()
-    def logliks(batch: Batch, direction: Direction, step: float) -> Float[Tensor, "batch context"]:
-        with swapped(holders, {name: weights[name] + step * d for name, d in direction.items()}):
+    def logliks(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "batch context"]:
+        with swapped(holders, {name: weights[name] + step * d for name, d in dense(direction).items()}):
             return token_logliks(model, batch).to(lengths.dtype)
 
-    def slope(batch: Batch, direction: Direction, step: float) -> Float[Tensor, "batch context"]:
+    def slope(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "batch context"]:
         return (logliks(batch, direction, step) - logliks(batch, direction, -step)) / (2 * step)
 
-    def small_step(batch: Batch, direction: Direction) -> float:
+    def small_step(batch: Batch, direction: Factored) -> float:
         least = root / 256 * size
         near, far = (slope(batch, direction, times * least).sum(1) for times in (1, 2))
         noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
@@ -167,14 +169,14 @@ def difference(model: LanguageModel, weights: Weights, directions: Sequence[Dire
     return scores
 
 
-def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direction]) -> Engine:
+def reference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """The definition. Slow, and nothing but memory for one more copy of the weights can make it fail."""
 
     def one(row: Batch) -> tuple[Tensor, list[float]]:
         with differentiable(weights):
             loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
             moved = {name: w.grad for name, w in weights.items() if w.grad is not None}
-            return loglik, [dot({n: g for n, g in moved.items() if n in d}, d) for d in directions]
+            return loglik, [dot({n: g for n, g in moved.items() if n in d}, d) for d in map(dense, directions)]
 
     def scores(batch: Batch) -> Scores:
         rows = [one(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
@@ -184,6 +186,6 @@ def reference(model: LanguageModel, weights: Weights, directions: Sequence[Direc
     return scores
 
 
-ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Direction]], Engine]] = {
+ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Factored]], Engine]] = {
     make.__name__: make for make in (reverse, forward, difference, reference)
 }

@@ -4,7 +4,7 @@
 
     Linear     tangent = x Dᵀ + d_bias          Conv1D     tangent = x D + d_bias
     Embedding  tangent = D[x]                   the rest   forward-mode derivative of the module itself:
-                                                           norms, routers, fused experts, learned positions
+    D = L R    tangent = (x Rᵀ) Lᵀ                         norms, routers, fused experts, learned positions
 
 Choices made here: a tied weight is one weight, wherever it is used. A module that is never called, or whose output
 cannot be told apart by example, is reported by name and never skipped.
@@ -13,7 +13,7 @@ cannot be told apart by example, is reported by name and never skipped.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -26,17 +26,18 @@ from prism_select.errors import Unreachable
 
 __all__ = [
     "Direction",
+    "Factored",
+    "Factors",
     "Inputs",
     "Owner",
     "Weights",
     "by_example",
+    "dense",
     "is_closed",
     "is_matrix",
     "owners",
     "sides",
     "swapped",
-    "tangent_of",
-    "watched",
     "watching",
     "weight_gradients",
 ]
@@ -45,12 +46,35 @@ Weights: TypeAlias = Mapping[str, nn.Parameter]
 Direction: TypeAlias = Mapping[str, Tensor]
 
 
+class Factors(NamedTuple):
+    """A matrix of low rank, left @ right, as its weight lies."""
+
+    left: Float[Tensor, "rows rank"]
+    right: Float[Tensor, "rank columns"]
+
+    def to(self, like: Tensor) -> "Factors":
+        return Factors(self.left.to(like), self.right.to(like))
+
+    def __truediv__(self, length: float) -> "Factors":
+        return Factors(self.left / length, self.right)
+
+
 class Owner(NamedTuple):
     """A module and those of its own weights that count: {the module's word for it: its name in the network}."""
 
     name: str
     module: nn.Module
     weights: Mapping[str, str]
+
+
+Factored: TypeAlias = Mapping[str, Tensor | Factors]  # factors of matrices that `is_matrix` owners alone use
+Inputs: TypeAlias = tuple[Any, ...]
+Gradient: TypeAlias = Float[Tensor, "*rows d_out"]
+Visit: TypeAlias = Callable[[Owner, Inputs, Callable[[int], Tensor], Gradient], None]
+
+
+def dense(direction: Factored) -> Direction:
+    return {n: d.left @ d.right if isinstance(d, Factors) else d for n, d in direction.items()}
 
 
 def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
@@ -81,15 +105,17 @@ def is_closed(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
     """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
-    own = {key: direction[name] for key, name in owner.weights.items() if name in direction}
+    own: dict[str, Any] = {key: direction[name] for key, name in owner.weights.items() if name in direction}
     module: Any = owner.module
     if type(module) is nn.Embedding:
         return [functional.embedding(inputs[0], own["weight"])]
     if is_closed(module):
-        matrix = own.get("weight", torch.zeros_like(module.weight))
-        moved = functional.linear(inputs[0], matrix if isinstance(module, nn.Linear) else matrix.T)
+        matrix, moved = own.get("weight", torch.zeros_like(module.weight)), inputs[0]
+        steps = matrix if isinstance(matrix, Factors) else [matrix]
+        for step in reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]:
+            moved = functional.linear(moved, step)
         return [moved + own["bias"] if "bias" in own else moved]
     with torch.no_grad(), forward_ad.dual_level():
         duals = {owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d) for k, d in own.items()}
@@ -98,22 +124,15 @@ def tangent_of(owner: Owner, direction: Direction, inputs: tuple[Any, ...], name
         return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
 
 
-Inputs: TypeAlias = tuple[Any, ...]
-Visit: TypeAlias = Callable[[Owner, Inputs, Callable[[int], Tensor], Float[Tensor, "*rows d_out"]], None]
-
-
 @contextmanager
-def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: Visit) -> Iterator[set[str]]:
+def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Visit) -> Iterator[set[str]]:
     """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for each output of each
-    owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far.
-
-    The graph starts at the first owner: nothing below it is recorded. Formulas are applied in the backward pass and
-    keep only a module's inputs; forward-mode derivatives are taken in the forward pass and kept.
-    """
+    owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far. The graph
+    starts at the first owner. Formulas are applied in the backward pass; other derivatives in the forward pass."""
     called: set[str] = set()
     busy = False  # a module's own derivative calls its children: they are not visited twice
 
-    def after(owner: Owner, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+    def after(owner: Owner, _: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
         nonlocal busy
         if busy or not torch.is_grad_enabled():
             return output
@@ -128,29 +147,24 @@ def watching(holders: Sequence[Owner], directions: Sequence[Direction], visit: V
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
         finally:
             busy = False
+        tangents = kept.__getitem__ if kept else lambda k: tangent_of(owner, directions[k], inputs, words)
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor) or (kept and not any(k and k[place] is not None for k in kept)):
                 continue
-
-            def tangent(k: int, place: int = place) -> Tensor:
-                return cast(Tensor, (kept[k] if kept else tangent_of(owner, directions[k], inputs, words))[place])
-
-            tensors[place] = watched(tensor, partial(visit, owner, inputs, tangent))
+            # A node of its own: the gradient has no part of later outputs; the hook's None leaves it as it is
+            node = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+            node.register_hook(lambda g, place=place: visit(owner, inputs, lambda n: tangents(n)[place], g))
+            tensors[place] = node
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:
         for owner in holders:
-            handle = owner.module.register_forward_hook(
-                lambda _, args, named, output, owner=owner: after(owner, args, named, output), with_kwargs=True
-            )
-            hooks.callback(handle.remove)
+            hooks.enter_context(owner.module.register_forward_hook(partial(after, owner), with_kwargs=True))
         yield called
 
 
-def by_example(
-    rows: Int[Tensor, " rows"], size: int, gradient: Float[Tensor, "*rows d_out"]
-) -> Int[Tensor, " rows"] | None:
+def by_example(rows: Int[Tensor, " rows"], size: int, gradient: Gradient) -> Int[Tensor, " rows"] | None:
     """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one per row, of which
     `rows` tells; None where it is neither."""
     if gradient.ndim > 2 and len(gradient) == size:
@@ -169,7 +183,7 @@ def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tenso
 
 
 def weight_gradients(
-    owner: Owner, inputs: Inputs, gradient: Float[Tensor, "*rows d_out"], size: int
+    owner: Owner, inputs: Inputs, gradient: Gradient, size: int
 ) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
     """Each example's own gradient of a matrix, a few examples at a time; None where the module holds anything else, or
     has no slice per example."""
@@ -179,11 +193,3 @@ def weight_gradients(
     few = max(1, 2**25 // (left.shape[-1] * right.shape[-1]))
     parts = [slice(start, start + few) for start in range(0, size, few)]
     return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)
-
-
-def watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
-    """`tensor`, made the start of a graph if it is in none, whose gradient is shown to `visit`. A node of its own, so
-    that the gradient has nothing in it of other outputs of the same module, which may depend on this one."""
-    tensor = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
-    tensor.register_hook(lambda gradient: visit(gradient))  # returns None: what a hook returns replaces the gradient
-    return tensor
