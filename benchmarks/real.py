@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from prism_select.statistics import auroc
 WORK = Path(__file__).parent / "work"
 Row = dict[str, Any]
 LONGEST = 400
-UNITS = {"score_per_token": "per token", "score": "summed"}
+UNITS = {"score_per_token": "per token", "score": "summed", "score_damping_0.1": "per token, damping 0.1"}
 
 
 def model() -> Path:
@@ -85,15 +85,23 @@ def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarra
     return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
-def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
+Way = tuple[str, Row, str, int]  # name, options, what is wanted, number of splits
+FLAT: list[Way] = [
+    ("prism", {}, "≥ 0.75", 5),
+    ("prism, common part removed", {"common": "remove"}, "≥ 0.75", 5),
+    ("unpaired", {"weighting": "unpaired"}, "", 3),
+]
+EKFAC: list[Way] = [
+    ("prism, ekfac", {"curvature": "ekfac", "curvature_rows": 128, "damping": "1,0.1"}, "≥ 0.75", 5),
+]
+
+
+def truthfulqa(ways: Sequence[Way], data: Path) -> tuple[list[Row], list[Row]]:
     kept, figures = [], []
-    ways: list[tuple[str, Row, str, int]] = [
-        ("prism", {}, "≥ 0.75", 5),
-        ("prism, common part removed", {"common": "remove"}, "≥ 0.75", 5),
-        ("unpaired", {"weighting": "unpaired"}, "", 3),
-    ]
     for title, options, wanted, splits in ways:
         found: dict[str, list[float]] = {"score_per_token": [], "score": []}
+        if "curvature" in options:
+            found["score_damping_0.1"] = []
         for split in range(splits):
             target, pool = truthful_files(data, split)
             name = f"truthful-{title.replace(', ', '-').replace(' ', '-')}-{split}"
@@ -101,6 +109,8 @@ def truthfulqa(data: Path) -> tuple[list[Row], list[Row]]:
             bad, question = (np.array([row[c] for row in lines(Path(pool))]) for c in ("is_bad", "question"))
             for column, values in found.items():
                 scores = done.scores[column].to_numpy()
+                if column.startswith("score_damping"):
+                    scores = scores / done.scores["tokens"].to_numpy()
                 values.append(auroc(scores, bad))
                 ends = interval({"scores": scores, "bad": bad}, auroc, question)
                 line = f"TruthfulQA repair, {title}, {UNITS[column]}, split {split}"
@@ -140,7 +150,7 @@ def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
     is_math = np.array([row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))])
     kept = [{"scenario": "gsm8k", "pairs": pairs, "manifest": short(done.manifest)}]
     figures = [figure(f"share of math in the pool ({pairs} pairs)", float(is_math.mean()), "share", "")]
-    for column, unit in reversed(UNITS.items()):
+    for column, unit in (("score", "summed"), ("score_per_token", "per token")):
         best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
         name = f"share of math in the chosen 5%, {pairs} pairs, {unit}"
         figures.append(figure(name, float(is_math[best].mean()), "share", ""))
@@ -189,11 +199,12 @@ def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
 
 
 def short(manifest: Mapping[str, Any]) -> Row:
-    return {name: manifest[name] for name in ("target", "engine", "counts", "timings", "padding")}
+    return {name: manifest[name] for name in ("target", "curvature", "engine", "counts", "timings", "padding")}
 
 
 STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
-    "truthfulqa": truthfulqa,
+    "truthfulqa": partial(truthfulqa, FLAT),
+    "truthfulqa-ekfac": partial(truthfulqa, EKFAC),
     "near-miss": partial(gsm8k, "near-miss"),
     "two-models": partial(gsm8k, "two-models"),
 }

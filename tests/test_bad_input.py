@@ -293,7 +293,11 @@ CHOICES = [
 
 def test_every_option_with_listed_values_is_among_those_tested() -> None:
     names = {name for _, name, _ in CHOICES}
-    assert {"weighting", "engine", "normalize", "dtype", "template", "bad_rows", "common"} == names
+    assert {"weighting", "engine", "normalize", "dtype", "template", "bad_rows", "common"} | {
+        "curvature",
+        "curvature_labels",
+        "combine",
+    } == names
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import SAMPLE, Pool, Survey, fingerprint, named, read_targets
+from prism_select.data.inputs import Pool, Survey, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
@@ -125,7 +125,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     curvature_file(config)
     pool = Pool(config.pool, mapping)
     with progress.task("reading the pool", None) as task:
-        survey = pool.survey(config.seed, max(SAMPLE, config.curvature_rows), task.advance)
+        survey = pool.survey(config.seed, config.curvature_rows * (config.curvature != "flat"), task.advance)
     for file, name in survey.formats.items():
         progress.say(f"{file}: {name}")
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)

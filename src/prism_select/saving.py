@@ -95,6 +95,7 @@ def load_direction(file: str, model: CausalLM, side: str) -> Aim:
         raise BadModel(
             f"--direction {file}: {(wrong or ['its list of weights'])[0]} does not fit this model; use its own model"
         )
+    directions = [{name: direction[name] for name in weights} for direction in directions]  # sums in the same order
     lengths = [norm(direction) for direction in directions[: len(names)]]
     lines = Lines(targets=names, lengths=lengths, best=lines.best)
     return Aim({name: known[name] for name in weights}, directions, lines, {})

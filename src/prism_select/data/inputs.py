@@ -21,7 +21,7 @@ from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
 from prism_select.errors import BadOption, BadRow, EmptyInput
 
-__all__ = ["SAMPLE", "Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
+__all__ = ["Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
 
 SAMPLE = 256
 
@@ -71,9 +71,10 @@ class Pool:
             seen.add(key)
         return example
 
-    def survey(self, seed: int, size: int = SAMPLE, advance: Callable[[int], None] = lambda rows: None) -> Survey:
-        """With a sample of `size` rows. Raises EmptyInput when there is no row at all, or no good one."""
+    def survey(self, seed: int, least: int = 0, advance: Callable[[int], None] = lambda rows: None) -> Survey:
+        """With a sample of `least` rows, or more. Raises EmptyInput when there is no row at all, or no good one."""
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
+        size = max(least, SAMPLE)
         formats: dict[str, str] = {}
         rows = bad = 0
         first_bad: BadRow | None = None
