@@ -68,13 +68,16 @@ class ModelConfig:
     command: ClassVar[str] = ""
 
     model: Annotated[str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."] = ""
+    adapter: Annotated[
+        str, "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept apart to be counted."
+    ] = ""
     out: Annotated[str, "Where to write."] = ""
     weighting: Annotated[
         Literal["prism", "uniform", "hard", "unpaired"],
         "How pairs count: prism weighs each by the model's present preference (arXiv 2605.21422).",
     ] = "prism"
     layers: Annotated[
-        str, "Weights that count: all, late (upper half of the blocks), last:N, or a regular expression over names."
+        str, "Weights that count: all, late (upper half of the blocks), last:N, adapter, or a regular expression."
     ] = "all"
     anchor: Annotated[
         float,
@@ -120,6 +123,8 @@ class ModelConfig:
             raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
+        if self.layers == "adapter" and not self.adapter:
+            raise BadOption("--layers adapter: there is none; give its folder with --adapter")
         if self.weighting == "unpaired" and self.common == "remove":
             raise BadOption("--common remove: unpaired answers have nothing in common with others; leave it out")
 
@@ -166,6 +171,13 @@ class ScoreConfig(ModelConfig):
     uncertainty: Annotated[
         int, "Groups of pairs that are scored one by one, which gives each score a standard error; 0: none."
     ] = 0
+    rank: Annotated[int, "Score along a direction of this rank in every matrix, which costs less; 0: as it is."] = 0
+    save_adapter: Annotated[
+        str, "Also write the direction, of length one, to this folder as a PEFT LoRA adapter of rank --rank (or 16)."
+    ] = ""
+    layer_profile: Annotated[
+        str, "Tell what each block adds to the scores of a sample of the pool (pool) or of a file of held-out pairs."
+    ] = ""
     tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
     engine: Annotated[
         Literal["auto", "reverse", "forward", "difference", "reference"],
@@ -202,6 +214,8 @@ class ScoreConfig(ModelConfig):
         if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
             raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.warmup and self.adapter:
+            raise BadOption("--warmup makes an adapter of its own: leave out --adapter, or save the model merged")
         if self.direction and (settled := sorted(given & SETTLED)):
             option = settled[0].replace("_", "-")
             raise BadOption(f"--{option}: a saved direction has that in it; leave it out, or give --target")
@@ -219,6 +233,10 @@ class ScoreConfig(ModelConfig):
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
 
     def _check_ranking(self) -> None:
+        if self.rank < 0:
+            raise BadOption(f"--rank {self.rank}: must be at least 1, or 0 for the whole direction")
+        if self.save_adapter and self.layers == "adapter":
+            raise BadOption("--save-adapter: the direction of an adapter's own weights is no adapter; count others")
         if self.uncertainty and self.uncertainty < 4:
             raise BadOption(f"--uncertainty {self.uncertainty}: at least 4 groups, or 0 for none")
         if self.combine == "round-robin" and "positive" in (getattr(self, "budget", ""), getattr(self, "remove", "")):

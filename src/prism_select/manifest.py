@@ -34,7 +34,7 @@ class Checked:
 class Facts:
     model: CausalLM
     template: str
-    curvature: Mapping[str, Any]
+    told: Mapping[str, Any]  # entries of steps that may be left out
     fingerprints: Mapping[str, str]
     timings: Mapping[str, float]
     plan: Plan
@@ -66,7 +66,7 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
             "swapped": repair,
         },
         "target": target_of(aim) or {"direction": config.direction},
-        "curvature": dict(facts.curvature),
+        **facts.told,
         "engine": {
             "name": checked.engine,
             "reason": checked.reason,

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from prism_select.core.engines import Scores, reverse
 from prism_select.core.layers import (
     Direction,
+    Factored,
     Inputs,
     Owner,
     Weights,
@@ -48,7 +49,7 @@ SMALL, FORMED = 2**14, 2**25  # numbers of a weight whose gradients are kept, an
 
 
 def with_norms(
-    model: LanguageModel, weights: Weights, directions: Sequence[Direction]
+    model: LanguageModel, weights: Weights, directions: Sequence[Factored]
 ) -> Callable[[Batch], tuple[Scores, Float[Tensor, " batch"]]]:
     """The `reverse` engine, and beside its scores each example's ‖∇loglik‖ over all of `weights`, in nats per unit of
     length, whatever the directions lack; without directions, the norms and no scores but 0.

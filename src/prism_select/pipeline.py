@@ -16,14 +16,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prism_select import models
+from prism_select.adapters import load_adapter, save_adapter
+from prism_select.anatomy import anatomy_of
 from prism_select.check import check
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
+from prism_select.core.layers import Factored, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, fingerprint, named, read_targets
@@ -33,7 +37,7 @@ from prism_select.errors import BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
 from prism_select.norms import with_norms
 from prism_select.planning import Plan, make_plan, peak_memory
-from prism_select.preconditioning import Sharpened, curvature_file, save_curvature, sharpened
+from prism_select.preconditioning import Sharpened, curvature_file, reduced, save_curvature, sharpened
 from prism_select.progress import Progress, Silent
 from prism_select.saving import load_direction, save_direction, towards
 from prism_select.scoring import Measure, Scorer
@@ -91,7 +95,8 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
         aim = find_direction(config, model, encoder, inputs, progress)
     with clock.step("curvature"):
         aim, sharp = sharpened_by(config, model, aim, sample, progress)
-    engine, checked = choose_engine(config, model, aim, first_rows(inputs.pool, encoder))
+    directions, cut = reduced(config, model, aim, sample) if config.rank else (aim.directions, None)
+    engine, checked = choose_engine(config, model, aim.weights, directions, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
     plan = plan_run(config, engine, aim, sample, inputs.survey)
     if config.dry_run:
@@ -102,6 +107,7 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     save_direction(store, config, aim)
     if sharp and config.save_curvature:
         save_curvature(store, sharp.blocks)
+    more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
     scorer = Scorer(encoder, engine, aim.lines, config)
     with clock.step("score"):
         shards = score_pool(config, store, inputs, scorer, model.device, progress)
@@ -109,7 +115,7 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     with clock.step("choose"):
         chosen = choose_and_write(config, store, lambda: store.read_shards(shards), inputs.pool)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
-    told = sharp.told if sharp else {"name": "flat"}
+    told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
     facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
     store.write_json("manifest.json", manifest_of(config, aim, checked, chosen, facts))
     store.drop_shards()
@@ -123,6 +129,8 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     if isinstance(config, RepairConfig):
         targets = {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in targets.items()}
     curvature_file(config)
+    if config.layer_profile not in ("", "pool"):
+        readable(config.layer_profile)
     pool = Pool(config.pool, mapping)
     with progress.task("reading the pool", None) as task:
         survey = pool.survey(config.seed, config.curvature_rows * (config.curvature != "flat"), task.advance)
@@ -135,8 +143,13 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
         if config.target
         else [readable(config.direction)]
     )
-    prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": models.fingerprint(config.model)}
+    prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": fingerprint_of(config)}
     return Inputs(pool, survey, targets, prints)
+
+
+def fingerprint_of(config: ScoreConfig) -> str:
+    """Of the model, with the adapter on it."""
+    return models.fingerprint(config.model) + ("+" + models.fingerprint(config.adapter) if config.adapter else "")
 
 
 def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:
@@ -157,6 +170,8 @@ def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | No
 def load_model(config: ModelConfig, progress: Progress) -> tuple[models.CausalLM, Encoder]:
     with progress.task(f"loading {config.model}", None):
         model, tokenizer = models.load(config.model, config.dtype, models.resolve_device(config.device))
+        if config.adapter:
+            model = load_adapter(model.network, Path(config.adapter), merge=config.layers != "adapter")
     limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
     encoder = Encoder(tokenizer, config.template, min(config.max_length, limit), model.vocabulary, config.skip_end)
     progress.say(
@@ -210,6 +225,27 @@ def sharpened_by(
     return done.aim, done
 
 
+def extras(
+    config: ScoreConfig,
+    store: Store,
+    model: models.CausalLM,
+    aim: Aim,
+    pooled: tuple[Pool, Encoder, int],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The files that were asked for beside the choice, and what the manifest says of them."""
+    told: dict[str, Any] = {}
+    if config.save_adapter:
+        kept = save_adapter(model.network, aim.directions[0], config.rank or 16, Path(config.save_adapter))
+        told["adapter"] = {"folder": config.save_adapter, "energy_kept": kept["total"], "by_weight": dict(kept)}
+        progress.say(f"adapter in {config.save_adapter}: {kept['total']:.0%} of the direction's energy")
+    if config.layer_profile:
+        anatomy = anatomy_of(config, model, aim, pooled, progress)
+        store.write_table("layers.parquet", anatomy.table)
+        told["layers"] = anatomy.told
+    return told
+
+
 def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:
     """The rows of the survey's sample that can be encoded. What would stop the run hours later stops it here: too many
     rows that cannot be encoded, a conversation without a template, a budget larger than the pool."""
@@ -259,13 +295,14 @@ def _raise(error: BadRow) -> Encoded:
 def choose_engine(
     config: ScoreConfig,
     model: models.CausalLM,
-    aim: Aim,
+    weights: Weights,
+    directions: Sequence[Factored],
     rows: Sequence[Encoded],
 ) -> tuple[Measure, Checked]:
     """The engine asked for, or the cheapest that reaches every weight and tells what is asked; checked against the
     definition either way, on those of `rows` that have a score."""
     order = engines_for(config, torch.finfo(model.dtype).bits < 32)
-    slow = ENGINES["reference"](model, aim.weights, aim.directions)
+    slow = ENGINES["reference"](model, weights, directions)
     exact = slow(collate(rows, model.device))
     finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
     kept = finite if finite.any() else ~finite  # where no row has a score, the check says so
@@ -275,11 +312,11 @@ def choose_engine(
     why = f"asked for, {dtype}"
     for name in order:
         if config.engine == "auto" and name == "reverse":
-            why = f"one backward pass reaches all {len(aim.weights)} weights in {dtype}"
-        engine = slow if name == "reference" else ENGINES[name](model, aim.weights, aim.directions)
+            why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
+        engine = slow if name == "reference" else ENGINES[name](model, weights, directions)
         try:
             apart = check(name, engine, lambda _: known, batch, model.dtype)
-            measure = with_norms(model, aim.weights, aim.directions) if config.normalize == "norm" else plainly(engine)
+            measure = with_norms(model, weights, directions) if config.normalize == "norm" else plainly(engine)
             return measure, Checked(name, why, dtype, len(batch), apart)
         except Unreachable as error:
             if name == order[-1]:

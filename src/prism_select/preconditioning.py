@@ -1,4 +1,4 @@
-"""Preconditioning: the directions of a run, each divided once by the curvature at the model.
+"""Preconditioning: the directions of a run, each divided once by the curvature at the model, and cut to a rank.
 
     d ← (H + λ)⁻¹ d    H of a random sample of the pool     RUN/curvature.safetensors keeps H, where asked
                        WEIGHT/eigenvalues, and where it has a basis WEIGHT/left and WEIGHT/right
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -20,19 +21,23 @@ from torch import Tensor
 
 from prism_select.config import ScoreConfig
 from prism_select.core.direction import dot, norm
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.engines import reverse
+from prism_select.core.layers import Direction, Factored, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.curvature import Block, Blocks, GaussNewton, diagonal, ekfac, solve
-from prism_select.data.batches import Encoded, collate
+from prism_select.data.batches import Encoded, collate, plan_batches
 from prism_select.errors import BadFile, BadModel, NotFinite
+from prism_select.lowrank import factor
 from prism_select.models import CausalLM
 from prism_select.progress import Progress
+from prism_select.statistics import rank_correlation
 from prism_select.store import Store
 from prism_select.targeting import Aim, mean_of
 
-__all__ = ["CURVATURE", "Sharpened", "curvature_file", "save_curvature", "sharpened"]
+__all__ = ["CURVATURE", "Sharpened", "curvature_file", "reduced", "save_curvature", "sharpened"]
 
 CURVATURE = "curvature.safetensors"
+COMPARED = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,22 @@ def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Enc
     }
     lines = replace(aim.lines, lengths=lengths, dampings=others)
     return Sharpened(replace(aim, directions=[*directions, *more], lines=lines), told, blocks)
+
+
+def reduced(
+    config: ScoreConfig, model: CausalLM, aim: Aim, sample: Sequence[Encoded]
+) -> tuple[Sequence[Factored], dict[str, Any]]:
+    """The directions cut to `--rank`, and what that costs: the share of the first one's energy that is kept, and the
+    rank correlation of its scores before and after on up to `COMPARED` rows of the sample."""
+    low = [factor(model.network, direction, config.rank) for direction in aim.directions]
+    rows = sample[:COMPARED]
+    engine = reverse(model, aim.weights, [aim.directions[0], low[0].direction])
+    pairs = np.zeros((len(rows), 2))
+    for few in plan_batches([len(row.tokens) for row in rows], config.batch_tokens):
+        pairs[few] = engine(collate([rows[i] for i in few], model.device)).values.double().cpu().numpy()
+    told = {"rank": config.rank, "energy_kept": low[0].share, "rows": len(rows)}
+    told["rank_correlation"] = rank_correlation(pairs[:, 0], pairs[:, 1])
+    return [each.direction for each in low], told
 
 
 def fitted(config: ScoreConfig, model: CausalLM, weights: Weights, batches: Sequence[Batch]) -> Blocks:

@@ -5,8 +5,8 @@
                              metadata: which answers of the target file it points towards, and whether after a
                              warm-up; one entry alone, since the order of several is not the same in every file
 
-Choices made here: what is saved is what rows are scored along, with curvature and remedies in it; groups of pairs and
-other dampings are not.
+Choices made here: what is saved is what rows are scored along, with curvature and remedies in it, before a cut to a
+rank; groups of pairs and other dampings are not.
 """
 
 from pathlib import Path

@@ -90,7 +90,14 @@ class Store:
         """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
         with self._disk():
             if config.overwrite and self.path.exists():
-                for name in (*FILES, "removed.jsonl", "quarantine.jsonl", "report.html", "curvature.safetensors"):
+                for name in (
+                    *FILES,
+                    "removed.jsonl",
+                    "quarantine.jsonl",
+                    "report.html",
+                    "curvature.safetensors",
+                    "layers.parquet",
+                ):
                     (self.path / name).unlink(missing_ok=True)
                 for name in ("shards", "adapter"):
                     shutil.rmtree(self.path / name, ignore_errors=True)

@@ -166,6 +166,18 @@ def several_lines(target: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[
     return rows
 
 
+def layers_line(told: Mapping[str, Any]) -> str:
+    most = sorted(told["share"].items(), key=lambda item: -item[1])[:3]
+    line = "most is added by " + ", ".join(f"{name} ({share:.0%})" for name, share in most)
+    if "cuts" in told:
+        by_name = {cut["name"]: cut["auroc"] for cut in told["cuts"]}
+        best = (
+            f"--layers {told['suggestion']} ranks these {told['rows']} rows best, AUROC {told['cuts'][0]['auroc']:.3f}"
+        )
+        line += f"; {best} (all: {by_name['all']:.3f})"
+    return line
+
+
 def curvature_line(told: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
     cosines = ", ".join(f"{_figure(value, '.2f')} {name}".strip() for name, value in told["cosine"].items())
     line = f"{told['name']}, damping {told['damping']:g}, cosine before and after {cosines}"
@@ -205,6 +217,13 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     )
     if manifest["curvature"]["name"] != "flat":
         rows["curvature"] = curvature_line(manifest["curvature"], choice)
+    if cut := manifest.get("rank"):
+        rows["rank"] = (
+            f"{cut['rank']}, {cut['energy_kept']:.1%} of the direction's energy, rank correlation with the whole "
+            f"{_figure(cut['rank_correlation'], '.3f')} on {cut['rows']} rows"
+        )
+    if "layers" in manifest:
+        rows["layers"] = layers_line(manifest["layers"])
     if "stable_share" in choice:
         rows["stability"] = (
             f"{choice['stable_share']:.0%} of the chosen rows are chosen in 90% or more of resamples of the pairs"
