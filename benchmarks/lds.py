@@ -1,0 +1,234 @@
+"""Does curvature make scores foretell retraining? The linear datamodeling score (arXiv 2303.14186) of each curvature.
+
+    LDS = rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
+
+    python benchmarks/lds.py        about 20 minutes on one core; may be stopped, goes on where it was
+
+A Llama of 246,080 numbers reads 16,000 rows of the demo world three times; then it is fine-tuned on 400 more, half of
+them wrong, or on each of 100 halves of these: same start, same schedule, all weights. J is the gain over 40 pairs of
+one skill, whose prompts are in no row; the LDS is the mean over the eight skills. Scores are taken where training on
+all rows ends.
+
+Choices made here: `RUNS` was fixed before any score was looked at, by how far J depends on the rows and not on their
+order. Of five schedules, the correlation of J between two orders (12 halves, mean over skills) was 0.994 for 150 steps
+of Adam at 1e-3, 0.986 for 50; 0.985 for 150 steps of SGD with momentum at 0.01, 0.988 for 50; 0.863 for 100 at 0.05.
+So: both of Adam. 50 steps stop early; 150 nearly know the rows by heart (0.12 nats per token against 0.76 on the other
+half). Curvature is that of all 400 rows, with labels drawn from the model or (empirical) as given; intervals resample
+halves. "Diagonal embedding" keeps a diagonal for the embedding in place of its one eigenvalue. Conjugate gradients are
+far from their solution where the damping is small: a residual of 0.4 to 1 after 40 steps at 0.1. Here they take 30, at
+1 and 10, and each row keeps the largest residual. Set after a first look at 50 steps: the dampings of 10, the diagonal
+embedding, and the bar for cg, which stands at 10, where alone it comes near its solution.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from results_file import figure, write
+from safetensors.torch import load_file, save_file
+from scipy.stats import rankdata
+from torch.nn.functional import softplus
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prism_select.core.direction import Side, differentiable, target_gradient
+from prism_select.core.engines import reverse
+from prism_select.core.layers import Direction
+from prism_select.core.likelihood import Batch, backward, mean_logliks
+from prism_select.curvature import GaussNewton, diagonal, ekfac, solve
+from prism_select.data.batches import Encoded, collate, plan_batches
+from prism_select.demo import world
+from prism_select.demo.train import encode, make_tokenizer
+from prism_select.models import CausalLM
+from prism_select.targeting import as_side
+from prism_select.weights import select_weights
+
+WORK = Path(__file__).parent / "work" / "lds"
+Way: TypeAlias = tuple[str, float]
+RUNS: Mapping[str, int] = {"50 steps": 50, "150 steps": 150}
+ROWS, PAIRS, HALVES, TWICE, BATCH = 400, 40, 100, 12, 32
+RATE, READING_RATE = 1e-3, 4e-3
+FITTED = ("diagonal", "ekfac", "ekfac, diagonal embedding", "ekfac, empirical")
+WAYS: Sequence[Way] = [
+    ("flat", 0.0),
+    *((name, damping) for name in FITTED for damping in (0.01, 0.1, 1.0, 10.0)),
+    ("cg", 1.0),
+    ("cg", 10.0),
+]
+WANTED: Sequence[Way] = [("ekfac", 0.1), ("cg", 10.0)]  # not worse than flat
+CG_STEPS = 30
+
+
+class World:
+    """The model before fine-tuning, the rows, and both sides of each skill's pairs."""
+
+    def __init__(self) -> None:
+        corpus = world.corpus(16_000, 0)
+        self.tokenizer = make_tokenizer([dict(row) for row in corpus])
+        tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        self.model = CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **size, **tokens)))
+        self.weights = select_weights(self.model.network, "all")
+        self.rows = [self.coded(str(r["prompt"]), str(r["completion"])) for r in world.mixture(ROWS, 0, 0.5)]
+        self.targets = [self.sides(world.pairs(skill, PAIRS, 0)) for skill in world.SKILLS]
+        start = WORK / "start.safetensors"
+        if not start.exists():
+            self.train([self.coded(r["prompt"], r["completion"]) for r in corpus], 750, READING_RATE, 0, 64)
+            WORK.mkdir(parents=True, exist_ok=True)
+            save_file(self.model.network.state_dict(), start)
+        self.start = load_file(start)
+
+    def coded(self, prompt: str, answer: str) -> Encoded:
+        tokens, labels = encode(self.tokenizer, {"prompt": prompt, "completion": answer})
+        return Encoded(tokens, [label >= 0 for label in labels], False)
+
+    def sides(self, pairs: Sequence[Mapping[str, str]]) -> tuple[Side, Side]:
+        every = ([self.coded(pair["prompt"], pair[side]) for pair in pairs] for side in ("chosen", "rejected"))
+        chosen, rejected = (as_side(rows, 4096, torch.device("cpu")) for rows in every)
+        return chosen, rejected
+
+    def train(self, rows: Sequence[Encoded], steps: int, rate: float, seed: int, size: int = BATCH) -> None:
+        """Adam on the summed loss of a row, averaged over a batch; the rate warms up for 5% and falls to zero."""
+        optimizer = torch.optim.Adam(self.weights.values(), lr=rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.05 * steps + 1), (steps - step) / steps)
+        )
+        draw, order = random.Random(seed), list[int]()
+        for _ in range(steps):
+            if len(order) < size:
+                order += draw.sample(range(len(rows)), len(rows))
+            batch, order = collate([rows[i] for i in order[:size]]), order[size:]
+            with differentiable(self.weights):
+                backward(self.model, batch, torch.full((size,), -1 / size))
+                torch.nn.utils.clip_grad_norm_(self.weights.values(), 5.0)
+                optimizer.step()
+            schedule.step()
+
+    def retrained(self, rows: Sequence[int], steps: int, order: int) -> None:
+        self.model.network.load_state_dict(self.start)
+        self.train([self.rows[i] for i in rows], steps, RATE, 100 + order)
+
+    def gains(self) -> list[float]:
+        """J of each skill."""
+        found = []
+        for sides in self.targets:
+            chosen, rejected = (self.means(side) for side in sides)
+            found.append(float(softplus(chosen - rejected).mean()))
+        return found
+
+    def means(self, side: Side) -> torch.Tensor:
+        means = torch.cat([mean_logliks(self.model, batch) for batch in side.batches])
+        return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
+
+
+def halves() -> np.ndarray:
+    """[half, row]: whether the row is in it."""
+    draw = np.random.default_rng(0)
+    found = np.zeros((HALVES, ROWS), bool)
+    for half in found:
+        half[draw.choice(ROWS, ROWS // 2, replace=False)] = True
+    return found
+
+
+def retrainings(here: World, run: str) -> np.ndarray:
+    """[order, half, skill]: J after training on each half; the second order is there for the first `TWICE`."""
+    file, member = WORK / f"{run.replace(' ', '-')}.jsonl", halves()
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    wanted = [(0, half) for half in range(HALVES)] + [(1, half) for half in range(TWICE)]
+    with file.open("a", encoding="utf-8") as log:
+        for order, half in wanted[len(lines) :]:
+            here.retrained(np.flatnonzero(member[half]).tolist(), RUNS[run], order)
+            lines.append(json.dumps({"order": order, "half": half, "gains": here.gains()}))
+            print(lines[-1], file=log, flush=True)
+    found = np.full((2, HALVES, len(here.targets)), np.nan)
+    for line in map(json.loads, lines):
+        found[line["order"], line["half"]] = line["gains"]
+    return found
+
+
+def directions(here: World, batches: Sequence[Batch]) -> Iterator[tuple[list[Direction], float]]:
+    """For each way, one direction for each skill, and the largest of the solves' residuals."""
+    model, weights = here.model, here.weights
+    raw = [target_gradient(model, weights, sides, "prism").direction for sides in here.targets]
+    squares, fisher = diagonal(model, weights, batches, 0), ekfac(model, weights, batches, 0)
+    mixed = {name: squares[name] if "embed" in name else block for name, block in fisher.items()}
+    blocks = dict(zip(FITTED, (squares, fisher, mixed, ekfac(model, weights, batches)), strict=True))
+    newton = GaussNewton(model, weights, batches, mixed)
+    for name, damping in WAYS:
+        if name == "flat":
+            yield raw, 0.0
+        elif name == "cg":
+            solved = [(newton.solve(each, damping, 1e-2, CG_STEPS), newton.residual) for each in raw]
+            yield [each for each, _ in solved], max(residual for _, residual in solved)
+        else:
+            yield [solve(blocks[name], each, damping) for each in raw], 0.0
+
+
+def scores(here: World, run: str) -> Mapping[str, np.ndarray]:
+    """`values[way, row, skill]` and `residual[way]`, kept in a file."""
+    file = WORK / f"{run.replace(' ', '-')}.npz"
+    if not file.exists():
+        here.retrained(range(ROWS), RUNS[run], 0)
+        plan = plan_batches([len(row.tokens) for row in here.rows], 8192)
+        batches = [collate([here.rows[i] for i in batch]) for batch in plan]
+        solved = list(directions(here, batches))
+        engine = reverse(here.model, here.weights, [each for way, _ in solved for each in way])
+        found = np.zeros((ROWS, len(WAYS) * len(here.targets)))
+        for rows, batch in zip(plan, batches, strict=True):
+            found[rows] = engine(batch).values.numpy()
+        values = found.reshape(ROWS, len(WAYS), -1).swapaxes(0, 1)
+        np.savez(file, values=values, residual=np.array([residual for _, residual in solved]))
+    return dict(np.load(file))
+
+
+def mean_rank_correlation(foretold: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """[way]: Spearman's ρ over halves, of [way, half, skill] with [half, skill], mean over skills."""
+    a, b = rankdata(foretold, axis=1), rankdata(gains, axis=0)
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(0)
+    return np.asarray(((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(0))).mean(1))
+
+
+def title(way: Way) -> str:
+    return way[0] + (f", damping {way[1]}" if way[1] else "")
+
+
+def study(here: World, run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    gains, scored = retrainings(here, run), scores(here, run)
+    foretold = np.einsum("hr,wrs->whs", halves().astype(float), scored["values"])
+    lds = mean_rank_correlation(foretold, gains[0])
+    draw = np.random.default_rng(0)
+    picks = [draw.integers(HALVES, size=HALVES) for _ in range(1000)]
+    drawn = np.array([mean_rank_correlation(foretold[:, pick], gains[0, pick]) for pick in picks])
+    repeat = float(mean_rank_correlation(gains[1:, :TWICE], gains[0, :TWICE])[0])
+    rows, figures = [], [figure(f"rank correlation of J between two orders of the rows, {run}", repeat, "ρ", "≥ 0.9")]
+    for place, way in enumerate(WAYS):
+        figures.append(figure(f"LDS, {title(way)}, {run}", float(lds[place]), "ρ", "", ends(drawn[:, place])))
+        more, wanted = drawn[:, place] - drawn[:, 0], "≥ 0" if way in WANTED else ""
+        if place:
+            line = f"LDS, {title(way)}, more than flat, {run}"
+            figures.append(figure(line, float(lds[place] - lds[0]), "ρ", wanted, ends(more)))
+        skills = [
+            mean_rank_correlation(foretold[[place]][:, :, [s]], gains[0][:, [s]]) for s in range(len(here.targets))
+        ]
+        told = {"of each skill": [float(each[0]) for each in skills], "residual": float(scored["residual"][place])}
+        rows.append({"run": run, "way": title(way), "lds": float(lds[place]), **told})
+    return rows, figures
+
+
+def ends(drawn: np.ndarray) -> list[float]:
+    return [float(end) for end in np.quantile(drawn, (0.025, 0.975))]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    here = World()
+    parts = [study(here, run) for run in RUNS]
+    write("lds.json", [row for rows, _ in parts for row in rows], [line for _, lines in parts for line in lines])
+
+
+if __name__ == "__main__":
+    main()
