@@ -48,6 +48,10 @@ def test_diagonal_is_autograds_second_moments() -> None:
     blocks = diagonal(model, weights, rows)
     for name in weights:
         exact = torch.stack([each[name].square() for each in every]).mean(0)
+        if exact.ndim > 1:  # places that no row is long enough for take the mean of the others
+            still = exact.eq(0).all(1)
+            assert still.any() == (name == "body.places.weight")
+            exact = torch.where(still[:, None], exact[~still].mean(0), exact)
         assert torch.allclose(blocks[name].eigenvalues, exact, rtol=1e-10)
     direction = random_direction(weights)
     damped = {n: d / (blocks[n].eigenvalues + 0.1 * blocks[n].eigenvalues.mean()) for n, d in direction.items()}

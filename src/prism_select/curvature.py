@@ -8,8 +8,9 @@
     cg         H itself                       by conjugate gradients on H v = mean of Jᵀ (diag p − p pᵀ) J v
 
 Damping: λ = damping · mean eigenvalue, of each weight on its own. Choices made here: eigenvectors in float64; of fused
-experts each has a basis, from its gradients; vectors keep a diagonal; a matrix with a side above `SIDE`, or used by a
-module without formula, has one eigenvalue for all its numbers; a weight whose gradients are all zero moves nothing.
+experts each has a basis, from its gradients; vectors, embeddings and matrices with a side above `SIDE` keep a diagonal;
+rows of it that no example moved, such as words that none holds, take the mean of the others; a weight whose gradients
+are all zero moves nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ SIDE = 8192
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The curvature of one weight: its eigenvalues, one for each number or one for all, in a basis of its rows and one
-    of its columns where there are any."""
+    """The curvature of one weight: an eigenvalue for each number, in a basis of its rows and one of its columns where
+    there are any."""
 
     eigenvalues: Float[Tensor, "*shape"]
     left: Float[Tensor, "*experts rows rows"] | None = None
@@ -81,7 +82,7 @@ def diagonal(model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed
     for gradient in _gradients(model, weights, rows, seed):
         for name, value in gradient.items():
             total[name] += value.square()
-    return {name: Block(value / sum(map(len, rows))) for name, value in total.items()}
+    return {name: _by_number(value / sum(map(len, rows))) for name, value in total.items()}
 
 
 def ekfac(model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None = None) -> Blocks:
@@ -99,10 +100,15 @@ def ekfac(model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: i
         for name, value in moved.items():
             total[name] += value.square() / sum(map(len, rows))
         moved.clear()
-    return {
-        name: Block(value, *bases.get(name, ())) if name in bases or value.ndim == 1 else Block(value.mean())
-        for name, value in total.items()
-    }
+    return {name: Block(value, *bases[name]) if name in bases else _by_number(value) for name, value in total.items()}
+
+
+def _by_number(moments: Tensor) -> Block:
+    """A diagonal from the second moments of a weight's numbers."""
+    still = moments.flatten(1).eq(0).all(1) if moments.ndim > 1 else torch.zeros(len(moments), dtype=torch.bool)
+    if still.any() and not still.all():
+        moments = torch.where(still.view(-1, *[1] * (moments.ndim - 1)), moments[~still].mean(0), moments)
+    return Block(moments)
 
 
 def _bases(

@@ -83,8 +83,13 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
         "timings": dict(facts.timings),
         "plan": asdict(facts.plan),
         "actual": dict(facts.actual),
-        "warnings": [*warnings_of(aim, repair), *chosen.warnings],
+        "warnings": [*warnings_of(aim, repair), *unsolved(facts.told["curvature"]), *chosen.warnings],
     }
+
+
+def unsolved(curvature: Mapping[str, Any]) -> list[str]:
+    left = curvature.get("residual") or 0.0
+    return [f"conjugate gradients stopped with {left:.0%} of the direction left: raise --damping"] * (left > 0.1)
 
 
 def target_of(aim: Aim) -> dict[str, Any]:

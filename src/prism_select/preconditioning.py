@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -91,7 +90,7 @@ def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Enc
         "damping": first,
         "rows": len(rows) if not place else None,
         "cosine": {name: cosine for name, cosine in zip(aim.lines.targets, cosines, strict=True)},
-        "one_eigenvalue": sorted(name for name, block in blocks.items() if not block.eigenvalues.ndim),
+        "by_number": sorted(n for n, b in blocks.items() if b.left is None and b.eigenvalues.ndim > 1),
         "residual": residual,
     }
     lines = replace(aim.lines, lengths=lengths, dampings=others)
@@ -116,7 +115,7 @@ def reduced(
 
 def fitted(config: ScoreConfig, model: CausalLM, weights: Weights, batches: Sequence[Batch]) -> Blocks:
     seed = config.seed if config.curvature_labels == "sampled" else None
-    fit = ekfac if config.curvature == "ekfac" else diagonal
+    fit = diagonal if config.curvature == "diagonal" else ekfac  # which also preconditions cg
     return fit(model, weights, batches, seed)
 
 
@@ -126,15 +125,15 @@ def loaded(config: ScoreConfig, place: Path, weights: Weights) -> Blocks:
         saved = load_file(place)
     except (OSError, SafetensorError) as error:
         raise BadFile(str(place), None, f"cannot be read ({error})", "give a .safetensors file") from None
+    if any(key.endswith("/left") for key in saved) != (config.curvature == "ekfac"):
+        raise BadModel(f"--curvature-from {place}: it holds no --curvature {config.curvature}; name the other")
     blocks: dict[str, Block] = {}
     for name, weight in weights.items():
         values = saved.get(f"{name}/eigenvalues", saved.get(name))
-        if values is None or values.shape not in (weight.shape, torch.Size([])):
+        if values is None or values.shape != weight.shape:
             what = f"no second moments of {name}" if values is None else f"{name} has shape {tuple(values.shape)}"
             raise BadModel(f"--curvature-from {place}: {what}; it must have one for each counted weight, by its name")
         sides = [saved.get(f"{name}/{side}") for side in ("left", "right")]
-        if (sides[0] is None) == (config.curvature == "ekfac" and weight.ndim > 1 and values.ndim > 0):
-            raise BadModel(f"--curvature-from {place}: it is no --curvature {config.curvature}; name its own")
         left, right = (side if side is None else side.to(weight.device) for side in sides)
         blocks[name] = Block(values.to(weight.device), left, right)
     return blocks
