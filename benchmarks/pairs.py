@@ -313,7 +313,21 @@ def figures_of(rows: Sequence[Row]) -> list[Row]:
             f"rank correlation of agreement with right-over-wrong AUROC, {len(plain)} sets and sizes, remedy {remedy}"
         )
         figures.append(figure(name, rank_correlation(agreement, ranking), "Spearman's ρ", ""))
-    return figures
+    return figures + best_choices(rows)
+
+
+def best_choices(rows: Sequence[Row]) -> list[Row]:
+    """The set and remedy of ARC that does best by what is wanted of both; the best of 40 looks better than it is."""
+    every = [row for row in rows if row["group"] == "arc"]
+    if not every:
+        return []
+    best = max(every, key=lambda row: min(row["per token"]["general"] - 0.8, row["per token"]["wrong"] - 0.65))
+    title = f"arc, best of {len(every)}: {best['set']}, {best['pairs']} pairs, remedy {best['remedy']}"
+    bars = {"general": "≥ 0.8", "wrong": "≥ 0.65"}
+    return [
+        figure(f"{title}: right over {kind}, per token", best["per token"][kind], "AUROC", bar)
+        for kind, bar in bars.items()
+    ]
 
 
 def wanted(row: Row, kind: str) -> str:

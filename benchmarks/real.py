@@ -159,6 +159,39 @@ def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
     return kept, figures
 
 
+def remedies(data: Path) -> tuple[list[Row], list[Row]]:
+    """ARC: 80 questions with one wrong choice as pairs; right and wrong answers to 75 others, and 75 of Dolly."""
+    draw = random.Random(0)
+    quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 200]
+    draw.shuffle(quiz)
+    general = [(r["instruction"], r["response"]) for r in lines(data / "dolly_5000.jsonl")]
+    general = draw.sample([r for r in general if r[1].strip() and len(r[0] + r[1]) <= LONGEST], 75)
+
+    def wrong(r: Row) -> str:
+        return str(draw.choice([c for i, c in enumerate(r["choices"]) if i != r["answer"]]))
+
+    target = save("arc_one.jsonl", [pair(r["question"], r["choices"][r["answer"]], wrong(r)) for r in quiz[:80]])
+    rows = [(r["question"], r["choices"][r["answer"]], "right") for r in quiz[80:155]]
+    rows += [(r["question"], wrong(r), "wrong") for r in quiz[80:155]] + [(*r, "general") for r in general]
+    pool = save("arc_pool.jsonl", [{"prompt": asked(q), "completion": said(a), "source": s} for q, a, s in rows])
+    ways: dict[str, Row] = {
+        "none": {},
+        "common removed": {"common": "remove"},
+        "skip-end": {"skip_end": True},
+        "warm-up on 30%": {"warmup": "30%"},
+    }
+    kept, figures = [], []
+    for title, options in ways.items():
+        done = run("score", f"arc-{title.replace(' ', '-').replace('%', '')}", pool=pool, target=target, **options)
+        scores, source = (done.scores[name].to_numpy(zero_copy_only=False) for name in ("score_per_token", "source"))
+        for other in ("wrong", "general"):
+            few = (source == "right") | (source == other)
+            value = auroc(scores[few], source[few] == "right")
+            figures.append(figure(f"ARC, remedy {title}: right over {other}, per token", value, "AUROC", ""))
+        kept.append({"scenario": "remedies", "remedy": title, "manifest": short(done.manifest)})
+    return kept, figures
+
+
 def pair(question: str, chosen: str, rejected: str) -> Row:
     return {"prompt": asked(question), "chosen": said(chosen), "rejected": said(rejected)}
 
@@ -205,6 +238,7 @@ def short(manifest: Mapping[str, Any]) -> Row:
 STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
     "truthfulqa": partial(truthfulqa, FLAT),
     "truthfulqa-ekfac": partial(truthfulqa, EKFAC),
+    "remedies": remedies,
     "near-miss": partial(gsm8k, "near-miss"),
     "two-models": partial(gsm8k, "two-models"),
 }
