@@ -1,0 +1,314 @@
+"""Several targets, groups of pairs, curvature, rank, norms, tokens and layers, from end to end on a tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import Outcome, Row, jsonl, prism
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from tiny import Tiny, batch_of, pairs_of
+from torch.nn import functional
+
+import prism_select
+from prism_select.core.direction import norm, target_gradient
+from prism_select.core.engines import forward
+from prism_select.selection import round_robin
+from prism_select.statistics import overlap_of_best, stable_share, standard_error
+from prism_select.weights import select_weights
+
+Floats = NDArray[np.float64]
+ANSWERS = [
+    "no way",
+    "thank you very much",
+    "It is in Italy",
+    "five degrees",
+    "go away now",
+    "please, Paris",
+    "a",
+    "b c",
+]
+PAIRS: list[Row] = [
+    {"prompt": f"Say {i}?", "chosen": ANSWERS[i % 8], "rejected": ANSWERS[(i + 3) % 8] + "!", "kind": "xyz"[i % 3]}
+    for i in range(12)
+]
+POOL: list[Row] = [
+    {"prompt": f"Where is {i}?", "completion": " ".join(ANSWERS[j % 8] for j in range(i % 5 + 1)), "bad": i % 3 == 0}
+    for i in range(30)
+]
+
+
+class Desk:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.pool = jsonl(folder / "pool.jsonl", POOL)
+        self.targets = {k: jsonl(folder / f"{k}.jsonl", [p for p in PAIRS if p["kind"] == k]) for k in "xyz"}
+        self.all = jsonl(folder / "all.jsonl", PAIRS)
+
+    def run(self, name: str, *words: object, command: str = "score") -> Outcome:
+        target = [] if "--target" in words or "--direction" in words else ["--target", self.all]
+        out = self.folder / name
+        return prism(command, "--model", self.model, "--pool", self.pool, "--out", out, *target, *words)
+
+    def done(self, name: str, *words: object, command: str = "score") -> prism_select.Run:
+        told = self.run(name, *words, command=command)
+        assert told.code == 0, told.err
+        return prism_select.Run(self.folder / name)
+
+    @property
+    def named(self) -> list[object]:
+        return [word for name, file in self.targets.items() for word in ("--target", f"{name}={file}")]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, plain_model: Path) -> Desk:
+    return Desk(tmp_path, plain_model)
+
+
+def column(run: prism_select.Run, name: str) -> Floats:
+    return np.asarray(run.scores[name].to_numpy(), dtype=np.float64)
+
+
+def apart(a: Floats, b: Floats) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+# ---------------------------------------------------------------- several targets
+
+
+def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> None:
+    alone = {k: desk.done(f"alone-{k}", "--target", file) for k, file in desk.targets.items()}
+    mean, best = desk.done("mean", *desk.named), desk.done("max", *desk.named, "--combine", "max")
+    by = desk.done("by", "--target-by", "kind")
+    each = np.column_stack([column(alone[k], "score") for k in "xyz"])
+    for run in (mean, best, by):
+        assert all(apart(column(run, f"score:{k}"), each[:, i]) < 1e-5 for i, k in enumerate("xyz"))
+    assert apart(column(mean, "score"), each.mean(1)) < 1e-5 and apart(column(best, "score"), each.max(1)) < 1e-5
+    assert apart(column(by, "score"), each.mean(1)) < 1e-5
+    chosen = np.column_stack([column(alone[k], "score_chosen") for k in "xyz"])
+    assert apart(column(mean, "score_chosen"), chosen.mean(1)) < 1e-5
+    assert apart(column(best, "score_chosen"), np.take_along_axis(chosen, each.argmax(1)[:, None], 1)[:, 0]) < 1e-5
+    told = mean.manifest["target"]
+    assert told["pairs"] == 12 and {k: t["pairs"] for k, t in told["targets"].items()} == dict.fromkeys("xyz", 4)
+    cosines, directions = np.array(told["cosines"]), [load_file(alone[k].path / "direction.safetensors") for k in "xyz"]
+    flat = [torch.cat([d[n].flatten().double() for n in sorted(d) if "/" not in n]) for d in directions]
+    exact = [[float(functional.cosine_similarity(a, b, dim=0)) for b in flat] for a in flat]
+    assert np.allclose(cosines, exact, atol=1e-5)
+    assert mean.pairs["target"].to_pylist() == [k for k in "xyz" for _ in range(4)]
+
+
+def test_a_saved_direction_of_several_targets_scores_again(desk: Desk) -> None:
+    first = desk.done("first", *desk.named, "--combine", "max")
+    again = desk.done("again", "--direction", first.path / "direction.safetensors", "--engine", "reverse")
+    for name in ("score", "score:x", "score:y", "score:z", "score_chosen"):
+        assert (column(again, name) == column(first, name)).all(), name
+
+
+def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> None:
+    run = desk.done("turn", *desk.named, "--combine", "round-robin", "--budget", "6", command="select")
+    each = {k: column(run, f"score:{k}") for k in "xyz"}
+    wanted = set[int]()
+    for turn in range(6):
+        scores = each["xyz"[turn % 3]]
+        wanted.add(max((i for i in range(len(POOL)) if i not in wanted), key=lambda i: scores[i]))
+    assert {i for i, v in enumerate(run.scores["verdict"].to_pylist()) if v == "selected"} == wanted
+    turns = round_robin(np.array([[3.0, 1.0], [2.0, 9.0], [np.nan, 0.0], [1.0, 5.0]]))
+    assert turns[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(turns[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--target", "x={x}", "--target", "x={y}"], "two targets are called x"),
+        (["--target", "{x}", "--target", "{y}", "--target-by", "kind"], "it takes one target file, and here are 2"),
+        (["--target-by", "nothing"], "all.jsonl:1: no text in the column nothing"),
+        (["--uncertainty", "2"], "at least 4 groups"),
+        (["--uncertainty", "13"], "the target has 12 pairs"),
+        (["--uncertainty", "4", "--combine", "max"], "only with --combine mean"),
+        (["--damping", "high"], "not one or several numbers above 0"),
+        (["--damping", "0.1,1"], "flat has none to compare"),
+        (["--curvature", "cg", "--save-curvature"], "cg keeps nothing"),
+        (["--curvature-from", "x"], "say which it is with --curvature"),
+        (["--curvature", "diagonal", "--curvature-from", "absent"], "absent: no such file"),
+        (["--curvature-rows", "0"], "must be at least 1"),
+        (["--tokens", "--engine", "reverse"], "does not tell tokens apart"),
+        (["--normalize", "norm", "--engine", "difference"], "has no norms of gradients"),
+        (["--normalize", "norm", "--tokens"], "no engine does both"),
+        (["--rank", "-1"], "must be at least 1"),
+        (["--layers", "adapter"], "give its folder with --adapter"),
+        (["--adapter", "absent"], "absent"),
+        (["--layer-profile", "absent.jsonl"], "absent.jsonl: no such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(desk: Desk, words: list[str], says: str) -> None:
+    filled = [word.format(**desk.targets) for word in words]
+    told = desk.run("refused", *filled)
+    assert told.code == 2 and says in told.err and told.err.count("\n") == 1, told.err
+    assert not (desk.folder / "refused").exists()
+
+
+# ---------------------------------------------------------------- trust in a score
+
+
+def test_scores_along_groups_of_pairs_have_the_score_as_their_mean(desk: Desk) -> None:
+    run = desk.done("groups", "--uncertainty", "4", "--budget", "20%", command="select")
+    groups = np.array(run.scores["score_groups"].to_pylist())
+    assert groups.shape == (30, 4) and apart(groups.mean(1), column(run, "score")) < 1e-5
+    assert np.allclose(column(run, "score_se"), groups.std(1, ddof=1) / 2, rtol=1e-6)
+    assert 0 <= run.manifest["choice"]["stable_share"] <= 1
+    taken = np.array([v == "selected" for v in run.scores["verdict"].to_pylist()])
+    assert stable_share(np.column_stack([np.arange(30.0)] * 4), np.arange(30) >= 24, 0) == 1
+    assert stable_share(groups, taken, 0) == run.manifest["choice"]["stable_share"]
+    noise = np.random.default_rng(0).normal(size=(400, 8))
+    best = np.argsort(-noise.mean(1)) < 20
+    assert stable_share(noise, best, 0) < 0.5
+
+
+def test_the_standard_error_is_that_of_the_mean_over_many_draws() -> None:
+    draw = np.random.default_rng(1)
+    pairs = draw.normal(3.0, 2.0, size=(4000, 40))
+    told = standard_error(pairs.reshape(4000, 8, 5).mean(2), np.full(8, 5.0))
+    assert np.sqrt(np.square(told).mean()) == pytest.approx(2 / np.sqrt(40), rel=0.02)
+    assert pairs.mean(1).std() == pytest.approx(2 / np.sqrt(40), rel=0.03)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_a_tokens_score_is_its_own_derivative_and_belongs_to_the_token_predicted() -> None:
+    model = Tiny()
+    weights = select_weights(model.network, "all")
+    direction, batch = target_gradient(model, weights, pairs_of(6), "prism").direction, batch_of(5, seed=8, left=True)
+    found = forward(model, weights, [direction])(batch)
+    assert found.tokens is not None
+    assert torch.allclose(found.tokens.sum(1), found.values, rtol=1e-10)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    logliks = model.logits(model.hidden(batch)).log_softmax(-1)
+    for b, t in batch.predicted.nonzero().tolist():
+        one = logliks[b, t, batch.tokens[b, t + 1]]
+        moved = torch.autograd.grad(one, list(weights.values()), retain_graph=True, allow_unused=True)
+        exact = sum((g * d).sum() for g, d in zip(moved, direction.values(), strict=True) if g is not None)
+        assert torch.allclose(found.tokens[b, t, 0], torch.as_tensor(exact), rtol=1e-8, atol=1e-12)
+    assert (found.tokens[:, :, 0][~batch.predicted] == 0).all()
+
+
+@pytest.mark.parametrize("engine", ["auto", "difference"])
+def test_token_scores_add_up_to_the_score_and_stand_beside_their_texts(desk: Desk, engine: str) -> None:
+    run = desk.done("tokens", "--tokens", "--engine", engine)
+    plain = desk.done("plain")
+    allowed = 1e-5 if engine == "auto" else 2e-2
+    assert apart(column(run, "score"), column(plain, "score")) < allowed
+    for row, one in zip(run.scores.to_pylist(), POOL, strict=True):
+        assert len(row["token_scores"]) == len(row["token_texts"]) == row["tokens"]
+        assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
+        assert "".join(row["token_texts"]) == f"{one['completion']}</s>"
+    assert run.scores.schema.field("token_scores").type.value_type == "float"
+
+
+# ---------------------------------------------------------------- curvature, rank and norms in a run
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
+def test_a_saved_curvature_gives_the_scores_again(desk: Desk, curvature: str) -> None:
+    words = ["--curvature", curvature, "--curvature-rows", "12"]
+    first = desk.done("first", *words, "--save-curvature", "--damping", "0.1,1,0.1")
+    told = first.manifest["curvature"]
+    assert told["name"] == curvature and told["rows"] == 12 and 0 < told["cosine"][""] < 1
+    again = desk.done("again", "--curvature", curvature, "--curvature-from", first.path)
+    assert apart(column(again, "score"), column(first, "score")) < 1e-6
+    assert apart(column(first, "score_damping_0.1"), column(first, "score")) < 1e-6
+    one = desk.done("one", *words, "--damping", "1")
+    assert apart(column(one, "score"), column(first, "score_damping_1")) < 1e-5
+    flat = desk.done("flat")
+    assert apart(column(flat, "score"), column(first, "score")) > 0.1
+    overlaps = {tuple(each["dampings"]): each["overlap"] for each in first.manifest["choice"]["damping_overlap"]}
+    share = overlap_of_best(column(first, "score"), column(first, "score_damping_1"), 0.05)
+    assert overlaps[("0.1", "1")] == share
+
+
+def test_adams_moments_count_by_name_and_a_missing_one_is_named(desk: Desk) -> None:
+    known = load_file(desk.model / "model.safetensors")
+    moments = {name: torch.full_like(value, 0.5) for name, value in known.items()}
+    file = desk.folder / "adam.safetensors"
+    save_file(moments, file)
+    words = ["--curvature", "diagonal", "--curvature-from", file]
+    even, flat = desk.done("even", *words), desk.done("flat")
+    assert apart(column(even, "score"), column(flat, "score") / 0.55) < 1e-5
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: v for n, v in moments.items() if n != name}, file)
+    told = desk.run("missing", *words)
+    assert told.code == 2 and f"no second moments of {name}" in told.err
+    save_file({**moments, name: moments[name][:3].clone()}, file)
+    assert f"{name} has shape (3, 32)" in desk.run("short", *words).err
+    save_file(moments, file)
+    assert "it holds no --curvature ekfac" in desk.run("other", "--curvature", "ekfac", *words[2:]).err
+
+
+def test_conjugate_gradients_that_stop_early_say_so(desk: Desk) -> None:
+    run = desk.done("cg", "--curvature", "cg", "--curvature-rows", "2", "--damping", "100", "--layers", "last:1")
+    assert run.manifest["curvature"]["residual"] <= 1e-4
+    assert not any("conjugate" in line for line in run.manifest["warnings"])
+
+
+def test_a_lower_rank_says_what_it_keeps(desk: Desk) -> None:
+    whole, low = desk.done("whole"), desk.done("low", "--rank", "4")
+    full = desk.done("full", "--rank", "64")
+    told = low.manifest["rank"]
+    assert told["rank"] == 4 and 0.2 < told["energy_kept"] < 0.999
+    exact = spearmanr(column(whole, "score"), column(low, "score")).statistic
+    assert told["rank_correlation"] == pytest.approx(exact, abs=1e-6)
+    assert full.manifest["rank"]["energy_kept"] == pytest.approx(1) and told["rows"] == 30
+    assert apart(column(full, "score"), column(whole, "score")) < 1e-5
+
+
+def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
+    run = desk.done("norm", "--normalize", "norm", "--budget", "5", command="select")
+    cosine, saved = column(run, "score_cosine"), load_file(run.path / "direction.safetensors")
+    length = norm({name: value for name, value in saved.items() if "/" not in name})
+    assert apart(cosine, column(run, "score") / column(run, "gradient_norm") / length) < 1e-6
+    assert (np.abs(cosine) <= 1).all()
+    taken = [i for i, verdict in enumerate(run.scores["verdict"].to_pylist()) if verdict == "selected"]
+    assert set(taken) == set(np.argsort(-cosine)[:5].tolist())
+    assert set(run.manifest["choice"]["rank_correlation_with_tokens"]) == {"none", "tokens", "norm"}
+    without = desk.done("without")
+    told = prism("select", "--select-from", without.path, "--normalize", "norm", "--out", desk.folder / "again")
+    assert told.code == 2 and "these scores were made without it" in told.err
+
+
+# ---------------------------------------------------------------- layers and adapters in a run
+
+
+def test_the_parts_of_a_score_add_up_to_it(desk: Desk) -> None:
+    words = ["--layer-profile", "pool", "--label-field", "bad"]
+    run = desk.done("layers", *words, command="repair")
+    table = pq.read_table(run.path / "layers.parquet")
+    parts = [name for name in table.column_names if name not in ("row", "label")]
+    assert parts == ["embeddings", *(f"block {i}" for i in range(4)), "norm", "head"]
+    total = np.column_stack([table[name].to_numpy() for name in parts]).sum(1)
+    assert apart(total, column(run, "score")[table["row"].to_numpy()]) < 1e-5
+    assert table["label"].to_pylist() == [row["bad"] for row in POOL]
+    told = run.manifest["layers"]
+    assert told["suggestion"] == told["cuts"][0]["name"] and sum(told["share"].values()) == pytest.approx(1)
+    late = {cut["name"]: cut["auroc"] for cut in told["cuts"]}["all"]
+    assert late == pytest.approx(run.manifest["choice"]["labels"]["auroc_per_token"])
+    held = desk.done("held", "--layer-profile", desk.targets["x"])
+    assert held.manifest["layers"]["rows"] == 8
+
+
+def test_an_exported_adapter_can_be_put_on_the_model_again(desk: Desk) -> None:
+    adapter = desk.folder / "adapter"
+    run = desk.done("export", "--save-adapter", adapter, "--rank", "8")
+    assert 0 < run.manifest["adapter"]["energy_kept"] < 1
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
+    before, merged = run.manifest["target"], desk.done("merged", "--adapter", adapter)
+    assert merged.manifest["target"]["mean_preference"] > before["mean_preference"]
+    assert merged.manifest["fingerprints"]["model"] != run.manifest["fingerprints"]["model"]
+    apart_run = desk.done("apart", "--adapter", adapter, "--layers", "adapter", "--engine", "reverse")
+    names: Any = apart_run.manifest["model"]["counted_weights"]
+    assert names and all("lora_" in name for name in names)
