@@ -1,13 +1,13 @@
 """What sharpens a ranking? Curvature × common part × layers × normalisation × weighting, by two repairs.
 
-    python benchmarks/curvature.py --data DIR        about two hours on two cores; may be stopped, goes on where it was
+    python benchmarks/curvature.py --data DIR        about an hour on one core; may be stopped, goes on where it was
 
 Gemma-3-270M (base), bfloat16, all 18 blocks. TruthfulQA: 80 pairs, the right and the wrong answers of 150 other
-questions; polite and rude: 60 pairs, both answers to 150 other instructions. Which rows are the unwanted answers?
+questions; polite and rude: 60 pairs, both answers to 100 other instructions. Which rows are the unwanted answers?
 
 Choices made here: every row is scored along both halves of the direction of each weighting, damping and curvature,
 block by block, in one pass for each curvature; layers, common part and normalisation follow from these sums, since each
-weight has its own curvature. Curvature is fitted on the pool itself; intervals resample questions.
+weight has its own curvature. Curvature is fitted on 128 rows of the pool; intervals resample questions.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from pairs import BATCH_TOKENS, Study
-from real import WORK, Row, interval, lines, pair, truthful_files
+from real import WORK, Row, lines, pair, truthful_files
 from results_file import figure, write
 
 from prism_select.core.direction import Target, target_gradient
@@ -37,12 +37,12 @@ from prism_select.targeting import as_side
 from prism_select.weights import select_weights
 
 CPU = torch.device("cpu")
+FITTED = 128  # rows of the pool
 WEIGHTINGS = ("prism", "uniform", "hard", "unpaired")
 DAMPINGS: Mapping[str, Sequence[float]] = {
     "flat": (0.0,),
     "diagonal": (0.1, 1.0),
-    "ekfac": (0.03, 0.1, 0.3, 1.0, 3.0),
-    "ekfac, empirical": (0.1, 1.0),
+    "ekfac": (0.1, 1.0),
 }
 LAYERS = {"all blocks": range(18), "late": range(9, 18), "last:12": range(6, 18), "last:6": range(12, 18)}
 COMMON = ("keep", "remove", "remove after")
@@ -57,7 +57,7 @@ def polite_files(data: Path) -> tuple[list[Row], list[Row]]:
     ]
     random.Random(0).shuffle(rows)
     asked = list(dict.fromkeys(row[0] for row in rows))
-    first, rest = set(asked[:60]), set(asked[60:210])
+    first, rest = set(asked[:60]), set(asked[60:160])
     pairs = [pair(*row) for row in rows if row[0] in first][:60]
     made = [pair(*row) for row in rows if row[0] in rest]
     return pairs, [
@@ -144,40 +144,34 @@ def measure(study: Study, task: str, data: Path) -> dict[str, dict[str, np.ndarr
 def fitted(study: Study, rows: Sequence[Encoded], curvature: str) -> Blocks | None:
     if curvature == "flat":
         return None
+    few = random.Random(0).sample(rows, min(FITTED, len(rows)))
     fit = diagonal if curvature == "diagonal" else ekfac
-    seed = None if curvature.endswith("empirical") else 0
-    return fit(study.model, study.weights, [collate([row], CPU) for row in rows], seed)
+    return fit(study.model, study.weights, [collate([row], CPU) for row in few], 0)
 
 
 def scored(
     study: Study, halves: Halves, rows: Sequence[Encoded], part: Mapping[str, int], curvature: str
 ) -> dict[str, np.ndarray]:
-    dampings, fit = DAMPINGS[curvature], fitted(study, rows, curvature)
-    directions, grams = list[Direction](), list[np.ndarray]()
-    for damping in dampings:
-        solved = halves.solved(fit, damping)
-        directions += solved
-        grams.append(halves.grams(solved, part))
-    del fit
+    """Damping by damping, since directions are large."""
+    fit, count = fitted(study, rows, curvature), 1 + max(part.values())
     print("  fitted", flush=True)
-    count = 1 + max(part.values())
-    engine = reverse(
-        study.model,
-        study.weights,
-        [{n: d for n, d in whole.items() if part[n] == block} for whole in directions for block in range(count)],
-    )
-    along = np.zeros((len(rows), len(directions), count))
-    squares = np.zeros((len(rows), along.shape[2]))
-    for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
-        together = collate([rows[i] for i in batch], CPU)
-        along[batch] = engine(together).values.numpy().reshape(len(batch), len(directions), count)
-        if curvature == "flat":
-            squares[batch] = squared_norms(study, together, part)
-    return {
-        "along": along.reshape(len(rows), len(dampings), 3, 2, -1),
-        "grams": np.stack(grams),
-        "squares": squares,
-    }
+    along, grams = list[np.ndarray](), list[np.ndarray]()
+    squares = np.zeros((len(rows), count))
+    for damping in DAMPINGS[curvature]:
+        solved = halves.solved(fit, damping)
+        grams.append(halves.grams(solved, part))
+        split = [{n: d for n, d in whole.items() if part[n] == block} for whole in solved for block in range(count)]
+        engine = reverse(study.model, study.weights, split)
+        del solved, split
+        values = np.zeros((len(rows), 3, 2, count))
+        for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
+            together = collate([rows[i] for i in batch], CPU)
+            values[batch] = engine(together).values.numpy().reshape(len(batch), 3, 2, count)
+            if curvature == "flat":
+                squares[batch] = squared_norms(study, together, part)
+        along.append(values)
+        print(f"  damping {damping}", flush=True)
+    return {"along": np.stack(along, axis=1), "grams": np.stack(grams), "squares": squares}
 
 
 def score_of(found: Mapping[str, Mapping[str, np.ndarray]], way: Mapping[str, Any]) -> np.ndarray:
@@ -197,6 +191,17 @@ def score_of(found: Mapping[str, Mapping[str, np.ndarray]], way: Mapping[str, An
     elif way["normalize"] == "norm":
         score = score / np.sqrt(raw["squares"][:, blocks].sum(1))
     return np.asarray(score)
+
+
+def resampled(score: np.ndarray, bad: np.ndarray, question: np.ndarray) -> tuple[float, float]:
+    """95% percentile bootstrap of the AUROC over questions, 1,000 draws, seed 0."""
+    names, place = np.unique(question, return_inverse=True)
+    wins = (score[bad][:, None] > score[~bad]) + 0.5 * (score[bad][:, None] == score[~bad])
+    of_bad, of_good = (np.eye(len(names))[place[side]] for side in (bad, ~bad))
+    won, draw = of_bad.T @ wins @ of_good, np.random.default_rng(0)
+    times = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), 1000)
+    found = ((times @ won) * times).sum(1) / ((times @ of_bad.sum(0)) * (times @ of_good.sum(0)))
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
 def ways() -> list[Row]:
@@ -236,7 +241,7 @@ def main() -> None:
         for way in ways():
             score = score_of(found, way)
             rows.append({"task": task, **way, "auroc": auroc(score, bad)})
-            ends = interval({"score": score, "bad": bad}, auroc, question)
+            ends = resampled(score, bad, question)
             figures.append(figure(f"{task} repair, {title(way)}", rows[-1]["auroc"], "AUROC", "", ends))
     (WORK / "curvature-rows.json").write_text(json.dumps(rows))
     write("curvature.json", rows, figures)
