@@ -49,7 +49,7 @@ def measurements_page() -> str:
     """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`; of the many of the
     pairs study, a table."""
     lines = (DOCS / "measurements.in.txt").read_text(encoding="utf-8").splitlines()
-    tables = {"{{pairs}}": pairs_table}
+    tables = {"{{pairs}}": pairs_table, "{{curvature}}": curvature_table, "{{lds}}": lds_table}
     return (
         "\n".join(tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x for x in lines) + "\n"
     )
@@ -84,6 +84,78 @@ def pairs_table() -> str:
         )
     summary = [line for line in result["figures"] if "rank correlation" in line["name"] or line["wanted"]]
     return "\n".join([*lines, "", *(told_figure(line) for line in summary)])
+
+
+def curvature_table() -> str:
+    """For each task, AUROC by curvature and layers, with prism weights and the common part kept: summed / per token /
+    cosine; then what the rest changes, as the mean over all these ways."""
+    place = RESULTS / "curvature.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    result = json.loads(place.read_text(encoding="utf-8"))
+    found = result["rows"]
+    layers = list(dict.fromkeys(row["layers"] for row in found))
+    lines = list[str]()
+    for task in dict.fromkeys(row["task"] for row in found):
+        plain = {
+            (r["curvature"], r["damping"], r["layers"], r["normalize"]): r["auroc"]
+            for r in found
+            if r["task"] == task and r["common"] == "keep" and r["weighting"] == "prism"
+        }
+        lines += [f"| {task}: curvature | " + " | ".join(layers) + " |", "|---" * (1 + len(layers)) + "|"]
+        for curvature, damping in dict.fromkeys((c, d) for c, d, _, _ in plain):
+            cells = [
+                " / ".join(f"{plain[curvature, damping, where, how]:.3f}" for how in ("none", "tokens", "norm"))
+                for where in layers
+            ]
+            lines.append(f"| {curvature}{f', damping {damping:g}' if damping else ''} | " + " | ".join(cells) + " |")
+        lines += ["", *(f"- {line}" for line in changes([r for r in found if r["task"] == task])), ""]
+    return "\n".join([*lines, *(told_figure(line) for line in result["figures"] if line["wanted"])])
+
+
+def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What another weighting or no common part does to the AUROC of a way that is otherwise the same."""
+    keys = ("curvature", "damping", "layers", "normalize", "common", "weighting")
+    found = {tuple(row[key] for key in keys): row["auroc"] for row in rows}
+    told = []
+    for name, place, other in (
+        ("uniform", 5, "uniform"),
+        ("hard", 5, "hard"),
+        ("unpaired", 5, "unpaired"),
+        ("common part removed before the curvature", 4, "remove"),
+        ("common part removed after it", 4, "remove after"),
+    ):
+        base = [k for k in found if k[4] == "keep" and k[5] == "prism"]
+        both = [
+            (found[k], found[(*k[:place], other, *k[place + 1 :])])
+            for k in base
+            if (*k[:place], other, *k[place + 1 :]) in found
+        ]
+        if both:
+            moved = [b - a for a, b in both]
+            told.append(f"{name}: {sum(moved) / len(moved):+.3f} on average, {min(moved):+.3f} to {max(moved):+.3f}")
+    return told
+
+
+def lds_table() -> str:
+    """LDS of each curvature in each regime, with what it is more than flat."""
+    place = RESULTS / "lds.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    figures = {line["name"]: line for line in json.loads(place.read_text(encoding="utf-8"))["figures"]}
+    runs = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in figures if name.startswith("LDS, flat")))
+    lines = ["| curvature | " + " | ".join(f"{run}: LDS | more than flat" for run in runs) + " |"]
+    lines.append("|---" * (1 + 2 * len(runs)) + "|")
+    for name in [n for n in figures if n.startswith("LDS, ") and n.endswith(f", {runs[0]}") and "more than" not in n]:
+        way = name.removeprefix("LDS, ").removesuffix(f", {runs[0]}")
+        cells = []
+        for run in runs:
+            more = figures.get(f"LDS, {way}, more than flat, {run}")
+            cells.append(f"{figures[f'LDS, {way}, {run}']['value']:.3f}")
+            ends = "{:+.3f} to {:+.3f}".format(*more["interval"]) if more else ""
+            cells.append(f"{more['value']:+.3f} ({ends})" if more else "")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def told_figure(line: dict[str, Any]) -> str:
