@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rapidfuzz.distance import Indel
 from results_file import RESULTS, figure, write
 
 import prism_select
@@ -160,7 +161,8 @@ def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
 
 
 def remedies(data: Path) -> tuple[list[Row], list[Row]]:
-    """ARC: 80 questions with one wrong choice as pairs; right and wrong answers to 75 others, and 75 of Dolly."""
+    """ARC: 80 questions with one wrong choice as pairs; right and wrong answers to 75 others, and 75 of Dolly. Which
+    pairs are near is told by the similarity of their two answers' letters."""
     draw = random.Random(0)
     quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 200]
     draw.shuffle(quiz)
@@ -170,7 +172,10 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
     def wrong(r: Row) -> str:
         return str(draw.choice([c for i, c in enumerate(r["choices"]) if i != r["answer"]]))
 
-    target = save("arc_one.jsonl", [pair(r["question"], r["choices"][r["answer"]], wrong(r)) for r in quiz[:80]])
+    pairs = [pair(r["question"], r["choices"][r["answer"]], wrong(r)) for r in quiz[:80]]
+    near = sorted(pairs, key=lambda p: -Indel.normalized_similarity(p["chosen"], p["rejected"]))
+    targets = {"": save("arc_one.jsonl", pairs)}
+    targets |= {half: save(f"arc_{half}.jsonl", near[i * 40 :][:40]) for i, half in enumerate(("nearer", "farther"))}
     rows = [(r["question"], r["choices"][r["answer"]], "right") for r in quiz[80:155]]
     rows += [(r["question"], wrong(r), "wrong") for r in quiz[80:155]] + [(*r, "general") for r in general]
     pool = save("arc_pool.jsonl", [{"prompt": asked(q), "completion": said(a), "source": s} for q, a, s in rows])
@@ -179,10 +184,13 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
         "common removed": {"common": "remove"},
         "skip-end": {"skip_end": True},
         "warm-up on 30%": {"warmup": "30%"},
+        "nearer half of the pairs": {"target": targets["nearer"]},
+        "farther half of the pairs": {"target": targets["farther"]},
     }
     kept, figures = [], []
     for title, options in ways.items():
-        done = run("score", f"arc-{title.replace(' ', '-').replace('%', '')}", pool=pool, target=target, **options)
+        name = f"arc-{title.replace(' ', '-').replace('%', '')}"
+        done = run("score", name, pool=pool, **{"target": targets[""], **options})
         scores, source = (done.scores[name].to_numpy(zero_copy_only=False) for name in ("score_per_token", "source"))
         for other in ("wrong", "general"):
             few = (source == "right") | (source == other)
