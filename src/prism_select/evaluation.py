@@ -49,7 +49,7 @@ from prism_select.models import CausalLM
 from prism_select.pipeline import fingerprint_of, load_model
 from prism_select.progress import Progress, Silent
 from prism_select.statistics import paired_interval, rank_correlation
-from prism_select.store import Run, Store
+from prism_select.store import Run, Store, finite
 from prism_select.targeting import as_side, encode_sides
 from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged, train
 
@@ -114,7 +114,7 @@ class Found:
 
     @property
     def gain(self) -> Floats:
-        return np.asarray(GAINS["prism"](torch.from_numpy(self.chosen), torch.from_numpy(self.rejected)).numpy())
+        return np.asarray(GAINS["prism"](torch.tensor(self.chosen), torch.tensor(self.rejected)).numpy())
 
 
 MEASURES: Mapping[str, Callable[[Found], Floats]] = {
@@ -157,7 +157,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
             found.append((lot, there))
             task.advance(1)
     store.write_table("methods.parquet", pa.concat_tables(long_table(lot, before, after) for lot, after in found))
-    told = {
+    everything = {
         "prism_version": version("prism-select"),
         "config": asdict(config),
         "command": past.manifest["command"],
@@ -166,6 +166,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
         "controls": controls,
         "seconds": time.perf_counter() - started,
     }
+    told: dict[str, Any] = finite(everything)
     store.write_json("evaluation.json", told)
     return told
 

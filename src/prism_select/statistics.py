@@ -69,8 +69,8 @@ def stable_share(groups: Floats, chosen: Bools, seed: int) -> float:
 
 def paired_interval(differences: Float[np.ndarray, "seeds pairs"], seed: int, draws: int = 1000) -> tuple[float, float]:
     """95% percentile interval of the mean, by a bootstrap over seeds and pairs at once: both are drawn with
-    replacement, apart from each other (Owen 2007, the pigeonhole bootstrap). With few seeds it is too narrow: by √((S − 1) / S) in
-    what seeds add, and nothing of it with one."""
+    replacement, apart from each other (Owen 2007, the pigeonhole bootstrap). With few seeds it is too narrow: by
+    √((S − 1) / S) in what seeds add, and nothing of it with one."""
     draw, (seeds, pairs) = np.random.default_rng(seed), differences.shape
     by_seed = draw.multinomial(seeds, [1 / seeds] * seeds, draws) @ differences / seeds
     means = (by_seed * draw.multinomial(pairs, [1 / pairs] * pairs, draws)).sum(1) / pairs

@@ -10,6 +10,7 @@ falling to 0), since nothing about this step is ours; a run that was stopped tak
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], course: Course)
         }
         for row in rows
     ]
-    with tempfile.TemporaryDirectory(prefix="prism-training-") as folder:
+    with tempfile.TemporaryDirectory(prefix="prism-training-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names of settings that are about to change
         settings = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=ROWS_A_STEP,
