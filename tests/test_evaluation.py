@@ -36,10 +36,10 @@ BUDGET = 20
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of the demo world, and a complete run of select and of repair."""
     folder = tmp_path_factory.mktemp("evaluation")
-    jsonl(folder / "pool.jsonl", pool(240, 0))
+    jsonl(folder / "pool.jsonl", pool(200, 0))
     jsonl(folder / "mixture.jsonl", mixture(120, 0))
-    jsonl(folder / "target.jsonl", pairs(DEMO_SKILL, 24, 0))
-    jsonl(folder / "held.jsonl", pairs(DEMO_SKILL, 30, 1))
+    jsonl(folder / "target.jsonl", pairs(DEMO_SKILL, 16, 0))
+    jsonl(folder / "held.jsonl", pairs(DEMO_SKILL, 24, 1))
     shared = {"model": str(MODEL), "target": folder / "target.jsonl"}
     prism_select.select(pool=folder / "pool.jsonl", out=folder / "select", budget=str(BUDGET), **shared)  # type: ignore[arg-type]
     prism_select.repair(pool=folder / "mixture.jsonl", out=folder / "repair", remove="15%", **shared)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_every_rival_has_the_supervised_tokens_of_the_choice(place: Path, told: 
     for name in ("random", "length"):
         apart = np.array(methods[name]["tokens"]) - np.array(methods["prism"]["tokens"])
         assert (2 * np.abs(apart) <= tokens.max()).all()
-    assert methods["prism"]["rows"] == [BUDGET] * 2 and methods["everything"]["rows"] == [240] * 2
+    assert methods["prism"]["rows"] == [BUDGET] * 2 and methods["everything"]["rows"] == [200] * 2
     assert methods["length"]["rows"][0] < BUDGET  # longer rows, fewer of them
     assert len(set(methods["random"]["predicted"])) == 2 and len(set(methods["length"]["predicted"])) == 1
 
@@ -136,10 +136,10 @@ def test_a_forecast_is_the_score_per_supervised_token(place: Path, told: dict[st
 
 
 def test_pairs_that_the_run_has_seen_are_left_out(place: Path, told: dict[str, Any]) -> None:
-    seen = {row["prompt"] for row in pairs(DEMO_SKILL, 24, 0)}
-    held = [row for row in pairs(DEMO_SKILL, 30, 1) if row["prompt"] not in seen]
-    assert (told["pairs"], told["pairs_left_out"]) == (len(held), 30 - len(held))
-    assert 0 < len(held) < 30
+    seen = {row["prompt"] for row in pairs(DEMO_SKILL, 16, 0)}
+    held = [row for row in pairs(DEMO_SKILL, 24, 1) if row["prompt"] not in seen]
+    assert (told["pairs"], told["pairs_left_out"]) == (len(held), 24 - len(held))
+    assert 0 < len(held) < 24
 
 
 def test_a_rival_with_the_ranking_of_a_second_choice_is_its_equal(
@@ -152,6 +152,8 @@ def test_a_rival_with_the_ranking_of_a_second_choice_is_its_equal(
     assert found["methods"]["twin"]["rows"] == found["methods"]["prism"]["rows"] == [10]
     assert len(trainings) == 2
     assert found["against"]["twin"]["words"] == "no gain over twin shown: 0 [0, 0]"
+    prism_select.select(select_from=str(place / "select"), out=str(run), budget="10", overwrite=True)
+    assert not (run / "evaluation").exists()
 
 
 def test_repair_trains_on_what_is_kept_and_forecasts_the_wanted_answers(place: Path) -> None:
@@ -199,7 +201,7 @@ def test_what_is_finished_is_not_trained_again(place: Path, tmp_path: Path, trai
 
     def made(**options: Any) -> tuple[int, dict[str, Any]]:
         trainings.clear()
-        found = evaluate(config_of(place, run, **{"against": "random", **options}))
+        found = evaluate(config_of(place, run, **{"against": "random", "steps": 3, **options}))
         return len(trainings), found
 
     first = made()

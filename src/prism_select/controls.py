@@ -62,8 +62,7 @@ class Control:
         return self.at_least <= self.value <= self.at_most
 
     def told(self) -> dict[str, Any]:
-        bounds = {"at_least": self.at_least, "at_most": self.at_most}
-        return {**vars(self), **bounds, "holds": self.holds, "words": self.in_words()}
+        return {**vars(self), "holds": self.holds, "words": self.in_words()}
 
     def in_words(self) -> str:
         low, high = (f"{bound:.2f}" for bound in (self.at_least, self.at_most))
