@@ -42,7 +42,7 @@ LAYERS = [
         "generation",
         "warmup",
     ],
-    ["pipeline", "making"],
+    ["pipeline", "controls", "evaluation", "making"],
     ["api"],
     ["terminal"],
     ["demo.world", "demo.train", "demo.story"],

@@ -1,6 +1,7 @@
 """PRISM: choose fine-tuning data by its influence on a behaviour that pairs of answers show.
 
 select, repair, score      the commands, as functions that return a Run
+evaluate                   does a choice help? the figures of `prism evaluate`
 make_pairs, check_pairs    `prism pairs`: a file of pairs, or what one says
 direction_of, scores       the method on a model and tensors in memory
 """
@@ -9,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_select.api import check_pairs, make_pairs, repair, score, select
+    from prism_select.api import check_pairs, evaluate, make_pairs, repair, score, select
     from prism_select.core.likelihood import Batch
     from prism_select.errors import PrismError
     from prism_select.memory import direction_of, scores
@@ -21,6 +22,7 @@ __all__ = [
     "Run",
     "check_pairs",
     "direction_of",
+    "evaluate",
     "make_pairs",
     "repair",
     "score",
@@ -34,6 +36,7 @@ _HOMES = {
     "Run": "store",
     "check_pairs": "api",
     "direction_of": "memory",
+    "evaluate": "api",
     "make_pairs": "api",
     "repair": "api",
     "score": "api",

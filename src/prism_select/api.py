@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
-from prism_select.config import PairsConfig, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.errors import BadOption
 from prism_select.progress import Progress, Silent
 
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from prism_select.planning import Plan
     from prism_select.store import Run
 
-__all__ = ["check_pairs", "execute", "execute_pairs", "make_pairs", "plan", "repair", "score", "select"]
+__all__ = [
+    "check_pairs",
+    "evaluate",
+    "execute",
+    "execute_evaluation",
+    "execute_pairs",
+    "make_pairs",
+    "plan",
+    "repair",
+    "score",
+    "select",
+]
 
 P = ParamSpec("P")
 
@@ -45,6 +56,18 @@ def execute_pairs(
     if config.check:
         return making.check_pairs(config, progress or Silent())
     return making.make_pairs(config, progress or Silent(), accepts)
+
+
+def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can mend."""
+    from prism_select import evaluation
+
+    return evaluation.evaluate(config, progress or Silent())
+
+
+def evaluate(run: str, holdout: str, **options: Any) -> dict[str, Any]:
+    """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in RUN/evaluation/evaluation.json."""
+    return execute_evaluation(EvaluateConfig(run=run, holdout=holdout, **options))
 
 
 def make_pairs(file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any) -> "Made":

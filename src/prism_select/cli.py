@@ -17,9 +17,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
 
-from prism_select.config import ModelConfig, PairsConfig, RepairConfig, ScoreConfig, SelectConfig, from_toml
+from prism_select.config import EvaluateConfig, Options, PairsConfig, RepairConfig, ScoreConfig, SelectConfig, from_toml
 from prism_select.errors import PrismError
-from prism_select.terminal import Terminal, pairs_summary, printable, summary
+from prism_select.terminal import Terminal, evaluation_summary, failed, pairs_summary, printable, summary
 
 __all__ = ["app", "main"]
 
@@ -45,11 +45,13 @@ def option(name: str, hint: Any, default: Any) -> click.Option:
     )
 
 
-def command(kind: type[ModelConfig]) -> click.Command:
+def command(kind: type[Options]) -> click.Command:
     """`prism score`, say, of ScoreConfig."""
     hints = get_type_hints(kind, include_extras=True)
     params: list[click.Parameter] = [
-        click.Argument(["file"], required=False) if f.name == "file" else option(f.name, hints[f.name], f.default)
+        click.Argument([f.name], required=False)
+        if f.name in ("file", "run")
+        else option(f.name, hints[f.name], f.default)
         for f in fields(kind)
     ]
     params.append(click.Option(["--config"], help="TOML file that sets any option; the command line wins."))
@@ -62,13 +64,17 @@ def command(kind: type[ModelConfig]) -> click.Command:
     return click.Command(kind.command, params=params, callback=call, help=kind.__doc__)
 
 
-def execute_and_tell(config: ModelConfig) -> None:
-    from prism_select.api import execute, execute_pairs
+def execute_and_tell(config: Options) -> None:
+    from prism_select.api import execute, execute_evaluation, execute_pairs
     from prism_select.store import Run
 
     terminal = Terminal()
     if isinstance(config, PairsConfig):
         terminal.table(pairs_summary(config, execute_pairs(config, terminal)))
+        return
+    if isinstance(config, EvaluateConfig):
+        told = execute_evaluation(config, terminal)
+        terminal.table(evaluation_summary(config, told), failed(told))
         return
     assert isinstance(config, ScoreConfig)
     done = execute(config, terminal)
@@ -115,7 +121,7 @@ def demo(out: str) -> None:
     tell(out, Terminal())
 
 
-for config_kind in (ScoreConfig, SelectConfig, RepairConfig, PairsConfig):
+for config_kind in (ScoreConfig, SelectConfig, RepairConfig, EvaluateConfig, PairsConfig):
     app.add_command(command(config_kind))
 
 

@@ -22,7 +22,9 @@ __all__ = [
     "MENDABLE",
     "Amount",
     "Config",
+    "EvaluateConfig",
     "ModelConfig",
+    "Options",
     "PairsConfig",
     "RepairConfig",
     "ScoreConfig",
@@ -62,10 +64,26 @@ class Amount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What it takes to load a model and read pairs with it."""
+class Options:
+    """What every command's options have in common."""
 
     command: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if hint is str:
+                object.__setattr__(self, name, str(getattr(self, name)))
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                known = ", ".join(filter(None, map(str, get_args(hint))))
+                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: unknown; try one of {known}")
+        seed = getattr(self, "seed", 0)
+        if not 0 <= seed < 2**32:
+            raise BadOption(f"--seed {seed}: must be between 0 and {2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Options):
+    """What it takes to load a model and read pairs with it."""
 
     model: Annotated[str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."] = ""
     adapter: Annotated[
@@ -108,19 +126,12 @@ class ModelConfig:
     overwrite: Annotated[bool, "Start afresh where something is already there."] = False
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if hint is str:
-                object.__setattr__(self, name, str(getattr(self, name)))
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                known = ", ".join(filter(None, map(str, get_args(hint))))
-                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: unknown; try one of {known}")
+        super().__post_init__()
         for name in ("batch_tokens", "max_length"):
             if getattr(self, name) < 2:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
-        if not 0 <= self.seed < 2**32:
-            raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
         if self.layers == "adapter" and not self.adapter:
@@ -360,15 +371,56 @@ class PairsConfig(ModelConfig):
         return self.wrong == "favourite"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Options):
+    """Does the choice of a run help? Fine-tune on it and on its rivals, and compare on held-out pairs."""
+
+    command: ClassVar[str] = "evaluate"
+
+    run: Annotated[str, "Folder of a complete select or repair run."] = ""
+    holdout: Annotated[
+        str, "File of pairs, none of which the run has seen: chosen is what you want, rejected what you don't."
+    ] = ""
+    against: Annotated[
+        str,
+        "Rivals, with commas between. In select each fills the same number of supervised tokens, in repair each loses "
+        "as many rows; everything is the whole pool, in as many steps.",
+    ] = "random,length,everything"
+    seeds: Annotated[int, "Trainings of each method: adapter, order of rows and random rows differ."] = 3
+    epochs: Annotated[float, "Passes over the chosen rows; every method takes the steps that these make."] = 3.0
+    steps: Annotated[int, "Steps of 8 rows, in place of --epochs; 0: by --epochs."] = 0
+    rate: Annotated[float, "Learning rate, falling to 0; 0: 2e-4 for LoRA, 2e-5 with --full (TRL's own)."] = 0.0
+    full: Annotated[bool, "Train all weights, in float32, instead of a LoRA adapter of rank 16."] = False
+    seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("run", "holdout", "against"):
+            if not getattr(self, name):
+                raise BadOption(
+                    f"--{name} is missing; prism evaluate --help shows what it needs".replace("--run", "RUN")
+                )
+        for name, least in {"seeds": 1, "steps": 0}.items():
+            if getattr(self, name) < least:
+                raise BadOption(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if not (0 < self.epochs < math.inf and 0 <= self.rate < math.inf):
+            raise BadOption(f"--epochs {self.epochs}, --rate {self.rate}: must be above 0; try 3 and 2e-4")
+
+    @property
+    def rivals(self) -> list[str]:
+        """Each name once."""
+        return list(dict.fromkeys(name.strip() for name in self.against.split(",") if name.strip()))
+
+
 def sides_of(swapped: bool) -> tuple[str, str]:
     """What the target file calls the answers that are aimed at and the others; `repair` swaps them."""
     return ("rejected", "chosen") if swapped else ("chosen", "rejected")
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=Options)
 
 
-def to_toml(config: ModelConfig) -> str:
+def to_toml(config: Options) -> str:
     """Strings, numbers and lists of them read the same in JSON and in TOML."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]

@@ -99,7 +99,7 @@ class Store:
                     "layers.parquet",
                 ):
                     (self.path / name).unlink(missing_ok=True)
-                for name in ("shards", "adapter"):
+                for name in ("shards", "adapter", "evaluation"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
             self.shards.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():

@@ -33,7 +33,7 @@ from prism_select.scoring import Lines
 from prism_select.sketching import Sketcher
 from prism_select.weights import select_weights
 
-__all__ = ["Aim", "Said", "aim_at", "answers", "as_side", "joined"]
+__all__ = ["Aim", "Coded", "Said", "aim_at", "answers", "as_side", "encode_sides", "joined"]
 
 Targets: TypeAlias = Mapping[str, Sequence[Pair]]
 Coded: TypeAlias = tuple[Sequence[Encoded], Sequence[Encoded]]

@@ -6,7 +6,7 @@ a terminal, a plain line every ten seconds where there is none; control characte
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from prism_select.config import PairsConfig, sides_of
+from prism_select.config import EvaluateConfig, PairsConfig, sides_of
 from prism_select.progress import Task
 
-__all__ = ["Terminal", "pairs_summary", "printable", "summary"]
+__all__ = ["Terminal", "evaluation_summary", "failed", "pairs_summary", "printable", "summary"]
 
 QUIET_SECONDS, EVERY_SECONDS = 2.0, 10.0
 
@@ -100,7 +100,7 @@ class Terminal:
         with Bars(*columns, console=self.console, transient=True) as bars:
             yield _Bar(bars, label, total)
 
-    def table(self, rows: Mapping[str, str]) -> None:
+    def table(self, rows: Mapping[str, str], red: Collection[str] = ()) -> None:
         if not self.console.is_terminal:
             width = max(map(len, rows))
             for name, value in rows.items():
@@ -108,7 +108,7 @@ class Terminal:
             return
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
-            table.add_row(escape(name), escape(printable(value)))
+            table.add_row(escape(name), escape(printable(value)), style="red" if name in red else None)
         self.console.print(table, highlight=False)
 
 
@@ -234,3 +234,33 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         rows[f"warning {place + 1}"] = line
     rows["files"] = f"{path}: " + ", ".join(sorted(p.name for p in path.iterdir() if p.is_file()))
     return rows
+
+
+def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[str, str]:
+    """The final table of `prism evaluate`: each method, prism against each rival, the forecast, the controls."""
+    left = f", {told['pairs_left_out']} left out that the run has seen" if told["pairs_left_out"] else ""
+    kind = "all weights" if config.full else "LoRA"
+    rows = {
+        "pairs": f"{told['pairs']} held out{left}",
+        "training": f"{told['steps']} steps at {told['rate']:g}, {kind}, {config.seeds} seeds",
+    }
+    for name, each in told["methods"].items():
+        size = f"; {sum(each['rows']) / len(each['rows']):,.0f} rows" if "rows" in each else ""
+        rows[name] = (
+            f"gain {each['gain']:.4f}, gap {each['gap']:+.4f}, win rate {each['win_rate']:.1%}, log-likelihood of the "
+            f"chosen {each['loglik_chosen']:.4f}{size}"
+        )
+    for place, each in enumerate(told["against"].values()):
+        rows[f"verdict {place + 1}"] = f"prism is {each['words']}" if "no gain" not in each["words"] else each["words"]
+    forecast = told["forecast"]
+    rows["forecast"] = (
+        f"rank correlation {_figure(forecast['rank_correlation'], '+.2f')} between predicted and realised change of "
+        f"the gain, over {forecast['trainings']} trainings"
+    )
+    rows |= {f"control {place + 1}": each["words"] for place, each in enumerate(told["controls"])}
+    return rows | {"time": f"{told['seconds']:.1f} s", "files": f"{config.run}/evaluation"}
+
+
+def failed(told: Mapping[str, Any]) -> set[str]:
+    """The rows of the table that tell a control which failed."""
+    return {f"control {place + 1}" for place, each in enumerate(told["controls"]) if not each["holds"]}

@@ -10,8 +10,10 @@ falling to 0), since nothing about this step is ours; a run that was stopped tak
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,22 @@ from prism_select.data.records import Example
 from prism_select.errors import BadOption, BadRow
 from prism_select.models import CausalLM
 
-__all__ = ["ADAPTER", "drawn", "has_adapter", "merged", "warm_up"]
+__all__ = ["ADAPTER", "RATE", "ROWS_A_STEP", "Course", "drawn", "has_adapter", "merged", "train", "warm_up"]
 
 ADAPTER = "adapter"
 RANK, RATE, ROWS_A_STEP = 16, 2e-4, 8
-_INSTALL = "--warmup needs PEFT and TRL; install PRISM with its extra [train]"
+_INSTALL = "this needs PEFT and TRL; install PRISM with its extra [train]"
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast a training goes: `steps` of `ROWS_A_STEP` rows, or one pass over the rows where 0. The seed
+    draws the adapter and the order of the rows; `full` trains all weights and makes no adapter."""
+
+    seed: int
+    steps: int = 0
+    rate: float = RATE
+    full: bool = False
 
 
 def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, seed: int) -> list[Encoded]:
@@ -56,16 +69,17 @@ def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: in
         raise BadOption("--warmup drew no row of this pool; raise its share")
     folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
     try:
-        adapted = train(model.network, encoder.tokenizer, rows, folder, seed)
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        adapted = train(model.network, encoder.tokenizer, rows, Course(seed))
+        adapted.save_pretrained(str(folder))
         return CausalLM(adapted.merge_and_unload()), folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, seed: int) -> Any:
-    """The network with an adapter, trained on the supervised tokens of `rows`; the adapter is saved in `folder`."""
+def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], course: Course) -> Any:
+    """The network, changed in place, with an adapter on it (or whole), trained on the supervised tokens of `rows`:
+    PEFT's model (or the network itself). Raises BadOption without TRL and PEFT."""
     try:
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig, get_peft_model
@@ -76,8 +90,9 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, s
         raise BadOption(_INSTALL) from None
 
     disable_progress_bars()
-    torch.manual_seed(seed)
-    adapted = get_peft_model(network, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    torch.manual_seed(course.seed)
+    plan = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    learner = network.requires_grad_(True) if course.full else get_peft_model(network, plan)
     coded = [
         {
             "input_ids": list(row.tokens),
@@ -85,25 +100,27 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], folder: Path, s
         }
         for row in rows
     ]
-    settings = SFTConfig(
-        output_dir=str(folder / "training"),
-        per_device_train_batch_size=ROWS_A_STEP,
-        num_train_epochs=1,
-        learning_rate=RATE,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=next(network.parameters()).device.type == "cpu",
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-    )
-    data = Dataset.from_list(coded)
-    trainer = SFTTrainer(model=adapted, args=settings, train_dataset=data, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    adapted.save_pretrained(str(folder))
-    return adapted
+    with tempfile.TemporaryDirectory(prefix="prism-training-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names of settings that are about to change
+        settings = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS_A_STEP,
+            num_train_epochs=1,
+            max_steps=course.steps or -1,
+            learning_rate=course.rate,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            use_cpu=next(network.parameters()).device.type == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=course.seed,
+        )
+        data = Dataset.from_list(coded)
+        trainer = SFTTrainer(model=learner, args=settings, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return learner

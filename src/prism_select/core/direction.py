@@ -24,7 +24,7 @@ from prism_select.core.gains import slopes
 from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
-__all__ = ["Observe", "Side", "Target", "differentiable", "dot", "minus", "norm", "target_gradient"]
+__all__ = ["Observe", "Side", "Target", "differentiable", "dot", "minus", "norm", "pair_logliks", "target_gradient"]
 
 Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
 
@@ -86,7 +86,7 @@ def differentiable(weights: Weights) -> Iterator[None]:
             weight.grad = None
 
 
-def _mean_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
+def pair_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
     means = torch.cat([mean_logliks(model, batch) for batch in side.batches])
     return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
@@ -104,7 +104,7 @@ def target_gradient(
     `observe(side, pairs)` is told, before each backward pass, which pairs its rows are; what it returns is told which
     row each gradient belongs to. Memory: two copies of the weights in float32.
     """
-    means = [_mean_logliks(model, side) for side in sides]
+    means = [pair_logliks(model, side) for side in sides]
     slope = slopes(weighting, means[0], means[1], anchor)
     up, down = (
         {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}

@@ -1,0 +1,322 @@
+"""Evaluation: equal budgets, honest intervals, nothing trained twice, and controls that fail when they should."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import jsonl, prism
+from numpy.typing import NDArray
+
+import prism_select
+from prism_select import controls, evaluation
+from prism_select.config import EvaluateConfig
+from prism_select.data.batches import Encoded, Encoder
+from prism_select.data.records import Example, Turn
+from prism_select.demo.story import MODEL
+from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
+from prism_select.errors import BadOption
+from prism_select.evaluation import evaluate, filled, in_words, retrained
+from prism_select.models import load
+from prism_select.statistics import paired_interval
+from prism_select.store import Run
+from prism_select.targeting import as_side
+from prism_select.warmup import Course
+
+BUDGET = 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of the demo world, and a complete run of select and of repair."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    jsonl(folder / "pool.jsonl", pool(200, 0))
+    jsonl(folder / "mixture.jsonl", mixture(120, 0))
+    jsonl(folder / "target.jsonl", pairs(DEMO_SKILL, 16, 0))
+    jsonl(folder / "held.jsonl", pairs(DEMO_SKILL, 24, 1))
+    shared = {"model": str(MODEL), "target": folder / "target.jsonl"}
+    prism_select.select(pool=folder / "pool.jsonl", out=folder / "select", budget=str(BUDGET), **shared)  # type: ignore[arg-type]
+    prism_select.repair(pool=folder / "mixture.jsonl", out=folder / "repair", remove="15%", **shared)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SAMPLED", 100)
+    monkeypatch.setattr(controls, "DRAWS", 4)
+
+
+def config_of(place: Path, run: Path | None = None, **options: Any) -> EvaluateConfig:
+    short: dict[str, Any] = {"seeds": 2, "steps": 2, "against": "random,length"}
+    return EvaluateConfig(run=str(run or place / "select"), holdout=str(place / "held.jsonl"), **{**short, **options})
+
+
+@pytest.fixture(scope="module")
+def told(place: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        few.__wrapped__(patch)  # type: ignore[attr-defined]
+        return evaluate(config_of(place, against="random,length,everything", steps=10, rate=2e-3))
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
+    """Those that were made."""
+    made: list[Course] = []
+
+    def counted(*args: Any) -> Any:
+        made.append(args[3])
+        return retrained(*args)
+
+    monkeypatch.setattr(evaluation, "retrained", counted)
+    monkeypatch.setattr(evaluation, "run_controls", lambda *_: [])
+    return made
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def test_the_choice_beats_random_and_the_whole_pool_on_held_out_pairs(told: dict[str, Any]) -> None:
+    for rival in ("random", "everything", "none"):
+        assert told["against"][rival]["gain"]["low"] > 0
+        assert told["against"][rival]["words"].startswith("better than ")
+    assert told["forecast"]["rank_correlation"] > 0.5 and told["forecast"]["trainings"] == 8
+
+
+def test_every_rival_has_the_supervised_tokens_of_the_choice(place: Path, told: dict[str, Any]) -> None:
+    tokens = np.array(Run(place / "select").scores["tokens"].to_pylist())
+    methods = told["methods"]
+    for name in ("random", "length"):
+        apart = np.array(methods[name]["tokens"]) - np.array(methods["prism"]["tokens"])
+        assert (2 * np.abs(apart) <= tokens.max()).all()
+    assert methods["prism"]["rows"] == [BUDGET] * 2 and methods["everything"]["rows"] == [200] * 2
+    assert methods["length"]["rows"][0] < BUDGET  # longer rows, fewer of them
+    assert len(set(methods["random"]["predicted"])) == 2 and len(set(methods["length"]["predicted"])) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_is_missed_by_half_a_row_at_most(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(1, 50, 40)
+    budget = int(draw.integers(50, tokens.sum()))
+    assert 2 * abs(tokens[: filled(tokens, budget)].sum() - budget) <= 50
+
+
+def test_figures_follow_from_the_table_of_pairs(place: Path, told: dict[str, Any]) -> None:
+    table = pq.read_table(place / "select" / "evaluation" / "methods.parquet").to_pylist()
+    assert len(table) == 4 * 2 * told["pairs"]
+
+    def softplus(name: str, column: str) -> NDArray[np.float64]:
+        gaps = [row[column] for row in table if row["method"] == name]
+        return np.asarray(np.logaddexp(0, np.array(gaps).reshape(2, -1)))
+
+    assert told["methods"]["none"]["gain"] == pytest.approx(softplus("prism", "gap_before").mean())
+    for name in ("prism", "random"):
+        rows = [row for row in table if row["method"] == name]
+        each = told["methods"][name]
+        assert each["win_rate"] == pytest.approx(np.mean([row["gap"] > 0 for row in rows]))
+        assert each["loglik_chosen"] == pytest.approx(np.mean([row["loglik_chosen"] for row in rows]))
+        gains = softplus(name, "gap").mean(1) - softplus(name, "gap_before").mean(1)
+        assert each["realised"] == pytest.approx(gains.tolist())
+    apart = softplus("prism", "gap") - softplus("random", "gap")
+    found = told["against"]["random"]["gain"]
+    assert found["difference"] == pytest.approx(apart.mean())
+    assert (found["low"], found["high"]) == pytest.approx(paired_interval(apart, 0))
+
+
+def test_a_forecast_is_the_score_per_supervised_token(place: Path, told: dict[str, Any]) -> None:
+    rows = [row for row in Run(place / "select").scores.to_pylist() if row["verdict"] == "selected"]
+    wanted = sum(row["score"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert told["methods"]["prism"]["predicted"] == pytest.approx([wanted] * 2)
+
+
+def test_pairs_that_the_run_has_seen_are_left_out(place: Path, told: dict[str, Any]) -> None:
+    seen = {row["prompt"] for row in pairs(DEMO_SKILL, 16, 0)}
+    held = [row for row in pairs(DEMO_SKILL, 24, 1) if row["prompt"] not in seen]
+    assert (told["pairs"], told["pairs_left_out"]) == (len(held), 24 - len(held))
+    assert 0 < len(held) < 24
+
+
+def test_a_rival_with_the_ranking_of_a_second_choice_is_its_equal(
+    place: Path, tmp_path: Path, trainings: list[Course]
+) -> None:
+    run = tmp_path / "again"
+    prism_select.select(select_from=str(place / "select"), out=str(run), budget="10")
+    twin = np.array(Run(run).scores["score"].to_pylist())
+    found = evaluate(config_of(place, run, against="twin", seeds=1), rivals={"twin": twin})
+    assert found["methods"]["twin"]["rows"] == found["methods"]["prism"]["rows"] == [10]
+    assert len(trainings) == 2
+    assert found["against"]["twin"]["words"] == "no gain over twin shown: 0 [0, 0]"
+    prism_select.select(select_from=str(place / "select"), out=str(run), budget="10", overwrite=True)
+    assert not (run / "evaluation").exists()
+
+
+def test_repair_trains_on_what_is_kept_and_forecasts_the_wanted_answers(place: Path) -> None:
+    found = evaluate(config_of(place, place / "repair", against="random,everything", steps=20, rate=1e-3, seeds=1))
+    methods = found["methods"]
+    assert methods["prism"]["rows"] == methods["random"]["rows"] == [102]
+    assert methods["everything"]["rows"] == [120]
+    assert methods["prism"]["predicted"][0] > max(methods["random"]["predicted"])
+    assert found["against"]["everything"]["gain"]["difference"] > 0
+    assert all(each["holds"] for each in found["controls"]), [each["words"] for each in found["controls"]]
+
+
+# ---------------------------------------------------------------- intervals and words
+
+
+@pytest.mark.parametrize("seeds", [1, 40])
+def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
+    """Differences that are a seed's part plus a pair's part have the variance of both means, added."""
+    draw = np.random.default_rng(0)
+    by_seed, by_pair = draw.normal(0, 1, (seeds, 1)), draw.normal(0.3, 2, (1, 200))
+    low, high = paired_interval(by_seed + by_pair, 0, 20_000)
+    spread = np.sqrt(by_seed.var() / seeds + by_pair.var() / 200)
+    mean = (by_seed + by_pair).mean()
+    assert [low, high] == pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.05 * spread)
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ((0.041, 0.012, 0.070), "better than random by 0.041 [0.012, 0.07]"),
+        ((-0.041, -0.07, -0.012), "worse than random by 0.041 [0.012, 0.07]"),
+        ((0.003, -0.02, 0.03), "no gain over random shown: 0.003 [-0.02, 0.03]"),
+        ((0.003, 0.0, 0.03), "no gain over random shown: 0.003 [0, 0.03]"),
+    ],
+)
+def test_a_verdict_claims_only_what_its_interval_shows(figures: tuple[float, ...], words: str) -> None:
+    assert in_words("random", dict(zip(("difference", "low", "high"), figures, strict=True))) == words
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_what_is_finished_is_not_trained_again(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+
+    def made(**options: Any) -> tuple[int, dict[str, Any]]:
+        trainings.clear()
+        found = evaluate(config_of(place, run, **{"against": "random", "steps": 3, **options}))
+        return len(trainings), found
+
+    first = made()
+    assert first[0] == 4
+    again = made()
+    assert again[0] == 0 and again[1]["methods"] == first[1]["methods"]
+    (run / "evaluation" / "retrained" / "random-1.parquet").unlink()
+    assert made()[0] == 1
+    assert made(seeds=1, against="random,length")[0] == 1
+    assert made(steps=1, seeds=1)[0] == 2
+    assert not list((run / "evaluation").rglob("*.part"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
+    model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
+    encoder = Encoder(tokenizer, "auto", 64)
+
+    def example(prompt: str, answer: str) -> Example:
+        return Example((Turn("user", prompt), Turn("assistant", answer)), "", "", "", 1)
+
+    rows = [encoder.encode(example(row["prompt"], row["completion"])) for row in pool(16, 0)]
+    asked = pairs(DEMO_SKILL, 4, 0)
+    sides = [
+        as_side([encoder.encode(example(p["prompt"], p[side])) for p in asked], 512, model.device)
+        for side in ("chosen", "rejected")
+    ]
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    first, again, longer = (retrained(model, encoder, rows, Course(0, steps, 1e-3, full), sides) for steps in (1, 1, 3))
+    after = model.network.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(weight.requires_grad for weight in model.network.parameters())
+    assert first.chosen.tolist() == again.chosen.tolist() != longer.chosen.tolist()
+
+
+# ---------------------------------------------------------------- controls
+
+
+def spoilt(place: Path, folder: Path, scores: NDArray[np.float64]) -> dict[str, Any]:
+    """The controls of a run whose scores are others, by name."""
+    run = shutil.copytree(place / "select", folder / "run", ignore=shutil.ignore_patterns("evaluation"))
+    table = pq.read_table(run / "scores.parquet")
+    column = table.column_names.index("score")
+    pq.write_table(table.set_column(column, "score", pa.array(scores)), run / "scores.parquet")
+    found = evaluate(config_of(place, run, steps=1, seeds=1, against="random"))
+    assert json.loads((run / "evaluation" / "evaluation.json").read_text()) == found
+    return {each["name"]: each for each in found["controls"]}
+
+
+def test_the_controls_of_an_honest_run_hold(told: dict[str, Any]) -> None:
+    assert len(told["controls"]) == 7
+    assert all(each["holds"] for each in told["controls"]), [each["words"] for each in told["controls"]]
+
+
+def test_a_broken_sign_is_reported(place: Path, tmp_path: Path) -> None:
+    scores = Run(place / "select").scores
+    found = spoilt(place, tmp_path, -np.array(scores["score"].to_pylist()))
+    broken = {name for name, each in found.items() if not each["holds"]}
+    turned = {"scored again", "swapped pairs, weighted alike", "swapped pairs, weighted by prism", "resampled pairs"}
+    assert broken == turned
+    assert all("FAILED" in found[name]["words"] for name in broken)
+    assert found["scored again"]["value"] == pytest.approx(-1, abs=0.01)
+
+
+def test_scores_that_are_lengths_are_reported(place: Path, tmp_path: Path) -> None:
+    tokens = np.array(Run(place / "select").scores["tokens"].to_pylist(), dtype=float)
+    found = spoilt(place, tmp_path, tokens)
+    assert not found["length"]["holds"] and found["length"]["value"] == pytest.approx(1)
+    assert not found["scored again"]["holds"] and not found["swapped pairs, weighted alike"]["holds"]
+
+
+def test_half_of_the_pairs_is_swapped() -> None:
+    sides = [[Encoded([side, pair], [False, True], False) for pair in range(6)] for side in (0, 1)]
+    changed = controls.half_swapped((sides[0], sides[1]), random.Random(0))
+    assert sum(row.tokens[0] for row in changed[0]) == 3
+    for pair, (one, other) in enumerate(zip(*changed, strict=True)):
+        assert {tuple(one.tokens), tuple(other.tokens)} == {(0, pair), (1, pair)}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_tells_verdicts_and_controls(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run")
+    done = prism("evaluate", run, "--holdout", place / "held.jsonl", "--seeds", 1, "--steps", 1, "--against", "random")
+    assert done.code == 0, done.err
+    assert "over random shown" in done.out or "than random by" in done.out
+    assert "no training" in done.out and "scored again holds" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--against", "luck"), "--against luck: unknown; try some of random, length, everything"),
+        (("--seeds", 0), "--seeds 0: must be at least 1"),
+        (("--epochs", 0), "must be above 0"),
+        (("--holdout", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused(place: Path, words: tuple[object, ...], said: str) -> None:
+    done = prism("evaluate", place / "select", "--holdout", place / "held.jsonl", *words)
+    assert done.code == 2 and said in done.err
+
+
+def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match="no complete run"):
+        evaluate(config_of(place, tmp_path / "none"))
+    with pytest.raises(BadOption, match="in the run's target"):
+        evaluate(EvaluateConfig(run=str(place / "select"), holdout=str(place / "target.jsonl")))
+    run = shutil.copytree(place / "select", tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    for change, said in (
+        ({"command": "score"}, "has chosen nothing"),
+        ({"fingerprints": {"pool": "x"}}, "has changed"),
+    ):
+        (run / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(BadOption, match=said):
+            evaluate(config_of(place, run))
