@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prism_select.config import ModelConfig, PairsConfig, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import EvaluateConfig, Options, PairsConfig, RepairConfig, ScoreConfig, SelectConfig
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -19,14 +19,14 @@ def values(kind: Any) -> str:
     return {str: "text", int: "a number", float: "a number", bool: "a flag", Sequence[str]: "text, several"}[kind]
 
 
-def table(kind: type[ModelConfig], without: set[str]) -> list[str]:
+def table(kind: type[Options], without: set[str]) -> list[str]:
     hints = get_type_hints(kind, include_extras=True)
     lines = ["| option | values | default | |", "|---|---|---|---|"]
     for field in fields(kind):
         if field.name not in without:
             value, text = get_args(hints[field.name])[:2]
             default = f"`{field.default}`" if field.default not in ("", ()) and field.default is not False else ""
-            option = "FILE" if field.name == "file" else f"--{field.name.replace('_', '-')}"
+            option = {"file": "FILE", "run": "RUN"}.get(field.name) or f"--{field.name.replace('_', '-')}"
             lines.append(f"| `{option}` | {values(value)} | {default} | {text} |")
     return lines
 
@@ -39,6 +39,7 @@ def options_page() -> str:
         ("prism select", SelectConfig, shared),
         ("prism repair", RepairConfig, shared),
         ("prism pairs", PairsConfig, set[str]()),
+        ("prism evaluate", EvaluateConfig, set[str]()),
     ):
         parts += [f"## {title}", "", *table(kind, without), ""]
     parts += ["## prism demo", "", "`--out` is the folder that it writes, `prism-demo` unless given.", ""]

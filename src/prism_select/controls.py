@@ -12,7 +12,8 @@
 Choices made here: overlap is asked to be a third of the way from chance to the whole, since rows of nearly equal scores
 change places at no cost. Swapped pairs weigh otherwise than the pairs as they are (π becomes 1 − π), so chance is asked
 for where pairs weigh alike. Chance is a mean of `DRAWS` draws, since one alone spread by 0.35 on the demo's rows, whose
-gradients share a large part. A direction is never cut to a rank here, and of several targets the mean counts.
+gradients share a large part. The bounds of chance and of overlap were set after a look at the demo's runs. A direction
+is never cut to a rank here, and of several targets the mean counts.
 """
 
 import random
