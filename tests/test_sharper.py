@@ -121,6 +121,20 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
     assert turns[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(turns[2])
 
 
+def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> None:
+    draw = ["one two three", "one two tree", "seven", "one two three four", "no", "one too three"]
+    rows = [{"prompt": f"{i}?", "chosen": "one two three!", "rejected": text} for i, text in enumerate(draw)]
+    every, few = (
+        jsonl(desk.folder / f"{n}.jsonl", kept) for n, kept in (("every", rows), ("few", rows[:2] + rows[5:]))
+    )
+    half = desk.done("half", "--target", every, "--nearest", "50%")
+    filtered = desk.done("filtered", "--target", few)
+    assert half.pairs["line"].to_pylist() == [1, 2, 6] and half.manifest["target"]["pairs"] == 3
+    assert (column(half, "score") == column(filtered, "score")).all()
+    told = desk.run("wrong", "--nearest", "0%")
+    assert told.code == 2 and "not a share of the pairs; try 50%" in told.err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

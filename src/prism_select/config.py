@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 SETTLED = frozenset(  # what a saved direction has in it
-    {"anchor", "combine", "common", "curvature", "curvature_from", "damping", "layers", "save_curvature", "target_by"}
-    | {"uncertainty", "warmup", "weighting"}
+    {"anchor", "combine", "common", "curvature", "curvature_from", "damping", "layers", "nearest", "target_by"}
+    | {"save_curvature", "uncertainty", "warmup", "weighting"}
 )
 MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
 
@@ -61,6 +61,12 @@ class Amount:
         raise BadOption(
             f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
         )
+
+
+def _share(text: str) -> float:
+    """Of 5%, 0.05; NaN for what is no share."""
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
+    return float(found[1]) / 100 if found else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,10 @@ class ModelConfig(Options):
     common: Annotated[
         Literal["keep", "remove"], "What both answers of the pairs share: keep it in the direction, or take it out."
     ] = "keep"
+    nearest: Annotated[
+        str,
+        "Take only this share of the pairs of each target: those whose two answers are most alike, letter by letter.",
+    ] = "100%"
     skip_end: Annotated[bool, "Leave end-of-turn tokens out, of pairs and of rows, for models that never stop."] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
@@ -132,6 +142,8 @@ class ModelConfig(Options):
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
+        if not 0 < _share(self.nearest) <= 1:
+            raise BadOption(f"--nearest {self.nearest}: not a share of the pairs; try 50%")
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
         if self.layers == "adapter" and not self.adapter:
@@ -142,8 +154,11 @@ class ModelConfig(Options):
     @property
     def allowed_bad(self) -> float:
         """Share of the rows that may be bad; NaN where `max_bad` is no share."""
-        found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", self.max_bad.strip())
-        return float(found[1]) / 100 if found else math.nan
+        return _share(self.max_bad)
+
+    @property
+    def nearest_share(self) -> float:
+        return _share(self.nearest)
 
 
 @dataclass(frozen=True, kw_only=True)

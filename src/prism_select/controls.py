@@ -33,6 +33,7 @@ from prism_select.core.direction import norm, target_gradient
 from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.pairing import most_alike
 from prism_select.data.records import Pair
 from prism_select.models import CausalLM
 from prism_select.preconditioning import sharpened
@@ -96,7 +97,8 @@ def run_controls(
     controls = [Control("length", "rank correlation with tokens", by_length, -0.7, 0.7)]
     if not targets:
         return controls
-    pairs = {name: encode_sides(each, loaded[1]) for name, each in targets.items()}
+    kept = {name: most_alike(each, config.nearest_share) for name, each in targets.items()}
+    pairs = {name: encode_sides(each, loaded[1]) for name, each in kept.items()}
     found: dict[str, list[Floats]] = {}
     with progress.task("controls", None):
         for name, scores in scores_of(config, loaded[0], pairs, sample.rows, progress):

@@ -24,6 +24,7 @@ from prism_select.config import ModelConfig, ScoreConfig
 from prism_select.core.direction import Observe, Side, Target, dot, minus, norm, target_gradient
 from prism_select.core.layers import Direction, Weights
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.pairing import most_alike
 from prism_select.data.records import Pair
 from prism_select.diagnosis import Diagnosis, diagnose
 from prism_select.errors import BadOption, BadRow, NotFinite
@@ -71,6 +72,8 @@ def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, targets: Targ
     weights = select_weights(model.network, config.layers)
     numbers = sum(weight.numel() for weight in weights.values())
     progress.say(f"counted: {len(weights)} weights, {numbers:,} numbers ({config.layers})")
+    if config.nearest_share < 1:
+        targets = {name: most_alike(pairs, config.nearest_share) for name, pairs in targets.items()}
     coded = {name: encode_sides(pairs, encoder) for name, pairs in targets.items()}
     parts = {name: groups_of(config, name, len(pairs)) for name, pairs in targets.items()}
     count = sum(map(len, targets.values()))

@@ -15,12 +15,22 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import Indel, Levenshtein
 
-from prism_select.data.records import Example, Turn
+from prism_select.data.records import Example, Pair, Turn
 from prism_select.errors import BadOption
 
-__all__ = ["Accepts", "NoPair", "accepts_by", "change_numbers", "final_number", "nearest", "other_answers", "parts_of"]
+__all__ = [
+    "Accepts",
+    "NoPair",
+    "accepts_by",
+    "change_numbers",
+    "final_number",
+    "most_alike",
+    "nearest",
+    "other_answers",
+    "parts_of",
+]
 
 Accepts: TypeAlias = Callable[[str, str], bool]
 _DIGITS = re.compile(r"[0-9]+")
@@ -111,6 +121,19 @@ def nearest(chosen: str, refused: Sequence[str]) -> str:
     if not others:
         raise NoPair("the check refused none of the answers")
     return min(others, key=lambda answer: Levenshtein.distance(chosen, answer))
+
+
+def most_alike(pairs: Sequence[Pair], share: float) -> list[Pair]:
+    """This share of the pairs, at least one, whose two answers have the most letters in common, in their own order.
+    Similarity: 1 − insertions and deletions / letters of both (Indel, as rapidfuzz normalises it)."""
+    texts = [[_said(side) for side in (pair.chosen, pair.rejected)] for pair in pairs]
+    likeness = [Indel.normalized_similarity(*both) for both in texts]
+    best = sorted(range(len(pairs)), key=lambda place: -likeness[place])[: max(1, round(share * len(pairs)))]
+    return [pairs[place] for place in sorted(best)]
+
+
+def _said(example: Example) -> str:
+    return "\n".join(turn.text for turn in example.turns[example.prompt_turns :])
 
 
 def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
