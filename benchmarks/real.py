@@ -72,7 +72,7 @@ def said(answer: str) -> str:
 def run(command: str, name: str, **options: Any) -> prism_select.Run:
     shared: Row = dict(model=str(model()), out=str(WORK / name), layers="late", dtype="bfloat16", max_length=256)
     verb = prism_select.repair if command == "repair" else prism_select.score
-    return verb(**shared, **options)
+    return verb(**{**shared, **options})
 
 
 def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarray) -> tuple[float, float]:
@@ -200,6 +200,36 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
     return kept, figures
 
 
+def polite(data: Path) -> tuple[list[Row], list[Row]]:
+    """The way that was best in curvature.py, on instructions that took no part there: 60 pairs, both answers to 80
+    others."""
+    rows = [
+        (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
+        for r in lines(data / "polite_rude_pairs.json")
+        if r["chosen"].strip() != r["rejected"].strip()
+    ]
+    random.Random(0).shuffle(rows)
+    known = list(dict.fromkeys(row[0] for row in rows))
+    target = save("polite2_pairs.jsonl", [pair(*row) for row in rows if row[0] in set(known[160:220])][:60])
+    made = [pair(*row) for row in rows if row[0] in set(known[220:300])]
+    both = [(r, side) for r in made for side in ("chosen", "rejected")]
+    pool = save(
+        "polite2_pool.jsonl",
+        [{"prompt": r["prompt"], "completion": r[side], "is_bad": side == "rejected"} for r, side in both],
+    )
+    bad, question = np.array([side == "rejected" for _, side in both]), np.array([r["prompt"] for r, _ in both])
+    kept, figures = [], []
+    for weighting, bar in (("uniform", "≥ 0.75"), ("prism", "")):
+        options: Row = {"weighting": weighting, "curvature": "ekfac", "curvature_rows": 128, "layers": "last:6"}
+        done = run("repair", f"polite2-{weighting}", pool=pool, target=target, label_field="is_bad", **options)
+        scores = done.scores["score"].to_numpy()
+        ends = interval({"scores": scores, "bad": bad}, auroc, question)
+        line = f"polite/rude repair, ekfac, last:6, {weighting}, summed, instructions of its own"
+        figures.append(figure(line, auroc(scores, bad), "AUROC", bar, ends))
+        kept.append({"scenario": "polite", "weighting": weighting, "manifest": short(done.manifest)})
+    return kept, figures
+
+
 def pair(question: str, chosen: str, rejected: str) -> Row:
     return {"prompt": asked(question), "chosen": said(chosen), "rejected": said(rejected)}
 
@@ -247,6 +277,7 @@ STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
     "truthfulqa": partial(truthfulqa, FLAT),
     "truthfulqa-ekfac": partial(truthfulqa, EKFAC),
     "remedies": remedies,
+    "polite": polite,
     "near-miss": partial(gsm8k, "near-miss"),
     "two-models": partial(gsm8k, "two-models"),
 }
