@@ -34,6 +34,7 @@ LAYERS = [
         "choice",
         "scoring",
         "targeting",
+        "baselines",
         "saving",
         "preconditioning",
         "anatomy",

@@ -1,0 +1,317 @@
+"""Every rival against its definition, written out once more: slow, row by row, from the model's own output."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATML, build_network, build_tokenizer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prism_select.baselines import RIVALS, TEXT_RIVALS, Material, Texts
+from prism_select.config import Amount
+from prism_select.core.likelihood import Batch
+from prism_select.data.batches import Encoded, Encoder
+from prism_select.data.records import Example, Turn
+from prism_select.models import CausalLM
+from prism_select.selection import Rules, choose
+from prism_select.weights import select_weights
+
+ROWS = [
+    ("What is the capital of France?", "Paris"),
+    ("And that of Italy?", "Rome, thank you very much"),
+    ("Two plus three?", "It makes five; two plus three makes five."),
+    ("Please answer with a polite word", "No way, go away"),
+    ("Boil water", "At a hundred degrees water boils, and then it boils and boils and boils away."),
+    ("Say it", "way"),
+    ("Who are you, and what do you do for us all day long in Rome?", "An assistant"),
+    ("system", "user assistant user"),
+    ("Count", "one two three four five"),
+]
+PAIRS = [
+    ("The capital of Italy?", "Rome", "Paris, I think, or no"),
+    ("Three plus two?", "It makes five.", "Go away"),
+    ("A polite word, please", "Thank you very much!", "No"),
+]
+
+
+def said(prompt: str, answer: str) -> Example:
+    turns = (Turn("user", prompt), Turn("assistant", answer))
+    return Example(turns if prompt else turns[1:], "", "", "rows.jsonl", 1, prompt_turns=1 if prompt else 0)
+
+
+@cache
+def encoder_of(chat: bool) -> Encoder:
+    return Encoder(build_tokenizer(CHATML if chat else None), "auto", 64)
+
+
+@cache
+def material_of(chat: bool = False, layers: str = "all") -> Material:
+    """Batches of a few rows, so that the order of the pool has to be found again."""
+    encoder = encoder_of(chat)
+    model = CausalLM(build_network(len(encoder.tokenizer)))
+    rows = [encoder.encode(said(*row)) for row in ROWS]
+    return Material(
+        texts=[f"{prompt}\n{answer}" for prompt, answer in ROWS],
+        sources=["a", "b", "b"] * 3,
+        tokens=np.array([row.targets for row in rows]),
+        wanted=[f"{prompt}\n{chosen}" for prompt, chosen, _ in PAIRS],
+        model=model,
+        weights=select_weights(model.network, layers),
+        rows=rows,
+        pairs=(
+            [encoder.encode(said(prompt, chosen)) for prompt, chosen, _ in PAIRS],
+            [encoder.encode(said(prompt, rejected)) for prompt, _, rejected in PAIRS],
+        ),
+        prefix=encoder.prefix,
+        batch_tokens=100,
+    )
+
+
+def logliks(material: Material, row: Encoded) -> Tensor:
+    """Of each supervised token that has a context, by the network alone."""
+    network: Any = material.model.network
+    tokens = torch.tensor([row.tokens])
+    found = network(input_ids=tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    return torch.as_tensor(found[torch.tensor(row.supervised[1:])])
+
+
+def loss(material: Material, row: Encoded) -> float:
+    with torch.no_grad():
+        return -float(logliks(material, row).double().mean())
+
+
+def gradient(material: Material, row: Encoded, mean: bool = False) -> Tensor:
+    """∇loglik of one row, or ∇mean_loglik, as one long vector."""
+    weights = list(material.weights.values())
+    for weight in weights:
+        weight.requires_grad_(True)
+    found = logliks(material, row)
+    parts = torch.autograd.grad(found.mean() if mean else found.sum(), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+def close(found: NDArray[np.float64], wanted: Sequence[float]) -> bool:
+    exact = np.array(wanted)
+    return bool(np.abs(found - exact).max() < 1e-4 * np.abs(exact).max())
+
+
+def taken(numbers: NDArray[np.float64], rows: int) -> list[int]:
+    count = len(numbers)
+    verdicts = choose(numbers, np.ones(count, dtype=np.int64), [""] * count, Rules(Amount("rows", rows)), rows)
+    return [row for row, verdict in enumerate(verdicts) if verdict == "taken"]
+
+
+def texts_of(texts: Sequence[str], wanted: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()) -> Texts:
+    tokens = np.array([len(text) for text in texts])
+    return Texts(texts=texts, sources=sources or [""] * len(texts), tokens=tokens, wanted=wanted, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["random", "random-by-source"])
+def test_random_rows_are_those_of_the_seed(name: str) -> None:
+    one, same, other = (TEXT_RIVALS[name](texts_of(["x"] * 50, seed=seed)) for seed in (1, 1, 2))
+    assert (one == same).all() and len(set(one)) == 50
+    assert taken(one, 10) != taken(other, 10)
+
+
+def test_random_by_source_takes_the_same_share_of_every_source_at_any_budget() -> None:
+    sources = ["a"] * 60 + ["b"] * 25 + ["c"] * 5
+    numbers = TEXT_RIVALS["random-by-source"](texts_of(["x"] * 90, sources=sources))
+    for rows in range(1, 91):
+        counts = Counter(sources[row] for row in taken(numbers, rows))
+        low = max((counts[source] - 1) / sources.count(source) for source in "abc")
+        high = min((counts[source] + 1) / sources.count(source) for source in "abc")
+        assert low < high, "there is a share that every source is within a row of"
+
+
+def test_random_by_source_takes_every_row_as_often() -> None:
+    sources, often = ["a"] * 12 + ["b"] * 5 + ["c"] * 3, np.zeros(20)
+    for seed in range(2000):
+        numbers = TEXT_RIVALS["random-by-source"](texts_of(["x"] * 20, seed=seed, sources=sources))
+        often[numbers >= -0.25] += 1
+    assert np.abs(often / 2000 - 0.25).max() < 0.04  # four standard errors
+
+
+def test_the_longest_come_first_and_equal_rows_in_the_order_of_the_pool() -> None:
+    numbers = TEXT_RIVALS["length"](texts_of(["xx", "xxx", "xx", "x", "xx"]))
+    assert numbers.tolist() == [2, 3, 2, 1, 2]
+    assert [taken(numbers, rows) for rows in (1, 2, 3)] == [[1], [0, 1], [0, 1, 2]]
+
+
+def okapi(rows: Sequence[Sequence[str]], asked: Sequence[str]) -> list[float]:
+    mean, found = sum(map(len, rows)) / len(rows), []
+    for row in rows:
+        total = 0.0
+        for word in asked:
+            n, f = sum(word in other for other in rows), row.count(word)
+            idf = math.log(1 + (len(rows) - n + 0.5) / (n + 0.5))
+            total += idf * f / (f + 1.5 * (0.25 + 0.75 * len(row) / mean))
+        found.append(total)
+    return found
+
+
+def test_bm25_is_okapis_formula() -> None:
+    texts = ["Two plus two is 4", "plus, PLUS and minus", "…", "nothing here", "Two plus two is 4", "4 2 4"]
+    wanted = ["two Plus two", "is it 4? unheard-of", "!"]
+    split = [re.findall(r"\w+", text.lower()) for text in texts]
+    each = [okapi(split, re.findall(r"\w+", text.lower())) for text in wanted]
+    numbers = TEXT_RIVALS["bm25"](texts_of(texts, wanted))
+    assert numbers == pytest.approx(np.mean(each, axis=0), rel=1e-12)
+    assert numbers[2] == numbers[3] == 0 and numbers[0] == numbers[4] == numbers.max()
+    assert taken(numbers, 1) == [0]
+
+
+def test_bm25_of_rows_or_pairs_without_a_word_is_nothing() -> None:
+    assert TEXT_RIVALS["bm25"](texts_of(["", "…"], ["word"])).tolist() == [0, 0]
+    assert TEXT_RIVALS["bm25"](texts_of(["word", "…"], ["?"])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_losses_are_those_of_rows_read_one_by_one(chat: bool) -> None:
+    material = material_of(chat)
+    losses = [loss(material, row) for row in material.rows]
+    middle = sorted(losses)[len(losses) // 2]
+    assert close(RIVALS["loss-top"](material), losses)
+    assert close(RIVALS["loss-mid"](material), [-abs(each - middle) for each in losses])
+    assert taken(RIVALS["loss-mid"](material), 1) == [losses.index(middle)]
+
+
+def test_a_loss_that_is_not_finite_takes_no_part_and_moves_no_median() -> None:
+    material = replace(material_of())
+    material.__dict__["read"] = (np.array([3.0, np.nan, 1.0, 2.5, np.inf]), torch.zeros(5, 1))
+    numbers = RIVALS["loss-mid"](material)
+    assert numbers[[0, 2, 3]].tolist() == [-0.5, -1.5, 0] and not np.isfinite(numbers[[1, 4]]).any()
+
+
+def test_ifd_is_the_loss_after_the_prompt_over_that_of_the_answer_alone() -> None:
+    material, encoder = material_of(), encoder_of(False)
+    ratios = [
+        loss(material, encoder.encode(said(prompt, answer))) / loss(material, encoder.encode(said("", answer)))
+        for prompt, answer in ROWS
+    ]
+    assert min(ratios) < 1 < max(ratios)
+    numbers = RIVALS["ifd"](material)
+    assert close(numbers, [ratio if ratio <= 1 else -ratio for ratio in ratios])
+    usual = sorted((row for row in range(len(ROWS)) if ratios[row] <= 1), key=lambda row: -ratios[row])
+    late = sorted((row for row in range(len(ROWS)) if ratios[row] > 1), key=lambda row: ratios[row])
+    assert np.argsort(-numbers).tolist() == [*usual, *late]
+
+
+def test_ifd_of_a_bare_text_is_one_and_without_a_context_it_starts_at_the_second_token() -> None:
+    rows = [
+        Encoded([0, 9, 11, 13, 7], [True] * 5, False),  # what stands before every text is there already
+        Encoded([0, 20, 21, 9, 11, 13], [False] * 3 + [True] * 3, False),
+        Encoded([0, 20, 9], [False, False, True], False),
+    ]
+    material = replace(material_of(), rows=rows, prefix=[0])
+    assert RIVALS["ifd"](material)[0] == pytest.approx(1, rel=1e-5)
+    bare = replace(material, prefix=[])
+    ratio = loss(bare, rows[1]) / loss(bare, Encoded([9, 11, 13], [True] * 3, False))
+    numbers = RIVALS["ifd"](bare)
+    assert abs(numbers[1]) == pytest.approx(ratio, rel=1e-5)
+    assert np.isnan(numbers[2]), "nothing is left of one token without a context"
+    assert np.isnan(RIVALS["ifd"](replace(bare, rows=rows[2:]))).all()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> None:
+    material = material_of(chat)
+    network: Any = material.model.network
+
+    def picture(row: Encoded) -> Tensor:
+        with torch.no_grad():
+            states = network(input_ids=torch.tensor([row.tokens]), output_hidden_states=True).hidden_states[-1][0]
+        total = sum((place + 1) * state.double() for place, state in enumerate(states))
+        mean = torch.as_tensor(total) / sum(range(1, len(states) + 1))
+        return torch.nn.functional.normalize(mean, dim=0)
+
+    pool, targets = [picture(row) for row in material.rows], [picture(row) for row in material.pairs[0]]
+    assert torch.allclose(torch.nn.functional.normalize(material.read[1].double()), torch.stack(pool), atol=1e-5)
+    left, order = list(range(len(pool))), list[int]()
+    while left:
+        target = targets[len(order) % len(targets)]
+        order.append(max(left, key=lambda row: float(pool[row] @ target)))
+        left.remove(order[-1])
+    assert np.argsort(-RIVALS["rds"](material)).tolist() == order
+
+
+def pair_weights(material: Material, name: str) -> list[tuple[float, float]]:
+    """Of the chosen and of the rejected answer of each pair."""
+    gaps = [loss(material, no) - loss(material, yes) for yes, no in zip(*material.pairs, strict=True)]
+    if name == "hard":
+        return [(1 / (1 + math.exp(gap)),) * 2 for gap in gaps]
+    return [(1.0, 1.0 if name == "uniform" else 0.0)] * len(gaps)
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+@pytest.mark.parametrize("name", ["uniform", "hard", "unpaired"])
+def test_other_weightings_are_inner_products_with_autograds_direction(name: str, layers: str) -> None:
+    material = material_of(layers=layers)
+    parts = [
+        up * gradient(material, yes, mean=True) - down * gradient(material, no, mean=True)
+        for yes, no, (up, down) in zip(*material.pairs, pair_weights(material, name), strict=True)
+    ]
+    direction = torch.stack(parts).mean(0)
+    assert close(RIVALS[name](material), [float(gradient(material, row) @ direction) for row in material.rows])
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+def test_less_is_the_cosine_of_autograds_gradients(layers: str) -> None:
+    material = material_of(layers=layers)
+    target = torch.stack([gradient(material, row, mean=True) for row in material.pairs[0]]).mean(0)
+    own = [gradient(material, row) for row in material.rows]
+    numbers = RIVALS["less"](material)
+    assert close(numbers, [float(each @ target / each.norm() / target.norm()) for each in own])
+    assert np.abs(numbers).max() <= 1
+
+
+def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
+    whole = material_of()
+    material = replace(whole, pairs=(whole.pairs[0], whole.pairs[1][:2]))
+    chosen, rejected = (torch.stack([gradient(material, row) for row in rows]).mean(0) for rows in material.pairs)
+    wanted = [float(gradient(material, row) @ (chosen - rejected)) for row in material.rows]
+    assert close(RIVALS["contrast"](material), wanted)
+    assert not close(RIVALS["uniform"](whole), RIVALS["contrast"](whole).tolist()), "it sums over tokens"
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_says_the_same_twice_of_every_row_and_leaves_the_model_as_it_was(name: str) -> None:
+    material = replace(material_of())
+    before = {key: value.clone() for key, value in material.model.network.state_dict().items()}
+    numbers = RIVALS[name](material)
+    assert numbers.shape == (len(ROWS),) and numbers.dtype == np.float64 and np.isfinite(numbers).all()
+    assert (RIVALS[name](replace(material)) == numbers).all()
+    after = material.model.network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in material.weights.values())
+    assert not any(module._forward_hooks for module in material.model.network.modules())
+
+
+class Counting:
+    """A model that counts the rows it reads."""
+
+    def __init__(self, model: Any) -> None:
+        self.network, self.vocabulary, self.model, self.read = model.network, model.vocabulary, model, 0
+        self.logits: Callable[[Tensor], Tensor] = model.logits
+
+    def hidden(self, batch: Batch) -> Tensor:
+        self.read += len(batch)
+        return torch.as_tensor(self.model.hidden(batch))
+
+
+def test_rivals_that_only_read_share_one_pass_over_the_pool() -> None:
+    model = Counting(material_of().model)
+    material = replace(material_of(), model=model)
+    for name, more in {"loss-top": len(ROWS), "loss-mid": 0, "ifd": len(ROWS), "rds": len(PAIRS)}.items():
+        before = model.read
+        RIVALS[name](material)
+        assert model.read - before == more, name
