@@ -308,6 +308,13 @@ class Counting:
         return torch.as_tensor(self.model.hidden(batch))
 
 
+def test_ifd_of_an_answer_that_the_model_is_sure_of_is_nothing() -> None:
+    model, row = Counting(material_of().model), Encoded([0, 9, 5, 5], [False, False, True, True], False)
+    model.logits = lambda hidden: 1e4 * torch.eye(model.vocabulary)[5].expand(len(hidden), -1)
+    material = replace(material_of(), model=model, rows=[row])
+    assert RIVALS["loss-top"](material).tolist() == [0] and np.isnan(RIVALS["ifd"](material)).all()
+
+
 def test_rivals_that_only_read_share_one_pass_over_the_pool() -> None:
     model = Counting(material_of().model)
     material = replace(material_of(), model=model)

@@ -173,14 +173,9 @@ def ifd(material: Material) -> Floats:
     Alone are the supervised tokens of a row, with what the tokenizer puts before every text; without any, the first has
     no context and no loss. NaN where that leaves nothing, or a loss of 0. Source: Li et al. 2023 (arXiv 2308.12032).
     """
-    answers = [_alone(row, material.prefix) for row in material.rows]
-    there = [place for place, answer in enumerate(answers) if answer.targets]
-    found = np.full(len(answers), np.nan)
-    if there:
-        alone, _ = material.reading([answers[place] for place in there])
-        given = material.read[0][there]
-        found[there] = np.divide(given, alone, out=np.full(len(there), np.nan), where=alone > 0)
-    return np.where(found > 1, -found, found)
+    given, (alone, _) = material.read[0], material.reading([_alone(row, material.prefix) for row in material.rows])
+    found = np.divide(given, alone, out=np.full(len(given), np.nan), where=alone > 0)
+    return np.asarray(np.where(found > 1, -found, found))
 
 
 def _alone(row: Encoded, prefix: Sequence[int]) -> Encoded:
