@@ -213,7 +213,8 @@ def unpaired(material: Material) -> Floats:
 def less(material: Material) -> Floats:
     """LESS: cosine of a row's gradient and the mean gradient of the target's chosen answers, each a mean over its
     tokens. Source: Xia et al. 2024 (arXiv 2402.04333). Here exact over the weights that count, at one checkpoint, and
-    without their random projection, their warm-up and their Adam moments. A row without a gradient gets 0."""
+    without their random projection, their warm-up and their Adam moments; their code was not compared. A row without a
+    gradient gets 0."""
     direction, found = material.direction("unpaired"), np.zeros(len(material.rows))
     measure, size = with_norms(material.model, material.weights, [direction]), norm(direction)
     for places, batch in material.batches(material.rows):
@@ -226,7 +227,8 @@ def less(material: Material) -> Floats:
 def contrast(material: Material) -> Floats:
     """Two groups without pairs: ∇loglik(row) · (mean ∇loglik of chosen answers − mean ∇loglik of rejected ones), each
     mean over its own group. Log-likelihoods are summed over tokens, so long answers count more, and nothing is weighted
-    by preference. Source: IF-Guide's differential attribution (arXiv 2506.01790), by rows, with a flat curvature."""
+    by preference. Source: IF-Guide's differential attribution (arXiv 2506.01790), by rows, with a flat curvature, read
+    from their code: the paper's own equation was not compared."""
     chosen, rejected = (_mean_gradient(material, rows) for rows in material.pairs)
     return material.along(minus(chosen, rejected))
 
