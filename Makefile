@@ -1,11 +1,13 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
-# make real, make pairs: quality on a real pre-trained model (slow)      make bench: memory against pool size
+# make real, make pairs, make curvature: quality on a real pre-trained model (slow)
+# make lds: does a score foretell retraining?      make peers: against kronfluence
+# make bench: memory against pool size, and what a score costs (on a quiet machine)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test real pairs bench clean
+.PHONY: demo test real pairs curvature lds peers bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -31,8 +33,24 @@ pairs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/pairs.py --data $(or $(DATA),../shared/data)
 
+curvature: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
+	$(BIN)/python benchmarks/curvature.py --data $(or $(DATA),../shared/data)
+
+lds: $(STAMP)
+	$(BIN)/python benchmarks/lds.py
+
+PEERS := benchmarks/work/kronfluence
+
+peers: $(STAMP)
+	test -d $(PEERS) || $(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch transformers kronfluence==1.0.1
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision
+	$(BIN)/python benchmarks/kronfluence_agreement.py
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/cost.py
 
 clean:
 	rm -rf .venv site prism-demo

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from pairs import BATCH_TOKENS, Study
-from real import WORK, Row, lines, pair, truthful_files
+from real import WORK, Row, lines, pair, polite_rows, truthful_files
 from results_file import figure, write
 
 from prism_select.core.direction import Target, target_gradient
@@ -50,12 +50,7 @@ NORMALIZE = ("none", "tokens", "norm")
 
 
 def polite_files(data: Path) -> tuple[list[Row], list[Row]]:
-    rows = [
-        (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
-        for r in lines(data / "polite_rude_pairs.json")
-        if r["chosen"].strip() != r["rejected"].strip()
-    ]
-    random.Random(0).shuffle(rows)
+    rows = polite_rows(data)
     asked = list(dict.fromkeys(row[0] for row in rows))
     first, rest = set(asked[:60]), set(asked[60:160])
     pairs = [pair(*row) for row in rows if row[0] in first][:60]

@@ -1,9 +1,7 @@
 """Does kronfluence 1.0.1 find the same scores? EK-FAC and flat, on the bundled demo model.
 
-    python -m venv benchmarks/work/kronfluence
-    benchmarks/work/kronfluence/bin/pip install --constraint constraints.txt torch transformers kronfluence==1.0.1
-    benchmarks/work/kronfluence/bin/pip uninstall --yes torchvision        its build is not that of this torch
-    python benchmarks/kronfluence_agreement.py        about three minutes on one core
+    make peers        installs kronfluence in an environment of its own, without torchvision, whose build is not that of
+                      this torch; then about three minutes on one core
 
 This script writes tokens to a file and calls itself in kronfluence's own environment, where nothing of PRISM is
 imported: there the log-likelihoods, the gain and its derivative are written once more.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real import LONGEST, WORK, Row, asked, lines, model, pair, said, save
+from real import LONGEST, WORK, Row, asked, lines, model, pair, polite_rows, said, save
 from results_file import figure, write
 
 import prism_select
@@ -34,7 +34,7 @@ from prism_select.data.records import Example, Turn
 from prism_select.diagnosis import diagnose
 from prism_select.sketching import Sketcher
 from prism_select.statistics import auroc, rank_correlation
-from prism_select.targeting import answers, as_side
+from prism_select.targeting import answers, as_side, joined
 from prism_select.weights import select_weights
 
 BATCH_TOKENS = 2048
@@ -88,20 +88,6 @@ class Study:
         for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
             values[batch] = engine(collate([rows[i] for i in batch])).values.numpy()
         return values
-
-
-def joined(a: Target, b: Target) -> Target:
-    """The halves of two sets of pairs together, each a mean over its own."""
-    n, m = len(a.weight), len(b.weight)
-    mean = [
-        {name: (n * left[name] + m * right[name]) / (n + m) for name in left}
-        for left, right in ((a.chosen, b.chosen), (a.rejected, b.rejected))
-    ]
-    rest = [
-        torch.cat([getattr(a, name), getattr(b, name)])
-        for name in ("mean_loglik_chosen", "mean_loglik_rejected", "weight")
-    ]
-    return Target(mean[0], mean[1], *rest)
 
 
 def low(target: Target) -> Target:
@@ -266,13 +252,7 @@ def truthfulqa(data: Path) -> tuple[Sets, list[Row]]:
 
 
 def polite(data: Path) -> tuple[Sets, list[Row]]:
-    rows = [
-        (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
-        for r in lines(data / "polite_rude_pairs.json")
-        if r["chosen"].strip() != r["rejected"].strip()
-    ]
-    random.Random(0).shuffle(rows)
-    return sided(rows, "polite over rude", data)
+    return sided(polite_rows(data), "polite over rude", data)
 
 
 GROUPS: Mapping[str, Callable[[Path], tuple[Sets, list[Row]]]] = {

@@ -200,15 +200,21 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
     return kept, figures
 
 
-def polite(data: Path) -> tuple[list[Row], list[Row]]:
-    """The way that was best in curvature.py, on instructions that took no part there: 60 pairs, both answers to 80
-    others."""
+def polite_rows(data: Path) -> list[tuple[str, str, str]]:
+    """Instruction, polite and rude answer, shuffled."""
     rows = [
         (" ".join(filter(None, (r["instruction"], r.get("input")))), r["chosen"], r["rejected"])
         for r in lines(data / "polite_rude_pairs.json")
         if r["chosen"].strip() != r["rejected"].strip()
     ]
     random.Random(0).shuffle(rows)
+    return rows
+
+
+def polite(data: Path) -> tuple[list[Row], list[Row]]:
+    """The way that was best in curvature.py, on instructions that took no part there: 60 pairs, both answers to 80
+    others."""
+    rows = polite_rows(data)
     known = list(dict.fromkeys(row[0] for row in rows))
     target = save("polite2_pairs.jsonl", [pair(*row) for row in rows if row[0] in set(known[160:220])][:60])
     made = [pair(*row) for row in rows if row[0] in set(known[220:300])]

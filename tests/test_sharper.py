@@ -102,6 +102,17 @@ def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> Non
     assert mean.pairs["target"].to_pylist() == [k for k in "xyz" for _ in range(4)]
 
 
+def test_targets_that_pull_against_each_other_are_told(desk: Desk) -> None:
+    turned = jsonl(
+        desk.folder / "turned.jsonl", [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS]
+    )
+    words = ["--target", f"wanted={desk.all}", "--target", f"unwanted={turned}", "--target", f"x={desk.targets['x']}"]
+    told = desk.done("conflict", *words, "--weighting", "uniform").manifest["warnings"]
+    said = [line for line in told if "conflict" in line]
+    assert said[0] == "targets wanted and unwanted conflict: the cosine of their directions is -1.00"
+    assert not any("wanted and wanted" in line or "unwanted and wanted" in line for line in said)
+
+
 def test_a_saved_direction_of_several_targets_scores_again(desk: Desk) -> None:
     first = desk.done("first", *desk.named, "--combine", "max")
     again = desk.done("again", "--direction", first.path / "direction.safetensors", "--engine", "reverse")
@@ -146,6 +157,7 @@ def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> Non
         (["--uncertainty", "4", "--combine", "max"], "only with --combine mean"),
         (["--damping", "high"], "not one or several numbers above 0"),
         (["--damping", "0.1,1"], "flat has none to compare"),
+        (["--curvature", "ekfac", "--damping", "0.1,1,1.0"], "the same value twice"),
         (["--curvature", "cg", "--save-curvature"], "cg keeps nothing"),
         (["--curvature-from", "x"], "say which it is with --curvature"),
         (["--curvature", "diagonal", "--curvature-from", "absent"], "absent: no such file"),
@@ -244,6 +256,18 @@ def test_a_saved_curvature_gives_the_scores_again(desk: Desk, curvature: str) ->
     overlaps = {tuple(each["dampings"]): each["overlap"] for each in first.manifest["choice"]["damping_overlap"]}
     share = overlap_of_best(column(first, "score"), column(first, "score_damping_1"), 0.05)
     assert overlaps[("0.1", "1")] == share
+
+
+def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> None:
+    words = ["--curvature", "diagonal", "--curvature-rows", "8", "--damping", "0.5,0.1"]
+    first = desk.done("first", *words, command="select")
+    for before, after in (("first", "second"), ("second", "third")):
+        told = prism("select", "--select-from", desk.folder / before, "--budget", "3", "--out", desk.folder / after)
+        assert told.code == 0, told.err
+        run = prism_select.Run(desk.folder / after)
+        assert run.manifest["choice"]["damping_overlap"] == first.manifest["choice"]["damping_overlap"]
+        assert run.manifest["scored_by"] == first.manifest["config"]
+        assert len(list(run.selected)) == 3
 
 
 def test_adams_moments_count_by_name_and_a_missing_one_is_named(desk: Desk) -> None:

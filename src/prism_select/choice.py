@@ -129,7 +129,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     if store.path.resolve() == old.path.resolve():
         raise BadOption(f"--out {store.path}: it holds the scores to choose from; give another folder")
     manifest = old.manifest
-    pool = Pool(manifest["config"]["pool"], parse_fields(manifest["config"]["fields"]))
+    scored_by = manifest.get("scored_by", manifest["config"])
+    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]))
     if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
         raise BadOption(f"--select-from {old.path}: the pool's files have changed since; score them again")
     if manifest["command"] == "repair":
@@ -156,8 +157,10 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
             store.write(name, (old.path / name).read_bytes())
     seconds = time.perf_counter() - started
     timings = {**dict.fromkeys(manifest["timings"], 0.0), "choose": seconds, "total": seconds}
-    changed = {"command": "select", "config": asdict(config), "counts": chosen.counts, "choice": chosen.figures}
-    store.write_json("manifest.json", {**manifest, **changed, "timings": timings, "scored_by": manifest["config"]})
+    kept = {name: told for name, told in manifest["choice"].items() if name == "damping_overlap"}
+    changed = {"config": asdict(config), "counts": chosen.counts, "choice": {**chosen.figures, **kept}}
+    settled = {"command": "select", "scored_by": scored_by, "timings": timings}
+    store.write_json("manifest.json", {**manifest, **changed, **settled})
     store.drop_shards()
     return Run(store.path)
 
@@ -338,7 +341,7 @@ def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Sequence[st
         "rank_correlation_with_tokens": {name: rank_correlation(s, tokens) for name, s in by_length.items()},
     }
     dampings = {name.removeprefix("score_damping_"): s for name, s in columns.others.items() if "_damping_" in name}
-    if dampings and isinstance(config, ScoreConfig):
+    if len(config.dampings) > 1:
         every = {f"{config.dampings[0]:g}": columns.score, **dampings}
         figures["damping_overlap"] = [
             {"dampings": [a, b], "overlap": overlap_of_best(every[a][scored], every[b][scored], 0.05)}

@@ -41,6 +41,12 @@ SETTLED = frozenset(  # what a saved direction has in it
 MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
 
 
+def _share(text: str) -> float:
+    """Of 5%, 0.05; NaN for what is no share."""
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
+    return float(found[1]) / 100 if found else math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class Amount:
     """A budget: a share of the rows, a number of rows, of supervised tokens, or every row above zero."""
@@ -53,20 +59,13 @@ class Amount:
         compact = text.strip().replace("_", "")
         if compact == "positive":
             return cls("positive")
-        if found := re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", compact):
-            if 0 < float(found[1]) <= 100:
-                return cls("share", float(found[1]) / 100)
-        elif (found := re.fullmatch(r"(\d{1,15})(tok)?", compact)) and int(found[1]) > 0:
+        if 0 < (share := _share(compact)) <= 1:
+            return cls("share", share)
+        if (found := re.fullmatch(r"(\d{1,15})(tok)?", compact)) and int(found[1]) > 0:
             return cls("tokens" if found[2] else "rows", int(found[1]))
         raise BadOption(
             f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
         )
-
-
-def _share(text: str) -> float:
-    """Of 5%, 0.05; NaN for what is no share."""
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
-    return float(found[1]) / 100 if found else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +254,9 @@ class ScoreConfig(ModelConfig):
             raise BadOption(f"--curvature-rows {self.curvature_rows}: must be at least 1")
         if not self.dampings or not all(0 < value < math.inf for value in self.dampings):
             raise BadOption(f"--damping {self.damping}: not one or several numbers above 0; try 0.1 or 0.1,1")
+        others = [f"{value:g}" for value in self.dampings[1:]]
+        if len(set(others)) < len(others):
+            raise BadOption(f"--damping {self.damping}: the same value twice; leave one out")
         if len(self.dampings) > 1 and self.curvature == "flat":
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
 

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import combinations
 from typing import Any
 
 from prism_select.check import tolerance
@@ -110,12 +111,16 @@ def told_of(said: Said) -> dict[str, Any]:
 
 def warnings_of(aim: Aim, swapped: bool) -> list[str]:
     """`swapped` pairs are told by the names that the target file has for their answers."""
-    found = []
-    for name, said in aim.said.items():
-        which = f"target {name}: " if len(aim.said) > 1 else ""
-        found += [which + line for line in said.diagnosis.in_words(sides_of(swapped))]
-    for (a, row), b in ((pair, b) for pair in zip(aim.said, aim.cosines, strict=False) for b in range(len(aim.said))):
-        name = list(aim.said)[b]
-        if a < name and row[b] < -0.1:
-            found.append(f"targets {a} and {name} conflict: the cosine of their directions is {row[b]:.2f}")
+    if len(aim.said) < 2:
+        return [line for said in aim.said.values() for line in said.diagnosis.in_words(sides_of(swapped))]
+    found = [
+        f"target {name}: {line}"
+        for name, said in aim.said.items()
+        for line in said.diagnosis.in_words(sides_of(swapped))
+    ]
+    for (a, of_a), (b, of_b) in combinations(enumerate(aim.said), 2):
+        if aim.cosines[a][b] < -0.1:
+            found.append(
+                f"targets {of_a} and {of_b} conflict: the cosine of their directions is {aim.cosines[a][b]:.2f}"
+            )
     return found

@@ -28,6 +28,7 @@ from prism_select.choice import choose_and_write, early_refusals, refuse_budget
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Factored, Weights
+from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, fingerprint, named, read_targets
@@ -313,10 +314,12 @@ def choose_engine(
     for name in order:
         if config.engine == "auto" and name == "reverse":
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
-        engine = slow if name == "reference" else ENGINES[name](model, weights, directions)
+        if config.normalize == "norm":
+            measure: Measure = with_norms(model, weights, directions)
+        else:
+            measure = plainly(slow if name == "reference" else ENGINES[name](model, weights, directions))
         try:
-            apart = check(name, engine, lambda _: known, batch, model.dtype)
-            measure = with_norms(model, weights, directions) if config.normalize == "norm" else plainly(engine)
+            apart = check(name, partial(scores_by, measure), lambda _: known, batch, model.dtype)
             return measure, Checked(name, why, dtype, len(batch), apart)
         except Unreachable as error:
             if name == order[-1]:
@@ -338,6 +341,10 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
 
 def plainly(engine: Engine) -> Measure:
     return lambda batch: (engine(batch), None)
+
+
+def scores_by(measure: Measure, batch: Batch) -> Scores:
+    return measure(batch)[0]
 
 
 def plan_run(config: ScoreConfig, engine: Measure, aim: Aim, sample: Sequence[Encoded], survey: Survey) -> Plan:

@@ -71,7 +71,6 @@ def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Enc
             blocks = fitted(config, model, aim.weights, batches)
     newton = GaussNewton(model, aim.weights, batches, blocks) if config.curvature == "cg" else None
     count = len(aim.lines.targets)
-    mean = aim.directions[0] if count == 1 else mean_of(aim.directions[:count], [1] * count)
 
     def solved(direction: Direction, damping: float) -> Direction:
         return newton.solve(direction, damping) if newton else solve(blocks, direction, damping)
@@ -80,6 +79,7 @@ def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Enc
     with progress.task(f"dividing {len(aim.directions) + len(others)} directions by the curvature", None):
         directions = [solved(direction, first) for direction in aim.directions]
         residual = newton.residual if newton else None
+        mean = mean_of(aim.directions[:count], [1] * count) if others else {}
         more = [solved(mean, damping) for damping in others]
     lengths = [norm(direction) for direction in directions[:count]]
     if not all(0 < length < float("inf") for length in lengths):

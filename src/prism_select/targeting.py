@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -60,7 +60,7 @@ class Aim:
     said: Mapping[str, Said]
     whole: Said | None = None
 
-    @property
+    @cached_property
     def cosines(self) -> list[list[float]]:
         """Between the directions of the targets."""
         few = self.directions[: len(self.lines.targets)]

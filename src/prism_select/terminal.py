@@ -152,7 +152,7 @@ def pairs_summary(config: PairsConfig, told: Any) -> dict[str, str]:
     return rows
 
 
-def several_lines(target: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, str]:
+def several_lines(target: Mapping[str, Any]) -> dict[str, str]:
     """How several targets stand to each other: the cosines of their directions."""
     if "cosines" not in target:
         return {}
@@ -198,7 +198,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
     if "pairs" in target:
         rows |= target_lines(target, manifest["score"]["swapped"])
-    rows |= several_lines(target, choice)
+    rows |= several_lines(target)
     if len(choice["sources"]) > 1 and manifest["command"] != "score":
         shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
         rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)
