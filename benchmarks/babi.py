@@ -1,0 +1,276 @@
+"""bAbI (arXiv 1502.05698): a Llama of 0.14 million numbers that has read six tasks halfway, and three scenarios on it.
+
+    babi-select    pool: right answers to all six tasks        target: pairs of qa20, which the model hardly read
+    babi-repair    pool: five tasks, a quarter answered wrong  target: pairs of these tasks
+    babi-choice    pool: right answers to all six tasks        target: qa4 as questions with three choices
+
+    python benchmarks/babi.py --data DIR     makes all files and tells how training moves the validation pairs
+
+The model reads 1,100 rows of a task (40 of qa20), 32 at a time, and stops long before it is done. A wrong answer is
+one that the same question of the same task could have, from the row's own story where there is another.
+
+Choices made here: hold-out pairs come from the test files, all others from the train files; no prompt is in two of
+what was read, pool, target, validation and hold-out; prompts that train and test share (qa4, qa20) are dropped from
+train; rows of more than 70 words are left out, which shortens qa7 only. The loss counts the story a little, since
+without it the model needs longer to find the words that matter. Steps, rate and `full` were set by what `main` prints:
+trainings on random rows and on everything, judged by validation pairs, before any run of PRISM; the hold-out took no
+part.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scenario import Scenario
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prism_select.data.batches import Encoder
+from prism_select.data.inputs import Pool, read_target
+from prism_select.data.records import Example
+from prism_select.demo.train import IGNORED, Encoded, encode
+from prism_select.evaluation import Found, measured, retrained
+from prism_select.models import load
+from prism_select.targeting import as_side, encode_sides
+from prism_select.warmup import Course
+
+Row = dict[str, Any]
+TASKS = ("qa1", "qa4", "qa7", "qa15", "qa16", "qa20")
+PARTS = {"read": 1100, "pool": 300, "target": 60, "validation": 60}  # rows of each task's train file
+UNREAD, LITTLE = "qa20", 40
+LONGEST = 70  # words of a prompt
+STEPS, BATCH, RATE, STORY = 1100, 32, 3e-3, 0.3
+BAD = 0.25
+SCORING: Mapping[str, Any] = {"layers": "all", "dtype": "float32", "max_length": 128}
+TRAINING: Mapping[str, Any] = {"seeds": 10, "steps": 40, "rate": 1e-3, "full": True}
+
+START, ANSWER, END, PAD, UNKNOWN = "<s>", "<answer>", "</s>", "<pad>", "<unk>"
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
+{%- else %}{{- message['content'] + '<answer>' }}{%- endif %}
+{%- endfor %}
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of each part, without a prompt in common, and what else a question could have been answered with."""
+
+    name: str
+    parts: Mapping[str, Sequence[Row]]
+
+    def answers(self, row: Row) -> list[str]:
+        """All that such a question is answered with; of these, those in the row's own story, if any other is there."""
+        kind = asks(row)
+        known = sorted({other["answer"] for rows in self.parts.values() for other in rows if asks(other) == kind})
+        told = set(row["prompt"].lower().replace(".", " ").split()) | {row["answer"]}
+        near = [answer for answer in known if answer in told]
+        return near if len(near) > 1 else known
+
+    def wrong(self, row: Row, draw: random.Random) -> str:
+        return draw.choice([answer for answer in self.answers(row) if answer != row["answer"]])
+
+    def pairs(self, part: str, start: int, count: int) -> list[Row]:
+        draw = random.Random(f"{self.name} {part}")
+        rows = self.parts[part][start : start + count]
+        return [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": self.wrong(r, draw)} for r in rows]
+
+    def quiz(self, part: str, count: int) -> list[Row]:
+        draw, made = random.Random(f"{self.name} {part}"), []
+        for row in self.parts[part][:count]:
+            choices = self.answers(row)
+            draw.shuffle(choices)
+            made.append({"question": row["prompt"], "choices": choices, "answer": choices.index(row["answer"])})
+        return made
+
+
+def asks(row: Row) -> str:
+    """The first word of the question, which tells places from reasons in qa20."""
+    return str(row["prompt"].rsplit(". ", 1)[-1].split()[0])
+
+
+def task(data: Path, name: str) -> Task:
+    every = {}
+    for split in ("test", "train"):
+        lines = (data / "babi" / f"{name}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        every[split] = {row["prompt"]: row for row in map(json.loads, lines) if len(row["prompt"].split()) <= LONGEST}
+    rows = [row for prompt, row in every["train"].items() if prompt not in every["test"]]
+    random.Random(name).shuffle(rows)
+    parts, start = dict[str, list[Row]](), 0
+    for part, count in PARTS.items():
+        parts[part], start = rows[start : start + count], start + count
+    return Task(name, parts | {"holdout": list(every["test"].values())})
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A token for each word, in small letters, and for each mark."""
+    split, lower = pre_tokenizers.Whitespace(), normalizers.Lowercase()
+    special = [PAD, START, ANSWER, END, UNKNOWN]
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))})
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token=UNKNOWN))
+    whole.normalizer, whole.pre_tokenizer = lower, split
+    roles = {"bos_token": START, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, extra_special_tokens=[ANSWER], **roles)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
+    """Some minutes on one core; nothing where the folder is there."""
+    if folder.exists():
+        return
+    rows = [r for t in tasks.values() for r in t.parts["read"][: LITTLE if t.name == UNREAD else None]]
+    tokenizer = make_tokenizer(
+        f"{r['prompt']} {r['answer']}" for t in tasks.values() for p in t.parts.values() for r in p
+    )
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **size, **tokens))
+    read(model, [encode(tokenizer, {"prompt": r["prompt"], "completion": r["answer"]}) for r in rows])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    draft.replace(folder)
+
+
+def read(model: LlamaForCausalLM, rows: Sequence[Encoded]) -> None:
+    """Rows of like length stand together, which halves the padding; the rate falls to zero over the second half."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 1.0, 2 * (STEPS - step) / STEPS)
+    )
+    draw, batches = random.Random(0), list[list[Encoded]]()
+    for _ in range(STEPS):
+        if not batches:
+            order = sorted(draw.sample(rows, len(rows)), key=lambda row: len(row[0]))
+            batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+            draw.shuffle(batches)
+        loss = reading_loss(model, batches.pop())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def reading_loss(model: LlamaForCausalLM, batch: Sequence[Encoded]) -> torch.Tensor:
+    """Nats per answer, and `STORY` times nats per word of the story."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in batch])
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    words, answers = ids[:, 1:].flatten(), labels[:, 1:].flatten()
+    story = words.masked_fill((answers != IGNORED) | (words == 0), IGNORED)
+    return 2 * cross_entropy(logits, answers) + STORY * cross_entropy(logits, story)
+
+
+def pool_rows(tasks: Iterable[Task], count: int, wanted: str) -> list[Row]:
+    """Right answers; `is_wanted` is true on those to one task."""
+    made = [
+        {"prompt": r["prompt"], "completion": r["answer"], "source": t.name, "is_wanted": t.name == wanted}
+        for t in tasks
+        for r in t.parts["pool"][:count]
+    ]
+    random.Random(wanted).shuffle(made)
+    return made
+
+
+def mixed_rows(tasks: Iterable[Task], count: int) -> list[Row]:
+    """Right and wrong answers; `is_bad` is true on the wrong ones."""
+    draw, made = random.Random("bad"), list[Row]()
+    for t in tasks:
+        for place, r in enumerate(t.parts["pool"][:count]):
+            bad = place < BAD * count
+            answer = t.wrong(r, draw) if bad else r["answer"]
+            made.append({"prompt": r["prompt"], "completion": answer, "source": t.name, "is_bad": bad})
+    draw.shuffle(made)
+    return made
+
+
+def scenarios(data: Path, work: Path) -> list[Scenario]:
+    """Files and model are written under `work`; the model once."""
+    tasks = {name: task(data, name) for name in TASKS}
+    folder = work / "babi-model"
+    make_model(tasks, folder)
+    known = [t for t in tasks.values() if t.name != UNREAD]
+    mixed = {part: [pair for t in known for pair in t.pairs(part, 0, n)] for part, n in COUNTS["repair"].items()}
+    single = {part: tasks[UNREAD].pairs(part, 0, n) for part, n in COUNTS["select"].items()}
+    quiz = {part: tasks["qa4"].quiz(part, n) for part, n in COUNTS["choice"].items()}
+    made = []
+    for name, pool, pairs in (
+        ("select", pool_rows(tasks.values(), 250, UNREAD), single),
+        ("repair", mixed_rows(known, 250), mixed),
+        ("choice", pool_rows(tasks.values(), 250, "qa4"), quiz),
+    ):
+        files = {part: save(work / f"babi-{name}-{part}.jsonl", rows) for part, rows in {"pool": pool, **pairs}.items()}
+        repair = name == "repair"
+        truth = "is_bad" if repair else "is_wanted"
+        told = {part: files[part] for part in ("pool", "target", "holdout")}
+        made.append(
+            Scenario(
+                f"babi-{name}",
+                "repair" if repair else "select",
+                folder,
+                **told,
+                truth=truth,
+                scoring=SCORING,
+                training=TRAINING,
+            )
+        )
+    return made
+
+
+COUNTS: Mapping[str, Mapping[str, int]] = {  # of a task, in each part
+    "select": {"target": 50, "validation": 60, "holdout": 100},
+    "repair": {"target": 12, "validation": 20, "holdout": 20},
+    "choice": {"target": 30, "validation": 50, "holdout": 60},
+}
+
+
+def save(path: Path, rows: Iterable[Row]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
+    """Prints gain and win rate on the validation pairs, before and after training on 75 random rows, or on all."""
+    model, tokenizer = load(str(scenario.model), "float32", torch.device("cpu"))
+    encoder = Encoder(tokenizer, "auto", 128)
+    rows = [encoder.encode(row) for _, row in Pool([scenario.pool], {}).rows() if isinstance(row, Example)]
+    pairs = read_target(scenario.holdout.replace("holdout", "validation"), {})
+    sides = [as_side(side, 8192, model.device) for side in encode_sides(pairs, encoder)]
+    print(f"{scenario.name}: {told(measured(model, sides))} before, {len(rows)} rows, {len(pairs)} pairs")
+    for course in courses:
+        few = random.Random(course.seed).sample(rows, 75)
+        after = [told(retrained(model, encoder, some, course, sides)) for some in (few, rows)]
+        print(f"  {course}: {after[0]} after random rows, {after[1]} after everything", flush=True)
+
+
+def told(found: Found) -> str:
+    return f"gain {found.gain.mean():.3f}, wins {(found.gap > 0).mean():.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    torch.set_num_threads(1)
+    tries = [(40, 1e-3, True), (40, 3e-3, True), (80, 1e-3, True), (80, 3e-3, True), (80, 3e-3, False)]
+    courses = [Course(seed, *each) for each in tries for seed in (0, 1)]
+    for scenario in scenarios(parser.parse_args().data, Path(__file__).parent / "work" / "babi"):
+        reaction(scenario, courses)
+
+
+if __name__ == "__main__":
+    main()
