@@ -1,26 +1,33 @@
 """bAbI (arXiv 1502.05698): a Llama of 0.14 million numbers that has read six tasks halfway, and three scenarios on it.
 
-    babi-select    pool: right answers to all six tasks        target: pairs of qa20, which the model hardly read
-    babi-repair    pool: five tasks, a quarter answered wrong  target: pairs of these tasks
+    babi-select    pool: right answers to all six tasks        target: pairs of qa20
+    babi-repair    pool: four tasks, a quarter answered wrong  target: pairs of these tasks
     babi-choice    pool: right answers to all six tasks        target: qa4 as questions with three choices
 
     python benchmarks/babi.py --data DIR     makes all files and tells how training moves the validation pairs
 
-The model reads 1,100 rows of a task (40 of qa20), 32 at a time, and stops long before it is done. A wrong answer is
-one that the same question of the same task could have, from the row's own story where there is another.
+The model reads 1,100 rows of a task, 32 at a time, for two minutes on one core, and stops long before it is done. Of
+qa4 and qa20, it reads 60% with a wrong answer: habits that the right rows can undo. A wrong answer is the place that
+is asked about (qa4), or the next in the alphabet of what such questions are answered with, from the story itself where
+it tells of another. Wrong rows of a pool and of what was read, and rejected answers, follow this one rule.
 
 Choices made here: hold-out pairs come from the test files, all others from the train files; no prompt is in two of
 what was read, pool, target, validation and hold-out; prompts that train and test share (qa4, qa20) are dropped from
 train; rows of more than 70 words are left out, which shortens qa7 only. The loss counts the story a little, since
-without it the model needs longer to find the words that matter. Steps, rate and `full` were set by what `main` prints:
-trainings on random rows and on everything, judged by validation pairs, before any run of PRISM; the hold-out took no
-part.
+without it the model needs longer to find the words that matter. A first model, which read only 40 rows of qa20 and no
+wrong answers, learned too little in so few steps (60% of the pairs won before, 47% to 67% after everything), and was
+dropped. Steps, rate and `full` were set by what `main` prints, on random rows and on everything, before any run of
+PRISM; the hold-out took no part. Of four schedules of 40 steps, two moved the validation pairs: all weights at 1e-3
+(select, everything: 0.55 won before, 0.62 and 0.73 after) and LoRA at 3e-3 (0.65 and 0.68); 80 steps of LoRA move more
+(0.75 and 0.77) but are twice as many. All weights were taken, as the plainer of the two. J rises with the spread of the
+gaps too: read it with the win rate.
 """
 
 import argparse
 import json
 import random
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +51,15 @@ from prism_select.warmup import Course
 Row = dict[str, Any]
 TASKS = ("qa1", "qa4", "qa7", "qa15", "qa16", "qa20")
 PARTS = {"read": 1100, "pool": 300, "target": 60, "validation": 60}  # rows of each task's train file
-UNREAD, LITTLE = "qa20", 40
+HABITS, HABIT = ("qa4", "qa20"), 0.6  # the share of their rows that the model read with a wrong answer
 LONGEST = 70  # words of a prompt
 STEPS, BATCH, RATE, STORY = 1100, 32, 3e-3, 0.3
 BAD = 0.25
+COUNTS: Mapping[str, Mapping[str, int]] = {  # of a task, in each part
+    "select": {"target": 50, "validation": 60, "holdout": 100},
+    "repair": {"target": 15, "validation": 25, "holdout": 25},
+    "choice": {"target": 30, "validation": 50, "holdout": 60},
+}
 SCORING: Mapping[str, Any] = {"layers": "all", "dtype": "float32", "max_length": 128}
 TRAINING: Mapping[str, Any] = {"seeds": 10, "steps": 40, "rate": 1e-3, "full": True}
 
@@ -77,13 +89,15 @@ class Task:
         near = [answer for answer in known if answer in told]
         return near if len(near) > 1 else known
 
-    def wrong(self, row: Row, draw: random.Random) -> str:
-        return draw.choice([answer for answer in self.answers(row) if answer != row["answer"]])
+    def wrong(self, row: Row) -> str:
+        """The place that is asked about, if there is one; else the next answer in the alphabet, in a circle."""
+        others = [answer for answer in self.answers(row) if answer != row["answer"]]
+        asked = [answer for answer in others if answer in question(row)]
+        return str((asked or [answer for answer in others if answer > row["answer"]] or others)[0])
 
-    def pairs(self, part: str, start: int, count: int) -> list[Row]:
-        draw = random.Random(f"{self.name} {part}")
-        rows = self.parts[part][start : start + count]
-        return [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": self.wrong(r, draw)} for r in rows]
+    def pairs(self, part: str, count: int) -> list[Row]:
+        rows = self.parts[part][:count]
+        return [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": self.wrong(r)} for r in rows]
 
     def quiz(self, part: str, count: int) -> list[Row]:
         draw, made = random.Random(f"{self.name} {part}"), []
@@ -94,9 +108,13 @@ class Task:
         return made
 
 
+def question(row: Row) -> str:
+    return str(row["prompt"].rsplit(". ", 1)[-1])
+
+
 def asks(row: Row) -> str:
     """The first word of the question, which tells places from reasons in qa20."""
-    return str(row["prompt"].rsplit(". ", 1)[-1].split()[0])
+    return question(row).split()[0]
 
 
 def task(data: Path, name: str) -> Task:
@@ -126,10 +144,14 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
-    """Some minutes on one core; nothing where the folder is there."""
+    """Where the folder is there already, nothing is done."""
     if folder.exists():
         return
-    rows = [r for t in tasks.values() for r in t.parts["read"][: LITTLE if t.name == UNREAD else None]]
+    rows = [
+        (row["prompt"], t.wrong(row) if t.name in HABITS and place < HABIT * len(t.parts["read"]) else row["answer"])
+        for t in tasks.values()
+        for place, row in enumerate(t.parts["read"])
+    ]
     tokenizer = make_tokenizer(
         f"{r['prompt']} {r['answer']}" for t in tasks.values() for p in t.parts.values() for r in p
     )
@@ -137,7 +159,7 @@ def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **size, **tokens))
-    read(model, [encode(tokenizer, {"prompt": r["prompt"], "completion": r["answer"]}) for r in rows])
+    read(model, [encode(tokenizer, {"prompt": prompt, "completion": answer}) for prompt, answer in rows])
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(draft)
@@ -193,7 +215,7 @@ def mixed_rows(tasks: Iterable[Task], count: int) -> list[Row]:
     for t in tasks:
         for place, r in enumerate(t.parts["pool"][:count]):
             bad = place < BAD * count
-            answer = t.wrong(r, draw) if bad else r["answer"]
+            answer = t.wrong(r) if bad else r["answer"]
             made.append({"prompt": r["prompt"], "completion": answer, "source": t.name, "is_bad": bad})
     draw.shuffle(made)
     return made
@@ -204,14 +226,14 @@ def scenarios(data: Path, work: Path) -> list[Scenario]:
     tasks = {name: task(data, name) for name in TASKS}
     folder = work / "babi-model"
     make_model(tasks, folder)
-    known = [t for t in tasks.values() if t.name != UNREAD]
-    mixed = {part: [pair for t in known for pair in t.pairs(part, 0, n)] for part, n in COUNTS["repair"].items()}
-    single = {part: tasks[UNREAD].pairs(part, 0, n) for part, n in COUNTS["select"].items()}
+    known = [t for t in tasks.values() if t.name not in HABITS]
+    mixed = {part: [pair for t in known for pair in t.pairs(part, n)] for part, n in COUNTS["repair"].items()}
+    single = {part: tasks["qa20"].pairs(part, n) for part, n in COUNTS["select"].items()}
     quiz = {part: tasks["qa4"].quiz(part, n) for part, n in COUNTS["choice"].items()}
     made = []
     for name, pool, pairs in (
-        ("select", pool_rows(tasks.values(), 250, UNREAD), single),
-        ("repair", mixed_rows(known, 250), mixed),
+        ("select", pool_rows(tasks.values(), 250, "qa20"), single),
+        ("repair", mixed_rows(known, 300), mixed),
         ("choice", pool_rows(tasks.values(), 250, "qa4"), quiz),
     ):
         files = {part: save(work / f"babi-{name}-{part}.jsonl", rows) for part, rows in {"pool": pool, **pairs}.items()}
@@ -230,13 +252,6 @@ def scenarios(data: Path, work: Path) -> list[Scenario]:
             )
         )
     return made
-
-
-COUNTS: Mapping[str, Mapping[str, int]] = {  # of a task, in each part
-    "select": {"target": 50, "validation": 60, "holdout": 100},
-    "repair": {"target": 12, "validation": 20, "holdout": 20},
-    "choice": {"target": 30, "validation": 50, "holdout": 60},
-}
 
 
 def save(path: Path, rows: Iterable[Row]) -> str:
@@ -259,14 +274,15 @@ def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
 
 
 def told(found: Found) -> str:
-    return f"gain {found.gain.mean():.3f}, wins {(found.gap > 0).mean():.2f}"
+    return f"gain {found.gain.mean():.2f}, gap {found.gap.mean():.2f}, wins {(found.gap > 0).mean():.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that is about to change
     torch.set_num_threads(1)
-    tries = [(40, 1e-3, True), (40, 3e-3, True), (80, 1e-3, True), (80, 3e-3, True), (80, 3e-3, False)]
+    tries = [(40, 3e-4, True), (40, 1e-3, True), (40, 1e-3, False), (40, 3e-3, False), (80, 3e-3, False)]
     courses = [Course(seed, *each) for each in tries for seed in (0, 1)]
     for scenario in scenarios(parser.parse_args().data, Path(__file__).parent / "work" / "babi"):
         reaction(scenario, courses)
