@@ -22,11 +22,13 @@ from prism_select.data.records import Example, Turn
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
 from prism_select.errors import BadOption
-from prism_select.evaluation import evaluate, filled, in_words, retrained
+from prism_select.evaluation import evaluate, filled
 from prism_select.models import load
+from prism_select.retraining import Bench, Lot, Point
 from prism_select.statistics import paired_interval
-from prism_select.store import Run
+from prism_select.store import Run, Store
 from prism_select.targeting import as_side
+from prism_select.verdicts import in_words
 from prism_select.warmup import Course
 
 BUDGET = 20
@@ -53,7 +55,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(place: Path, run: Path | None = None, **options: Any) -> EvaluateConfig:
-    short: dict[str, Any] = {"seeds": 2, "steps": 2, "against": "random,length"}
+    short: dict[str, Any] = {"seeds": 2, "steps": 2, "against": "random,length", "points": 1}
     return EvaluateConfig(run=str(run or place / "select"), holdout=str(place / "held.jsonl"), **{**short, **options})
 
 
@@ -69,11 +71,12 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
     """Those that were made."""
     made: list[Course] = []
 
-    def counted(*args: Any) -> Any:
-        made.append(args[3])
-        return retrained(*args)
+    def counted(bench: Bench, lot: Lot) -> list[Point]:
+        made.append(lot.course)
+        return trained(bench, lot)
 
-    monkeypatch.setattr(evaluation, "retrained", counted)
+    trained = Bench.trained
+    monkeypatch.setattr(Bench, "trained", counted)
     monkeypatch.setattr(evaluation, "run_controls", lambda *_: [])
     return made
 
@@ -230,7 +233,9 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
         for side in ("chosen", "rejected")
     ]
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
-    first, again, longer = (retrained(model, encoder, rows, Course(0, steps, 1e-3, full), sides) for steps in (1, 1, 3))
+    bench = Bench(model, encoder, dict(enumerate(rows)), sides, Store("nowhere"), ())
+    lots = [Lot("prism", np.arange(16), Course(0, steps, 1e-3, full)) for steps in (1, 1, 3)]
+    first, again, longer = (bench.trained(lot)[-1] for lot in lots)
     after = model.network.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert not any(weight.requires_grad for weight in model.network.parameters())
@@ -295,7 +300,7 @@ def test_the_command_tells_verdicts_and_controls(place: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--against", "luck"), "--against luck: unknown; try some of random, length, everything"),
+        (("--against", "luck"), "--against luck: unknown; try some of everything, random-priced, random"),
         (("--seeds", 0), "--seeds 0: must be at least 1"),
         (("--epochs", 0), "must be above 0"),
         (("--holdout", "nowhere.jsonl"), "nowhere.jsonl"),

@@ -9,8 +9,9 @@
     contrast    ∇loglik · (mean ∇loglik of chosen answers − mean ∇loglik of rejected answers)
 
 Choices made here: the rows of the pool are in memory, encoded, as are those of the target: nothing is streamed. One
-pass over the pool serves every rival that only reads. Gradients are exact and come from the engine `reverse`. Equal
-numbers keep the order of the pool; NaN takes no part. All pairs are one target.
+pass over the pool serves every rival that only reads, another every rival that goes along a direction. Gradients are
+exact and come from the engine `reverse`. Equal numbers keep the order of the pool; NaN takes no part. All pairs are one
+target.
 """
 
 import re
@@ -34,7 +35,7 @@ from prism_select.norms import with_norms
 from prism_select.selection import round_robin
 from prism_select.targeting import Coded, as_side
 
-__all__ = ["RIVALS", "TEXT_RIVALS", "Material", "Texts"]
+__all__ = ["RIVALS", "TEXT_RIVALS", "Material", "Texts", "rank"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -91,10 +92,20 @@ class Material(Texts):
         chosen, rejected = (as_side(rows, self.batch_tokens, self.device) for rows in self.pairs)
         return target_gradient(self.model, self.weights, (chosen, rejected), weighting).direction
 
-    def along(self, direction: Direction) -> Floats:
-        engine, found = reverse(self.model, self.weights, [direction]), np.zeros(len(self.rows))
+    def along(self, directions: Sequence[Direction]) -> Floats:
+        """[row, direction]: ∇loglik · direction."""
+        engine, found = reverse(self.model, self.weights, directions), np.zeros((len(self.rows), len(directions)))
         for places, batch in self.batches(self.rows):
-            found[places] = engine(batch).values[:, 0].double().cpu().numpy()
+            found[places] = engine(batch).values.double().cpu().numpy()
+        return found
+
+    def cosines(self, direction: Direction) -> Floats:
+        """Of ∇loglik and the direction; 0 for a row without a gradient."""
+        measure, found = with_norms(self.model, self.weights, [direction]), np.zeros(len(self.rows))
+        for places, batch in self.batches(self.rows):
+            scores, norms = measure(batch)
+            cosines = scores.values[:, 0] / norms.where(norms > 0, 1) / norm(direction)
+            found[places] = cosines.double().cpu().numpy()
         return found
 
 
@@ -195,42 +206,36 @@ def rds(material: Material) -> Floats:
     return round_robin((pool @ target.T).numpy())
 
 
-def uniform(material: Material) -> Floats:
-    """PRISM's score with every pair weighted alike (core/gains.py)."""
-    return material.along(material.direction("uniform"))
-
-
-def hard(material: Material) -> Floats:
-    """PRISM's score with pairs weighted as in DPO, those not yet learned most (core/gains.py; arXiv 2305.18290)."""
-    return material.along(material.direction("hard"))
-
-
-def unpaired(material: Material) -> Floats:
-    """PRISM's score with chosen answers alone (core/gains.py): what a first-order influence on their loss is."""
-    return material.along(material.direction("unpaired"))
-
-
 def less(material: Material) -> Floats:
     """LESS: cosine of a row's gradient and the mean gradient of the target's chosen answers, each a mean over its
     tokens. Source: Xia et al. 2024 (arXiv 2402.04333). Here exact over the weights that count, at one checkpoint, and
     without their random projection, their warm-up and their Adam moments; their code was not compared. A row without a
     gradient gets 0."""
-    direction, found = material.direction("unpaired"), np.zeros(len(material.rows))
-    measure, size = with_norms(material.model, material.weights, [direction]), norm(direction)
-    for places, batch in material.batches(material.rows):
-        scores, norms = measure(batch)
-        cosines = scores.values[:, 0] / norms.where(norms > 0, 1) / size
-        found[places] = cosines.double().cpu().numpy()
-    return found
+    return material.cosines(material.direction("unpaired"))
 
 
-def contrast(material: Material) -> Floats:
+def uniform(material: Material) -> Direction:
+    """PRISM's score with every pair weighted alike (core/gains.py)."""
+    return material.direction("uniform")
+
+
+def hard(material: Material) -> Direction:
+    """PRISM's score with pairs weighted as in DPO, those not yet learned most (core/gains.py; arXiv 2305.18290)."""
+    return material.direction("hard")
+
+
+def unpaired(material: Material) -> Direction:
+    """PRISM's score with chosen answers alone (core/gains.py): what a first-order influence on their loss is."""
+    return material.direction("unpaired")
+
+
+def contrast(material: Material) -> Direction:
     """Two groups without pairs: ∇loglik(row) · (mean ∇loglik of chosen answers − mean ∇loglik of rejected ones), each
     mean over its own group. Log-likelihoods are summed over tokens, so long answers count more, and nothing is weighted
     by preference. Source: IF-Guide's differential attribution (arXiv 2506.01790), by rows, with a flat curvature, read
     from their code: the paper's own equation was not compared."""
     chosen, rejected = (_mean_gradient(material, rows) for rows in material.pairs)
-    return material.along(minus(chosen, rejected))
+    return minus(chosen, rejected)
 
 
 def _mean_gradient(material: Material, rows: Sequence[Encoded]) -> Direction:
@@ -255,15 +260,27 @@ TEXT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {
     "length": length,
     "bm25": bm25,
 }
-RIVALS: Mapping[str, Callable[[Material], Floats]] = {
-    **TEXT_RIVALS,
+MODEL_RIVALS: Mapping[str, Callable[[Material], Floats]] = {
     "loss-top": loss_top,
     "loss-mid": loss_mid,
     "ifd": ifd,
     "rds": rds,
     "less": less,
+}
+GRADIENT_RIVALS: Mapping[str, Callable[[Material], Direction]] = {
     "uniform": uniform,
     "hard": hard,
     "unpaired": unpaired,
     "contrast": contrast,
 }
+RIVALS = (*TEXT_RIVALS, *MODEL_RIVALS, *GRADIENT_RIVALS)
+
+
+def rank(names: Sequence[str], material: Material) -> dict[str, Floats]:
+    """Of each rival, a number for each row."""
+    found = {name: TEXT_RIVALS[name](material) for name in names if name in TEXT_RIVALS}
+    found |= {name: MODEL_RIVALS[name](material) for name in names if name in MODEL_RIVALS}
+    if along := [name for name in names if name in GRADIENT_RIVALS]:
+        scores = material.along([GRADIENT_RIVALS[name](material) for name in along])
+        found |= {name: scores[:, place] for place, name in enumerate(along)}
+    return found

@@ -236,7 +236,7 @@ def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> V
 
 def _texts(pool: Pool) -> Iterator[tuple[int, str]]:
     for row, (_, example) in enumerate(pool.rows()):
-        yield row, "\n".join(turn.text for turn in example.turns) if isinstance(example, Example) else ""
+        yield row, example.text if isinstance(example, Example) else ""
 
 
 def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, columns: Columns, pool: Pool) -> None:

@@ -400,14 +400,20 @@ class EvaluateConfig(Options):
     ] = ""
     against: Annotated[
         str,
-        "Rivals, with commas between. In select each fills the same number of supervised tokens, in repair each loses "
-        "as many rows; everything is the whole pool, in as many steps.",
-    ] = "random,length,everything"
+        "Rivals, with commas between: random, random-by-source, length, bm25, loss-top, loss-mid, ifd, rds, less, "
+        "uniform, hard, unpaired, contrast. In select each fills the same number of supervised tokens, in repair each "
+        "loses as many rows; everything is the whole pool, in as many steps; random-priced (select only) trains for as "
+        "much longer as scoring took.",
+    ] = "random,length,everything,random-priced"
     seeds: Annotated[int, "Trainings of each method: adapter, order of rows and random rows differ."] = 3
     epochs: Annotated[float, "Passes over the chosen rows; every method takes the steps that these make."] = 3.0
     steps: Annotated[int, "Steps of 8 rows, in place of --epochs; 0: by --epochs."] = 0
     rate: Annotated[float, "Learning rate, falling to 0; 0: 2e-4 for LoRA, 2e-5 with --full (TRL's own)."] = 0.0
     full: Annotated[bool, "Train all weights, in float32, instead of a LoRA adapter of rank 16."] = False
+    points: Annotated[int, "How often the held-out pairs are read in a training, evenly: its learning curve."] = 4
+    lds: Annotated[
+        int, "Also train on this many random halves of the pool: do sums of scores foretell what comes? 0: no."
+    ] = 0
     seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
 
     def __post_init__(self) -> None:
@@ -417,7 +423,7 @@ class EvaluateConfig(Options):
                 raise BadOption(
                     f"--{name} is missing; prism evaluate --help shows what it needs".replace("--run", "RUN")
                 )
-        for name, least in {"seeds": 1, "steps": 0}.items():
+        for name, least in {"seeds": 1, "steps": 0, "points": 1, "lds": 0}.items():
             if getattr(self, name) < least:
                 raise BadOption(f"--{name} {getattr(self, name)}: must be at least {least}")
         if not (0 < self.epochs < math.inf and 0 <= self.rate < math.inf):

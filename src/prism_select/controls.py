@@ -93,7 +93,7 @@ def run_controls(
     tokens = np.array([row.targets for row in sample.rows], dtype=np.float64)
     unit = tokens if config.ranking == "score_per_token" else np.ones(len(tokens))
     known = sample.scores / unit
-    by_length = rank_correlation(known, tokens)
+    by_length = rank_correlation(known, tokens) if np.ptp(tokens) else 0.0
     controls = [Control("length", "rank correlation with tokens", by_length, -0.7, 0.7)]
     if not targets:
         return controls

@@ -5,26 +5,29 @@
     repair    rival      all rows but the top of its ranking, as many rows as were removed
               prism      the kept rows
 
-    gain J = mean softplus(gap)     gap = mean_loglik(chosen) − mean_loglik(rejected)     win rate = share of gaps > 0
-
     predicted = Σ score / Σ supervised tokens of the rows trained on       realised = J after − J before
+
+    priced    random rows, and as many more steps on as many more of them as scoring would have paid for
+              price = forwards of the pool, pairs and curvature included;   a step costs 3 forwards of its rows
+    LDS       rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
 
 Choices made here: every method takes the same number of steps, the passes of the choice, since passes of its own would
 give a method of short rows more steps at the same tokens. A loss is a mean over tokens, so a training's forecast is a
 score per token, which at equal tokens orders methods as the sum of scores does. Fine-tuning starts where the scores
-were taken. A retraining is one file, marked with what it was made of: it is never made twice, nor taken for another.
-In repair, scores point to the unwanted answers, so forecasts are turned. Target prompts are no held-out prompts.
+were taken. In repair, scores point to the unwanted answers, so forecasts are turned. Target prompts are no held-out
+prompts. What is measured of a model stands in retraining.py.
 
-RUN/evaluation/  evaluation.json  methods.parquet  controls.json  retrained/METHOD-SEED.parquet
+RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json  rankings.parquet
+                 retrained/METHOD-SEED.parquet
 """
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,32 +35,39 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
+from prism_select.baselines import RIVALS, TEXT_RIVALS, Texts
+from prism_select.choice import labels_of
 from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.controls import Sample, run_controls
-from prism_select.core.direction import Side, pair_logliks
-from prism_select.core.gains import GAINS
-from prism_select.data.batches import Encoded, Encoder
+from prism_select.core.likelihood import Batch, mean_logliks
+from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, fingerprint, read_target, read_targets
 from prism_select.data.readers import find_files
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadOption, BadRow
 from prism_select.models import CausalLM
-from prism_select.pipeline import fingerprint_of, load_model
+from prism_select.pipeline import CHECKED_ROWS, choose_engine, fingerprint_of, load_model
+from prism_select.preconditioning import reduced
 from prism_select.progress import Progress, Silent
-from prism_select.statistics import paired_interval, rank_correlation
+from prism_select.rankings import rankings, refuse_rivals
+from prism_select.retraining import MEASURES, Bench, Lot, Point, Tried, digest, measured
+from prism_select.saving import load_direction, towards
+from prism_select.statistics import auroc, halves, lds
 from prism_select.store import Run, Store, finite
 from prism_select.targeting import as_side, encode_sides
-from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged, train
+from prism_select.verdicts import PRICED, break_even_of, figures, write_tables
+from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged
 
-__all__ = ["evaluate", "filled", "in_words"]
+__all__ = ["evaluate", "filled"]
 
 SAMPLED = 512  # rows that controls score again
+TIMED = 32  # rows on which scoring is timed against a forward pass
 FULL_RATE = 2e-5
-OWN = ("random", "length", "everything")
+DRAWN = ("random", "random-by-source")
+PRICED_SEEDS = 3
 Floats: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = NDArray[np.int64]
 Rivals: TypeAlias = Mapping[str, Floats]
@@ -66,14 +76,18 @@ Rivals: TypeAlias = Mapping[str, Floats]
 @dataclass(frozen=True)
 class Past:
     """A complete run: `config` is what it scored with, `home` the folder of these scores; of each row of the pool the
-    score (NaN without one) and its supervised tokens, and whether training takes it."""
+    score and what the choice went by (NaN without one), its supervised tokens and its length in tokens, its source, and
+    whether training takes it."""
 
     run: Run
     manifest: Mapping[str, Any]
     config: ScoreConfig
     home: Path
     score: Floats
+    ranking: Floats
     tokens: Rows
+    length: Rows
+    source: Sequence[str]
     taken: NDArray[np.bool_]
 
     @property
@@ -87,82 +101,62 @@ class Past:
     def forecast(self, rows: Rows) -> float:
         return float((-1 if self.repair else 1) * self.score[rows].sum() / self.tokens[rows].sum())
 
-
-@dataclass(frozen=True)
-class Lot:
-    """One retraining."""
-
-    method: str
-    seed: int
-    rows: Rows
-
-    @property
-    def name(self) -> str:
-        return f"retrained/{self.method}-{self.seed}.parquet"
+    def passes(self, lot: Lot) -> float:
+        """What a training takes: forwards of the pool, three for each row of a step."""
+        steps = lot.course.steps * ROWS_A_STEP * self.length[lot.rows].mean()
+        return float(3 * steps / self.length[self.scored].sum())
 
 
 @dataclass(frozen=True)
-class Found:
-    """Mean log-likelihood of both answers of every held-out pair."""
+class Held:
+    """The pairs that count, the question of each, and how many others were left out."""
 
-    chosen: Floats
-    rejected: Floats
-
-    @property
-    def gap(self) -> Floats:
-        return self.chosen - self.rejected
-
-    @property
-    def gain(self) -> Floats:
-        return np.asarray(GAINS["prism"](torch.tensor(self.chosen), torch.tensor(self.rejected)).numpy())
-
-
-MEASURES: Mapping[str, Callable[[Found], Floats]] = {
-    "gain": lambda found: found.gain,
-    "gap": lambda found: found.gap,
-    "win_rate": lambda found: (found.gap > 0).astype(np.float64),
-    "loglik_chosen": lambda found: found.chosen,
-}
+    pairs: Sequence[Pair]
+    question: NDArray[np.int64]
+    left_out: int
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: Rivals | None = None) -> dict[str, Any]:
-    """What is written to evaluation.json. `rivals` rank the rows of the pool beside `OWN`, the highest first, NaN for
-    rows that take no part. Raises PrismError for what the user can mend."""
-    progress, started = progress or Silent(), time.perf_counter()
+    """What is written to evaluation.json. `rivals` rank the rows of the pool, the highest first, NaN for rows that take
+    no part; their names join those of baselines.py. Raises PrismError for what the user can mend."""
+    progress, started, rivals = progress or Silent(), time.perf_counter(), rivals or {}
     past = opened(config)
-    lots = lots_of(config, past, rivals or {})
-    held, left_out = held_out(config, past)
+    own = ("everything", PRICED, *RIVALS, *rivals)
+    refuse_rivals("--against", config.rivals, bool(past.config.target), own)
+    held = held_out(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
     model, encoder = checkpoint(past, config.full, past.config.layers, progress)
-    coded, rows = encode_sides(held, encoder), encoded_rows(past, lots, encoder)
+    coded = encode_sides(held.pairs, encoder)
+    ranks = {**ranked(config, past, (model, encoder), store, progress), **rivals}
+    price = price_of(past, (model, encoder), store, progress) if PRICED in config.rivals and not past.repair else None
+    lots = lots_of(config, past, ranks, price)
+    rows = encoded_rows(past, lots, encoder)
     controls = controlled(past, store, (model, encoder), rows, progress)
     if past.config.layers == "adapter":
         model, encoder = checkpoint(past, config.full, "all", progress)
     sides = [as_side(side, past.config.batch_tokens, model.device) for side in coded]
-    before = measured(model, sides)
-    steps = config.steps or math.ceil(config.epochs * past.taken.sum() / ROWS_A_STEP)
-    rate = config.rate or (FULL_RATE if config.full else RATE)
     made_of = [past.manifest["fingerprints"], asdict(past.config), fingerprint(find_files([config.holdout]))]
-    found: list[tuple[Lot, Found]] = []
-    with progress.task(f"{len(lots)} trainings of {steps} steps", len(lots)) as task:
+    bench = Bench(model, encoder, rows, sides, store, made_of, config.points)
+    before = Point(0, math.nan, *measured(model, sides))
+    found: list[Tried] = []
+    with progress.task(f"{len(lots)} trainings", len(lots)) as task:
         for lot in lots:
-            course = Course(lot.seed, steps, rate, config.full)
-            mark = digest([made_of, asdict(course), lot.rows.tolist()])
-            there = read_back(store, lot, mark)
-            if there is None:
-                there = retrained(model, encoder, [rows[i] for i in lot.rows.tolist()], course, sides)
-                store.write_table(lot.name, as_table(there).replace_schema_metadata({"of": mark}))
-            found.append((lot, there))
+            found.append((lot, bench.made(lot)))
             task.advance(1)
-    store.write_table("methods.parquet", pa.concat_tables(long_table(lot, before, after) for lot, after in found))
+    halved, found = ([one for one in found if one[0].method.startswith("half-") == half] for half in (True, False))
+    write_tables(store, before, found, held.question)
     everything = {
         "prism_version": version("prism-select"),
         "config": asdict(config),
         "command": past.manifest["command"],
-        **{"steps": steps, "rate": rate, "pairs": len(held), "pairs_left_out": left_out},
-        **figures(config, past, before, found),
+        **{"steps": lots[0].course.steps, "rate": lots[0].course.rate},
+        **{"pairs": len(held.pairs), "questions": int(held.question.max()) + 1, "pairs_left_out": held.left_out},
+        **figures(past.forecast, past.tokens, before, found, held.question),
+        "compute": break_even_of(past.passes, price, found, held.question) if price else None,
+        "lds": attributed(past, halved, held.question, config.seed) if halved else None,
+        "labels": labelled(past, ranks),
         "controls": controls,
         "seconds": time.perf_counter() - started,
     }
@@ -190,70 +184,114 @@ def opened(config: EvaluateConfig) -> Past:
     if scored.warmup and not has_adapter(home / ADAPTER):
         raise BadOption(f"{home}: the adapter of its warm-up is gone; make the run again")
     table = run.scores
-    score = np.array(table["score"].to_pylist(), dtype=np.float64)
-    tokens = np.nan_to_num(np.array(table["tokens"].to_pylist(), dtype=np.float64)).astype(np.int64)
+    by = kind(**manifest["config"]).ranking
+    score, ranking = (np.array(table[name].to_pylist(), dtype=np.float64) for name in ("score", by))
+    tokens, length = (
+        np.nan_to_num(np.array(table[name].to_pylist(), dtype=np.float64)).astype(np.int64)
+        for name in ("tokens", "length")
+    )
+    source = [name or "" for name in table["source"].to_pylist()]
     taken = np.isin(np.array(table["verdict"].to_pylist()), ["selected", "kept"])
     if not taken.any():
         raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
-    return Past(run, manifest, scored, home, score, tokens, taken)
+    return Past(run, manifest, scored, home, score, ranking, tokens, length, source, taken)
 
 
 def pool_of(config: ScoreConfig) -> Pool:
     return Pool(config.pool, parse_fields(config.fields))
 
 
-def held_out(config: EvaluateConfig, past: Past) -> tuple[list[Pair], int]:
-    """The pairs whose prompt is in no target pair of the run, and how many others were left out."""
+def held_out(config: EvaluateConfig, past: Past) -> Held:
+    """The pairs whose prompt is in no target pair of the run. Raises BadOption where there are none."""
     pairs = read_target(config.holdout, parse_fields(past.config.fields))
-    seen = {prompt_of(pair) for each in target_pairs(past.config).values() for pair in each}
+    seen = {prompt_of(pair) for each in target_pairs(past).values() for pair in each}
     held = [pair for pair in pairs if prompt_of(pair) not in seen]
     if not held:
         raise BadOption(
             f"--holdout {config.holdout}: the prompt of every pair is in the run's target; give other pairs"
         )
-    return held, len(pairs) - len(held)
+    prompts = {prompt_of(pair): None for pair in held}
+    place = {prompt: number for number, prompt in enumerate(prompts)}
+    return Held(held, np.array([place[prompt_of(pair)] for pair in held]), len(pairs) - len(held))
 
 
 def prompt_of(pair: Pair) -> tuple[Any, ...]:
     return pair.chosen.turns[: pair.chosen.prompt_turns or -1]
 
 
-def target_pairs(config: ScoreConfig) -> dict[str, list[Pair]]:
-    return read_targets(config.target, parse_fields(config.fields), config.target_by) if config.target else {}
+def target_pairs(past: Past) -> dict[str, list[Pair]]:
+    """As the run had them: in repair exchanged."""
+    config = past.config
+    found = read_targets(config.target, parse_fields(config.fields), config.target_by) if config.target else {}
+    if past.repair:
+        return {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in found.items()}
+    return found
 
 
-def lots_of(config: EvaluateConfig, past: Past, rivals: Rivals) -> list[Lot]:
-    """Every method and seed. Raises BadOption for a rival that nobody knows."""
-    lots = [Lot("prism", seed, np.flatnonzero(past.taken)) for seed in seeds_of(config)]
+def ranked(
+    config: EvaluateConfig, past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progress: Progress
+) -> dict[str, Floats]:
+    """The rankings of the rivals that know one, kept in a file: of the same scores they are the same."""
+    names = [name for name in config.rivals if name in RIVALS and name not in DRAWN]
+    mark = digest([past.manifest["fingerprints"], asdict(past.config), names])
+    place = store.path / "rankings.parquet"
+    if place.exists() and (there := pq.read_table(place)).schema.metadata.get(b"of") == mark.encode():
+        return {name: np.asarray(there[name].to_numpy()) for name in names}
+    with progress.task(f"rankings of {len(names)} rivals", None):
+        found = rankings(names, past.config, loaded, pool_of(past.config), target_pairs(past))
+    store.write_table("rankings.parquet", pa.table(found or {"row": np.zeros(0)}).replace_schema_metadata({"of": mark}))
+    return found
+
+
+def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | None) -> list[Lot]:
+    """Every method and seed, prism first, and the halves of the LDS."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    steps = config.steps or math.ceil(config.epochs * past.taken.sum() / ROWS_A_STEP)
+    rate = config.rate or (FULL_RATE if config.full else RATE)
+    courses = [Course(seed, steps, rate, config.full) for seed in seeds]
+    lots = [Lot("prism", np.flatnonzero(past.taken), course) for course in courses]
     for name in config.rivals:
-        if name not in (*OWN, *rivals):
-            raise BadOption(f"--against {name}: unknown; try some of {', '.join([*OWN, *rivals])}")
-        for seed in seeds_of(config):
-            if name == "random":
-                ranking = np.random.default_rng(seed).random(len(past.score))
-            else:
-                ranking = past.tokens.astype(np.float64) if name == "length" else rivals.get(name, past.score)
-            lots.append(Lot(name, seed, past.scored if name == "everything" else rows_of(past, ranking)))
-    return lots
+        if name == PRICED:
+            lots += [more for lot in lots[:PRICED_SEEDS] if (more := dearer(past, lot, price))]
+            continue
+        for course in courses:
+            drawn = Texts(texts=(), sources=past.source, tokens=past.tokens, seed=course.seed)
+            ranking = TEXT_RIVALS[name](drawn) if name in DRAWN else ranks.get(name, past.score)
+            lots.append(Lot(name, past.scored if name == "everything" else rows_of(past, ranking), course))
+    members = halves(len(past.scored), config.lds, config.seed)
+    return lots + [Lot(f"half-{place}", past.scored[half], courses[0]) for place, half in enumerate(members)]
 
 
-def seeds_of(config: EvaluateConfig) -> range:
-    return range(config.seed, config.seed + config.seeds)
+def dearer(past: Past, lot: Lot, price: float | None) -> Lot | None:
+    """Random rows in place of a lot, with the price of scoring spent on more of them and on more steps."""
+    if price is None:
+        return None
+    factor = 1 + price / past.passes(lot)
+    ranking = TEXT_RIVALS["random"](Texts(texts=(), sources=past.source, tokens=past.tokens, seed=lot.course.seed))
+    rows = rows_of(past, ranking, factor)
+    return Lot(PRICED, rows, replace(lot.course, steps=round(lot.course.steps * factor)))
 
 
-def rows_of(past: Past, ranking: Floats) -> Rows:
-    """What a rival trains on, in the order of the pool."""
+def rows_of(past: Past, ranking: Floats, times: float = 1.0) -> Rows:
+    """What a rival trains on, in the order of the pool: as much as the choice, or so many times more, or all."""
     usable = past.scored[np.isfinite(ranking[past.scored])]
     order = usable[np.argsort(-ranking[usable], kind="stable")]
     if past.repair:
         return np.setdiff1d(past.scored, order[: len(past.scored) - past.taken.sum()])
-    return np.sort(order[: filled(past.tokens[order], int(past.tokens[past.taken].sum()))])
+    return np.sort(order[: filled(past.tokens[order], int(times * past.tokens[past.taken].sum()))])
 
 
 def filled(tokens: Rows, budget: int) -> int:
     """How many rows, from the first on, come nearest to the budget: it is missed by half a row at most."""
     total = np.concatenate([[0], np.cumsum(tokens)])
     return max(1, int(np.abs(total - budget).argmin()))
+
+
+def seconds_of(run: Callable[[Batch], object], batches: Sequence[Batch]) -> float:
+    started = time.perf_counter()
+    for batch in batches:
+        run(batch)
+    return time.perf_counter() - started
 
 
 def encoded_rows(past: Past, lots: Sequence[Lot], encoder: Encoder) -> dict[int, Encoded]:
@@ -290,9 +328,7 @@ def controlled(
     place = store.path / "controls.json"
     if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
         return list(there["controls"])
-    targets = target_pairs(past.config)
-    if past.repair:
-        targets = {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in targets.items()}
+    targets = target_pairs(past)
     taken = float(past.taken.sum() / len(past.scored))
     sample = Sample([rows[i] for i in places], past.score[places], 1 - taken if past.repair else taken)
     controls = [control.told() for control in run_controls(past.config, loaded, targets, sample, progress)]
@@ -300,94 +336,51 @@ def controlled(
     return controls
 
 
-def digest(values: Sequence[Any]) -> str:
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progress: Progress) -> float:
+    """What the scores cost, in forwards of the pool: the run's engine is timed against a forward pass on some of its
+    rows, once for all evaluations, and the time of pairs and curvature is added as the run measured it beside that of
+    scoring."""
+    mark = digest([past.manifest["fingerprints"], asdict(past.config)])
+    place = store.path / "price.json"
+    if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
+        return float(there["price"])
+    model, encoder = loaded
+    some = set(sampled(past)[:TIMED].tolist())
+    few = [example for place, (_, example) in enumerate(pool_of(past.config).rows()) if place in some]
+    rows = [encoder.encode(example) for example in few if isinstance(example, Example)]
+    aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
+    directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
+    engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])
+    plan = plan_batches([len(row.tokens) for row in rows], past.config.batch_tokens)
+    batches = [collate([rows[i] for i in batch], model.device) for batch in plan]
+    seconds = np.zeros((4, 2))
+    with progress.task("price of scoring", None):
+        for times in seconds:
+            times[0] = seconds_of(engine, batches)
+            times[1] = seconds_of(partial(mean_logliks, model), batches)
+    score, forward = np.median(seconds[1:], axis=0)
+    took = past.manifest["timings"]
+    price = float(score / forward * (took["target"] + took["curvature"] + took["score"]) / took["score"])
+    store.write_json("price.json", {"of": mark, "price": price})
+    return price
 
 
-def retrained(
-    model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], course: Course, sides: Sequence[Side]
-) -> Found:
-    """What the pairs are after a training; the model is then as it was before."""
-    saved = {name: value.clone() for name, value in model.network.state_dict().items()} if course.full else {}
-    learner = train(model.network, encoder.tokenizer, rows, course)
-    try:
-        return measured(CausalLM(learner if course.full else learner.get_base_model()), sides)
-    finally:
-        model.network.load_state_dict(saved) if course.full else learner.unload()
+def attributed(past: Past, found: Sequence[Tried], question: Rows, seed: int) -> dict[str, float]:
+    """The linear datamodeling score of the run's scores."""
+    members = np.array([np.isin(past.scored, lot.rows) for lot, _ in found])
+    gains = np.array([MEASURES["gain"](points[-1], question).mean() for _, points in found])
+    return lds((-1 if past.repair else 1) * past.score[past.scored], members, gains, seed)
 
 
-def measured(model: CausalLM, sides: Sequence[Side]) -> Found:
-    chosen, rejected = (pair_logliks(model, side).numpy() for side in sides)
-    return Found(chosen, rejected)
-
-
-def read_back(store: Store, lot: Lot, mark: str) -> Found | None:
-    """What an earlier evaluation made of the same rows, in the same way, with the same pairs."""
-    place = store.path / lot.name
-    if not place.exists():
+def labelled(past: Past, ranks: Rivals) -> dict[str, float] | None:
+    """How well each ranking finds the rows that are known to be bad: AUROC, of the scored rows with a label."""
+    if not (isinstance(past.config, RepairConfig) and past.config.label_field):
         return None
-    table = pq.read_table(place)
-    if (table.schema.metadata or {}).get(b"of") != mark.encode():
-        return None
-    return Found(*(np.asarray(table[f"loglik_{side}"].to_numpy()) for side in ("chosen", "rejected")))
-
-
-def as_table(found: Found) -> pa.Table:
-    return pa.table({"loglik_chosen": found.chosen, "loglik_rejected": found.rejected})
-
-
-def long_table(lot: Lot, before: Found, after: Found) -> pa.Table:
-    count = len(after.gap)
-    told = {"method": [lot.method] * count, "seed": [lot.seed] * count, "pair": range(count)}
-    return pa.table(told | {"gap_before": before.gap, "gap": after.gap, **as_table(after).to_pydict()})
-
-
-def figures(config: EvaluateConfig, past: Past, before: Found, found: Sequence[tuple[Lot, Found]]) -> dict[str, Any]:
-    """Of each method its means; prism against each rival; forecasts against what came."""
-    names = list(dict.fromkeys(lot.method for lot, _ in found))
-    lots = {name: [(lot, after) for lot, after in found if lot.method == name] for name in names}
-    trained = {name: [after for _, after in each] for name, each in lots.items()}
-    gain = float(before.gain.mean())
-    methods = {"none": means_of([before])}
-    for name, each in lots.items():
-        predicted = [past.forecast(lot.rows) for lot, _ in each]
-        methods[name] = {
-            **means_of(trained[name]),
-            "rows": [len(lot.rows) for lot, _ in each],
-            "tokens": [int(past.tokens[lot.rows].sum()) for lot, _ in each],
-            "predicted": predicted,
-            "realised": [float(after.gain.mean()) - gain for _, after in each],
-        }
-    both = [[value for name in names for value in methods[name][which]] for which in ("predicted", "realised")]
-    trained["none"] = [before] * config.seeds
-    against = {name: compared(trained["prism"], trained[name], config.seed) for name in trained if name != "prism"}
+    labels = labels_of(past.config.label_field, pool_of(past.config))
+    known = np.array([label is not None for label in labels]) & np.isfinite(past.score)
+    bad = np.array([bool(label) for label in labels])
+    every = {"prism": past.ranking, **ranks}
     return {
-        "methods": methods,
-        "against": {name: {"words": in_words(name, each["gain"]), **each} for name, each in against.items()},
-        "forecast": {"rank_correlation": rank_correlation(*map(np.array, both)), "trainings": len(both[0])},
+        name: auroc(ranking[known & np.isfinite(ranking)], bad[known & np.isfinite(ranking)])
+        for name, ranking in every.items()
     }
-
-
-def means_of(each: Sequence[Found]) -> dict[str, Any]:
-    return {name: float(np.mean([measure(found) for found in each])) for name, measure in MEASURES.items()}
-
-
-def compared(ours: Sequence[Found], theirs: Sequence[Found], seed: int) -> dict[str, dict[str, float]]:
-    """Ours minus theirs, seed by seed and pair by pair."""
-    told = {}
-    for name, measure in MEASURES.items():
-        apart = np.array([measure(a) - measure(b) for a, b in zip(ours, theirs, strict=True)])
-        low, high = paired_interval(apart, seed)
-        told[name] = {"difference": float(apart.mean()), "low": low, "high": high}
-    return told
-
-
-def in_words(rival: str, gain: Mapping[str, float]) -> str:
-    """The verdict on one rival; the interval is at 95%, in nats per token of gain."""
-    name = "no training" if rival == "none" else rival
-    middle, low, high = gain["difference"], gain["low"], gain["high"]
-    if low > 0:
-        return f"better than {name} by {middle:.2g} [{low:.2g}, {high:.2g}]"
-    if high < 0:
-        return f"worse than {name} by {-middle:.2g} [{-high:.2g}, {-low:.2g}]"
-    return f"no gain over {name} shown: {middle:.2g} [{low:.2g}, {high:.2g}]"

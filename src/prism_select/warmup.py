@@ -4,14 +4,16 @@ checkpoint that has learned the pool's format already and sees what is left to l
     network ← network + merged adapter          RUN/adapter keeps the adapter, for stock PEFT
 
 Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear layers, one epoch, 2e-4
-falling to 0), since nothing about this step is ours; a run that was stopped takes the adapter that it left.
+falling to 0), since nothing about this step is ours, but for the loss: it is that of core/likelihood.py, which runs
+the output head on supervised tokens alone; a run that was stopped takes the adapter that it left.
 """
 
+import math
 import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from prism_select.adapters import WEIGHTS, load_adapter
+from prism_select.core.likelihood import Batch, backward
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.records import Example
 from prism_select.errors import BadOption, BadRow
@@ -69,7 +72,7 @@ def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: in
         raise BadOption("--warmup drew no row of this pool; raise its share")
     folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
     try:
-        adapted = train(model.network, encoder.tokenizer, rows, Course(seed))
+        adapted = train(model, encoder.tokenizer, rows, Course(seed))
         adapted.save_pretrained(str(folder))
         return CausalLM(adapted.merge_and_unload()), folder
     except BaseException:
@@ -77,20 +80,27 @@ def warm_up(model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: in
         raise
 
 
-def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], course: Course) -> Any:
-    """The network, changed in place, with an adapter on it (or whole), trained on the supervised tokens of `rows`:
-    PEFT's model (or the network itself). Raises BadOption without TRL and PEFT."""
+def train(
+    model: CausalLM,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    course: Course,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Any:
+    """The network of the model, changed in place, with an adapter on it (or whole), trained on the supervised tokens of
+    `rows`: PEFT's model (or the network itself). `on_step` is told the number of each step that was made, from 1, and
+    its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
     try:
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig, get_peft_model
         from transformers import PrinterCallback
         from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
     except ImportError:
         raise BadOption(_INSTALL) from None
 
     disable_progress_bars()
     torch.manual_seed(course.seed)
+    network: Any = model.network
     plan = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     learner = network.requires_grad_(True) if course.full else get_peft_model(network, plan)
     coded = [
@@ -110,7 +120,7 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], course: Course)
             learning_rate=course.rate,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
-            use_cpu=next(network.parameters()).device.type == "cpu",
+            use_cpu=model.device.type == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             save_strategy="no",
@@ -120,7 +130,35 @@ def train(network: Any, tokenizer: Any, rows: Sequence[Encoded], course: Course)
             seed=course.seed,
         )
         data = Dataset.from_list(coded)
-        trainer = SFTTrainer(model=learner, args=settings, train_dataset=data, processing_class=tokenizer)
+        trainer = _trainer(model, on_step)(model=learner, args=settings, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return learner
+
+
+def _trainer(model: CausalLM, on_step: Callable[[int, float], None]) -> Any:
+    """TRL's trainer with the loss of core/likelihood.py."""
+    from transformers import TrainerCallback
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class Telling(TrainerCallback):  # type: ignore[misc]
+        loss = math.nan
+
+        def on_step_end(self, _: Any, state: Any, control: Any, **named: Any) -> None:
+            on_step(state.global_step, self.loss)
+
+    class Trainer(SFTTrainer):
+        def __init__(self, **given: Any) -> None:
+            self.telling = Telling()
+            super().__init__(**given, callbacks=[self.telling])
+
+        def training_step(self, network: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            network.train()
+            tokens, real, labels = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+            batch = Batch(tokens, real.bool(), labels >= 0)
+            share = torch.full((len(batch),), 1 / max(1, int(batch.counts.sum())), device=model.device)
+            loss = -(backward(model, batch, -share) * share).sum()
+            self.telling.loss = float(loss)
+            return loss
+
+    return Trainer

@@ -53,6 +53,10 @@ class Example:
     prompt_turns: int = 0
 
     @property
+    def text(self) -> str:
+        return "\n".join(turn.text for turn in self.turns)
+
+    @property
     def conversation(self) -> bool:
         """Whether there is more in it than one prompt and one answer: then it takes a template to tell who speaks."""
         return len(self.turns) - self.prompt_turns > 1 or self.prompt_turns > 1

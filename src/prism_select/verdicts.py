@@ -1,0 +1,136 @@
+"""Verdicts: what retrainings say, in figures and in words.
+
+    better    the 95% interval of prism − rival, over seeds and questions, is above 0     worse    it is below
+    no gain shown    it holds 0
+
+Choices made here: the verdict is on the gain; of every measure the difference and its interval are told. Seeds and
+questions are compared each with its own, so what they share falls out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from prism_select.retraining import MEASURES, Lot, Point, Tried
+from prism_select.statistics import paired_interval, rank_correlation
+from prism_select.store import Store
+
+__all__ = ["PRICED", "break_even_of", "figures", "in_words", "write_tables"]
+
+PRICED = "random-priced"
+Rows: TypeAlias = NDArray[np.int64]
+
+
+def write_tables(store: Store, before: Point, found: Sequence[Tried], question: Rows) -> None:
+    """methods.parquet: a line for each training and pair.  curves.parquet: one for each training and point."""
+    lines, curves = list[pa.Table](), list[dict[str, Any]]()
+    for lot, points in found:
+        last, count, seed = points[-1], len(question), lot.course.seed
+        told = {"method": [lot.method] * count, "seed": [seed] * count, "pair": range(count), "question": question}
+        after = {"gap": last.gap, "loglik_chosen": last.chosen, "loglik_rejected": last.rejected}
+        lines.append(pa.table({**told, "gap_before": before.gap, **after}))
+        for point in (before, *points):
+            means = {name: float(measure(point, question).mean()) for name, measure in MEASURES.items()}
+            curves.append({"method": lot.method, "seed": seed, "step": point.step, "loss": point.loss, **means})
+    store.write_table("methods.parquet", pa.concat_tables(lines))
+    store.write_table("curves.parquet", pa.Table.from_pylist(curves))
+
+
+def figures(
+    forecast: Callable[[Rows], float], tokens: Rows, before: Point, found: Sequence[Tried], question: Rows
+) -> dict[str, Any]:
+    """Of each method its means; prism against each rival; forecasts against what came."""
+    names = list(dict.fromkeys(lot.method for lot, _ in found))
+    lots = {name: [(lot, points[-1]) for lot, points in found if lot.method == name] for name in names}
+    trained = {name: [after for _, after in each] for name, each in lots.items()}
+    methods = {"none": means_of([before], question)}
+    for name, each in lots.items():
+        realised = [float((MEASURES["gain"](p, question) - MEASURES["gain"](before, question)).mean()) for _, p in each]
+        methods[name] = {
+            **means_of(trained[name], question),
+            "rows": [len(lot.rows) for lot, _ in each],
+            "tokens": [int(tokens[lot.rows].sum()) for lot, _ in each],
+            "steps": each[0][0].course.steps,
+            "predicted": [forecast(lot.rows) for lot, _ in each],
+            "realised": realised,
+        }
+    same = [name for name in names if name != PRICED]
+    both = [[value for name in same for value in methods[name][which]] for which in ("predicted", "realised")]
+    trained["none"] = [before] * len(trained["prism"])
+    against: dict[str, Any] = {}
+    for name, theirs in trained.items():
+        if name != "prism":
+            apart = compared(trained["prism"][: len(theirs)], theirs, question)
+            against[name] = {"words": in_words(name, apart["gain"]), **apart}
+    return {
+        "methods": methods,
+        "against": against,
+        "forecast": {"rank_correlation": rank_correlation(*map(np.array, both)), "trainings": len(both[0])},
+    }
+
+
+def means_of(each: Sequence[Point], question: Rows) -> dict[str, Any]:
+    return {
+        name: float(np.mean([measure(point, question).mean() for point in each])) for name, measure in MEASURES.items()
+    }
+
+
+def compared(ours: Sequence[Point], theirs: Sequence[Point], question: Rows) -> dict[str, dict[str, float]]:
+    """Ours minus theirs, seed by seed and question by question."""
+    told = {}
+    for name, measure in MEASURES.items():
+        apart = np.array([measure(a, question) - measure(b, question) for a, b in zip(ours, theirs, strict=True)])
+        low, high = paired_interval(apart, 0)
+        told[name] = {"difference": float(apart.mean()), "low": low, "high": high}
+    return told
+
+
+def in_words(rival: str, gain: Mapping[str, float]) -> str:
+    """The verdict on one rival; the interval is at 95%, in nats per token of gain."""
+    names = {"none": "no training", PRICED: "random for the price of scoring"}
+    name, middle, low, high = names.get(rival, rival), gain["difference"], gain["low"], gain["high"]
+    if low > 0:
+        return f"better than {name} by {middle:.2g} [{low:.2g}, {high:.2g}]"
+    if high < 0:
+        return f"worse than {name} by {-middle:.2g} [{-high:.2g}, {-low:.2g}]"
+    return f"no gain over {name} shown: {middle:.2g} [{low:.2g}, {high:.2g}]"
+
+
+def break_even_of(
+    passes: Callable[[Lot], float], price: float, found: Sequence[Tried], question: Rows
+) -> dict[str, Any]:
+    """At what price scoring would not pay: random's gain against the forwards that it took beyond those of the choice,
+    at the points of its dearer trainings. Only at the last of these had the learning rate fallen to 0."""
+    dear = [(lot, points) for lot, points in found if lot.method == PRICED]
+    ours, plain = (
+        [(lot, points) for lot, points in found if lot.method == name][: len(dear)] for name in ("prism", "random")
+    )
+
+    def gain(each: Sequence[Tried], place: int) -> float:
+        return float(np.mean([MEASURES["gain"](points[place], question).mean() for _, points in each]))
+
+    spent, most = passes(ours[0][0]), passes(dear[0][0])
+    curve = [(0.0, gain(plain, -1))] if plain else []
+    for place, point in enumerate(dear[0][1]):
+        more = point.step / dear[0][0].course.steps * most - spent
+        curve += [(more, gain(dear, place))] if more > 0 else []
+    wanted = gain(ours, -1)
+    found_at = break_even(curve, wanted)
+    told = f"scoring took {price:.1f} forwards of the pool; random reaches the gain of prism "
+    told += "not even for that" if found_at is None else f"for {found_at:.1f} more than prism trains for"
+    return {"words": told, "price": price, "training": spent, "curve": curve, "gain": wanted, "break_even": found_at}
+
+
+def break_even(curve: Sequence[tuple[float, float]], wanted: float) -> float | None:
+    """The first forwards at which a curve of (forwards, gain) reaches the gain wanted, between its points on a line;
+    None where it never does."""
+    if curve[0][1] >= wanted:
+        return curve[0][0]
+    for (a, low), (b, high) in pairwise(curve):
+        if high >= wanted > low:
+            return a + (b - a) * (wanted - low) / (high - low)
+    return None
