@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scenario import Scenario
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -43,8 +44,9 @@ from prism_select.data.batches import Encoder
 from prism_select.data.inputs import Pool, read_target
 from prism_select.data.records import Example
 from prism_select.demo.train import IGNORED, Encoded, encode
-from prism_select.evaluation import Found, measured, retrained
 from prism_select.models import load
+from prism_select.retraining import Bench, Lot, Point, measured
+from prism_select.store import Store
 from prism_select.targeting import as_side, encode_sides
 from prism_select.warmup import Course
 
@@ -266,14 +268,16 @@ def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
     rows = [encoder.encode(row) for _, row in Pool([scenario.pool], {}).rows() if isinstance(row, Example)]
     pairs = read_target(scenario.holdout.replace("holdout", "validation"), {})
     sides = [as_side(side, 8192, model.device) for side in encode_sides(pairs, encoder)]
-    print(f"{scenario.name}: {told(measured(model, sides))} before, {len(rows)} rows, {len(pairs)} pairs")
+    before = Point(0, 0.0, *measured(model, sides))
+    print(f"{scenario.name}: {told(before)} before, {len(rows)} rows, {len(pairs)} pairs")
+    bench = Bench(model, encoder, dict(enumerate(rows)), sides, Store(""), ())
     for course in courses:
-        few = random.Random(course.seed).sample(rows, 75)
-        after = [told(retrained(model, encoder, some, course, sides)) for some in (few, rows)]
+        few = random.Random(course.seed).sample(range(len(rows)), 75)
+        after = [told(bench.trained(Lot("", np.array(some), course))[-1]) for some in (few, range(len(rows)))]
         print(f"  {course}: {after[0]} after random rows, {after[1]} after everything", flush=True)
 
 
-def told(found: Found) -> str:
+def told(found: Point) -> str:
     return f"gain {found.gain.mean():.2f}, gap {found.gap.mean():.2f}, wins {(found.gap > 0).mean():.2f}"
 
 

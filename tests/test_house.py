@@ -31,10 +31,10 @@ LAYERS = [
     ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
     ["models", "store", "planning", "adapters"],
     [
-        "choice",
         "scoring",
         "targeting",
         "baselines",
+        "choice",
         "saving",
         "preconditioning",
         "anatomy",

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +40,16 @@ from prism_select.statistics import (
 )
 from prism_select.store import Run, Store, json_line
 
-__all__ = ["Chosen", "Columns", "choose_again", "choose_and_write", "early_refusals", "hidden_sources", "refuse_budget"]
+__all__ = [
+    "Chosen",
+    "Columns",
+    "choose_again",
+    "choose_and_write",
+    "early_refusals",
+    "hidden_sources",
+    "refuse_budget",
+    "with_ranking",
+]
 
 Verdicts = list[str]
 VERDICTS = {
@@ -140,18 +150,21 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
         return Run(store.path)
     reasons = {(row["file"], row["line"]): row["reason"] for row in old.quarantine}
+    ranking = drawn_again(config, old.scores) if config.rank_by else None
 
     def tables() -> Iterator[pa.Table]:
         for group in pq.ParquetFile(old.path / "scores.parquet").iter_batches():
-            table = pa.Table.from_batches([group]).drop_columns(["verdict"])
+            table = pa.Table.from_batches([group])
+            table = table.drop_columns([name for name in ("verdict", "rank_by") if name in table.column_names])
             keys = zip(table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
             yield table.append_column("reason", pa.array([reasons.get(key) for key in keys], pa.string()))
 
-    columns, (option, budget) = columns_of(config, tables()), budget_of(config)
+    ranked = partial(with_ranking, tables, ranking)
+    columns, (option, budget) = columns_of(config, ranked()), budget_of(config)
     limit_of(option, budget, columns.ranking, columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
-    chosen = choose_and_write(config, store, tables, pool)
+    chosen = choose_and_write(config, store, ranked, pool)
     for name in ("pairs.parquet", "direction.safetensors"):
         if (old.path / name).exists():
             store.write(name, (old.path / name).read_bytes())
@@ -165,10 +178,32 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     return Run(store.path)
 
 
+def drawn_again(config: SelectConfig, scores: pa.Table) -> NDArray[np.float64]:
+    """A ranking that takes no model. Raises BadOption for any other."""
+    if config.rank_by not in ("random", "random-by-source", "length"):
+        raise BadOption(f"--rank-by {config.rank_by}: needs the model; run prism select anew, without --select-from")
+    from prism_select.baselines import TEXT_RIVALS, Texts  # torch comes with it: other choices go without
+
+    sources = [name or "" for name in scores["source"].to_pylist()]
+    tokens = np.nan_to_num(scores["tokens"].to_numpy()).astype(np.int64)
+    return TEXT_RIVALS[config.rank_by](Texts(texts=(), sources=sources, tokens=tokens, seed=config.seed))
+
+
+def with_ranking(tables: Callable[[], Iterable[pa.Table]], ranking: NDArray[np.float64] | None) -> Iterator[pa.Table]:
+    """The tables, with a column `rank_by` where there is a ranking of all their rows."""
+    start = 0
+    for table in tables():
+        part = (
+            None if ranking is None else pa.array(ranking[start : start + len(table)], pa.float64(), from_pandas=True)
+        )
+        start += len(table)
+        yield table if part is None else table.append_column("rank_by", part)
+
+
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     """Raises BadOption where the scores of an earlier run lack what the choice goes by."""
     few = ["score", "score_per_token", "score_chosen", "tokens", "source", "reason", "truncated"]
-    more = re.compile(r"score:|score_cosine$|score_damping_|score_groups$")
+    more = re.compile(r"score:|score_cosine$|score_damping_|score_groups$|rank_by$")
     whole = pa.concat_tables([t.select(few + [n for n in t.column_names if more.match(n)]) for t in tables])
     if config.ranking not in whole.column_names:
         raise BadOption(f"--normalize {config.normalize}: these scores were made without it; score the pool again")
@@ -187,6 +222,8 @@ def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     if config.combine == "round-robin" and len(targets) > 1:
         unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
         ranking = round_robin(np.column_stack([floats(name) / unit for name in targets]))
+    if "rank_by" in whole.column_names:
+        ranking = last_where_unknown(floats("rank_by"), floats("score"))
     return Columns(
         ranking,
         floats("score"),
@@ -197,6 +234,13 @@ def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
         reasons,
         sum(bool(value) for value in whole["truncated"].to_pylist()),
     )
+
+
+def last_where_unknown(ranking: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A rival's ranking of the rows that have a score; those that it says nothing of come last."""
+    known = ranking[np.isfinite(ranking)]
+    last = known.min() - 1 if len(known) else 0.0
+    return np.where(np.isfinite(score), np.where(np.isfinite(ranking), ranking, last), np.nan)
 
 
 def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:

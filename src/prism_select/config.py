@@ -304,6 +304,26 @@ class SelectConfig(ScoreConfig):
     near_duplicates: Annotated[
         float, "MinHash similarity (0 to 1) above which only the best-scored row stays; 0: rows are not compared."
     ] = 0.0
+    rank_by: Annotated[
+        Literal[
+            "",
+            "random",
+            "random-by-source",
+            "length",
+            "bm25",
+            "loss-top",
+            "loss-mid",
+            "ifd",
+            "rds",
+            "less",
+            "uniform",
+            "hard",
+            "unpaired",
+            "contrast",
+        ],
+        "Choose by a rival's ranking in place of the score, which is taken all the same; with --select-from only "
+        "random, random-by-source and length.",
+    ] = ""
     select_from: Annotated[str, "Choose again from the scores of this run folder, without a model."] = ""
 
     def __post_init__(self) -> None:
@@ -311,6 +331,8 @@ class SelectConfig(ScoreConfig):
         Amount.parse("--budget", self.budget)
         if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
             raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
+        if self.rank_by and "positive" in self.budget:
+            raise BadOption(f"--rank-by {self.rank_by}: only scores have a sign; give --budget as a share, 5% say")
         if not 0 <= self.near_duplicates <= 1:
             raise BadOption(f"--near-duplicates {self.near_duplicates}: not between 0 and 1; try 0.8")
 

@@ -18,14 +18,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prism_select import models
 from prism_select.adapters import load_adapter, save_adapter
 from prism_select.anatomy import anatomy_of
 from prism_select.check import check
-from prism_select.choice import choose_and_write, early_refusals, refuse_budget
-from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig
+from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
+from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Factored, Weights
 from prism_select.core.likelihood import Batch
@@ -40,6 +42,7 @@ from prism_select.norms import with_norms
 from prism_select.planning import Plan, make_plan, peak_memory
 from prism_select.preconditioning import Sharpened, curvature_file, reduced, save_curvature, sharpened
 from prism_select.progress import Progress, Silent
+from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
 from prism_select.scoring import Measure, Scorer
 from prism_select.store import Run, Store
@@ -114,7 +117,9 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
         shards = score_pool(config, store, inputs, scorer, model.device, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     with clock.step("choose"):
-        chosen = choose_and_write(config, store, lambda: store.read_shards(shards), inputs.pool)
+        ranking = rival_ranking(config, (model, encoder), inputs, progress)
+        tables = partial(with_ranking, lambda: store.read_shards(shards), ranking)
+        chosen = choose_and_write(config, store, tables, inputs.pool)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
     told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
     facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
@@ -129,6 +134,8 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     targets = read_targets(config.target, mapping, config.target_by) if config.target else {}
     if isinstance(config, RepairConfig):
         targets = {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in targets.items()}
+    if isinstance(config, SelectConfig) and config.rank_by:
+        refuse_rivals("--rank-by", [config.rank_by], bool(config.target))
     curvature_file(config)
     if config.layer_profile not in ("", "pool"):
         readable(config.layer_profile)
@@ -224,6 +231,15 @@ def sharpened_by(
     if done.told["residual"] is not None:
         progress.say(f"conjugate gradients left {done.told['residual']:.1e} of the direction")
     return done.aim, done
+
+
+def rival_ranking(
+    config: ScoreConfig, loaded: tuple[models.CausalLM, Encoder], inputs: Inputs, progress: Progress
+) -> NDArray[np.float64] | None:
+    if not (isinstance(config, SelectConfig) and config.rank_by):
+        return None
+    with progress.task(f"ranking by {config.rank_by}", None):
+        return rankings([config.rank_by], config, loaded, inputs.pool, inputs.targets)[config.rank_by]
 
 
 def extras(
