@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,22 @@ from numpy.typing import NDArray
 
 import prism_select
 from prism_select import controls, evaluation
-from prism_select.config import EvaluateConfig
+from prism_select.config import EvaluateConfig, ScoreConfig
 from prism_select.data.batches import Encoded, Encoder
+from prism_select.data.inputs import Pool, read_target
 from prism_select.data.records import Example, Turn
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
 from prism_select.errors import BadOption
 from prism_select.evaluation import evaluate, filled
 from prism_select.models import load
-from prism_select.retraining import Bench, Lot, Point
-from prism_select.statistics import paired_interval
+from prism_select.pipeline import load_model
+from prism_select.progress import Silent
+from prism_select.retraining import Bench, Lot, Point, digest
+from prism_select.statistics import halves, paired_interval, rank_correlation
 from prism_select.store import Run, Store
 from prism_select.targeting import as_side
-from prism_select.verdicts import in_words
+from prism_select.verdicts import break_even, in_words
 from prism_select.warmup import Course
 
 BUDGET = 20
@@ -242,6 +246,123 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
     assert first.chosen.tolist() == again.chosen.tolist() != longer.chosen.tolist()
 
 
+# ---------------------------------------------------------------- rivals, questions, curves, price, halves
+
+
+def test_named_rivals_rank_as_their_definitions_and_are_ranked_once(
+    place: Path, tmp_path: Path, trainings: list[Course], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    names = ["random-by-source", "bm25", "uniform", "contrast"]
+    first = evaluate(config_of(place, run, against=",".join(names), seeds=1))
+    assert list(first["methods"]) == ["none", "prism", *names] and len(trainings) == 5
+    table = pq.read_table(run / "evaluation" / "rankings.parquet")
+    assert table.column_names == ["bm25", "uniform", "contrast"] and len(table) == 200
+    tokens = np.array(Run(run).scores["tokens"].to_pylist())
+    best = np.argsort(-table["bm25"].to_numpy(), kind="stable")[: first["methods"]["bm25"]["rows"][0]]
+    assert first["methods"]["bm25"]["tokens"] == [tokens[best].sum()]
+    monkeypatch.setattr(evaluation, "rankings", None)
+    assert evaluate(config_of(place, run, against=",".join(names), seeds=1))["methods"] == first["methods"]
+
+
+def test_several_pairs_of_a_question_count_as_one(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
+    """A question with three wrong choices has three pairs, and is right where all of them are."""
+    held, seen = pairs(DEMO_SKILL, 40, 1), {row["prompt"] for row in pairs(DEMO_SKILL, 16, 0)}
+    held = [row for row in held if row["prompt"] not in seen][:6]
+    rows = [
+        {"question": row["prompt"], "choices": [row["chosen"], row["rejected"], *others], "answer": 0}
+        for row, others in zip(held, [["It is 3"], [], ["Answer: yes", "mice"], [], [], []], strict=True)
+    ]
+    config = config_of(place, against="random", seeds=1, full=True)
+    told = evaluate(replace(config, holdout=jsonl(tmp_path / "quiz.jsonl", rows)))
+    assert (told["pairs"], told["questions"]) == (9, 6)
+    table = pq.read_table(place / "select" / "evaluation" / "methods.parquet").to_pylist()
+    ours = [row for row in table if row["method"] == "prism"]
+    by_question = [[row["gap"] > 0 for row in ours if row["question"] == place] for place in range(6)]
+    assert [len(each) for each in by_question] == [2, 1, 3, 1, 1, 1]
+    assert told["methods"]["prism"]["accuracy"] == pytest.approx(np.mean([all(each) for each in by_question]))
+    assert told["methods"]["prism"]["win_rate"] == pytest.approx(np.mean([np.mean(each) for each in by_question]))
+
+
+def test_a_learning_curve_starts_before_training_and_ends_at_its_figures(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run")
+    told = evaluate(config_of(place, run, against="random", seeds=1, steps=6, points=3))
+    curve = pq.read_table(run / "evaluation" / "curves.parquet").to_pylist()
+    ours = [row for row in curve if row["method"] == "prism"]
+    assert [row["step"] for row in ours] == [0, 2, 4, 6]
+    assert ours[0]["gain"] == pytest.approx(told["methods"]["none"]["gain"])
+    assert ours[-1]["gain"] == pytest.approx(told["methods"]["prism"]["gain"])
+    assert np.isnan(ours[0]["loss"]) and 0 < ours[-1]["loss"] < ours[1]["loss"]
+
+
+def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (run / "evaluation").mkdir()
+    past = evaluation.opened(config_of(place, run))
+    mark = digest([past.manifest["fingerprints"], asdict(past.config)])
+    (run / "evaluation" / "price.json").write_text(json.dumps({"of": mark, "price": 0.9}))
+    told = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=4, points=2))
+    ours, dear = told["methods"]["prism"], told["methods"]["random-priced"]
+    length = np.array(Run(run).scores["length"].to_pylist())
+    spent = 3 * 4 * 8 * length[past.taken].mean() / length.sum()
+    assert told["compute"]["training"] == pytest.approx(spent) and told["compute"]["price"] == 0.9
+    factor = 1 + 0.9 / spent
+    assert dear["steps"] == round(4 * factor)
+    assert dear["tokens"][0] == pytest.approx(factor * ours["tokens"][0], abs=10)
+    assert told["compute"]["curve"][0] == [0, pytest.approx(told["methods"]["random"]["gain"])]
+    assert told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])
+    assert "random-priced" in told["against"] and told["forecast"]["trainings"] == 2
+
+
+def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"]
+    took = Run(run).manifest["timings"]
+    whole = (took["target"] + took["curvature"] + took["score"]) / took["score"]
+    assert whole < price < 20 * whole  # an engine takes longer than a forward pass, and not twenty times as long
+    assert (
+        evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"] == price
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "wanted", "found"),
+    [
+        ([(0.0, 1.0), (1.0, 2.0), (3.0, 4.0)], 3.0, 2.0),
+        ([(0.0, 1.0), (1.0, 2.0)], 0.5, 0.0),
+        ([(0.0, 1.0), (1.0, 2.0)], 2.5, None),
+        ([(0.0, 1.0), (1.0, 0.5), (2.0, 1.5)], 1.0, 0.0),
+    ],
+)
+def test_the_break_even_is_where_the_curve_first_reaches_the_gain(
+    curve: list[tuple[float, float]], wanted: float, found: float | None
+) -> None:
+    assert break_even(curve, wanted) == found
+
+
+def test_halves_of_the_pool_are_trained_on_and_told_apart_from_methods(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    told = evaluate(config_of(place, run, against="random", seeds=1, steps=30, rate=2e-3, lds=8))
+    assert list(told["methods"]) == ["none", "prism", "random"]
+    assert len(list((run / "evaluation" / "retrained").glob("half-*"))) == 8
+    low, middle, high = (told["lds"][name] for name in ("low", "lds", "high"))
+    assert -1 <= low <= middle <= high <= 1
+    lines = [pq.read_table(run / "evaluation" / "retrained" / f"half-{k}-0.parquet") for k in range(8)]
+    gains = [np.logaddexp(0, t["loglik_chosen"].to_numpy() - t["loglik_rejected"].to_numpy()).mean() for t in lines]
+    scores = np.array(Run(run).scores["score"].to_pylist())
+    wanted = rank_correlation(halves(200, 8, 0) @ scores, np.array(gains))
+    assert middle == pytest.approx(wanted)
+
+
+def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
+    given = {"model": str(MODEL), "pool": str(place / "mixture.jsonl"), "target": str(place / "target.jsonl")}
+    run = prism_select.repair(**given, out=str(tmp_path), remove="15%", label_field="is_bad")  # type: ignore[arg-type]
+    told = evaluate(config_of(place, tmp_path, against="length,uniform,random-priced", seeds=1, steps=1))
+    assert set(told["labels"]) == {"prism", "length", "uniform"}
+    assert told["labels"]["prism"] == pytest.approx(run.manifest["choice"]["labels"]["auroc"])
+    assert told["compute"] is None, "what is removed has no price"
+
+
 # ---------------------------------------------------------------- controls
 
 
@@ -276,6 +397,26 @@ def test_scores_that_are_lengths_are_reported(place: Path, tmp_path: Path) -> No
     found = spoilt(place, tmp_path, tokens)
     assert not found["length"]["holds"] and found["length"]["value"] == pytest.approx(1)
     assert not found["scored again"]["holds"] and not found["swapped pairs, weighted alike"]["holds"]
+
+
+@pytest.mark.parametrize("curvature", ["flat", "ekfac", "cg"])
+def test_controls_are_the_same_however_many_directions_are_held_at_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, curvature: str
+) -> None:
+    given = {"pool": [str(place / "pool.jsonl")], "target": [str(place / "target.jsonl")], "out": "nowhere"}
+    config = ScoreConfig(model=str(MODEL), layers="last:1", curvature=curvature, curvature_rows=8, **given)  # type: ignore[arg-type]
+    loaded = load_model(config, Silent())
+    rows = [
+        loaded[1].encode(row) for _, row in Pool([str(place / "pool.jsonl")], {}).rows() if isinstance(row, Example)
+    ]
+    sample = controls.Sample(rows[:20], np.arange(20.0), 0.2)
+    pairs = {"": read_target(given["target"][0], {})[:6]}
+    monkeypatch.setattr(controls, "DRAWS", 1)
+    found = []
+    for numbers in (2**28, 1):
+        monkeypatch.setattr(controls, "TOGETHER", numbers)
+        found.append([each.value for each in controls.run_controls(config, loaded, pairs, sample, Silent())])
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
 def test_half_of_the_pairs_is_swapped() -> None:

@@ -123,17 +123,18 @@ def run_controls(
 def scores_of(
     config: ScoreConfig, model: CausalLM, pairs: Pairs, rows: Sequence[Encoded], progress: Progress
 ) -> Iterator[tuple[str, Floats]]:
-    """Scores of the rows along each direction, so many at a time as memory takes; with a curvature all at once."""
+    """Scores of the rows along each direction, so many at a time as memory takes."""
     weights = select_weights(model.network, config.layers)
     size = max(1, TOGETHER // sum(weight.numel() for weight in weights.values()))
-    every = directions_of(config, model, weights, pairs)
-    while few := list(islice(every, size if config.curvature == "flat" else None)):
+    every, blocks = directions_of(config, model, weights, pairs), None
+    while few := list(islice(every, size)):
         names, directions = [name for name, _ in few], [direction for _, direction in few]
         if config.curvature != "flat":
             drawn = random.Random(config.seed).sample(rows, min(len(rows), config.curvature_rows))
             plain = Aim(weights, directions, Lines(targets=names), {})
             single = replace(config, damping=f"{config.dampings[0]:g}")
-            directions = list(sharpened(single, model, plain, drawn, progress).aim.directions)
+            done = sharpened(single, model, plain, drawn, progress, blocks)
+            directions, blocks = list(done.aim.directions), done.blocks
         engine = ENGINES["reference" if config.engine == "reference" else "reverse"](model, weights, directions)
         scores = np.zeros((len(rows), len(few)))
         for batch in plan_batches([len(row.tokens) for row in rows], config.batch_tokens):

@@ -252,7 +252,7 @@ def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | No
     lots = [Lot("prism", np.flatnonzero(past.taken), course) for course in courses]
     for name in config.rivals:
         if name == PRICED:
-            lots += [more for lot in lots[:PRICED_SEEDS] if (more := dearer(past, lot, price))]
+            lots += [more for lot in lots[: min(len(courses), PRICED_SEEDS)] if (more := dearer(past, lot, price))]
             continue
         for course in courses:
             drawn = Texts(texts=(), sources=past.source, tokens=past.tokens, seed=course.seed)

@@ -60,13 +60,21 @@ def curvature_file(config: ScoreConfig) -> Path | None:
     return place
 
 
-def sharpened(config: ScoreConfig, model: CausalLM, aim: Aim, rows: Sequence[Encoded], progress: Progress) -> Sharpened:
-    """Raises NotFinite when a direction is lost in the solve."""
+def sharpened(
+    config: ScoreConfig,
+    model: CausalLM,
+    aim: Aim,
+    rows: Sequence[Encoded],
+    progress: Progress,
+    blocks: Blocks | None = None,
+) -> Sharpened:
+    """`blocks` are the curvature, where it was fitted before. Raises NotFinite when a direction is lost in the
+    solve."""
     batches = [collate([row], model.device) for row in rows]
     place = curvature_file(config)
-    if place:
+    if blocks is None and place:
         blocks = loaded(config, place, aim.weights)
-    else:
+    elif blocks is None:
         with progress.task(f"curvature of {len(rows)} rows", None):
             blocks = fitted(config, model, aim.weights, batches)
     newton = GaussNewton(model, aim.weights, batches, blocks) if config.curvature == "cg" else None

@@ -240,15 +240,18 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
     """The final table of `prism evaluate`: each method, prism against each rival, the forecast, the controls."""
     left = f", {told['pairs_left_out']} left out that the run has seen" if told["pairs_left_out"] else ""
     kind = "all weights" if config.full else "LoRA"
+    several = told["questions"] < told["pairs"]
+    of = f" of {told['questions']} questions" if several else ""
     rows = {
-        "pairs": f"{told['pairs']} held out{left}",
+        "pairs": f"{told['pairs']} held out{of}{left}",
         "training": f"{told['steps']} steps at {told['rate']:g}, {kind}, {config.seeds} seeds",
     }
     for name, each in told["methods"].items():
         size = f"; {sum(each['rows']) / len(each['rows']):,.0f} rows" if "rows" in each else ""
+        right = f"accuracy {each['accuracy']:.1%}, " if several else ""
         rows[name] = (
-            f"gain {each['gain']:.4f}, gap {each['gap']:+.4f}, win rate {each['win_rate']:.1%}, log-likelihood of the "
-            f"chosen {each['loglik_chosen']:.4f}{size}"
+            f"gain {each['gain']:.4f}, gap {each['gap']:+.4f}, win rate {each['win_rate']:.1%}, {right}log-likelihood "
+            f"of the chosen {each['loglik_chosen']:.4f}{size}"
         )
     for place, each in enumerate(told["against"].values()):
         rows[f"verdict {place + 1}"] = f"prism is {each['words']}" if "no gain" not in each["words"] else each["words"]
@@ -257,6 +260,13 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
         f"rank correlation {_figure(forecast['rank_correlation'], '+.2f')} between predicted and realised change of "
         f"the gain, over {forecast['trainings']} trainings"
     )
+    if spent := told["compute"]:
+        rows["compute"] = spent["words"]
+    if lds := told["lds"]:
+        rows["LDS"] = f"{_figure(lds['lds'])} [{_figure(lds['low'])}, {_figure(lds['high'])}] over {config.lds} halves"
+    if told["labels"]:
+        best = sorted(told["labels"].items(), key=lambda item: -(item[1] or 0.0))
+        rows["labels"] = "AUROC " + ", ".join(f"{_figure(value)} {name}" for name, value in best)
     rows |= {f"control {place + 1}": each["words"] for place, each in enumerate(told["controls"])}
     return rows | {"time": f"{told['seconds']:.1f} s", "files": f"{config.run}/evaluation"}
 

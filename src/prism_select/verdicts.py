@@ -19,7 +19,7 @@ from prism_select.retraining import MEASURES, Lot, Point, Tried
 from prism_select.statistics import paired_interval, rank_correlation
 from prism_select.store import Store
 
-__all__ = ["PRICED", "break_even_of", "figures", "in_words", "write_tables"]
+__all__ = ["PRICED", "break_even", "break_even_of", "figures", "in_words", "write_tables"]
 
 PRICED = "random-priced"
 Rows: TypeAlias = NDArray[np.int64]

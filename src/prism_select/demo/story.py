@@ -1,14 +1,18 @@
-"""The demo: the two main jobs on the bundled model, told in a dozen lines.
+"""The demo: the two main jobs on the bundled model and what they are worth, told in a dozen lines.
 
 DEMO/select   5% of a mixed pool for one skill          DEMO/repair   a fine-tuning set with 15% wrong answers
+
+accuracy = share of held-out questions of the skill whose right answer the model prefers to the usual mistake
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-from prism_select.api import repair, select
+from prism_select.api import execute_evaluation, repair, select
+from prism_select.config import EvaluateConfig
 from prism_select.demo.world import DEMO_SKILL, SKILLS, mixture, pairs, pool
 from prism_select.errors import BadOption, DiskTrouble
 from prism_select.progress import Progress
@@ -18,6 +22,7 @@ __all__ = ["MODEL", "Figures", "tell"]
 
 MODEL = Path(__file__).parent / "model"
 POOL_ROWS, MIXTURE_ROWS, TARGET_PAIRS, PAIRS_PER_SKILL, SEED = 2000, 1200, 40, 20, 0
+HELD_OUT, SEEDS, RATE = 100, 3, 1e-3
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Figures:
     pool_share: float
     chosen_share: float
     auroc: float
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # none, and after training on prism, random, everything
 
 
 def tell(out: str, progress: Progress) -> Figures:
@@ -42,11 +48,21 @@ def tell(out: str, progress: Progress) -> Figures:
     progress.say(f"\nNext: a fine-tuning set of {MIXTURE_ROWS} rows, 15% of them wrong. Which?")
     repaired = _repair(folder, progress)
     auroc = repaired.manifest["choice"]["labels"]["auroc"]
+    progress.say(f"\nLast: does training on the chosen 5% help? {SEEDS} short trainings on it, on random rows, on all.")
+    accuracy = _evaluate(folder, progress) if find_spec("trl") and find_spec("peft") else {}
     progress.say(f"\n{DEMO_SKILL}: {share:.1%} of the pool and {chosen_share:.1%} of the chosen 5%")
     progress.say(f"wrong answers: AUROC {auroc:.3f} of the repair ranking (0.5 is chance)")
+    if accuracy:
+        before, ours, random, everything = (accuracy[name] for name in ("none", "prism", "random", "everything"))
+        progress.say(
+            f"accuracy on {DEMO_SKILL}, {before:.1%} before: {ours:.1%} after the chosen 5%, {random:.1%} after "
+        )
+        progress.say(f"as many random rows, {everything:.1%} after as many steps on all {POOL_ROWS:,}")
+    else:
+        progress.say("no training was tried: PRISM is here without its extra [train]")
     for run, name in ((choice, "selected.jsonl"), (repaired, "removed.jsonl")):
         progress.say(f"look at {run.path / name} and {run.path / 'scores.parquet'}")
-    return Figures(share, chosen_share, auroc)
+    return Figures(share, chosen_share, auroc, accuracy)
 
 
 def _select(folder: Path, progress: Progress) -> tuple[float, float, Run]:
@@ -76,6 +92,16 @@ def _repair(folder: Path, progress: Progress) -> Run:
     )
     _say_counts(run, progress)
     return run
+
+
+def _evaluate(folder: Path, progress: Progress) -> Mapping[str, float]:
+    held = _write(folder / "data" / "held_out.jsonl", pairs(DEMO_SKILL, HELD_OUT, SEED + 1))
+    options = {"against": "random,everything", "seeds": SEEDS, "rate": RATE, "points": 1}
+    told = execute_evaluation(EvaluateConfig(run=str(folder / "select"), holdout=held, **options), progress)  # type: ignore[arg-type]
+    progress.say(
+        f"{told['pairs']} questions: the choice is {told['against']['random']['words']} (gain, nats per token)"
+    )
+    return {name: each["accuracy"] for name, each in told["methods"].items()}
 
 
 def _say_counts(run: Run, progress: Progress) -> None:
