@@ -99,7 +99,8 @@ def lds(
     """The linear datamodeling score: Spearman's ρ, over halves, of the sum of a half's scores with the gain J after
     training on it; `low` to `high` is its 95% percentile interval, by a bootstrap over halves. The interval knows the
     noise of few halves, not that of the order in which they train, which lowers ρ itself. NaN when either side is
-    constant, as with one half; resamples in which one is are left out; NaN too where a score is. Source: arXiv 2303.14186, section 2."""
+    constant, as with one half, or a score is NaN; resamples in which ρ is NaN are left out. Source: arXiv 2303.14186,
+    section 2."""
     foretold, draw, count = members @ scores, np.random.default_rng(seed), len(gains)
     drawn = [rank_correlation(foretold[pick], gains[pick]) for pick in draw.integers(count, size=(draws, count))]
     told = [value for value in drawn if value == value]
