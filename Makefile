@@ -1,6 +1,6 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
 # make real, make pairs, make curvature: quality on a real pre-trained model (slow)
-# make lds: does a score foretell retraining?      make peers: against kronfluence
+# make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make bench: memory against pool size, and what a score costs (on a quiet machine)
 
 PYTHON ?= python3.11
@@ -37,15 +37,19 @@ curvature: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/curvature.py --data $(or $(DATA),../shared/data)
 
-lds: $(STAMP)
+PEERS := benchmarks/work/peers
+
+$(PEERS)/installed: constraints.txt | $(STAMP)
+	test -d $(PEERS) || $(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt bergson==2.5.1 kronfluence==1.0.1
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+lds: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/lds.py
 
-PEERS := benchmarks/work/kronfluence
-
-peers: $(STAMP)
-	test -d $(PEERS) || $(BIN)/python -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch transformers kronfluence==1.0.1
-	$(PEERS)/bin/pip uninstall --quiet --yes torchvision
+peers: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/kronfluence_agreement.py
 
 bench: $(STAMP)

@@ -1,7 +1,7 @@
 """Does kronfluence 1.0.1 find the same scores? EK-FAC and flat, on the bundled demo model.
 
-    make peers        installs kronfluence in an environment of its own, without torchvision, whose build is not that of
-                      this torch; then about three minutes on one core
+    make peers        installs kronfluence and bergson in an environment of their own, without torchvision, whose build
+                      is not that of this torch; then about three minutes on one core
 
 This script writes tokens to a file and calls itself in kronfluence's own environment, where nothing of PRISM is
 imported: there the log-likelihoods, the gain and its derivative are written once more.
@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 WORK = Path(__file__).parent / "work"
-PYTHON = WORK / "kronfluence" / "bin" / "python"
+PYTHON = WORK / "peers" / "bin" / "python"
 MODEL = Path(__file__).parent.parent / "src" / "prism_select" / "demo" / "model"
 LAYERS = {"blocks": r"layers\.\d+\.(self_attn|mlp)", "blocks and head": r"layers\.\d+\.(self_attn|mlp)|lm_head"}
 ROWS, PAIRS = 300, 40

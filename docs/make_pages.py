@@ -156,7 +156,8 @@ def lds_table() -> str:
             ends = "{:+.3f} to {:+.3f}".format(*more["interval"]) if more else ""
             cells.append(f"{more['value']:+.3f} ({ends})" if more else "")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    bars = (told_figure(line) for name, line in figures.items() if line["wanted"] and "more than" in name)
+    return "\n".join([*lines, "", *bars])
 
 
 def told_figure(line: dict[str, Any]) -> str:
