@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import jsonl, prism
 from numpy.typing import NDArray
+from trl.trainer.sft_trainer import SFTTrainer
 
 import prism_select
-from prism_select import controls, evaluation
+from prism_select import controls, evaluation, warmup
 from prism_select.config import EvaluateConfig, ScoreConfig
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.inputs import Pool, read_target
@@ -33,7 +34,7 @@ from prism_select.statistics import halves, paired_interval, rank_correlation
 from prism_select.store import Run, Store
 from prism_select.targeting import as_side
 from prism_select.verdicts import break_even, in_words
-from prism_select.warmup import Course
+from prism_select.warmup import Course, train
 
 BUDGET = 20
 
@@ -246,6 +247,29 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
     assert first.chosen.tolist() == again.chosen.tolist() != longer.chosen.tolist()
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_training_is_that_of_trls_own_trainer(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """The loss of core/likelihood.py, sent backward in parts, moves the weights as TRL's own loss does."""
+    found, steps = [], list[int]()
+    for stock in (False, True):
+        model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
+        encoder = Encoder(tokenizer, "auto", 64)
+        told = pool(24, 0)
+        turns = [(Turn("user", row["prompt"]), Turn("assistant", row["completion"])) for row in told]
+        rows = [encoder.encode(Example(each, "", "", "", 1)) for each in turns]
+        if stock:
+            monkeypatch.setattr(warmup, "_trainer", lambda *_: SFTTrainer)
+        learner = train(model, tokenizer, rows, Course(0, 3, 1e-3, full), lambda step, _: steps.append(step))
+        found.append({name: weight.detach().clone() for name, weight in learner.named_parameters()})
+    assert steps == [1, 2, 3]
+    start = dict(load(str(MODEL), "auto", torch.device("cpu"))[0].network.named_parameters())
+    moved, apart = (
+        sum(float((weight - other.get(name, 0)).square().sum()) for name, weight in found[0].items())
+        for other in (start if full else {}, found[1])
+    )
+    assert 0 < apart**0.5 <= 0.01 * moved**0.5, "the same but for the order of additions, which Adam makes larger"
+
+
 # ---------------------------------------------------------------- rivals, questions, curves, price, halves
 
 
@@ -286,10 +310,10 @@ def test_several_pairs_of_a_question_count_as_one(place: Path, tmp_path: Path, t
 
 def test_a_learning_curve_starts_before_training_and_ends_at_its_figures(place: Path, tmp_path: Path) -> None:
     run = shutil.copytree(place / "select", tmp_path / "run")
-    told = evaluate(config_of(place, run, against="random", seeds=1, steps=6, points=3))
+    told = evaluate(config_of(place, run, against="random", seeds=1, steps=24, points=3, rate=2e-3))
     curve = pq.read_table(run / "evaluation" / "curves.parquet").to_pylist()
     ours = [row for row in curve if row["method"] == "prism"]
-    assert [row["step"] for row in ours] == [0, 2, 4, 6]
+    assert [row["step"] for row in ours] == [0, 8, 16, 24]
     assert ours[0]["gain"] == pytest.approx(told["methods"]["none"]["gain"])
     assert ours[-1]["gain"] == pytest.approx(told["methods"]["prism"]["gain"])
     assert np.isnan(ours[0]["loss"]) and 0 < ours[-1]["loss"] < ours[1]["loss"]
