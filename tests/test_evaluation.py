@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: 
     run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
     (run / "evaluation").mkdir()
     past = evaluation.opened(config_of(place, run))
-    mark = digest([past.manifest["fingerprints"], asdict(past.config)])
+    mark = digest([past.mark])
     (run / "evaluation" / "price.json").write_text(json.dumps({"of": mark, "price": 0.9}))
     told = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=4, points=2))
     ours, dear = told["methods"]["prism"], told["methods"]["random-priced"]

@@ -30,6 +30,7 @@ __all__ = [
     "ScoreConfig",
     "SelectConfig",
     "from_toml",
+    "settings",
     "sides_of",
     "to_toml",
 ]
@@ -460,6 +461,11 @@ class EvaluateConfig(Options):
 def sides_of(swapped: bool) -> tuple[str, str]:
     """What the target file calls the answers that are aimed at and the others; `repair` swaps them."""
     return ("rejected", "chosen") if swapped else ("chosen", "rejected")
+
+
+def settings(config: Options) -> dict[str, Any]:
+    """The options that are not their defaults: what tells one run from another, also after an option was added."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
 
 Config = TypeVar("Config", bound=Options)

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from prism_select.baselines import RIVALS, TEXT_RIVALS, Texts
 from prism_select.choice import labels_of
-from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig, settings
 from prism_select.controls import Sample, run_controls
 from prism_select.core.likelihood import Batch, mean_logliks
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
@@ -95,6 +95,11 @@ class Past:
         return isinstance(self.config, RepairConfig)
 
     @property
+    def mark(self) -> list[Any]:
+        """What makes its scores."""
+        return [self.manifest["fingerprints"], settings(self.config)]
+
+    @property
     def scored(self) -> Rows:
         return np.flatnonzero(np.isfinite(self.score))
 
@@ -137,7 +142,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     if past.config.layers == "adapter":
         model, encoder = checkpoint(past, config.full, "all", progress)
     sides = [as_side(side, past.config.batch_tokens, model.device) for side in coded]
-    made_of = [past.manifest["fingerprints"], asdict(past.config), fingerprint(find_files([config.holdout]))]
+    made_of = [past.mark, fingerprint(find_files([config.holdout]))]
     bench = Bench(model, encoder, rows, sides, store, made_of, config.points)
     before = Point(0, math.nan, *measured(model, sides))
     found: list[Tried] = []
@@ -233,7 +238,7 @@ def ranked(
 ) -> dict[str, Floats]:
     """The rankings of the rivals that know one, kept in a file: of the same scores they are the same."""
     names = [name for name in config.rivals if name in RIVALS and name not in DRAWN]
-    mark = digest([past.manifest["fingerprints"], asdict(past.config), names])
+    mark = digest([past.mark, names])
     place = store.path / "rankings.parquet"
     if place.exists() and (there := pq.read_table(place)).schema.metadata.get(b"of") == mark.encode():
         return {name: np.asarray(there[name].to_numpy()) for name in names}
@@ -324,7 +329,7 @@ def controlled(
 ) -> list[dict[str, Any]]:
     """Those of an earlier evaluation of the same scores, where there was one."""
     places = sampled(past)
-    mark = digest([past.manifest["fingerprints"], asdict(past.config), past.score[places].tolist()])
+    mark = digest([past.mark, past.score[places].tolist()])
     place = store.path / "controls.json"
     if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
         return list(there["controls"])
@@ -340,7 +345,7 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     """What the scores cost, in forwards of the pool: the run's engine is timed against a forward pass on some of its
     rows, once for all evaluations, and the time of pairs and curvature is added as the run measured it beside that of
     scoring."""
-    mark = digest([past.manifest["fingerprints"], asdict(past.config)])
+    mark = digest([past.mark])
     place = store.path / "price.json"
     if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
         return float(there["price"])

@@ -13,7 +13,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,6 +72,7 @@ class Store:
         if config.overwrite or not then:
             return
         now = _flat(self._config_text(config, inputs))
+        then = {**{f.name: f.default for f in fields(config) if f.name not in then}, **then}  # of an older version
         for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE)]:
             if then.get(name) != now.get(name):
                 raise RunMismatch(
