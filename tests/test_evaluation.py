@@ -285,6 +285,9 @@ def test_named_rivals_rank_as_their_definitions_and_are_ranked_once(
     tokens = np.array(Run(run).scores["tokens"].to_pylist())
     best = np.argsort(-table["bm25"].to_numpy(), kind="stable")[: first["methods"]["bm25"]["rows"][0]]
     assert first["methods"]["bm25"]["tokens"] == [tokens[best].sum()]
+    evaluate(config_of(place, run, against="length,bm25", seeds=1))
+    table = pq.read_table(run / "evaluation" / "rankings.parquet")
+    assert table.column_names == ["bm25", "uniform", "contrast", "length"]
     monkeypatch.setattr(evaluation, "rankings", None)
     assert evaluate(config_of(place, run, against=",".join(names), seeds=1))["methods"] == first["methods"]
 

@@ -114,7 +114,7 @@ def app(debug: bool) -> None:
 @app.command()
 @click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
 def demo(out: str) -> None:
-    """Run the main jobs offline, on a bundled model and a small generated world, in under a minute."""
+    """Run the main jobs offline, on a bundled model and a small generated world, in under two minutes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: a tiny model is slower with more
     from prism_select.demo.story import tell
 

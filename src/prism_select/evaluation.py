@@ -238,14 +238,14 @@ def ranked(
 ) -> dict[str, Floats]:
     """The rankings of the rivals that know one, kept in a file: of the same scores they are the same."""
     names = [name for name in config.rivals if name in RIVALS and name not in DRAWN]
-    mark = digest([past.mark, names])
-    place = store.path / "rankings.parquet"
-    if place.exists() and (there := pq.read_table(place)).schema.metadata.get(b"of") == mark.encode():
-        return {name: np.asarray(there[name].to_numpy()) for name in names}
-    with progress.task(f"rankings of {len(names)} rivals", None):
-        found = rankings(names, past.config, loaded, pool_of(past.config), target_pairs(past))
-    store.write_table("rankings.parquet", pa.table(found or {"row": np.zeros(0)}).replace_schema_metadata({"of": mark}))
-    return found
+    mark, place, there = digest([past.mark]), store.path / "rankings.parquet", dict[str, Floats]()
+    if place.exists() and (table := pq.read_table(place)).schema.metadata.get(b"of") == mark.encode():
+        there = {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
+    if missing := [name for name in names if name not in there]:
+        with progress.task(f"rankings of {len(missing)} rivals", None):
+            there |= rankings(missing, past.config, loaded, pool_of(past.config), target_pairs(past))
+        store.write_table("rankings.parquet", pa.table(there).replace_schema_metadata({"of": mark}))
+    return {name: there[name] for name in names}
 
 
 def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | None) -> list[Lot]:
