@@ -1,5 +1,6 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
-# make real, make pairs, make curvature: quality on a real pre-trained model (slow)
+# make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
+# make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make bench: memory against pool size, and what a score costs (on a quiet machine)
 
@@ -7,7 +8,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test real pairs curvature lds peers bench clean
+.PHONY: demo test real pairs quality curvature lds peers bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -32,6 +33,10 @@ real: $(STAMP)
 pairs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/pairs.py --data $(or $(DATA),../shared/data)
+
+quality: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
+	$(BIN)/python benchmarks/quality.py --data $(or $(DATA),../shared/data)
 
 curvature: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'

@@ -6,11 +6,11 @@
 Scenarios stand in gemma.py and babi.py. Each is scored once and chosen from at 5%, 1% and 20% (in repair: so much is
 removed), then `prism evaluate` trains on the choice and on each rival's: three seeds on Gemma, ten on the tiny model.
 
-Choices made here: a few rivals come first, for all scenarios, then all. Intervals are those of `prism evaluate`, at 95%,
-over seeds and questions; with three seeds they are too narrow. J, the gain, rises with the spread of the gaps too, so
-the win rate stands beside it. What a rival finds of the truth is told at the budget of its training. The controls are
-left to the tiny model: on Gemma they would take longer than all the rest. What was not run is no row of figures, but one
-that says `missing`.
+Choices made here: a few rivals come first, for all scenarios, then all. Intervals are those of `prism evaluate`, at
+95%, over seeds and questions; with three seeds they are too narrow. J, the gain, rises with the spread of the gaps too,
+so the win rate stands beside it. What a rival finds of the truth is told at the budget of its training. The controls
+are left to the tiny model: on Gemma they would take longer than all the rest. What was not run is no row of figures,
+but one that says `missing`.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def told_of(scenario: Scenario, budget: str) -> tuple[list[Row], list[Row]]:
     figures, rows = [], []
     for name, each in told["methods"].items():
         against = told["against"].get(name, {})
-        rows.append({"scenario": scenario.name, "budget": budget, "method": name, **each, **finds.get(name, {})})
+        rows.append({"scenario": scenario.name, "command": scenario.command, "budget": budget, "method": name})
+        rows[-1] |= {**each, **finds.get(name, {})}
         rows[-1]["prism minus it"] = {key: against[key] for key in TITLES if key in against}
         for key in ("gain", "win_rate", *(["accuracy"] if told["questions"] < told["pairs"] else [])):
             if name in ("random", "everything", "none") and key in against:

@@ -50,7 +50,12 @@ def measurements_page() -> str:
     """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`; of the many of the
     pairs study, a table."""
     lines = (DOCS / "measurements.in.txt").read_text(encoding="utf-8").splitlines()
-    tables = {"{{pairs}}": pairs_table, "{{curvature}}": curvature_table, "{{lds}}": lds_table}
+    tables = {
+        "{{pairs}}": pairs_table,
+        "{{curvature}}": curvature_table,
+        "{{lds}}": lds_table,
+        "{{quality}}": quality_table,
+    }
     return (
         "\n".join(tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x for x in lines) + "\n"
     )
@@ -136,6 +141,39 @@ def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
             moved = [b - a for a, b in both]
             told.append(f"{name}: {sum(moved) / len(moved):+.3f} on average, {min(moved):+.3f} to {max(moved):+.3f}")
     return told
+
+
+def quality_table() -> str:
+    """For each scenario a line for each method: what training on its choice led to, and prism minus it."""
+    place = RESULTS / "quality.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    result = json.loads(place.read_text(encoding="utf-8"))
+    found = {(r["scenario"], r["budget"], r["method"]): r for r in result["rows"] if "missing" not in r}
+    lines = list[str]()
+    for scenario in dict.fromkeys(scenario for scenario, _, _ in found):
+        first = {name: row for (s, budget, name), row in found.items() if (s, budget) == (scenario, "5%")}
+        kind = "auroc" if first["prism"]["command"] == "repair" else "share"
+        lines += [
+            f"**{scenario}**",
+            "",
+            "| method | gain | win rate | found | prism minus it, gain: 5% | 1% | 20% | win rate, 5% |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in sorted(first.items(), key=lambda item: -item[1]["gain"]):
+            cells = [f"{row['gain']:.3f}", f"{row['win_rate']:.3f}", f"{row[kind]:.2f}" if kind in row else ""]
+            cells += [minus(found.get((scenario, budget, name), {}), "gain") for budget in ("5%", "1%", "20%")]
+            lines.append(f"| {name} | " + " | ".join([*cells, minus(row, "win_rate")]) + " |")
+        told = [line for line in result["figures"] if line["name"].startswith(f"{scenario} 5%") and line["wanted"]]
+        told += [line for line in result["figures"] if line["name"].startswith(f"{scenario} 5%: price")]
+        lines += ["", *(told_figure(line) for line in told), ""]
+    missing = ", ".join(f"{row['scenario']} at {row['budget']}" for row in result["rows"] if "missing" in row)
+    return "\n".join([*lines, f"Not run: {missing}." if missing else "", f"{result['date']}."])
+
+
+def minus(row: dict[str, Any], measure: str) -> str:
+    apart = row.get("prism minus it", {}).get(measure)
+    return "" if apart is None else f"{apart['difference']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
 
 
 def lds_table() -> str:
