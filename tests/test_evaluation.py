@@ -381,6 +381,44 @@ def test_halves_of_the_pool_are_trained_on_and_told_apart_from_methods(place: Pa
     assert middle == pytest.approx(wanted)
 
 
+def test_tasks_of_ones_own_are_run_before_and_after(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy by lm-eval is that of its definition: the answer of higher log-likelihood."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = pairs(DEMO_SKILL, 12, 3)
+    rows: list[dict[str, Any]] = [
+        {"q": row["prompt"], "choices": [row["rejected"], row["chosen"]], "answer": 1} for row in asked
+    ]
+    told = {
+        **{"task": "quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"},
+        "dataset_kwargs": {"data_files": {"test": str(jsonl(tmp_path / "quiz.jsonl", rows))}},
+        **{"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"},
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "quiz.yaml").write_text(json.dumps(told))  # JSON is YAML
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    config = config_of(place, run, against="random", seeds=1, steps=20, rate=2e-3, tasks=f"quiz,{tmp_path}")
+    methods = evaluate(config)["methods"]
+    model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
+    right = 0
+    for row in rows:
+        sums = []
+        for choice in row["choices"]:
+            start = len(tokenizer(row["q"])["input_ids"])
+            tokens = torch.tensor([tokenizer(f"{row['q']} {choice}")["input_ids"]])
+            network: Any = model.network
+            logits = network(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+            sums.append(float(logits.gather(1, tokens[0, 1:, None])[start - 1 :].sum()))
+        right += sums[1] > sums[0]
+    assert methods["none"]["tasks"] == {"quiz acc": [pytest.approx(right / 12)]}
+    assert set(methods["prism"]["tasks"]) == {"quiz acc"}
+    monkeypatch.setattr(Bench, "trained", None)
+    assert evaluate(config)["methods"] == methods
+    with pytest.raises(BadOption, match="--tasks nothing: lm-eval knows no such task"):
+        evaluate(config_of(place, run, tasks="nothing"))
+
+
 def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
     given = {"model": str(MODEL), "pool": str(place / "mixture.jsonl"), "target": str(place / "target.jsonl")}
     run = prism_select.repair(**given, out=str(tmp_path), remove="15%", label_field="is_bad")  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ LAYERS = [
         "generation",
         "warmup",
     ],
-    ["rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
+    ["tasks", "rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
     ["api"],
     ["terminal"],
     ["demo.world", "demo.train", "demo.story"],

@@ -437,6 +437,11 @@ class EvaluateConfig(Options):
     lds: Annotated[
         int, "Also train on this many random halves of the pool: do sums of scores foretell what comes? 0: no."
     ] = 0
+    tasks: Annotated[
+        str,
+        "Tasks of lm-eval, with commas between, before and after each training; a folder among them defines tasks of "
+        "your own. Needs the extra [tasks].",
+    ] = ""
     seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
 
     def __post_init__(self) -> None:
@@ -455,7 +460,16 @@ class EvaluateConfig(Options):
     @property
     def rivals(self) -> list[str]:
         """Each name once."""
-        return list(dict.fromkeys(name.strip() for name in self.against.split(",") if name.strip()))
+        return _names(self.against)
+
+    @property
+    def task_names(self) -> list[str]:
+        """Each name or folder once."""
+        return _names(self.tasks)
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def sides_of(swapped: bool) -> tuple[str, str]:

@@ -53,11 +53,12 @@ from prism_select.pipeline import CHECKED_ROWS, choose_engine, fingerprint_of, l
 from prism_select.preconditioning import reduced
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
-from prism_select.retraining import MEASURES, Bench, Lot, Point, Tried, digest, measured
+from prism_select.retraining import MEASURES, Bench, Lot, Tried, digest
 from prism_select.saving import load_direction, towards
 from prism_select.statistics import auroc, halves, lds
 from prism_select.store import Run, Store, finite
 from prism_select.targeting import as_side, encode_sides
+from prism_select.tasks import known_tasks
 from prism_select.verdicts import PRICED, break_even_of, figures, write_tables
 from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged
 
@@ -128,6 +129,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     past = opened(config)
     own = ("everything", PRICED, *RIVALS, *rivals)
     refuse_rivals("--against", config.rivals, bool(past.config.target), own)
+    if config.task_names:
+        known_tasks(config.task_names)
     held = held_out(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
@@ -143,8 +146,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
         model, encoder = checkpoint(past, config.full, "all", progress)
     sides = [as_side(side, past.config.batch_tokens, model.device) for side in coded]
     made_of = [past.mark, fingerprint(find_files([config.holdout]))]
-    bench = Bench(model, encoder, rows, sides, store, made_of, config.points)
-    before = Point(0, math.nan, *measured(model, sides))
+    bench = Bench(model, encoder, rows, sides, store, made_of, config.points, config.task_names)
+    before = bench.look(0, math.nan, last=True)
     found: list[Tried] = []
     with progress.task(f"{len(lots)} trainings", len(lots)) as task:
         for lot in lots:

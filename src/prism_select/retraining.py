@@ -11,7 +11,7 @@ taken for another. The same seed draws the same adapter, whatever the rows.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,6 +26,7 @@ from prism_select.core.gains import GAINS
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.models import CausalLM
 from prism_select.store import Store
+from prism_select.tasks import task_figures
 from prism_select.warmup import Course, train
 
 __all__ = ["MEASURES", "Bench", "Lot", "Point", "Tried", "digest", "measured"]
@@ -48,13 +49,14 @@ class Lot:
 
 @dataclass(frozen=True)
 class Point:
-    """Mean log-likelihood of both answers of every held-out pair after `step` steps, and the mean training loss in nats
-    per token of the steps since the point before."""
+    """Mean log-likelihood of both answers of every held-out pair after `step` steps, the mean training loss in nats per
+    token of the steps since the point before, and at the end what the tasks gave."""
 
     step: int
     loss: float
     chosen: Floats
     rejected: Floats
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gap(self) -> Floats:
@@ -95,18 +97,25 @@ class Bench:
     store: Store
     made_of: Sequence[Any]
     points: int = 1
+    tasks: Sequence[str] = ()
 
     def made(self, lot: Lot) -> list[Point]:
         """The points of a lot, the last at the end of its training; read where they are there already."""
-        mark = digest([self.made_of, self.points, asdict(lot.course), lot.rows.tolist()])
+        mark = digest([self.made_of, self.points, asdict(lot.course), lot.rows.tolist(), *self.tasks])
         place = self.store.path / lot.name
         if place.exists():
             table = pq.read_table(place)
             if (table.schema.metadata or {}).get(b"of") == mark.encode():
                 return points_of(table)
         points = self.trained(lot)
-        self.store.write_table(lot.name, as_table(points).replace_schema_metadata({"of": mark}))
+        told = {"of": mark, "tasks": json.dumps(points[-1].tasks)}
+        self.store.write_table(lot.name, as_table(points).replace_schema_metadata(told))
         return points
+
+    def look(self, step: int, loss: float, last: bool) -> Point:
+        """How the model stands now."""
+        tasks = task_figures(self.model, self.encoder.tokenizer, self.tasks) if last and self.tasks else {}
+        return Point(step, loss, *measured(self.model, self.sides), tasks)
 
     def trained(self, lot: Lot) -> list[Point]:
         """The model is afterwards as it was before."""
@@ -119,7 +128,7 @@ class Bench:
             losses.append(loss)
             if step in looks:
                 network.eval()
-                points.append(Point(step, float(np.mean(losses)), *measured(self.model, self.sides)))
+                points.append(self.look(step, float(np.mean(losses)), step == lot.course.steps))
                 losses.clear()
 
         rows = [self.rows[row] for row in lot.rows.tolist()]
@@ -156,7 +165,8 @@ def points_of(table: pa.Table) -> list[Point]:
         here = columns["step"] == step
         sides = (columns[f"loglik_{side}"][here] for side in ("chosen", "rejected"))
         found.append(Point(step, float(columns["loss"][here][0]), *sides))
-    return found
+    tasks = json.loads((table.schema.metadata or {}).get(b"tasks", b"{}"))
+    return [*found[:-1], replace(found[-1], tasks=tasks)]
 
 
 def digest(values: Sequence[Any]) -> str:

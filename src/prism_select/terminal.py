@@ -253,6 +253,8 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
             f"gain {each['gain']:.4f}, gap {each['gap']:+.4f}, win rate {each['win_rate']:.1%}, {right}log-likelihood "
             f"of the chosen {each['loglik_chosen']:.4f}{size}"
         )
+        for task, values in each.get("tasks", {}).items():
+            rows[name] += f", {task} {sum(values) / len(values):.4f}"
     for place, each in enumerate(told["against"].values()):
         rows[f"verdict {place + 1}"] = f"prism is {each['words']}" if "no gain" not in each["words"] else each["words"]
     forecast = told["forecast"]

@@ -74,9 +74,11 @@ def figures(
 
 
 def means_of(each: Sequence[Point], question: Rows) -> dict[str, Any]:
-    return {
+    means = {
         name: float(np.mean([measure(point, question).mean() for point in each])) for name, measure in MEASURES.items()
     }
+    tasks = {task: [point.tasks[task] for point in each] for task in each[0].tasks}
+    return means | ({"tasks": tasks} if tasks else {})
 
 
 def compared(ours: Sequence[Point], theirs: Sequence[Point], question: Rows) -> dict[str, dict[str, float]]:
