@@ -464,7 +464,7 @@ def test_scores_that_are_lengths_are_reported(place: Path, tmp_path: Path) -> No
     assert not found["scored again"]["holds"] and not found["swapped pairs, weighted alike"]["holds"]
 
 
-@pytest.mark.parametrize("curvature", ["flat", "ekfac", "cg"])
+@pytest.mark.parametrize("curvature", ["flat", "ekfac"])
 def test_controls_are_the_same_however_many_directions_are_held_at_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, curvature: str
 ) -> None:

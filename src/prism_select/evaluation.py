@@ -130,7 +130,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     own = ("everything", PRICED, *RIVALS, *rivals)
     refuse_rivals("--against", config.rivals, bool(past.config.target), own)
     if config.task_names:
-        known_tasks(config.task_names)
+        known_tasks(tuple(config.task_names))
     held = held_out(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
@@ -146,7 +146,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
         model, encoder = checkpoint(past, config.full, "all", progress)
     sides = [as_side(side, past.config.batch_tokens, model.device) for side in coded]
     made_of = [past.mark, fingerprint(find_files([config.holdout]))]
-    bench = Bench(model, encoder, rows, sides, store, made_of, config.points, config.task_names)
+    bench = Bench(model, encoder, rows, sides, store, made_of, config.points, tuple(config.task_names))
     before = bench.look(0, math.nan, last=True)
     found: list[Tried] = []
     with progress.task(f"{len(lots)} trainings", len(lots)) as task:

@@ -97,7 +97,7 @@ class Bench:
     store: Store
     made_of: Sequence[Any]
     points: int = 1
-    tasks: Sequence[str] = ()
+    tasks: tuple[str, ...] = ()
 
     def made(self, lot: Lot) -> list[Point]:
         """The points of a lot, the last at the end of its training; read where they are there already."""

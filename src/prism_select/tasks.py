@@ -7,8 +7,8 @@ defined, as lm-eval's --include_path. The network is given as it is in memory, s
 """
 
 import io
-from collections.abc import Sequence
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ ROWS = 8
 _INSTALL = "--tasks needs lm-eval; install PRISM with its extra [tasks]"
 
 
-def known_tasks(given: Sequence[str]) -> tuple[list[str], Any]:
+@cache
+def known_tasks(given: tuple[str, ...]) -> tuple[list[str], Any]:
     """The names among `given`, and lm-eval's manager that knows them. Raises BadOption for a name that it does not
     know, and without lm-eval."""
     try:
@@ -38,7 +39,7 @@ def known_tasks(given: Sequence[str]) -> tuple[list[str], Any]:
     return names, manager
 
 
-def task_figures(model: CausalLM, tokenizer: Any, given: Sequence[str]) -> dict[str, float]:
+def task_figures(model: CausalLM, tokenizer: Any, given: tuple[str, ...]) -> dict[str, float]:
     """Every metric of every task, without standard errors."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
