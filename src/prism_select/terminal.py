@@ -44,9 +44,9 @@ class _Plain:
     def tell(self) -> None:
         self.told = time.monotonic()
         seconds = self.told - self.started
-        parts = [f"{self.rows:,} rows" if self.total is None else f"{self.rows:,} of {self.total:,} rows"] * bool(
-            self.rows
-        )
+        of = "" if self.total is None else f" of {self.total:,}"
+        unit = " rows" if self.tokens or self.total is None else ""
+        parts = [f"{self.rows:,}{of}{unit}"] * bool(self.rows)
         parts += [f"{self.tokens / seconds:,.0f} tokens/s"] * bool(self.tokens)
         if self.total and 0 < self.rows < self.total:
             parts.append(f"{seconds * (self.total - self.rows) / self.rows:,.0f} s left")
