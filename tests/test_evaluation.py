@@ -457,6 +457,15 @@ def test_a_broken_sign_is_reported(place: Path, tmp_path: Path) -> None:
     assert found["scored again"]["value"] == pytest.approx(-1, abs=0.01)
 
 
+def test_a_leaking_label_is_reported(place: Path, tmp_path: Path) -> None:
+    """Scores that are the truth find all of it, and are still no scores of these pairs."""
+    source = Run(place / "select").scores["source"].to_pylist()
+    noise = np.random.default_rng(0).random(len(source)) / 2
+    found = spoilt(place, tmp_path, np.array([name == DEMO_SKILL for name in source]) + noise)
+    assert not found["scored again"]["holds"] and "FAILED" in found["scored again"]["words"]
+    assert not found["swapped pairs, weighted alike"]["holds"]
+
+
 def test_scores_that_are_lengths_are_reported(place: Path, tmp_path: Path) -> None:
     tokens = np.array(Run(place / "select").scores["tokens"].to_pylist(), dtype=float)
     found = spoilt(place, tmp_path, tokens)
