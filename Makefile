@@ -26,21 +26,9 @@ test: $(STAMP)
 	$(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest
 
-real: $(STAMP)
+real pairs quality curvature: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
-	$(BIN)/python benchmarks/real.py --data $(or $(DATA),../shared/data)
-
-pairs: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
-	$(BIN)/python benchmarks/pairs.py --data $(or $(DATA),../shared/data)
-
-quality: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
-	$(BIN)/python benchmarks/quality.py --data $(or $(DATA),../shared/data)
-
-curvature: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
-	$(BIN)/python benchmarks/curvature.py --data $(or $(DATA),../shared/data)
+	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),../shared/data)
 
 PEERS := benchmarks/work/peers
 

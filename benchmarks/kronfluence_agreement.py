@@ -51,45 +51,51 @@ def padded(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
     ]
 
 
-def theirs(work: Path) -> None:
-    """Run in kronfluence's environment: {layers and strategy: score of each row}."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
+def gain_task(shape: Sequence[int], names: list[str] | None = None) -> Any:
+    """J as a task of kronfluence, whose queries are the chosen answers, then the rejected ones: `shape` is (2, targets,
+    pairs), and the gains of all targets are added up. `names` are the layers that it tracks, all linear ones unless
+    given. Labels are drawn from the model where it asks for a sample."""
     from kronfluence.task import Task
 
-    given = json.loads((work / "rows.json").read_text(encoding="utf-8"))
-    rows, queries = padded(given["rows"]), padded(given["chosen"] + given["rejected"])
-
-    def logliks(batch: dict[str, Tensor], model: Any) -> Tensor:
+    def logliks(batch: dict[str, Tensor], model: Any, sample: bool = False) -> Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
+        if sample:
+            drawn = logits.detach().softmax(-1).flatten(0, 1).multinomial(1).view_as(labels)
+            labels = torch.where(labels >= 0, drawn, labels)
         return -functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
 
     class Gain(Task):  # type: ignore[misc]
-        def __init__(self, names: list[str]) -> None:
-            self.names = names
-
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
-            return -logliks(batch, model).sum()
+            return -logliks(batch, model, sample).sum()
 
         def compute_measurement(self, batch: Any, model: Any) -> Tensor:
             means = logliks(batch, model) / (batch["labels"][:, 1:] >= 0).sum(1)
-            chosen, rejected = means.chunk(2)
-            return -functional.softplus(
-                chosen - rejected
-            ).mean()  # a loss, like that of training: their product is ours
+            chosen, rejected = means.view(*shape)
+            return -functional.softplus(chosen - rejected).mean(-1).sum()  # a loss, like that of training
 
-        def get_influence_tracked_modules(self) -> list[str]:
-            return self.names
+        def get_influence_tracked_modules(self) -> list[str] | None:
+            return names
 
         def get_attention_mask(self, batch: Any) -> Tensor:
             mask: Tensor = batch["attention_mask"]
             return mask
 
+    return Gain()
+
+
+def theirs(work: Path) -> None:
+    """Run in kronfluence's environment: {layers and strategy: score of each row}."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+
+    given = json.loads((work / "rows.json").read_text(encoding="utf-8"))
+    rows, queries = padded(given["rows"]), padded(given["chosen"] + given["rejected"])
+
     found = {}
     for title, names in given["layers"].items():
         for strategy in ("identity", "ekfac"):
-            task, place = Gain(names), f"{title} {strategy}"
+            task, place = gain_task((2, 1, -1), names), f"{title} {strategy}"
             model = prepare_model(LlamaForCausalLM.from_pretrained(given["model"], dtype=torch.float32), task)
             analyzer = Analyzer(place, model, task, cpu=True, disable_tqdm=True, output_dir=str(work / "influence"))
             arguments = FactorArguments(strategy=strategy, use_empirical_fisher=True)

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kronfluence_agreement import padded
+from kronfluence_agreement import gain_task, padded
 from torch import Tensor
-from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 Scores = dict[str, list[Tensor]]
@@ -32,35 +31,14 @@ Scores = dict[str, list[Tensor]]
 def kronfluence(folder: Path, given: dict[str, Any]) -> Scores:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
 
     rows, queries = padded(given["rows"]), padded(given["chosen"] + given["rejected"])
     shape = (2, *torch.tensor(given["weights"]).shape)
-
-    def logliks(batch: dict[str, Tensor], model: Any, sample: bool = False) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        if sample:
-            drawn = logits.detach().softmax(-1).flatten(0, 1).multinomial(1).view_as(labels)
-            labels = torch.where(labels >= 0, drawn, labels)
-        return -functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
-
-    class Gain(Task):  # type: ignore[misc]
-        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
-            return -logliks(batch, model, sample).sum()
-
-        def compute_measurement(self, batch: Any, model: Any) -> Tensor:
-            means = logliks(batch, model) / (batch["labels"][:, 1:] >= 0).sum(1)
-            chosen, rejected = means.view(shape)
-            return -functional.softplus(chosen - rejected).mean(1).sum()  # a loss, like that of training
-
-        def get_attention_mask(self, batch: Any) -> Tensor:
-            mask: Tensor = batch["attention_mask"]
-            return mask
+    task = gain_task(shape)
 
     found = Scores()
-    model = prepare_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Gain())
-    analyzer = Analyzer("lds", model, Gain(), cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence"))
+    model = prepare_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), task)
+    analyzer = Analyzer("lds", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence"))
 
     def score(strategy: str, damping: float | None) -> Tensor:
         analyzer.compute_pairwise_scores(

@@ -352,6 +352,28 @@ def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(place: Path, 
     )
 
 
+@pytest.mark.parametrize("against", ["random,random-priced", "random-priced"])
+def test_a_price_that_buys_no_forward_is_told_all_the_same(
+    place: Path, tmp_path: Path, trainings: list[Course], against: str
+) -> None:
+    """Random rows may be so short that they cost less than the choice, however much more of them is read."""
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (run / "evaluation").mkdir()
+    mark = digest([evaluation.opened(config_of(place, run)).mark])
+    (run / "evaluation" / "price.json").write_text(json.dumps({"of": mark, "price": 1e-9}))
+    told = evaluate(config_of(place, run, against=against, seeds=1))["compute"]
+    assert len(told["curve"]) == len(against.split(",")) and "scoring took 0.0 forwards" in told["words"]
+
+
+def test_the_choice_from_a_run_of_score_alone_is_evaluated(
+    place: Path, tmp_path: Path, trainings: list[Course]
+) -> None:
+    given = {"model": str(MODEL), "pool": str(place / "pool.jsonl"), "target": str(place / "target.jsonl")}
+    scored = prism_select.score(**given, out=str(tmp_path / "score"))  # type: ignore[arg-type]
+    prism_select.select(select_from=str(scored.path), out=str(tmp_path / "run"), budget="10")
+    assert evaluate(config_of(place, tmp_path / "run", seeds=1))["methods"]["prism"]["rows"] == [10]
+
+
 @pytest.mark.parametrize(
     ("curve", "wanted", "found"),
     [
@@ -531,6 +553,11 @@ def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, 
         evaluate(config_of(place, tmp_path / "none"))
     with pytest.raises(BadOption, match="in the run's target"):
         evaluate(EvaluateConfig(run=str(place / "select"), holdout=str(place / "target.jsonl")))
+    again = prism_select.select(
+        select_from=str(place / "select"), out=str(tmp_path / "again"), budget="9", rank_by="length"
+    )
+    with pytest.raises(BadOption, match="chosen by length; give a run that chose by its scores"):
+        evaluate(config_of(place, again.path))
     run = shutil.copytree(place / "select", tmp_path / "run")
     manifest = json.loads((run / "manifest.json").read_text())
     for change, said in (

@@ -35,7 +35,7 @@ from prism_select.norms import with_norms
 from prism_select.selection import round_robin
 from prism_select.targeting import Coded, as_side
 
-__all__ = ["RIVALS", "TEXT_RIVALS", "Material", "Texts", "rank"]
+__all__ = ["COUNT_RIVALS", "RIVALS", "TEXT_RIVALS", "Material", "Texts", "rank"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -254,12 +254,12 @@ def _mean_gradient(material: Material, rows: Sequence[Encoded]) -> Direction:
     return {name: value / len(rows) for name, value in total.items()}
 
 
-TEXT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {
+COUNT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {  # which need no text
     "random": random,
     "random-by-source": random_by_source,
     "length": length,
-    "bm25": bm25,
 }
+TEXT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {**COUNT_RIVALS, "bm25": bm25}
 MODEL_RIVALS: Mapping[str, Callable[[Material], Floats]] = {
     "loss-top": loss_top,
     "loss-mid": loss_mid,

@@ -180,24 +180,24 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
 
 def drawn_again(config: SelectConfig, scores: pa.Table) -> NDArray[np.float64]:
     """A ranking that takes no model. Raises BadOption for any other."""
-    if config.rank_by not in ("random", "random-by-source", "length"):
-        raise BadOption(f"--rank-by {config.rank_by}: needs the model; run prism select anew, without --select-from")
-    from prism_select.baselines import TEXT_RIVALS, Texts  # torch comes with it: other choices go without
+    from prism_select.baselines import COUNT_RIVALS, Texts  # torch comes with it: other choices go without
 
+    if config.rank_by not in COUNT_RIVALS:
+        raise BadOption(f"--rank-by {config.rank_by}: needs the model; run prism select anew, without --select-from")
     sources = [name or "" for name in scores["source"].to_pylist()]
     tokens = np.nan_to_num(scores["tokens"].to_numpy()).astype(np.int64)
-    return TEXT_RIVALS[config.rank_by](Texts(texts=(), sources=sources, tokens=tokens, seed=config.seed))
+    return COUNT_RIVALS[config.rank_by](Texts(texts=(), sources=sources, tokens=tokens, seed=config.seed))
 
 
 def with_ranking(tables: Callable[[], Iterable[pa.Table]], ranking: NDArray[np.float64] | None) -> Iterator[pa.Table]:
     """The tables, with a column `rank_by` where there is a ranking of all their rows."""
     start = 0
     for table in tables():
-        part = (
-            None if ranking is None else pa.array(ranking[start : start + len(table)], pa.float64(), from_pandas=True)
-        )
+        if ranking is not None:
+            part = ranking[start : start + len(table)]
+            table = table.append_column("rank_by", pa.array(part, pa.float64(), from_pandas=True))
         start += len(table)
-        yield table if part is None else table.append_column("rank_by", part)
+        yield table
 
 
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:

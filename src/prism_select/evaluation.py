@@ -21,7 +21,6 @@ RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json
                  retrained/METHOD-SEED.parquet
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +33,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prism_select.baselines import RIVALS, TEXT_RIVALS, Texts
+from prism_select.baselines import COUNT_RIVALS, RIVALS, Texts
 from prism_select.choice import labels_of
 from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig, settings
 from prism_select.controls import Sample, run_controls
@@ -140,7 +138,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     ranks = {**ranked(config, past, (model, encoder), store, progress), **rivals}
     price = price_of(past, (model, encoder), store, progress) if PRICED in config.rivals and not past.repair else None
     lots = lots_of(config, past, ranks, price)
-    rows = encoded_rows(past, lots, encoder)
+    rows = encoded_rows(past, [sampled(past), *(lot.rows for lot in lots)], encoder)
     controls = controlled(past, store, (model, encoder), rows, progress)
     if past.config.layers == "adapter":
         model, encoder = checkpoint(past, config.full, "all", progress)
@@ -153,7 +151,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
         for lot in lots:
             found.append((lot, bench.made(lot)))
             task.advance(1)
-    halved, found = ([one for one in found if one[0].method.startswith("half-") == half] for half in (True, False))
+    found, halved = found[: len(found) - config.lds], found[len(found) - config.lds :]
     write_tables(store, before, found, held.question)
     everything = {
         "prism_version": version("prism-select"),
@@ -181,6 +179,8 @@ def opened(config: EvaluateConfig) -> Past:
     manifest = run.manifest
     if manifest["command"] not in ("select", "repair"):
         raise BadOption(f"{run.path}: a {manifest['command']} run has chosen nothing; give one of select or repair")
+    if rival := manifest["config"].get("rank_by"):
+        raise BadOption(f"{run.path}: chosen by {rival}; give a run that chose by its scores, and --against {rival}")
     given = manifest.get("scored_by", manifest["config"])
     kind = RepairConfig if "remove" in given else SelectConfig if "budget" in given else ScoreConfig
     scored = kind(**given)
@@ -192,7 +192,7 @@ def opened(config: EvaluateConfig) -> Past:
     if scored.warmup and not has_adapter(home / ADAPTER):
         raise BadOption(f"{home}: the adapter of its warm-up is gone; make the run again")
     table = run.scores
-    by = kind(**manifest["config"]).ranking
+    by = (RepairConfig if manifest["command"] == "repair" else SelectConfig)(**manifest["config"]).ranking
     score, ranking = (np.array(table[name].to_pylist(), dtype=np.float64) for name in ("score", by))
     tokens, length = (
         np.nan_to_num(np.array(table[name].to_pylist(), dtype=np.float64)).astype(np.int64)
@@ -232,7 +232,7 @@ def target_pairs(past: Past) -> dict[str, list[Pair]]:
     config = past.config
     found = read_targets(config.target, parse_fields(config.fields), config.target_by) if config.target else {}
     if past.repair:
-        return {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in found.items()}
+        return {name: [pair.swapped for pair in pairs] for name, pairs in found.items()}
     return found
 
 
@@ -241,14 +241,22 @@ def ranked(
 ) -> dict[str, Floats]:
     """The rankings of the rivals that know one, kept in a file: of the same scores they are the same."""
     names = [name for name in config.rivals if name in RIVALS and name not in DRAWN]
-    mark, place, there = digest([past.mark]), store.path / "rankings.parquet", dict[str, Floats]()
-    if place.exists() and (table := pq.read_table(place)).schema.metadata.get(b"of") == mark.encode():
-        there = {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
-    if missing := [name for name in names if name not in there]:
-        with progress.task(f"rankings of {len(missing)} rivals", None):
-            there |= rankings(missing, past.config, loaded, pool_of(past.config), target_pairs(past))
+    mark = digest([past.mark])
+    table = store.table_of("rankings.parquet", mark)
+    there = {} if table is None else {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
+    missing = [name for name in names if name not in there]
+    there |= {name: counted(past, name, past.config.seed) for name in missing if name in COUNT_RIVALS}
+    if costly := [name for name in missing if name not in COUNT_RIVALS]:
+        with progress.task(f"rankings of {len(costly)} rivals", None):
+            there |= rankings(costly, past.config, loaded, pool_of(past.config), target_pairs(past))
+    if missing:
         store.write_table("rankings.parquet", pa.table(there).replace_schema_metadata({"of": mark}))
     return {name: there[name] for name in names}
+
+
+def counted(past: Past, name: str, seed: int) -> Floats:
+    """The ranking of a rival that looks at sources and tokens alone: those of the run are known."""
+    return COUNT_RIVALS[name](Texts(texts=(), sources=past.source, tokens=past.tokens, seed=seed))
 
 
 def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | None) -> list[Lot]:
@@ -260,23 +268,19 @@ def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | No
     lots = [Lot("prism", np.flatnonzero(past.taken), course) for course in courses]
     for name in config.rivals:
         if name == PRICED:
-            lots += [more for lot in lots[: min(len(courses), PRICED_SEEDS)] if (more := dearer(past, lot, price))]
+            lots += [dearer(past, lot, price) for lot in lots[: min(len(courses), PRICED_SEEDS)]] if price else []
             continue
         for course in courses:
-            drawn = Texts(texts=(), sources=past.source, tokens=past.tokens, seed=course.seed)
-            ranking = TEXT_RIVALS[name](drawn) if name in DRAWN else ranks.get(name, past.score)
+            ranking = counted(past, name, course.seed) if name in DRAWN else ranks.get(name, past.score)
             lots.append(Lot(name, past.scored if name == "everything" else rows_of(past, ranking), course))
     members = halves(len(past.scored), config.lds, config.seed)
     return lots + [Lot(f"half-{place}", past.scored[half], courses[0]) for place, half in enumerate(members)]
 
 
-def dearer(past: Past, lot: Lot, price: float | None) -> Lot | None:
+def dearer(past: Past, lot: Lot, price: float) -> Lot:
     """Random rows in place of a lot, with the price of scoring spent on more of them and on more steps."""
-    if price is None:
-        return None
     factor = 1 + price / past.passes(lot)
-    ranking = TEXT_RIVALS["random"](Texts(texts=(), sources=past.source, tokens=past.tokens, seed=lot.course.seed))
-    rows = rows_of(past, ranking, factor)
+    rows = rows_of(past, counted(past, "random", lot.course.seed), factor)
     return Lot(PRICED, rows, replace(lot.course, steps=round(lot.course.steps * factor)))
 
 
@@ -302,9 +306,9 @@ def seconds_of(run: Callable[[Batch], object], batches: Sequence[Batch]) -> floa
     return time.perf_counter() - started
 
 
-def encoded_rows(past: Past, lots: Sequence[Lot], encoder: Encoder) -> dict[int, Encoded]:
-    """The rows that some lot takes, and those that controls score."""
-    wanted = {row for lot in lots for row in lot.rows.tolist()} | set(sampled(past).tolist())
+def encoded_rows(past: Past, places: Sequence[Rows], encoder: Encoder) -> dict[int, Encoded]:
+    """The rows of the pool in any of `places`, by their place. Raises BadOption where one cannot be read any more."""
+    wanted = {row for each in places for row in each.tolist()}
     rows = dict[int, Encoded]()
     for place, (_, example) in enumerate(pool_of(past.config).rows()):
         if place in wanted and isinstance(example, Example):
@@ -333,8 +337,7 @@ def controlled(
     """Those of an earlier evaluation of the same scores, where there was one."""
     places = sampled(past)
     mark = digest([past.mark, past.score[places].tolist()])
-    place = store.path / "controls.json"
-    if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
+    if there := store.json_of("controls.json", mark):
         return list(there["controls"])
     targets = target_pairs(past)
     taken = float(past.taken.sum() / len(past.scored))
@@ -349,13 +352,10 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     rows, once for all evaluations, and the time of pairs and curvature is added as the run measured it beside that of
     scoring."""
     mark = digest([past.mark])
-    place = store.path / "price.json"
-    if place.exists() and (there := json.loads(place.read_text(encoding="utf-8")))["of"] == mark:
+    if there := store.json_of("price.json", mark):
         return float(there["price"])
     model, encoder = loaded
-    some = set(sampled(past)[:TIMED].tolist())
-    few = [example for place, (_, example) in enumerate(pool_of(past.config).rows()) if place in some]
-    rows = [encoder.encode(example) for example in few if isinstance(example, Example)]
+    rows = list(encoded_rows(past, [sampled(past)[:TIMED]], encoder).values())
     aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])

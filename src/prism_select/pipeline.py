@@ -133,7 +133,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     mapping = parse_fields(config.fields)
     targets = read_targets(config.target, mapping, config.target_by) if config.target else {}
     if isinstance(config, RepairConfig):
-        targets = {n: [Pair(chosen=p.rejected, rejected=p.chosen) for p in pairs] for n, pairs in targets.items()}
+        targets = {name: [pair.swapped for pair in pairs] for name, pairs in targets.items()}
     if isinstance(config, SelectConfig) and config.rank_by:
         refuse_rivals("--rank-by", [config.rank_by], bool(config.target))
     curvature_file(config)

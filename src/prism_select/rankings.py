@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from prism_select.baselines import RIVALS, Material, rank
+from prism_select.baselines import COUNT_RIVALS, RIVALS, Material, rank
 from prism_select.config import ScoreConfig
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.inputs import Pool
@@ -25,7 +25,7 @@ from prism_select.weights import select_weights
 __all__ = ["rankings", "refuse_rivals"]
 
 Floats: TypeAlias = NDArray[np.float64]
-WITHOUT_TARGET = ("random", "random-by-source", "length", "loss-top", "loss-mid", "ifd")
+WITHOUT_TARGET = (*COUNT_RIVALS, "loss-top", "loss-mid", "ifd")
 
 
 def refuse_rivals(option: str, names: Sequence[str], target: bool, known: Sequence[str] = RIVALS) -> None:
@@ -46,8 +46,6 @@ def rankings(
 ) -> dict[str, Floats]:
     """Of each rival a number for every row of the pool, the highest first; `targets` are the pairs as the run has them,
     in repair exchanged already."""
-    if not names:
-        return {}
     model, encoder = loaded
     pairs = [pair for each in targets.values() for pair in most_alike(each, config.nearest_share)]
     rows, texts, sources, places, count = list[Encoded](), list[str](), list[str](), list[int](), 0

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -102,11 +101,8 @@ class Bench:
     def made(self, lot: Lot) -> list[Point]:
         """The points of a lot, the last at the end of its training; read where they are there already."""
         mark = digest([self.made_of, self.points, asdict(lot.course), lot.rows.tolist(), *self.tasks])
-        place = self.store.path / lot.name
-        if place.exists():
-            table = pq.read_table(place)
-            if (table.schema.metadata or {}).get(b"of") == mark.encode():
-                return points_of(table)
+        if (table := self.store.table_of(lot.name, mark)) is not None:
+            return points_of(table)
         points = self.trained(lot)
         told = {"of": mark, "tasks": json.dumps(points[-1].tasks)}
         self.store.write_table(lot.name, as_table(points).replace_schema_metadata(told))

@@ -165,6 +165,19 @@ class Store:
         with self.writing(name) as file:
             pq.write_table(table, file)
 
+    def table_of(self, name: str, mark: str) -> pa.Table | None:
+        """A table that was written with this mark as its metadata `of`; None for none, or another one."""
+        if not (self.path / name).exists():
+            return None
+        table = pq.read_table(self.path / name)
+        return table if (table.schema.metadata or {}).get(b"of") == mark.encode() else None
+
+    def json_of(self, name: str, mark: str) -> dict[str, Any] | None:
+        """Values that were written with this mark as their key `of`; None for none, or others."""
+        place = self.path / name
+        told = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        return told if told.get("of") == mark else None
+
     def finished_shards(self) -> int:
         """How many shards, counted from the first, are there without a gap."""
         number = 0

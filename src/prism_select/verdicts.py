@@ -30,12 +30,12 @@ def write_tables(store: Store, before: Point, found: Sequence[Tried], question: 
     lines, curves = list[pa.Table](), list[dict[str, Any]]()
     for lot, points in found:
         last, count, seed = points[-1], len(question), lot.course.seed
-        told = {"method": [lot.method] * count, "seed": [seed] * count, "pair": range(count), "question": question}
+        of = {"method": [lot.method] * count, "seed": [seed] * count, "pair": range(count), "question": question}
         after = {"gap": last.gap, "loglik_chosen": last.chosen, "loglik_rejected": last.rejected}
-        lines.append(pa.table({**told, "gap_before": before.gap, **after}))
+        lines.append(pa.table({**of, "gap_before": before.gap, **after}))
         for point in (before, *points):
-            means = {name: float(measure(point, question).mean()) for name, measure in MEASURES.items()}
-            curves.append({"method": lot.method, "seed": seed, "step": point.step, "loss": point.loss, **means})
+            told = {"method": lot.method, "seed": seed, "step": point.step, "loss": point.loss}
+            curves.append({**told, **means_of([point], question)})
     store.write_table("methods.parquet", pa.concat_tables(lines))
     store.write_table("curves.parquet", pa.Table.from_pylist(curves))
 
@@ -47,16 +47,16 @@ def figures(
     names = list(dict.fromkeys(lot.method for lot, _ in found))
     lots = {name: [(lot, points[-1]) for lot, points in found if lot.method == name] for name in names}
     trained = {name: [after for _, after in each] for name, each in lots.items()}
-    methods = {"none": means_of([before], question)}
+    methods = {"none": means_of([before], question) | tasks_of([before])}
     for name, each in lots.items():
-        realised = [float((MEASURES["gain"](p, question) - MEASURES["gain"](before, question)).mean()) for _, p in each]
         methods[name] = {
             **means_of(trained[name], question),
+            **tasks_of(trained[name]),
             "rows": [len(lot.rows) for lot, _ in each],
             "tokens": [int(tokens[lot.rows].sum()) for lot, _ in each],
             "steps": each[0][0].course.steps,
             "predicted": [forecast(lot.rows) for lot, _ in each],
-            "realised": realised,
+            "realised": [means_of([point], question)["gain"] - methods["none"]["gain"] for _, point in each],
         }
     same = [name for name in names if name != PRICED]
     both = [[value for name in same for value in methods[name][which]] for which in ("predicted", "realised")]
@@ -74,11 +74,16 @@ def figures(
 
 
 def means_of(each: Sequence[Point], question: Rows) -> dict[str, Any]:
-    means = {
+    """Of every measure, over questions and trainings."""
+    return {
         name: float(np.mean([measure(point, question).mean() for point in each])) for name, measure in MEASURES.items()
     }
+
+
+def tasks_of(each: Sequence[Point]) -> dict[str, Any]:
+    """What each training gave at each task, where there are tasks."""
     tasks = {task: [point.tasks[task] for point in each] for task in each[0].tasks}
-    return means | ({"tasks": tasks} if tasks else {})
+    return {"tasks": tasks} if tasks else {}
 
 
 def compared(ours: Sequence[Point], theirs: Sequence[Point], question: Rows) -> dict[str, dict[str, float]]:
@@ -113,13 +118,13 @@ def break_even_of(
     )
 
     def gain(each: Sequence[Tried], place: int) -> float:
-        return float(np.mean([MEASURES["gain"](points[place], question).mean() for _, points in each]))
+        return float(means_of([points[place] for _, points in each], question)["gain"])
 
     spent, most = passes(ours[0][0]), passes(dear[0][0])
-    curve = [(0.0, gain(plain, -1))] if plain else []
+    curve, last = [(0.0, gain(plain, -1))] if plain else [], dear[0][1][-1]
     for place, point in enumerate(dear[0][1]):
-        more = point.step / dear[0][0].course.steps * most - spent
-        curve += [(more, gain(dear, place))] if more > 0 else []
+        more = point.step / last.step * most - spent
+        curve += [(more, gain(dear, place))] if more > 0 or point is last else []
     wanted = gain(ours, -1)
     found_at = break_even(curve, wanted)
     told = f"scoring took {price:.1f} forwards of the pool; random reaches the gain of prism "

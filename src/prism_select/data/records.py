@@ -67,6 +67,11 @@ class Pair:
     chosen: Example
     rejected: Example
 
+    @property
+    def swapped(self) -> "Pair":
+        """As a repair aims: at the unwanted answer."""
+        return Pair(self.rejected, self.chosen)
+
 
 def is_text(value: str) -> bool:
     """Whether it can be written down: a lone surrogate cannot."""
