@@ -371,7 +371,14 @@ def test_the_choice_from_a_run_of_score_alone_is_evaluated(
     given = {"model": str(MODEL), "pool": str(place / "pool.jsonl"), "target": str(place / "target.jsonl")}
     scored = prism_select.score(**given, out=str(tmp_path / "score"))  # type: ignore[arg-type]
     prism_select.select(select_from=str(scored.path), out=str(tmp_path / "run"), budget="10")
-    assert evaluate(config_of(place, tmp_path / "run", seeds=1))["methods"]["prism"]["rows"] == [10]
+    prism_select.select(select_from=str(tmp_path / "run"), out=str(tmp_path / "again"), budget="10")
+    for name in ("run", "again"):
+        found = evaluate(config_of(place, tmp_path / name, seeds=1, against="random,random-priced"))
+        assert found["methods"]["prism"]["rows"] == [10] and found["compute"]["price"] > 1
+    shutil.rmtree(tmp_path / "score")
+    shutil.rmtree(tmp_path / "again" / "evaluation")
+    with pytest.raises(BadOption, match="the run that took its scores is gone; leave random-priced out"):
+        evaluate(config_of(place, tmp_path / "again", seeds=1, against="random,random-priced"))
 
 
 @pytest.mark.parametrize(

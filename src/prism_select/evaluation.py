@@ -184,7 +184,7 @@ def opened(config: EvaluateConfig) -> Past:
     given = manifest.get("scored_by", manifest["config"])
     kind = RepairConfig if "remove" in given else SelectConfig if "budget" in given else ScoreConfig
     scored = kind(**given)
-    home = Path(manifest["config"].get("select_from") or run.path)
+    home = origin(run)
     now = {"pool": fingerprint(pool_of(scored).files), "model": fingerprint_of(scored)}
     for name, value in now.items():
         if value != manifest["fingerprints"][name]:
@@ -203,6 +203,14 @@ def opened(config: EvaluateConfig) -> Past:
     if not taken.any():
         raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
     return Past(run, manifest, scored, home, score, ranking, tokens, length, source, taken)
+
+
+def origin(run: Run) -> Path:
+    """The folder where the scores were taken, behind all choices made again; the last of these that is there."""
+    path = run.path
+    while (before := Run(path).manifest["config"].get("select_from")) and (Path(before) / "manifest.json").exists():
+        path = Path(before)
+    return path
 
 
 def pool_of(config: ScoreConfig) -> Pool:
@@ -354,6 +362,9 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     mark = digest([past.mark])
     if there := store.json_of("price.json", mark):
         return float(there["price"])
+    took = Run(past.home).manifest["timings"]
+    if not took["score"]:
+        raise BadOption(f"{past.home}: the run that took its scores is gone; leave {PRICED} out of --against")
     model, encoder = loaded
     rows = list(encoded_rows(past, [sampled(past)[:TIMED]], encoder).values())
     aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
@@ -367,7 +378,6 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
             times[0] = seconds_of(engine, batches)
             times[1] = seconds_of(partial(mean_logliks, model), batches)
     score, forward = np.median(seconds[1:], axis=0)
-    took = past.manifest["timings"]
     price = float(score / forward * (took["target"] + took["curvature"] + took["score"]) / took["score"])
     store.write_json("price.json", {"of": mark, "price": price})
     return price
