@@ -42,7 +42,9 @@ Row = dict[str, Any]
 WORK = Path(__file__).parent / "work"
 BUDGETS = ("5%", "1%", "20%")
 FIRST = ("everything", "random", "bm25", "rds", "less")  # so that a study cut short tells something
-EVERY = ("everything", *RIVALS)
+EVERY = (*FIRST, PRICED, *(name for name in RIVALS if name not in FIRST))
+STAGES = [(BUDGETS[0], FIRST), (BUDGETS[0], (*FIRST, PRICED)), (BUDGETS[0], EVERY)]
+STAGES += [(budget, rivals) for rivals in (FIRST, EVERY[:5] + EVERY[6:]) for budget in BUDGETS[1:]]
 TITLES = {"gain": "gain", "win_rate": "win rate", "accuracy": "accuracy"}
 
 
@@ -144,10 +146,9 @@ def main() -> None:
     models = {"babi": babi.scenarios(given.data, WORK / "babi"), "gemma": gemma.scenarios(given.data)}
     every = [scenario for scenarios in models.values() for scenario in scenarios]
     todo = [] if given.write else models[given.only] if given.only else every
-    for budget, rivals in [(budget, rivals) for budget in BUDGETS for rivals in (FIRST, EVERY, (*EVERY, PRICED))]:
+    for budget, rivals in STAGES:
         for scenario in todo:
-            if PRICED not in rivals or (scenario.command == "select" and budget == BUDGETS[0]):
-                evaluated(scenario, budget, rivals)
+            evaluated(scenario, budget, rivals)
     save(every)
 
 

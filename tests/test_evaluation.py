@@ -195,6 +195,8 @@ def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
         ((-0.041, -0.07, -0.012), "worse than random by 0.041 [0.012, 0.07]"),
         ((0.003, -0.02, 0.03), "no gain over random shown: 0.003 [-0.02, 0.03]"),
         ((0.003, 0.0, 0.03), "no gain over random shown: 0.003 [0, 0.03]"),
+        ((0.0, 0.0, 0.0), "no gain over random shown: 0 [0, 0]"),
+        ((0.2, 0.2, 0.2), "+0.2 over random, and no verdict: one seed and one question have no interval"),
     ],
 )
 def test_a_verdict_claims_only_what_its_interval_shows(figures: tuple[float, ...], words: str) -> None:
@@ -334,7 +336,8 @@ def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: 
     spent = 3 * 4 * 8 * length[past.taken].mean() / length.sum()
     assert told["compute"]["training"] == pytest.approx(spent) and told["compute"]["price"] == 0.9
     factor = 1 + 0.9 / spent
-    assert dear["steps"] == round(4 * factor)
+    rows = past.scored[evaluation.counted(past, "random", 0)[past.scored].argsort()[::-1][: dear["rows"][0]]]
+    assert dear["steps"] == round((spent + 0.9) / (3 * 8 * length[rows].mean() / length.sum()))  # of rows of its own
     assert dear["tokens"][0] == pytest.approx(factor * ours["tokens"][0], abs=10)
     assert told["compute"]["curve"][0] == [0, pytest.approx(told["methods"]["random"]["gain"])]
     assert told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])

@@ -7,7 +7,7 @@
 
     predicted = Σ score / Σ supervised tokens of the rows trained on       realised = J after − J before
 
-    priced    random rows, and as many more steps on as many more of them as scoring would have paid for
+    priced    random rows: more of them, for as many more steps as scoring would have paid for
               price = forwards of the pool, pairs and curvature included;   a step costs 3 forwards of its rows
     LDS       rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
 
@@ -286,10 +286,12 @@ def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | No
 
 
 def dearer(past: Past, lot: Lot, price: float) -> Lot:
-    """Random rows in place of a lot, with the price of scoring spent on more of them and on more steps."""
-    factor = 1 + price / past.passes(lot)
-    rows = rows_of(past, counted(past, "random", lot.course.seed), factor)
-    return Lot(PRICED, rows, replace(lot.course, steps=round(lot.course.steps * factor)))
+    """Random rows in place of a lot, with the price of scoring spent on more of them and on more steps: what the lot
+    takes and the price, to half a step."""
+    spent = past.passes(lot) + price
+    rows = rows_of(past, counted(past, "random", lot.course.seed), spent / past.passes(lot))
+    a_step = past.passes(Lot(PRICED, rows, replace(lot.course, steps=1)))
+    return Lot(PRICED, rows, replace(lot.course, steps=max(1, round(spent / a_step))))
 
 
 def rows_of(past: Past, ranking: Floats, times: float = 1.0) -> Rows:
@@ -366,7 +368,7 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     if not took["score"]:
         raise BadOption(f"{past.home}: the run that took its scores is gone; leave {PRICED} out of --against")
     model, encoder = loaded
-    rows = list(encoded_rows(past, [sampled(past)[:TIMED]], encoder).values())
+    rows = list(encoded_rows(past, [sampled(past)[:: max(1, len(sampled(past)) // TIMED)]], encoder).values())
     aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])

@@ -100,6 +100,8 @@ def in_words(rival: str, gain: Mapping[str, float]) -> str:
     """The verdict on one rival; the interval is at 95%, in nats per token of gain."""
     names = {"none": "no training", PRICED: "random for the price of scoring"}
     name, middle, low, high = names.get(rival, rival), gain["difference"], gain["low"], gain["high"]
+    if middle and low == high:
+        return f"{middle:+.2g} over {name}, and no verdict: one seed and one question have no interval"
     if low > 0:
         return f"better than {name} by {middle:.2g} [{low:.2g}, {high:.2g}]"
     if high < 0:
