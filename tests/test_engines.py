@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from prism_select.common import common_of
 from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
 from prism_select.core.layers import Weights
-from prism_select.core.likelihood import LanguageModel
+from prism_select.core.likelihood import Batch, LanguageModel
 from prism_select.errors import BadOption, EnginesDisagree, Unreachable
 from prism_select.models import CausalLM
 from prism_select.statistics import rank_correlation
@@ -227,3 +228,43 @@ def test_the_head_in_chunks_scores_like_the_head_at_once(monkeypatch: pytest.Mon
     parts = engine(batch_of(9))
     assert np.allclose(parts.values, whole.values, rtol=1e-10)
     assert np.allclose(parts.loglik, whole.loglik, rtol=1e-10)
+
+
+class Leaking(Tiny):
+    """Its last block sees more of the first one than what the blocks between give."""
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        blocks: Any = self.network.body.blocks
+        first, last = blocks[0], blocks[-1]
+        seen: list[torch.Tensor] = []
+        hooks = [
+            first.up.register_forward_hook(lambda *given: seen.append(given[2])),
+            last.register_forward_hook(lambda *given: given[2] + (seen.pop().mean() if seen else 0)),
+        ]
+        try:
+            return super().hidden(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(Tiny, [1, 1, 2, 2]), (Leaking, [2, 2, 2, 2])])
+def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(kind: type[Tiny], passes: list[int]) -> None:
+    model, batch = kind(), batch_of(4, seed=3)
+    weights = select_weights(model.network, "late")
+    directions = [target_of(model, weights, vocabulary=61).direction]
+    engine = difference(model, weights, directions)
+    engine(batch)  # the first batch sets the step, too
+    runs = [0] * len(passes)
+
+    def count(place: int) -> Callable[..., None]:
+        return lambda *_: runs.__setitem__(place, runs[place] + 1)
+
+    blocks: Any = model.network.body.blocks
+    for place, block in enumerate(blocks):
+        block.up.register_forward_hook(count(place))
+    fast = engine(batch)
+    assert runs == passes
+    exact = reference(model, weights, directions)(batch)
+    assert disagreement(fast.values, exact.values) < 1e-4
+    assert all("forward" not in vars(block) for block in blocks)

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "prism_select"
 FILES = sorted(SOURCE.rglob("*.py"))
 # Who may import whom: only from a lower layer, or from the same one where the name is listed first.
 LAYERS = [
-    ["errors"],
+    ["errors", "blocks"],
     ["config", "progress"],
     ["core.likelihood", "core.gains", "core.layers", "core.direction", "core.engines"],
     [

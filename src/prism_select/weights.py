@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from prism_select.blocks import stack_of
 from prism_select.core.layers import Weights
 from prism_select.errors import UnknownLayers
 
@@ -19,12 +20,10 @@ ADAPTER = r"\.(lora_\w+|modules_to_save)\."
 
 
 def blocks_of(network: nn.Module) -> tuple[int, Callable[[str], int | None]]:
-    """How many blocks there are, and which one a weight is in; they are the longest list of modules in no other."""
-    lists = {name: len(part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList)}
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    stack = max(outermost, key=lists.__getitem__, default="")
+    """How many blocks there are, and which one a weight is in."""
+    stack, blocks = stack_of(network)
     place = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    return lists.get(stack, 0), lambda name: int(found[1]) if (found := place.match(name)) else None
+    return len(blocks), lambda name: int(found[1]) if (found := place.match(name)) else None
 
 
 def upper(count: int, wanted: str) -> range:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prism_select.blocks import blocks_below, running_once, same_when_run_once
 from prism_select.core.direction import differentiable, dot, norm
 from prism_select.core.layers import (
     Factored,
@@ -74,7 +75,7 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
     unit, lengths = _unit(weights, directions)
     moving = {name: [k for k, direction in enumerate(unit) if name in direction] for name in weights}
     whole = {n: [d.flatten() for k in ks if isinstance(d := unit[k][n], Tensor)] for n, ks in moving.items()}
-    stacked = {n: torch.stack(flat) for n, flat in whole.items() if len(flat) == len(moving[n]) > 2}
+    several = {n: flat for n, flat in whole.items() if len(flat) == len(moving[n]) > 1}
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
@@ -82,10 +83,11 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
 
         def visit(owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
             names = list(owner.weights.values())
-            found = weight_gradients(owner, inputs, gradient, len(batch)) if names[0] in stacked else None
+            found = weight_gradients(owner, inputs, gradient, len(batch)) if names[0] in several else None
             if found is not None:
-                for few, own in found:  # with many directions, a gradient of a few examples costs less than tangents
-                    total[few, moving[names[0]]] += (own @ stacked[names[0]].T).to(total.dtype)
+                for few, own in found:  # from two directions on, an example's gradient costs less than its tangents
+                    products = torch.stack([own @ flat for flat in several[names[0]]], dim=1)
+                    total[few, moving[names[0]]] += products.to(total.dtype)
                 return
             place = by_example(places[-1], len(batch), gradient)
             if place is None:
@@ -93,13 +95,12 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
                 raise Unreachable("reverse", names, why)
             rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(place), -1)
             for k in sorted({k for name in names for k in moving[name]}):
-                products = torch.linalg.vecdot(rows, tangent(k).to(rows.dtype).reshape(rows.shape))
-                total[:, k].index_add_(0, place, products.to(total.dtype))
+                products = rows[:, None] @ tangent(k).to(rows.dtype).reshape(rows.shape)[:, :, None]
+                total[:, k].index_add_(0, place, products.flatten().to(total.dtype))
 
         with watching(holders, unit, visit) as called:
             loglik = backward(model, batch, lengths.new_ones(len(batch)), places.append)
-        missed = [name for owner in holders if owner.name not in called for name in owner.weights.values()]
-        if missed:
+        if missed := [name for owner in holders if owner.name not in called for name in owner.weights.values()]:
             raise Unreachable("reverse", missed, "the module that holds it was never called")
         return Scores(loglik, total * lengths)
 
@@ -132,39 +133,41 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Factore
 
 def difference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """Each direction's step is the smallest whose rounding noise, measured on the first batch, is below 3√ε of the
-    scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does.
-
-    Raises BadOption below float32.
+    scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does. The log-likelihood
+    is the mean of both passes; blocks below all weights run once. Raises BadOption below float32.
     """
-    narrow = {str(w.dtype).removeprefix("torch.") for w in weights.values() if torch.finfo(w.dtype).bits < 32}
-    if narrow:
+    if narrow := {str(w.dtype).removeprefix("torch.") for w in weights.values() if torch.finfo(w.dtype).bits < 32}:
         raise BadOption(f"--engine difference needs float32 or better, not {narrow.pop()}; try --dtype float32")
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
-    size = norm({name: w.detach() for name, w in weights.items()}) or 1.0
-    chosen: list[float] = []
+    least = root / 256 * (norm({name: w.detach() for name, w in weights.items()}) or 1.0)
+    below = blocks_below(model.network, list(weights))
+    steps: list[float] = []
 
     @torch.no_grad()
-    def logliks(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "batch context"]:
-        with swapped(holders, {name: weights[name] + step * d for name, d in dense(direction).items()}):
-            return token_logliks(model, batch).to(lengths.dtype)
+    def both(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "2 batch context"]:
+        found = []
+        for signed in (step, -step):
+            with swapped(holders, {n: torch.add(weights[n], d, alpha=signed) for n, d in dense(direction).items()}):
+                found.append(token_logliks(model, batch).to(lengths.dtype))
+        return torch.stack(found)
 
-    def slope(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "batch context"]:
-        return (logliks(batch, direction, step) - logliks(batch, direction, -step)) / (2 * step)
-
-    def small_step(batch: Batch, direction: Factored) -> float:
-        least = root / 256 * size
-        near, far = (slope(batch, direction, times * least).sum(1) for times in (1, 2))
-        noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
-        return least * min(max(1.0, noise / (3 * root)), 2**14)
+    def get_ready(batch: Batch) -> None:
+        for direction in unit:
+            near, far = (both(batch, direction, n * least).diff(dim=0).sum((0, 2)) / n for n in (1, 2))
+            noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
+            steps.append(least * min(max(1.0, noise / (3 * root)), 2**14))
+        if not same_when_run_once(below, lambda: both(batch, unit[0], steps[0])):
+            below.clear()
 
     def scores(batch: Batch) -> Scores:
-        if not chosen:
-            chosen.extend(small_step(batch, direction) for direction in unit)
-        tokens = torch.stack([slope(batch, d, step) for d, step in zip(unit, chosen, strict=True)], dim=2) * lengths
-        with torch.no_grad():
-            return Scores(token_logliks(model, batch).sum(1), tokens.sum(1), tokens)
+        if not steps:
+            get_ready(batch)
+        with running_once(below):
+            found = torch.stack([both(batch, d, step) for d, step in zip(unit, steps, strict=True)], dim=3)
+        tokens = (found[0] - found[1]) * lengths / (2 * lengths.new_tensor(steps))
+        return Scores(found[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
 
     return scores
 

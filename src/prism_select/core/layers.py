@@ -190,6 +190,6 @@ def weight_gradients(
     if gradient.ndim != 3 or len(gradient) != size or not is_matrix(owner) or len(owner.weights) > 1:
         return None
     left, right = sides(owner, inputs, gradient)
-    few = max(1, 2**25 // (left.shape[-1] * right.shape[-1]))
-    parts = [slice(start, start + few) for start in range(0, size, few)]
+    few = max(1, 2**21 // (left.shape[-1] * right.shape[-1]))  # what a cache holds
+    parts = (slice(start, start + few) for start in range(0, size, few))
     return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)
