@@ -1,7 +1,7 @@
 """Three scenarios on a real pre-trained model, Gemma-3-270M (base), in bfloat16: public data, short rows.
 
     gsm8k         pool: 600 rows, a quarter math       target: 40 worked solutions and the same with other numbers
-                  hold-out: 20 such pairs, and 20 of right and wrong solutions that models wrote, of other questions
+                  hold-out: 30 such pairs, and 30 of right and wrong solutions that models wrote, of other questions
     truthfulqa    pool: right and wrong answers        target: 80 pairs      hold-out: 60 pairs       (repair)
     polite        pool: polite and rude answers        target: 60 pairs      hold-out: 60 pairs       (repair)
     arc           pool: 600 rows, a third right answers to OpenBookQA        target: 40 questions of ARC, all choices
@@ -67,14 +67,14 @@ def gsm8k(data: Path, draw: random.Random) -> Scenario:
     solved = [(r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "gsm8k_model_pairs.jsonl")]
     solved = [each for each in solved if len(each[0] + max(each[1:], key=len)) <= PAIR_LONGEST]
     draw.shuffle(solved)
-    near = [pair(q, right, change_numbers(right, draw)) for q, right, _ in solved[:60]]
+    near = [pair(q, right, change_numbers(right, draw)) for q, right, _ in solved[:70]]
     train = short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")])
     words = short([(f"{r['instruction']} {r['input']}", r["output"]) for r in lines(data / "math_word_problems.json")])
     math = [row(*each, "gsm8k", is_wanted=True) for each in draw.sample(train, 75)]
     math += [row(*each, "math_word_problems", is_wanted=True) for each in draw.sample(words, 75)]
     pool = math + general(data, draw, {"alpaca": 120, "dolly": 190, "t0": 140})
     draw.shuffle(pool)
-    written = [pair(*each) for each in solved[60:80]]
+    written = [pair(*each) for each in solved[70:100]]
     return scenario("gsm8k", {"pool": pool, "target": near[:40], "holdout": near[40:] + written}, "is_wanted", {})
 
 

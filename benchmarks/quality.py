@@ -28,7 +28,7 @@ import gemma
 import numpy as np
 import pyarrow.parquet as pq
 from real import lines
-from results_file import figure, write
+from results_file import RESULTS, figure, write
 from scenario import Scenario
 
 import prism_select
@@ -43,7 +43,7 @@ WORK = Path(__file__).parent / "work"
 BUDGETS = ("5%", "1%", "20%")
 FIRST = ("everything", "random", "bm25", "rds", "less")  # so that a study cut short tells something
 EVERY = (*FIRST, PRICED, *(name for name in RIVALS if name not in FIRST))
-STAGES = [(BUDGETS[0], FIRST), (BUDGETS[0], (*FIRST, PRICED)), (BUDGETS[0], EVERY)]
+STAGES = [(BUDGETS[0], (*FIRST, PRICED)), (BUDGETS[0], EVERY)]
 STAGES += [(budget, rivals) for rivals in (FIRST, EVERY[:5] + EVERY[6:]) for budget in BUDGETS[1:]]
 TITLES = {"gain": "gain", "win_rate": "win rate", "accuracy": "accuracy"}
 
@@ -138,28 +138,36 @@ def told_of(scenario: Scenario, budget: str) -> tuple[list[Row], list[Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    parser.add_argument("--only", choices=("gemma", "babi"), help="run the scenarios of one model only")
+    parser.add_argument("--only", default="", help="run some only: names of scenarios or models, with commas between")
     parser.add_argument("--write", action="store_true", help="run nothing, write what is there")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     (WORK / "babi").mkdir(parents=True, exist_ok=True)
     models = {"babi": babi.scenarios(given.data, WORK / "babi"), "gemma": gemma.scenarios(given.data)}
     every = [scenario for scenarios in models.values() for scenario in scenarios]
-    todo = [] if given.write else models[given.only] if given.only else every
-    for budget, rivals in STAGES:
+    wanted = given.only.split(",") if given.only else list(models)
+    todo = [each for name, some in models.items() for each in some if name in wanted or each.name in wanted]
+    for budget, rivals in [] if given.write else STAGES:
         for scenario in todo:
             evaluated(scenario, budget, rivals)
     save(every)
 
 
 def save(every: Sequence[Scenario]) -> None:
+    """What is there, and of scenarios whose folder is gone what was written before."""
     rows, figures, missing = list[Row](), list[Row](), list[Row]()
+    before = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
     for scenario in every:
         for budget in BUDGETS:
             if (folder(scenario, budget) / "evaluation" / "evaluation.json").exists():
                 for kept, new in zip((rows, figures), told_of(scenario, budget), strict=True):
                     kept.extend(new)
-            else:
+                continue
+            rows += (
+                old := [row for row in before["rows"] if (row["scenario"], row["budget"]) == (scenario.name, budget)]
+            )
+            figures += [each for each in before["figures"] if each["name"].startswith(f"{scenario.name} {budget}:")]
+            if not old:
                 missing.append({"scenario": scenario.name, "budget": budget, "missing": True})
     write("quality.json", rows + missing, figures)
 
