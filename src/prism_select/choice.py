@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from prism_select.config import Amount, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, fingerprint
+from prism_select.data.inputs import Pool, changed, fingerprint
 from prism_select.data.records import Example
 from prism_select.errors import BadOption
 from prism_select.progress import Progress
@@ -305,11 +305,15 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
         for name, kinds in files.items():
             if kinds & present:
                 places.update(dict.fromkeys(kinds, stack.enter_context(store.writing(name))))
-        for row, (raw, verdict) in enumerate(zip(pool.raw(), verdicts, strict=True)):
+        rows = pool.raw()
+        for row, verdict in enumerate(verdicts):
+            if (raw := next(rows, None)) is None:
+                raise changed(pool.files)
             if verdict == "quarantined":
                 places[verdict].write(json_line(raw.set_aside(columns.reasons.get(row, ""))))
             elif verdict in places:
                 places[verdict].write(raw.text.encode("utf-8", "surrogatepass") + b"\n")
+        pool.refuse_changes()
 
 
 def labels_of(field: str, pool: Pool) -> list[bool | None]:

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -33,7 +34,7 @@ from prism_select.core.layers import Factored, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, Survey, fingerprint, named, read_targets
+from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
@@ -45,7 +46,7 @@ from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
 from prism_select.scoring import Measure, Scorer
-from prism_select.store import Run, Store
+from prism_select.store import Run, Store, reasons_of
 from prism_select.targeting import Aim, aim_at
 from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
 
@@ -118,8 +119,9 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
-        tables = partial(with_ranking, lambda: store.read_shards(shards), ranking)
+        tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
         chosen = choose_and_write(config, store, tables, inputs.pool)
+    refuse_another_pool(store, inputs)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
     told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
     facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
@@ -158,6 +160,13 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
 def fingerprint_of(config: ScoreConfig) -> str:
     """Of the model, with the adapter on it."""
     return models.fingerprint(config.model) + ("+" + models.fingerprint(config.adapter) if config.adapter else "")
+
+
+def refuse_another_pool(store: Store, inputs: Inputs) -> None:
+    """Raises BadFile where the pool is no longer what it was at the start; its scores, of nobody knows what, go."""
+    if fingerprint(inputs.pool.files) != inputs.fingerprints["pool"]:
+        store.drop_shards()
+        raise changed(inputs.pool.files)
 
 
 def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:
@@ -377,22 +386,28 @@ def plan_run(config: ScoreConfig, engine: Measure, aim: Aim, sample: Sequence[En
 
 def score_pool(
     config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, device: torch.device, progress: Progress
-) -> int:
-    """Every row of the pool, window by window; returns the number of shards. Stops as soon as there are too many bad
-    rows; what is scored by then stays, since --max-bad may be raised for the same run."""
-    done, number = store.finished_shards(), 0
+) -> list[Path]:
+    """Every row of the pool, window by window; returns the shards. Stops as soon as there are too many bad rows, or the
+    pool changes; what is scored by then stays, since --max-bad may be raised for the same run."""
+    shards, damaged = store.sound_shards()
+    if shards:
+        progress.say(f"{len(shards)} shards of {WINDOW} rows are there already: going on with the others")
+    if damaged:
+        progress.say(f"shards that were damaged on the disk and are scored again: {', '.join(map(str, damaged))}")
     rows, bad, first = inputs.pool.rows(), 0, None
-    if done:
-        progress.say(f"{done} shards of {WINDOW} rows are there already: going on after them")
     with progress.task("scoring", inputs.survey.rows) as task:
-        while window := list(islice(rows, WINDOW)):
-            if number >= done:
-                store.write_shard(number, scorer.table(number * WINDOW, window, device, task))
-            else:
-                task.advance(len(window))
-            for (raw, _), reason in zip(window, store.reasons(number), strict=True):
+        for number in count():
+            if not (window := list(islice(rows, WINDOW))):
+                break
+            there = number in shards
+            table = None if there else scorer.table(number * WINDOW, window, device, task)
+            task.advance(len(window) * there)
+            inputs.pool.refuse_changes({raw.file for raw, _ in window})
+            if table:
+                shards[number] = store.write_shard(number, table)
+            for (raw, _), reason in zip(window, reasons_of(shards[number]), strict=True):
                 if reason is not None:
                     bad, first = bad + 1, first or BadRow(raw.file, raw.line, reason, "mend or remove it")
             refuse_bad_rows(config, bad, inputs.survey.rows, first)
-            number += 1
-    return number
+    inputs.pool.refuse_changes()
+    return [shards[done] for done in range(number)]

@@ -5,7 +5,8 @@
 
 Choices made here: a file has one format, that of its first row which has any; an id that a row carries itself may
 occur once in the pool, and the row that repeats it is bad; a bad target row always stops, since a pair lost in
-silence is a direction changed in silence.
+silence is a direction changed in silence. A pool that changes while it is read is noticed by the size and time of its
+files, which cost nothing to ask, and by their contents in the end.
 """
 
 import hashlib
@@ -13,15 +14,15 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
-from prism_select.errors import BadOption, BadRow, EmptyInput
+from prism_select.errors import BadFile, BadOption, BadRow, EmptyInput
 
-__all__ = ["Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
+__all__ = ["Pool", "Survey", "changed", "fingerprint", "named", "read_target", "read_targets"]
 
 SAMPLE = 256
 
@@ -43,6 +44,14 @@ class Survey:
 class Pool:
     def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str]) -> None:
         self.files, self.mapping = find_files(patterns), mapping
+        self._stamps = stamps(self.files)
+
+    def refuse_changes(self, files: Iterable[str] = ()) -> None:
+        """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened, by size and time."""
+        files = list(files) or self.files
+        now = stamps(files)
+        if differ := [file for file in files if now.get(file) != self._stamps.get(file)]:
+            raise changed(differ)
 
     def raw(self) -> Iterator[Raw]:
         for file in self.files:
@@ -145,6 +154,17 @@ def _target_rows(file: str, mapping: Mapping[str, str]) -> list[tuple[Raw, Pair]
     if not rows:
         raise EmptyInput(file, None, "the target has no pairs", "give rows with prompt, chosen and rejected")
     return rows
+
+
+def stamps(files: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """Of files that are there, what changes when they do: inode, size, time of the last change."""
+    local = [file for file in files if not file.startswith("hub:") and os.path.exists(file)]
+    return {file: (told.st_ino, told.st_size, told.st_mtime_ns) for file in local for told in [os.stat(file)]}
+
+
+def changed(files: Sequence[str]) -> BadFile:
+    advice = "start afresh with --overwrite, on files that stay as they are"
+    return BadFile(", ".join(files), None, "changed while the run was reading it", advice)
 
 
 def fingerprint(files: Sequence[str]) -> str:
