@@ -683,7 +683,11 @@ def test_a_full_disk_at_any_file_leaves_no_half_of_it_and_the_run_can_go_on(
     assert done.code == 2 and done.err.count("\n") == 1
     assert f"{desk.out}: no space left; free some and run the same command again" in done.err
     left = {path.name for path in desk.out.rglob("*") if path.is_file()}
-    assert not list(desk.out.rglob(name)) and "manifest.json" not in left and not any(file.endswith(".part") for file in left)
+    assert (
+        not list(desk.out.rglob(name))
+        and "manifest.json" not in left
+        and not any(file.endswith(".part") for file in left)
+    )
     assert desk.call(command="repair").code == 0
     assert Counter(scores(desk.out)["verdict"]) == {"removed": 1, "kept": 9}
 

@@ -346,7 +346,7 @@ def test_the_manifest_holds_the_keys_of_the_contract_and_counts_that_add_up(
         parts = {"pairs", "mean_preference", "effective_pairs", "split_half_agreement", "common_part"}
         assert parts <= told["target"].keys() and told["target"]["pairs"] == len(PAIRS)
         assert {"name", "reason", "dtype", "check"} <= told["engine"].keys()
-        assert told["engine"]["check"].keys() == {"rows", "disagreement", "tolerance"}
+        assert told["engine"]["check"].keys() == {"rows", "disagreement", "tolerance", "repeat"}
         assert told["timings"].keys() == {"load", "target", "curvature", "score", "choose", "total"}
         for cost in (told["plan"], told["actual"]):
             assert {"seconds", "memory_bytes", "tokens"} <= cost.keys() and all(value > 0 for value in cost.values())

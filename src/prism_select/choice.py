@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prism_select.config import Amount, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import ROW_BYTES, Amount, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, changed, fingerprint
 from prism_select.data.records import Example
@@ -140,7 +140,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         raise BadOption(f"--out {store.path}: it holds the scores to choose from; give another folder")
     manifest = old.manifest
     scored_by = manifest.get("scored_by", manifest["config"])
-    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]))
+    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]), scored_by.get("max_row_bytes", ROW_BYTES))
     if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
         raise BadOption(f"--select-from {old.path}: the pool's files have changed since; score them again")
     if manifest["command"] == "repair":

@@ -175,7 +175,7 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
         sys.exit(0)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr)
         first = (str(error).splitlines() or [""])[0]
         fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from prism_select import models
 from prism_select.adapters import load_adapter, save_adapter
 from prism_select.anatomy import anatomy_of
-from prism_select.check import check
+from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
@@ -133,7 +133,7 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
     mapping = parse_fields(config.fields)
-    targets = read_targets(config.target, mapping, config.target_by) if config.target else {}
+    targets = read_targets(config.target, mapping, config.target_by, config.max_row_bytes) if config.target else {}
     if isinstance(config, RepairConfig):
         targets = {name: [pair.swapped for pair in pairs] for name, pairs in targets.items()}
     if isinstance(config, SelectConfig) and config.rank_by:
@@ -141,7 +141,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     curvature_file(config)
     if config.layer_profile not in ("", "pool"):
         readable(config.layer_profile)
-    pool = Pool(config.pool, mapping)
+    pool = Pool(config.pool, mapping, config.max_row_bytes)
     with progress.task("reading the pool", None) as task:
         survey = pool.survey(config.seed, config.curvature_rows * (config.curvature != "flat"), task.advance)
     for file, name in survey.formats.items():
@@ -345,7 +345,8 @@ def choose_engine(
             measure = plainly(slow if name == "reference" else ENGINES[name](model, weights, directions))
         try:
             apart = check(name, partial(scores_by, measure), lambda _: known, batch, model.dtype)
-            return measure, Checked(name, why, dtype, len(batch), apart)
+            again = disagreement(scores_by(measure, batch).values, scores_by(measure, batch).values)
+            return measure, Checked(name, why, dtype, len(batch), apart, again)
         except Unreachable as error:
             if name == order[-1]:
                 raise

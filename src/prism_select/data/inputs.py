@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from prism_select.config import ROW_BYTES
 from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
@@ -42,8 +43,8 @@ class Survey:
 
 
 class Pool:
-    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str]) -> None:
-        self.files, self.mapping = find_files(patterns), mapping
+    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> None:
+        self.files, self.mapping, self.row_bytes = find_files(patterns), mapping, row_bytes
         self._stamps = stamps(self.files)
 
     def refuse_changes(self, files: Iterable[str] = ()) -> None:
@@ -55,14 +56,14 @@ class Pool:
 
     def raw(self) -> Iterator[Raw]:
         for file in self.files:
-            yield from read_rows(file)
+            yield from read_rows(file, self.row_bytes)
 
     def rows(self) -> Iterator[tuple[Raw, Example | BadRow]]:
         """The memory taken is that of a hash for each id that a row carries itself."""
         seen: set[int] = set()
         for file in self.files:
             format: Format | None = None
-            for raw in read_rows(file):
+            for raw in read_rows(file, self.row_bytes):
                 try:
                     if format is None and raw.fields is not None:
                         format = detect_pool(raw.fields, self.mapping, raw.file, raw.line)
@@ -110,12 +111,14 @@ class Pool:
         return Survey(rows, bad, first_bad, formats, sources, sample, conversation)
 
 
-def read_target(file: str, mapping: Mapping[str, str]) -> list[Pair]:
+def read_target(file: str, mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> list[Pair]:
     """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
-    return [pair for _, pair in _target_rows(file, mapping)]
+    return [pair for _, pair in _target_rows(file, mapping, row_bytes)]
 
 
-def read_targets(given: Sequence[str], mapping: Mapping[str, str], by: str = "") -> dict[str, list[Pair]]:
+def read_targets(
+    given: Sequence[str], mapping: Mapping[str, str], by: str = "", row_bytes: int = ROW_BYTES
+) -> dict[str, list[Pair]]:
     """The pairs of each target, by name; the name of a single file without one is empty. `by` is a column whose values
     are targets. Raises BadOption for a name that comes twice, and what `read_target` raises."""
     files = [named(text) for text in given]
@@ -125,11 +128,11 @@ def read_targets(given: Sequence[str], mapping: Mapping[str, str], by: str = "")
     if twice := [name for name, count in names.items() if count > 1]:
         raise BadOption(f"--target: two targets are called {twice[0]}; name them, as in --target NAME={files[-1][1]}")
     if not by:
-        return {name: read_target(file, mapping) for name, file in files}
+        return {name: read_target(file, mapping, row_bytes) for name, file in files}
     if len(files) > 1:
         raise BadOption(f"--target-by {by}: it takes one target file, and here are {len(files)}")
     found: dict[str, list[Pair]] = {}
-    for raw, pair in _target_rows(files[0][1], mapping):
+    for raw, pair in _target_rows(files[0][1], mapping, row_bytes):
         value = (raw.fields or {}).get(by)
         if not isinstance(value, str | int) or not str(value).strip():
             raise BadRow(raw.file, raw.line, f"no text in the column {by}", "name it, or leave out --target-by")
@@ -143,11 +146,11 @@ def named(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
-def _target_rows(file: str, mapping: Mapping[str, str]) -> list[tuple[Raw, Pair]]:
+def _target_rows(file: str, mapping: Mapping[str, str], row_bytes: int) -> list[tuple[Raw, Pair]]:
     rows: list[tuple[Raw, Pair]] = []
     format: Format | None = None
     for name in find_files([file]):
-        for raw in read_rows(name):
+        for raw in read_rows(name, row_bytes):
             if format is None and raw.fields is not None:
                 format = detect_target(raw.fields, mapping, raw.file, raw.line)
             rows += [(raw, pair) for pair in to_pairs(raw, format or Format("prompt+chosen+rejected"), mapping)]
