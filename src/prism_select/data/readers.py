@@ -126,12 +126,13 @@ def _too_long(file: str, line: int, beginning: bytes, size: int, limit: int) -> 
 
 
 def _lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Each line with its size in bytes. Of one that is longer than `limit` only the beginning is held."""
+    """Each line with its size in bytes, without its end. Of one that is longer than `limit` only the beginning is
+    held."""
     while line := stream.readline(limit + 2):
-        size, ended = len(line), line.endswith(b"\n")
-        while size > limit and not ended and (more := stream.readline(_CHUNK)):
-            size, ended = size + len(more), more.endswith(b"\n")
-        yield line, size
+        size, end = len(line), line
+        while size > limit and not end.endswith(b"\n") and (end := stream.readline(_CHUNK)):
+            size += len(end)
+        yield line, size - len(end[-2:]) + len(end[-2:].rstrip(b"\r\n"))
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def _decoded(data: bytes, unit: str) -> tuple[str, str | None]:
 
 def _json_lines(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
     for number, (line, size) in enumerate(_lines(stream, limit), start=1):
-        if size > limit + 2 or len(line.rstrip(b"\r\n")) > limit:
+        if size > limit:
             yield _too_long(file, number, line, size, limit)
         elif line.strip():
             yield _json_line(file, number, line.removesuffix(b"\n").removesuffix(b"\r"))
@@ -305,7 +306,7 @@ def _csv_cells(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, str
         for line, length in _lines(stream, limit):
             count, size = count + 1, size + length
             seen.append(line)
-            if size > limit + 2:
+            if size > limit:
                 raise _TooLong
             yield line.decode(errors="surrogateescape")
 
