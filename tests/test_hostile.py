@@ -85,9 +85,8 @@ def packed(path: Path, parts: Iterable[bytes]) -> Path:
             for part in parts:
                 stream.write(part)
         return path
-    opened: Any = gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb")
-    with opened as file:
-        file.writelines(parts)
+    with path.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as stream:
+        (stream if path.suffix == ".gz" else file).writelines(parts)
     return path
 
 
