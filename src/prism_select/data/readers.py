@@ -3,6 +3,7 @@
     find_files   patterns → files   folders, globs and hub names; each file once
     readable     a file → itself    or what is wrong with it
     read_rows    a file → its rows  with file and line; a row that cannot be read says why
+    read_texts   the same rows      as they came, for copying
 
 Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the file, and of a row
 that is longer than the limit only its beginning, so that neither a long line nor an archive that unpacks to very much
@@ -28,7 +29,7 @@ from prism_select.config import ROW_BYTES
 from prism_select.data.records import Raw, is_text
 from prism_select.errors import BadFile, BadOption
 
-__all__ = ["find_files", "read_rows", "readable"]
+__all__ = ["find_files", "read_rows", "read_texts", "readable"]
 
 _CHUNK = 1 << 16
 _SHOWN = 1 << 10  # bytes of a row that is too long
@@ -108,6 +109,17 @@ def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
         yield from rows(file, stream, limit)
 
 
+def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, str]]:
+    """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is not asked."""
+    ending = _SUPPORTED.search(file)
+    if ending is None or (ending[1] or "").lower() != "jsonl":
+        yield from ((raw.line, raw.text) for raw in read_rows(file, limit))
+        return
+    with _opened(file) as stream:
+        for number, line, long in _filled(file, stream, limit):
+            yield number, long.text if long else _decoded(line, "line")[0]
+
+
 def _bounded(raw: Raw, limit: int) -> Raw:
     """The row of a table, or what is wrong with it where it is too long."""
     if len(raw.text) <= limit // 4:  # a character takes four bytes at most
@@ -168,12 +180,18 @@ def _decoded(data: bytes, unit: str) -> tuple[str, str | None]:
         return data.decode(errors="backslashreplace"), f"invalid UTF-8 at byte {error.start + 1} of the {unit}"
 
 
-def _json_lines(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
+def _filled(file: str, stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, bytes, Raw | None]]:
+    """Lines that are not blank, by number, without their ends; one that is too long comes as what is wrong with it."""
     for number, (line, size) in enumerate(_lines(stream, limit), start=1):
         if size > limit:
-            yield _too_long(file, number, line, size, limit)
+            yield number, b"", _too_long(file, number, line, size, limit)
         elif line.strip():
-            yield _json_line(file, number, line.removesuffix(b"\n").removesuffix(b"\r"))
+            yield number, line.removesuffix(b"\n").removesuffix(b"\r"), None
+
+
+def _json_lines(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
+    for number, line, long in _filled(file, stream, limit):
+        yield long or _json_line(file, number, line)
 
 
 def _json_line(file: str, line: int, data: bytes) -> Raw:
