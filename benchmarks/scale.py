@@ -18,9 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from results_file import figure, write
 
+from prism_select.data.inputs import fingerprint
 from prism_select.demo.story import MODEL
 from prism_select.pipeline import WINDOW
 
@@ -169,7 +172,83 @@ def lines() -> Told:
     return {"memory that a line of a gigabyte adds, packed or not": (highest, "MB", "≤ 100")}, rows
 
 
-PARTS: Mapping[str, Callable[[], Told]] = {"kills": kills, "fuzz": fuzz, "lines": lines}
+# ---------------------------------------------------------------- a choice among very many rows
+
+BATCH = 1 << 16
+CHOOSE = """
+import resource, sys, time, prism_select
+old, out, budget, cap = sys.argv[1:]
+start = time.perf_counter()
+run = prism_select.select(select_from=old, out=out, budget=budget, per_source=cap)
+seconds = time.perf_counter() - start
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, run.manifest["counts"]["selected"])
+"""
+
+
+def scores_of(start: int, count: int, draw: np.random.Generator) -> pa.Table:
+    """Rows as `prism score` writes them; what is drawn depends on the source, so that caps bind."""
+    rows = np.arange(start, start + count)
+    source, tokens = rows % 8, draw.integers(1, 400, count, dtype=np.int32)
+    score, chosen = draw.normal(size=count) + 0.2 * source, draw.normal(size=count)
+    columns = {
+        "row": rows,
+        "id": pa.array(rows).cast(pa.string()),
+        "source": pa.DictionaryArray.from_arrays(source.astype(np.int8), list("abcdefgh")).cast(pa.string()),
+        "file": pa.array(["pool.jsonl"] * count),
+        "line": rows + 1,
+        "score": score,
+        "score_per_token": score / tokens,
+        "tokens": tokens,
+        "length": tokens + 9,
+        "loglik": -draw.random(count) * tokens,
+        "score_chosen": chosen,
+        "score_rejected": chosen - score,
+        "truncated": np.zeros(count, dtype=bool),
+        "verdict": pa.array(["scored"] * count),
+    }
+    return pa.table(columns)
+
+
+def made_up_run(folder: Path, rows: int) -> None:
+    pool, run, draw = folder / "pool.jsonl", folder / "scored", np.random.default_rng(0)
+    run.mkdir()
+    with pool.open("wb") as file:
+        for start in range(0, rows, BATCH):
+            file.write(b"".join(b'{"text":"row %d"}\n' % row for row in range(start, min(rows, start + BATCH))))
+    writer = None
+    for start in range(0, rows, BATCH):
+        table = scores_of(start, min(BATCH, rows - start), draw)
+        writer = writer or pq.ParquetWriter(run / "scores.parquet", table.schema)
+        writer.write_table(table)
+    assert writer
+    writer.close()
+    (run / "quarantine.jsonl").touch()
+    config = {"pool": [str(pool)], "fields": ""}
+    told = {"command": "score", "config": config, "fingerprints": {"pool": fingerprint([str(pool)])}}
+    (run / "manifest.json").write_text(json.dumps({**told, "timings": {}, "choice": {}}))
+
+
+def choose() -> Told:
+    """Made-up scores, a real pool file: everything of --select-from, with its copy of scores and rows."""
+    rows = list[dict[str, Any]]()
+    for count, cap in ((1_000_000, ""), (1_000_000, "20%"), (100_000_000, "20%")):
+        with tempfile.TemporaryDirectory(dir=WORK) as name:
+            made_up_run(Path(name), count)
+            command = [sys.executable, "-c", CHOOSE, str(Path(name) / "scored"), str(Path(name) / "out"), "5%", cap]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, peak, selected = map(float, done.stdout.split())
+            rows.append({"part": "choose", "rows": count, "cap": cap, "seconds": seconds, "peak_bytes": peak})
+            print({**rows[-1], "selected": selected}, flush=True)
+    many = [row for row in rows if row["rows"] > 1_000_000]
+    told = {
+        "choosing 5% of 1,000,000 scored rows": (max(r["seconds"] for r in rows[:2]), "s", "≤ 10"),
+        "choosing 5% of 100,000,000 scored rows, no source above 20%": (many[0]["seconds"], "s", ""),
+        "peak memory of that": (many[0]["peak_bytes"] / 1e9, "GB", "≤ 4"),
+    }
+    return told, rows
+
+
+PARTS: Mapping[str, Callable[[], Told]] = {"kills": kills, "fuzz": fuzz, "lines": lines, "choose": choose}
 
 
 def main() -> None:

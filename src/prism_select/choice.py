@@ -69,6 +69,7 @@ VERDICTS = {
 }
 ENOUGH = 10
 MANY = 1_000_000
+GROUP, GROUP_BYTES = 1 << 16, 1 << 26
 _TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "none", "null"}
 
 
@@ -96,11 +97,12 @@ class Verdicts:
 
     @property
     def counts(self) -> Counter[str]:
-        numbers = np.bincount(self.codes, minlength=len(self.names)).tolist()
+        numbers = counted(self.codes, len(self.names)).tolist()
         return Counter({name: count for name, count in zip(self.names, numbers, strict=True) if count})
 
     def among(self, *names: str) -> NDArray[np.bool_]:
-        return np.isin(self.codes, [place for place, name in enumerate(self.names) if name in names])
+        among: NDArray[np.bool_] = np.array([name in names for name in self.names])[self.codes]
+        return among
 
     def texts(self, start: int, stop: int) -> pa.Array:
         return pa.DictionaryArray.from_arrays(self.codes[start:stop], list(self.names)).cast(pa.string())
@@ -144,9 +146,15 @@ def budget_of(config: ScoreConfig) -> tuple[str, Amount]:
     return "", Amount("positive")
 
 
-def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Iterable[pa.Table]], pool: Pool) -> Chosen:
+def choose_and_write(
+    config: ScoreConfig,
+    store: Store,
+    tables: Callable[[], Iterable[pa.Table]],
+    pool: Pool,
+    columns: Columns | None = None,
+) -> Chosen:
     """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them."""
-    columns = columns_of(config, tables())
+    columns = columns or columns_of(config, tables())
     verdicts = decide(config, columns, pool)
     figures: dict[str, Any] = summary_figures(config, columns, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
@@ -197,7 +205,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     limit_of(option, budget, columns.ranking, columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
-    chosen = choose_and_write(config, store, ranked, pool)
+    chosen = choose_and_write(config, store, ranked, pool, columns)
     for name in ("pairs.parquet", "direction.safetensors"):
         if (old.path / name).exists():
             store.write(name, (old.path / name).read_bytes())
@@ -341,7 +349,7 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
     start = 0
     with store.writing("scores.parquet") as file:
         writer: pq.ParquetWriter | None = None
-        for table in tables:
+        for table in in_groups(tables):
             names = verdicts.texts(start, start + len(table))
             start += len(table)
             table = table.drop_columns(["reason"]).append_column("verdict", names)
@@ -360,6 +368,18 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
                 places.update(dict.fromkeys(kinds, stack.enter_context(store.writing(name))))
         copy_rows(pool, verdicts, places, columns.reasons)
         pool.refuse_changes()
+
+
+def in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in groups that suit a file: 65,536 of them, or fewer where they take 64 MB."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= GROUP or sum(part.nbytes for part in held) >= GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
 
 
 def copy_rows(pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], reasons: Mapping[int, str]) -> None:
@@ -449,16 +469,25 @@ def slices(rows: int) -> Iterator[slice]:
     return (slice(start, start + MANY) for start in range(0, rows, MANY))
 
 
+def counted(codes: NDArray[Any], size: int, rows: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """How often each of `size` numbers stands in `codes`, or in those of some rows."""
+    total = np.zeros(size, dtype=np.int64)
+    for some in slices(len(codes)):
+        total += np.bincount(codes[some] if rows is None else codes[some][rows[some]], minlength=size)
+    return total
+
+
 def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Verdicts) -> dict[str, Any]:
     """Shares of each source in the pool and in the choice, and how far length, damping and the pairs decide."""
     scored, taken = np.isfinite(columns.score), verdicts.among("selected", "removed")
-    read, chosen = (np.bincount(columns.source[rows], minlength=len(columns.sources)) for rows in (scored, taken))
+    read, chosen = (counted(columns.source, len(columns.sources), rows) for rows in (scored, taken))
     shares = {
         name: {"pool": int(read[i]), "chosen": int(chosen[i])} for i, name in enumerate(columns.sources) if read[i]
     }
-    few = np.flatnonzero(scored)
-    if len(few) > MANY:
-        few = few[np.unique(np.random.default_rng(config.seed).integers(len(few), size=MANY))]
+    few = np.arange(min(len(scored), MANY))
+    if len(scored) > MANY:
+        few = np.unique(np.random.default_rng(config.seed).integers(len(scored), size=MANY))
+    few = few[scored[few]]
     tokens = columns.tokens[few].astype(np.float64)
     by_length = {"none": columns.score[few], "tokens": columns.score[few] / np.maximum(1, tokens)}
     if "score_cosine" in columns.others:
