@@ -4,12 +4,14 @@ import csv
 import gzip
 import io
 import json
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 import pytest
@@ -328,6 +330,22 @@ def test_parquet_rows_are_numbered_over_batches(tmp_path: Path) -> None:
     found = list(read_rows(str(path)))
     assert [(raw.line, raw.fields["n"]) for raw in found if raw.fields] == [(n + 1, n) for n in range(600)]
     assert found[0].text == '{"n": 0, "m": [{"role": "user", "content": "é"}]}'
+
+
+def test_the_memory_for_a_table_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    texts = np.random.default_rng(0).integers(1 << 62, size=(6, 500_000)).astype(str)  # nothing to compress
+    with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="none") as writer:
+        for part in texts:
+            writer.write_table(pa.table({"text": part}), row_group_size=20_000)
+    script = (
+        "import resource, sys\nfrom itertools import islice\nfrom prism_select.data.readers import read_rows\n"
+        "rows = read_rows(sys.argv[1])\nlast = sum(1 for _ in islice(rows, 1000))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nlast += sum(1 for _ in islice(rows, 100_000))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
+    assert file.stat().st_size > 50e6 and int(done.stdout) * 1024 < 20e6
 
 
 def test_a_parquet_cell_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Columns:
     score_chosen: NDArray[np.float32]
     tokens: NDArray[np.int32]
     others: Mapping[str, NDArray[np.float64]]  # scores along groups of pairs and with other dampings, and cosines
-    source: NDArray[np.int32]
+    source: NDArray[np.int16] | NDArray[np.int32]
     sources: Sequence[str]  # what the numbers in `source` mean
     reasons: Mapping[int, str]
     truncated: int
@@ -192,7 +192,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     ranking = drawn_again(config, old.scores) if config.rank_by else None
 
     def tables() -> Iterator[pa.Table]:
-        for group in pq.ParquetFile(old.path / "scores.parquet").iter_batches():
+        for group in pq.ParquetFile(old.path / "scores.parquet", pre_buffer=False).iter_batches():
             table = pa.Table.from_batches([group])
             table = table.drop_columns([name for name in ("verdict", "rank_by") if name in table.column_names])
             found: list[str | None] = [None] * len(table)
@@ -280,12 +280,12 @@ def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     )
 
 
-def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int32]:
+def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int16] | NDArray[np.int32]:
     """Names as their places in `known`, which grows with them."""
     coded = names.combine_chunks().fill_null("").dictionary_encode()
     places = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
-    found: NDArray[np.int32] = np.array(places, dtype=np.int32)[coded.indices.to_numpy()]
-    return found
+    found: NDArray[Any] = np.array(places, dtype=np.int16 if len(known) < 1 << 15 else np.int32)
+    return found[coded.indices.to_numpy()]
 
 
 def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:

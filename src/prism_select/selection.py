@@ -21,7 +21,7 @@ from prism_select.errors import BadOption
 __all__ = ["OUTCOMES", "NearDuplicates", "Rules", "UnreadText", "best_first", "choose", "limit_of", "round_robin"]
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64] | NDArray[np.int32]
+Ints = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.int16]
 OUTCOMES = ("taken", "over budget", "near duplicate", "source cap", "quarantined")
 TAKEN, OVER, NEAR, CAPPED, QUARANTINED = range(5)
 

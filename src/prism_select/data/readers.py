@@ -352,7 +352,7 @@ def _parquet_rows(file: str) -> Iterator[Raw]:
     number = 0
     with (
         _reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), _DAMAGED),
-        pq.ParquetFile(file, buffer_size=_CHUNK) as table,
+        pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False) as table,  # which would hold the whole file
     ):
         for batch in table.iter_batches(batch_size=256):
             for cells in zip(*batch.columns, strict=True):
