@@ -285,7 +285,8 @@ def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int16]
     coded = names.combine_chunks().fill_null("").dictionary_encode()
     places = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
     found: NDArray[Any] = np.array(places, dtype=np.int16 if len(known) < 1 << 15 else np.int32)
-    return found[coded.indices.to_numpy()]
+    rows: NDArray[np.int16] | NDArray[np.int32] = found[coded.indices.to_numpy()]
+    return rows
 
 
 def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
