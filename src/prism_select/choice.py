@@ -393,9 +393,10 @@ def copy_rows(pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], r
         if (place := files[code]) is None:
             continue
         if code == aside:
-            place.write(json_line(Raw(file, line, text, None).set_aside(reasons.get(row, ""))))
+            raw = Raw(file, line, text.decode("utf-8", "backslashreplace"), None)
+            place.write(json_line(raw.set_aside(reasons.get(row, ""))))
         else:
-            place.write(text.encode("utf-8", "surrogatepass") + b"\n")
+            place.write(text + b"\n")
     if row + 1 < len(verdicts.codes):
         raise changed(pool.files)
 

@@ -58,7 +58,7 @@ class Pool:
         for file in self.files:
             yield from read_rows(file, self.row_bytes)
 
-    def texts(self) -> Iterator[tuple[str, int, str]]:
+    def texts(self) -> Iterator[tuple[str, int, bytes]]:
         """File, line and text of every row, unread: for copying."""
         for file in self.files:
             for line, text in read_texts(file, self.row_bytes):

@@ -109,15 +109,15 @@ def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
         yield from rows(file, stream, limit)
 
 
-def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, str]]:
+def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
     """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is not asked."""
     ending = _SUPPORTED.search(file)
     if ending is None or (ending[1] or "").lower() != "jsonl":
-        yield from ((raw.line, raw.text) for raw in read_rows(file, limit))
+        yield from ((raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file, limit))
         return
     with _opened(file) as stream:
         for number, line, long in _filled(file, stream, limit):
-            yield number, long.text if long else _decoded(line, "line")[0]
+            yield number, long.text.encode() if long else line
 
 
 def _bounded(raw: Raw, limit: int) -> Raw:
@@ -138,13 +138,15 @@ def _too_long(file: str, line: int, beginning: bytes, size: int, limit: int) -> 
 
 
 def _lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Each line with its size in bytes, without its end. Of one that is longer than `limit` only the beginning is
+    """Each line, and how many bytes it has without its end where it is longer than `limit`: then only its beginning is
     held."""
     while line := stream.readline(limit + 2):
         size, end = len(line), line
-        while size > limit and not end.endswith(b"\n") and (end := stream.readline(_CHUNK)):
-            size += len(end)
-        yield line, size - len(end[-2:]) + len(end[-2:].rstrip(b"\r\n"))
+        if size > limit:
+            while not end.endswith(b"\n") and (end := stream.readline(_CHUNK)):
+                size += len(end)
+            size -= len(end[-2:]) - len(end[-2:].rstrip(b"\r\n"))
+        yield line, size
 
 
 @contextmanager
