@@ -340,8 +340,8 @@ def test_the_memory_for_a_table_does_not_grow_with_the_file(tmp_path: Path) -> N
             writer.write_table(pa.table({"text": [draw.randbytes(1000).hex() for _ in range(500)]}))
     script = (
         "from prism_select.data.readers import read_rows\n"
-        "assert list(read_rows(sys.argv[2]))\nbefore = peak()\nassert sum(1 for _ in read_rows(sys.argv[1])) == 30_000\n"
-        "print(peak() - before)"
+        "assert list(read_rows(sys.argv[2]))\nbefore = peak()\n"
+        "assert sum(1 for _ in read_rows(sys.argv[1])) == 30_000\nprint(peak() - before)"
     )
     done = prism_apart("-c", PEAK + script, file, small, module=False)
     assert file.stat().st_size > 60e6 and int(done.out) < 30e6

@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_select.config import MENDABLE, ScoreConfig, to_toml
-from prism_select.errors import BadOption, DiskTrouble, RunMismatch
+from prism_select.errors import BadOption, BadRow, DiskTrouble, RunMismatch
 
-__all__ = ["FILES", "SHARD", "Run", "Store", "finite", "json_line", "reasons_of"]
+__all__ = ["FILES", "SHARD", "Run", "Store", "bad_rows_of", "finite", "json_line"]
 
 FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
 SHARD = pa.schema(
@@ -273,9 +273,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def reasons_of(shard: Path) -> list[str | None]:
-    """Why each row of a shard has no score; None for a row that has one."""
-    return list(pq.read_table(shard, columns=["reason"])["reason"].to_pylist())
+def bad_rows_of(shard: Path) -> list[BadRow]:
+    """The rows of a shard that have no score."""
+    table = pq.read_table(shard, columns=["file", "line", "reason"])
+    bad = table.filter(table["reason"].is_valid()).to_pylist()
+    return [BadRow(row["file"], row["line"], row["reason"], "mend or remove it") for row in bad]
 
 
 def json_line(row: Mapping[str, object]) -> bytes:
