@@ -2,13 +2,14 @@
 # make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
 # make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
+# make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
 # make bench: memory against pool size, and what a score costs (on a quiet machine)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test real pairs quality curvature lds peers bench clean
+.PHONY: demo test fuzz real pairs quality curvature lds peers bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -25,6 +26,11 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest
+
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
+	FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py
+	$(BIN)/python tests/fuzz.py -max_total_time=600
 
 real pairs quality curvature: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'

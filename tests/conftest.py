@@ -37,6 +37,13 @@ WORDS = (
     "assistant user system thank you very much no way go away Rome Italy water boils at hundred degrees"
 )
 
+# Bytes at the highest, for a process apart; what `resource` tells of it begins with the memory of its parent.
+PEAK = """import sys
+def peak():
+    with open("/proc/self/status") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+"""
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -21,7 +21,7 @@ from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.records import Example, Turn
 from prism_select.models import CausalLM
-from prism_select.selection import Rules, choose
+from prism_select.selection import OUTCOMES, Rules, choose
 from prism_select.weights import select_weights
 
 ROWS = [
@@ -111,8 +111,11 @@ def close(found: NDArray[np.float64], wanted: Sequence[float]) -> bool:
 
 def taken(numbers: NDArray[np.float64], rows: int) -> list[int]:
     count = len(numbers)
-    verdicts = choose(numbers, np.ones(count, dtype=np.int64), [""] * count, Rules(Amount("rows", rows)), rows)
-    return [row for row, verdict in enumerate(verdicts) if verdict == "taken"]
+    verdicts = choose(
+        numbers, np.ones(count, dtype=np.int64), np.zeros(count, dtype=np.int64), Rules(Amount("rows", rows)), rows
+    )
+    found: list[int] = np.flatnonzero(verdicts == OUTCOMES.index("taken")).tolist()
+    return found
 
 
 def texts_of(texts: Sequence[str], wanted: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()) -> Texts:

@@ -38,3 +38,11 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     there = {path.stem for path in [*source.glob("*.py"), *(source / "core").glob("*.py")]}
     assert there - named == {"__init__", "__main__"}
     assert named <= there
+
+
+def test_every_test_that_the_page_on_safety_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+)`", DOCS["safety.md"])
+    there = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(named) > 30 and not [name for name in named if f"def {name}(" not in there]
+    rows = [line for line in DOCS["safety.md"].splitlines() if re.match(r"\| (?!what|attack)\w", line)]
+    assert all("`test_" in line for line in rows) and len(rows) > 25

@@ -29,7 +29,7 @@ LAYERS = [
         "profile",
     ],
     ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
-    ["models", "store", "planning", "adapters"],
+    ["models", "store", "world", "planning", "adapters"],
     [
         "scoring",
         "targeting",

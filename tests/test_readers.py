@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import sys
 import tracemalloc
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import zstandard
+from conftest import PEAK, prism_apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -328,6 +330,21 @@ def test_parquet_rows_are_numbered_over_batches(tmp_path: Path) -> None:
     found = list(read_rows(str(path)))
     assert [(raw.line, raw.fields["n"]) for raw in found if raw.fields] == [(n + 1, n) for n in range(600)]
     assert found[0].text == '{"n": 0, "m": [{"role": "user", "content": "é"}]}'
+
+
+def test_the_memory_for_a_table_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    file, small, draw = tmp_path / "x.parquet", tmp_path / "small.parquet", random.Random(0)
+    pq.write_table(pa.table({"text": ["a"]}), small)
+    with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="none") as writer:
+        for _ in range(60):
+            writer.write_table(pa.table({"text": [draw.randbytes(1000).hex() for _ in range(500)]}))
+    script = (
+        "from prism_select.data.readers import read_rows\n"
+        "assert list(read_rows(sys.argv[2]))\nbefore = peak()\n"
+        "assert sum(1 for _ in read_rows(sys.argv[1])) == 30_000\nprint(peak() - before)"
+    )
+    done = prism_apart("-c", PEAK + script, file, small, module=False)
+    assert file.stat().st_size > 60e6 and int(done.out) < 30e6
 
 
 def test_a_parquet_cell_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from prism_select import selection
 from prism_select.choice import Columns, hidden_sources
 from prism_select.config import Amount, ScoreConfig
 from prism_select.errors import BadOption
-from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of
+from prism_select.selection import OUTCOMES, NearDuplicates, Rules, UnreadText, best_first, limit_of
 
 ROWS = st.lists(
     st.tuples(
@@ -29,6 +30,14 @@ Case = tuple[NDArray[np.float64], NDArray[np.int64], Sequence[str]]
 def columns(rows: list[tuple[float, int, str]]) -> Case:
     scores, tokens, sources = zip(*rows, strict=True) if rows else ((), (), ())
     return np.array(scores, dtype=np.float64), np.array(tokens, dtype=np.int64), list(sources)
+
+
+def choose(
+    scores: NDArray[np.float64], tokens: NDArray[np.int64], sources: Sequence[str], rules: Rules, limit: float
+) -> list[str]:
+    """Verdicts in words."""
+    numbers = np.unique(sources, return_inverse=True)[1] if len(sources) else np.zeros(0, dtype=np.int64)
+    return [OUTCOMES[code] for code in selection.choose(scores, tokens, numbers, rules, limit)]
 
 
 def costs(budget: Amount, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -132,6 +141,35 @@ def test_a_cap_is_not_a_row_less_than_its_share(percent: int) -> None:
     assert verdicts[:100].count("taken") == percent
 
 
+@given(ROWS, st.integers(1, 9))
+def test_bands_give_every_row_with_a_score_once_the_best_first(rows: list[tuple[float, int, str]], count: int) -> None:
+    scores = columns(rows)[0]
+    bands = [band.tolist() for band in best_first(scores, count)]
+    best = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")
+    assert [row for band in bands for row in band] == best[: int(np.isfinite(scores).sum())].tolist()
+    assert all(len(band) >= count for band in bands[:-1])
+
+
+@pytest.mark.parametrize("budget", ["3000", "50%", "40000tok", "positive"])
+@pytest.mark.parametrize("cap", [1.0, 0.2])
+def test_a_choice_of_many_rows_in_bands_is_that_of_a_plain_walk(budget: str, cap: float) -> None:
+    draw = np.random.default_rng(0)
+    scores, tokens = draw.normal(size=9000).round(2), draw.integers(1, 30, 9000)
+    sources, amount = draw.integers(0, 4, 9000), Amount.parse("--budget", budget)
+    scores[draw.integers(9000, size=50)] = math.nan
+    limit = limit_of("--budget", amount, scores, tokens)
+    found = selection.choose(scores, tokens, sources, Rules(amount, cap), limit)
+    spent, by_source, taken = 0.0, Counter[int](), set[int]()
+    for row in np.argsort(-np.nan_to_num(scores, nan=-9), kind="stable").tolist():
+        price = int(costs(amount, tokens)[row])
+        if spent + price > limit or (amount.kind == "positive" and not scores[row] > 0):
+            break
+        if by_source[int(sources[row])] + price <= round(cap * limit, 6):
+            taken.add(row)
+            spent, by_source[int(sources[row])] = spent + price, by_source[int(sources[row])] + price
+    assert set(np.flatnonzero(found == 0).tolist()) == taken
+
+
 # ---------------------------------------------------------------- near duplicates
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
@@ -204,14 +242,16 @@ def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(r
     tokens = np.full(2 * count, 4)
     chosen = np.repeat([8.0, 0.4], count)
     score = chosen - np.repeat([4 * rejected, 0.0], count)
-    source = np.repeat(np.array(["math", "chat"], dtype=object), count)
-    columns = Columns(score, score, chosen, tokens, {}, source, {}, 0)
+    source, names = np.repeat(np.array([0, 1], dtype=np.int32), count), ["math", "chat"]
+    columns = Columns(score, score, chosen.astype(np.float32), tokens.astype(np.int32), {}, source, names, {}, 0)
     for normalize, raised in (("none", "+8"), ("tokens", "+2")):
         told = hidden_sources(config_of(normalize), columns)
         assert bool(told) == warned
         assert all(f"source math raises the chosen answers most ({raised} a row" in line for line in told)
     few = slice(0, 9)
-    short = Columns(score[few], score[few], chosen[few], tokens[few], {}, source[few], {}, 0)
+    short = Columns(
+        score[few], score[few], columns.score_chosen[few], columns.tokens[few], {}, source[few], names, {}, 0
+    )
     assert not hidden_sources(config_of("none"), short)
 
 

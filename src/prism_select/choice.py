@@ -2,14 +2,16 @@
 
     scores + rules → verdict per row → scores.parquet   selected.jsonl   removed.jsonl   quarantine.jsonl
 
-Choices made here: rows are copied from the pool as they came, in the order of the pool, in one pass; texts are read
-again only for rows that could be chosen, and only when near-duplicates are looked for.
+Choices made here: rows are copied from the pool as they came, in the order of the pool, in one pass that neither holds
+nor understands them; texts are read again only for rows that could be chosen, and only when near-duplicates are looked
+for. Of the scores, columns of numbers are held and the rest goes by; rank correlations of more than a million rows are
+those of a million drawn from them.
 """
 
 import re
 import reprlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,13 +25,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prism_select.config import Amount, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import ROW_BYTES, Amount, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, fingerprint
-from prism_select.data.records import Example
+from prism_select.data.inputs import Pool, changed, fingerprint
+from prism_select.data.records import Example, Raw
 from prism_select.errors import BadOption
 from prism_select.progress import Progress
-from prism_select.selection import NearDuplicates, Rules, UnreadText, choose, limit_of, round_robin
+from prism_select.selection import (
+    OUTCOMES,
+    NearDuplicates,
+    Rules,
+    UnreadText,
+    best_first,
+    choose,
+    limit_of,
+    round_robin,
+)
 from prism_select.statistics import (
     auroc,
     average_precision,
@@ -51,13 +62,14 @@ __all__ = [
     "with_ranking",
 ]
 
-Verdicts = list[str]
 VERDICTS = {
     "score": ("scored", "quarantined"),
     "select": ("selected", "over budget", "near duplicate", "source cap", "quarantined"),
     "repair": ("removed", "kept", "quarantined"),
 }
 ENOUGH = 10
+MANY = 1_000_000
+GROUP, GROUP_BYTES = 1 << 16, 1 << 26
 _TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "none", "null"}
 
 
@@ -67,12 +79,33 @@ class Columns:
 
     ranking: NDArray[np.float64]  # what the choice goes by, the highest first
     score: NDArray[np.float64]
-    score_chosen: NDArray[np.float64]
-    tokens: NDArray[np.int64]
+    score_chosen: NDArray[np.float32]
+    tokens: NDArray[np.int32]
     others: Mapping[str, NDArray[np.float64]]  # scores along groups of pairs and with other dampings, and cosines
-    source: NDArray[np.object_]
+    source: NDArray[np.int16] | NDArray[np.int32]
+    sources: Sequence[str]  # what the numbers in `source` mean
     reasons: Mapping[int, str]
     truncated: int
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """One for each row: its place among `names`."""
+
+    codes: NDArray[np.int8]
+    names: Sequence[str]
+
+    @property
+    def counts(self) -> Counter[str]:
+        numbers = counted(self.codes, len(self.names)).tolist()
+        return Counter({name: count for name, count in zip(self.names, numbers, strict=True) if count})
+
+    def among(self, *names: str) -> NDArray[np.bool_]:
+        among: NDArray[np.bool_] = np.array([name in names for name in self.names])[self.codes]
+        return among
+
+    def texts(self, start: int, stop: int) -> pa.Array:
+        return pa.DictionaryArray.from_arrays(self.codes[start:stop], list(self.names)).cast(pa.string())
 
 
 @dataclass(frozen=True)
@@ -113,21 +146,27 @@ def budget_of(config: ScoreConfig) -> tuple[str, Amount]:
     return "", Amount("positive")
 
 
-def choose_and_write(config: ScoreConfig, store: Store, tables: Callable[[], Iterable[pa.Table]], pool: Pool) -> Chosen:
+def choose_and_write(
+    config: ScoreConfig,
+    store: Store,
+    tables: Callable[[], Iterable[pa.Table]],
+    pool: Pool,
+    columns: Columns | None = None,
+) -> Chosen:
     """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them."""
-    columns = columns_of(config, tables())
+    columns = columns or columns_of(config, tables())
     verdicts = decide(config, columns, pool)
     figures: dict[str, Any] = summary_figures(config, columns, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
         figures["labels"] = label_figures(config.label_field, columns, verdicts, pool)
     write_choice(store, tables(), verdicts, columns, pool)
-    verdict_counts = Counter(verdicts)
+    verdict_counts = verdicts.counts
     counts = {
-        "read": len(verdicts),
+        "read": len(verdicts.codes),
         "truncated": columns.truncated,
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
-    counts["scored"] = len(verdicts) - counts["quarantined"]
+    counts["scored"] = counts["read"] - counts["quarantined"]
     return Chosen(counts, figures, [] if config.command == "repair" else hidden_sources(config, columns))
 
 
@@ -140,7 +179,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         raise BadOption(f"--out {store.path}: it holds the scores to choose from; give another folder")
     manifest = old.manifest
     scored_by = manifest.get("scored_by", manifest["config"])
-    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]))
+    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]), scored_by.get("max_row_bytes", ROW_BYTES))
     if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
         raise BadOption(f"--select-from {old.path}: the pool's files have changed since; score them again")
     if manifest["command"] == "repair":
@@ -153,18 +192,20 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     ranking = drawn_again(config, old.scores) if config.rank_by else None
 
     def tables() -> Iterator[pa.Table]:
-        for group in pq.ParquetFile(old.path / "scores.parquet").iter_batches():
+        for group in pq.ParquetFile(old.path / "scores.parquet", pre_buffer=False).iter_batches():
             table = pa.Table.from_batches([group])
             table = table.drop_columns([name for name in ("verdict", "rank_by") if name in table.column_names])
-            keys = zip(table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
-            yield table.append_column("reason", pa.array([reasons.get(key) for key in keys], pa.string()))
+            found: list[str | None] = [None] * len(table)
+            for row in np.flatnonzero(table["score"].is_null()).tolist():
+                found[row] = reasons.get((table["file"][row].as_py(), table["line"][row].as_py()))
+            yield table.append_column("reason", pa.array(found, pa.string()))
 
     ranked = partial(with_ranking, tables, ranking)
     columns, (option, budget) = columns_of(config, ranked()), budget_of(config)
     limit_of(option, budget, columns.ranking, columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
-    chosen = choose_and_write(config, store, ranked, pool)
+    chosen = choose_and_write(config, store, ranked, pool, columns)
     for name in ("pairs.parquet", "direction.safetensors"):
         if (old.path / name).exists():
             store.write(name, (old.path / name).read_bytes())
@@ -202,38 +243,61 @@ def with_ranking(tables: Callable[[], Iterable[pa.Table]], ranking: NDArray[np.f
 
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     """Raises BadOption where the scores of an earlier run lack what the choice goes by."""
-    few = ["score", "score_per_token", "score_chosen", "tokens", "source", "reason", "truncated"]
-    more = re.compile(r"score:|score_cosine$|score_damping_|score_groups$|rank_by$")
-    whole = pa.concat_tables([t.select(few + [n for n in t.column_names if more.match(n)]) for t in tables])
-    if config.ranking not in whole.column_names:
-        raise BadOption(f"--normalize {config.normalize}: these scores were made without it; score the pool again")
-
-    def floats(name: str) -> NDArray[np.float64]:
-        if name != "score_groups":
-            return np.asarray(whole[name].to_numpy(), dtype=np.float64)
-        rows = whole[name].to_pylist()
-        width = next((len(row) for row in rows if row), 0)
-        return np.array([row or [np.nan] * width for row in rows])
-
-    reasons = {row: reason for row, reason in enumerate(whole["reason"].to_pylist()) if reason is not None}
-    tokens = np.nan_to_num(floats("tokens")).astype(np.int64)
-    targets = [name for name in whole.column_names if name.startswith("score:")]
-    ranking = floats(config.ranking)
-    if config.combine == "round-robin" and len(targets) > 1:
-        unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
-        ranking = round_robin(np.column_stack([floats(name) / unit for name in targets]))
-    if "rank_by" in whole.column_names:
-        ranking = last_where_unknown(floats("rank_by"), floats("score"))
+    more = re.compile(r"score:|score_cosine$|score_damping_|rank_by$")
+    parts, sources, reasons = defaultdict[str, list[Any]](list), dict[str, int](), dict[int, str]()
+    start = truncated = 0
+    for table in tables:
+        if config.ranking not in table.column_names:
+            raise BadOption(f"--normalize {config.normalize}: these scores were made without it; score the pool again")
+        for name in {"score", config.ranking, *filter(more.match, table.column_names)}:
+            parts[name].append(np.asarray(table[name].to_numpy(), dtype=np.float64))
+        parts["score_chosen"].append(np.asarray(table["score_chosen"].to_numpy(), dtype=np.float32))
+        parts["tokens"].append(np.asarray(table["tokens"].fill_null(0).to_numpy(), dtype=np.int32))
+        parts["source"].append(numbered(table["source"], sources))
+        if "score_groups" in table.column_names:
+            parts["score_groups"] += table["score_groups"].to_pylist()
+        for row in np.flatnonzero(table["reason"].is_valid()).tolist():
+            reasons[start + row] = table["reason"][row].as_py()
+        truncated += table["truncated"].to_pylist().count(True)
+        start += len(table)
+    groups = parts.pop("score_groups", [])
+    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    others = {name: whole[name] for name in whole if more.match(name) and not name.startswith("score:")}
+    if groups:
+        width = next((len(row) for row in groups if row), 0)
+        others["score_groups"] = np.array([row or [np.nan] * width for row in groups])
+    ranking = ranked_by(config, whole)
     return Columns(
         ranking,
-        floats("score"),
-        floats("score_chosen"),
-        tokens,
-        {name: floats(name) for name in whole.column_names if more.match(name) and name not in targets},
-        np.asarray(whole["source"].to_pylist(), dtype=object),
+        whole["score"],
+        whole["score_chosen"],
+        whole["tokens"],
+        others,
+        whole["source"],
+        list(sources),
         reasons,
-        sum(bool(value) for value in whole["truncated"].to_pylist()),
+        truncated,
     )
+
+
+def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int16] | NDArray[np.int32]:
+    """Names as their places in `known`, which grows with them."""
+    coded = names.combine_chunks().fill_null("").dictionary_encode()
+    places = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
+    found: NDArray[Any] = np.array(places, dtype=np.int16 if len(known) < 1 << 15 else np.int32)
+    rows: NDArray[np.int16] | NDArray[np.int32] = found[coded.indices.to_numpy()]
+    return rows
+
+
+def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    targets = [name for name in whole if name.startswith("score:")]
+    if "rank_by" in whole:
+        return last_where_unknown(whole["rank_by"], whole["score"])
+    if config.combine == "round-robin" and len(targets) > 1:
+        tokens = whole["tokens"]
+        unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
+        return round_robin(np.column_stack([whole[name] / unit for name in targets]))
+    return whole[config.ranking]
 
 
 def last_where_unknown(ranking: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -255,21 +319,19 @@ def decide(config: ScoreConfig, columns: Columns, pool: Pool) -> Verdicts:
         limit = limit_of(option, budget, columns.ranking, columns.tokens)
         verdicts = choose(columns.ranking, columns.tokens, columns.source, Rules(budget), limit)
     else:
-        names = {}
-        verdicts = ["scored" if finite else "quarantined" for finite in np.isfinite(columns.score)]
-    return [names.get(verdict, verdict) for verdict in verdicts]
+        return Verdicts((~np.isfinite(columns.score)).astype(np.int8), ("scored", "quarantined"))
+    return Verdicts(verdicts, [names.get(verdict, verdict) for verdict in OUTCOMES])
 
 
-def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> Verdicts:
+def _walk(config: SelectConfig, columns: Columns, pool: Pool, share: float) -> NDArray[np.int8]:
     (option, budget), ranking = budget_of(config), columns.ranking
     limit = limit_of(option, budget, ranking, columns.tokens)
     if not config.near_duplicates:
         return choose(ranking, columns.tokens, columns.source, Rules(budget, share), limit)
-    best = np.argsort(-np.nan_to_num(ranking, nan=-np.inf), kind="stable")
     per_row = max(1.0, float(columns.tokens.mean())) if budget.kind == "tokens" else 1.0
     count = int(2 * limit / per_row) + 100
     while True:
-        wanted = set(best[:count].tolist())
+        wanted = set(next(best_first(ranking, count), np.zeros(0)).tolist())
         texts = {row: text for row, text in _texts(pool) if row in wanted}
         rules = Rules(budget, share, NearDuplicates(config.near_duplicates, texts))
         try:
@@ -288,8 +350,8 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
     start = 0
     with store.writing("scores.parquet") as file:
         writer: pq.ParquetWriter | None = None
-        for table in tables:
-            names = pa.array(verdicts[start : start + len(table)], pa.string())
+        for table in in_groups(tables):
+            names = verdicts.texts(start, start + len(table))
             start += len(table)
             table = table.drop_columns(["reason"]).append_column("verdict", names)
             writer = writer or pq.ParquetWriter(file, table.schema)
@@ -297,7 +359,7 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
         if writer:
             writer.close()
     files = {"selected.jsonl": {"selected", "kept"}, "removed.jsonl": {"removed"}, "quarantine.jsonl": {"quarantined"}}
-    present = set(verdicts) | {"quarantined"}
+    present = {*verdicts.counts, "quarantined"}
     if "kept" in present or "removed" in present:
         present |= {"kept", "removed"}
     with ExitStack() as stack:
@@ -305,11 +367,38 @@ def write_choice(store: Store, tables: Iterable[pa.Table], verdicts: Verdicts, c
         for name, kinds in files.items():
             if kinds & present:
                 places.update(dict.fromkeys(kinds, stack.enter_context(store.writing(name))))
-        for row, (raw, verdict) in enumerate(zip(pool.raw(), verdicts, strict=True)):
-            if verdict == "quarantined":
-                places[verdict].write(json_line(raw.set_aside(columns.reasons.get(row, ""))))
-            elif verdict in places:
-                places[verdict].write(raw.text.encode("utf-8", "surrogatepass") + b"\n")
+        copy_rows(pool, verdicts, places, columns.reasons)
+        pool.refuse_changes()
+
+
+def in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in groups that suit a file: 65,536 of them, or fewer where they take 64 MB."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= GROUP or sum(part.nbytes for part in held) >= GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def copy_rows(pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], reasons: Mapping[int, str]) -> None:
+    """Each row of the pool to the file of its verdict, where there is one. Raises BadFile where there are fewer rows
+    than verdicts."""
+    files = [places.get(name) for name in verdicts.names]
+    aside = list(verdicts.names).index("quarantined")
+    row = -1
+    for row, (code, (file, line, text)) in enumerate(zip(verdicts.codes.data, pool.texts(), strict=False)):
+        if (place := files[code]) is None:
+            continue
+        if code == aside:
+            raw = Raw(file, line, text.decode("utf-8", "backslashreplace"), None)
+            place.write(json_line(raw.set_aside(reasons.get(row, ""))))
+        else:
+            place.write(text + b"\n")
+    if row + 1 < len(verdicts.codes):
+        raise changed(pool.files)
 
 
 def labels_of(field: str, pool: Pool) -> list[bool | None]:
@@ -330,12 +419,12 @@ def labels_of(field: str, pool: Pool) -> list[bool | None]:
     return labels
 
 
-def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: Pool) -> dict[str, Any]:
+def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) -> dict[str, Any]:
     """How well the ranking finds the rows that are known to be bad; rows without a score or a label are left out."""
     labels = labels_of(field, pool)
     usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
     truth = np.array([bool(label) for label in labels])[usable]
-    removed = np.array([verdict == "removed" for verdict in verdicts])[usable]
+    removed = verdicts.among("removed")[usable]
     per_token = (columns.score / np.maximum(1, columns.tokens))[usable]
     cosine = columns.others.get("score_cosine")
     return {
@@ -354,11 +443,18 @@ def label_figures(field: str, columns: Columns, verdicts: Sequence[str], pool: P
 def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
     more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows."""
-    unit = np.maximum(1, columns.tokens) if config.ranking == "score_per_token" else np.ones(len(columns.tokens))
-    scored, score, chosen = np.isfinite(columns.score), columns.score / unit, columns.score_chosen / unit
-    names, place, count = np.unique(columns.source[scored], return_inverse=True, return_counts=True)
-    raised, stands = (np.bincount(place, values[scored], len(names)) / count for values in (chosen, score))
-    means = {name: (raised[i], stands[i]) for i, name in enumerate(names) if count[i] >= ENOUGH}
+    size = len(columns.sources)
+    count, raised, stands = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
+    for some in slices(len(columns.score)):
+        scored, source = np.isfinite(columns.score[some]), columns.source[some]
+        unit = np.maximum(1, columns.tokens[some]) if config.ranking == "score_per_token" else np.ones(len(scored))
+        count += np.bincount(source[scored], minlength=size)
+        raised += np.bincount(source[scored], (columns.score_chosen[some] / unit)[scored], size)
+        stands += np.bincount(source[scored], (columns.score[some] / unit)[scored], size)
+    means = {
+        columns.sources[i]: (raised[i] / count[i], stands[i] / count[i])
+        for i in np.flatnonzero(count >= ENOUGH).tolist()
+    }
     if len(means) < 2:
         return []
     best = max(means, key=lambda name: means[name][0])
@@ -370,18 +466,36 @@ def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     ]
 
 
-def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Sequence[str]) -> dict[str, Any]:
+def slices(rows: int) -> Iterator[slice]:
+    """A million rows each."""
+    return (slice(start, start + MANY) for start in range(0, rows, MANY))
+
+
+def counted(codes: NDArray[Any], size: int, rows: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """How often each of `size` numbers stands in `codes`, or in those of some rows."""
+    total = np.zeros(size, dtype=np.int64)
+    for some in slices(len(codes)):
+        total += np.bincount(codes[some] if rows is None else codes[some][rows[some]], minlength=size)
+    return total
+
+
+def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Verdicts) -> dict[str, Any]:
     """Shares of each source in the pool and in the choice, and how far length, damping and the pairs decide."""
-    scored = np.isfinite(columns.score)
-    read = Counter(columns.source[scored].tolist())
-    taken = np.array([verdict in ("selected", "removed") for verdict in verdicts])
-    chosen = Counter(columns.source[taken].tolist())
-    tokens = columns.tokens[scored].astype(np.float64)
-    by_length = {"none": columns.score[scored], "tokens": columns.score[scored] / np.maximum(1, tokens)}
+    scored, taken = np.isfinite(columns.score), verdicts.among("selected", "removed")
+    read, chosen = (counted(columns.source, len(columns.sources), rows) for rows in (scored, taken))
+    shares = {
+        name: {"pool": int(read[i]), "chosen": int(chosen[i])} for i, name in enumerate(columns.sources) if read[i]
+    }
+    few = np.arange(min(len(scored), MANY))
+    if len(scored) > MANY:
+        few = np.unique(np.random.default_rng(config.seed).integers(len(scored), size=MANY))
+    few = few[scored[few]]
+    tokens = columns.tokens[few].astype(np.float64)
+    by_length = {"none": columns.score[few], "tokens": columns.score[few] / np.maximum(1, tokens)}
     if "score_cosine" in columns.others:
-        by_length["norm"] = columns.others["score_cosine"][scored]
+        by_length["norm"] = columns.others["score_cosine"][few]
     figures: dict[str, Any] = {
-        "sources": {name: {"pool": read[name], "chosen": chosen[name]} for name in sorted(read)},
+        "sources": dict(sorted(shares.items())),
         "rank_correlation_with_tokens": {name: rank_correlation(s, tokens) for name, s in by_length.items()},
     }
     dampings = {name.removeprefix("score_damping_"): s for name, s in columns.others.items() if "_damping_" in name}

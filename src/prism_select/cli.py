@@ -18,8 +18,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import click
 
 from prism_select.config import EvaluateConfig, Options, PairsConfig, RepairConfig, ScoreConfig, SelectConfig, from_toml
-from prism_select.errors import PrismError
+from prism_select.errors import BadOption, PeerLost, PrismError
 from prism_select.terminal import Terminal, evaluation_summary, failed, pairs_summary, printable, summary
+from prism_select.world import alone, leads
 
 __all__ = ["app", "main"]
 
@@ -68,7 +69,10 @@ def execute_and_tell(config: Options) -> None:
     from prism_select.api import execute, execute_evaluation, execute_pairs
     from prism_select.store import Run
 
-    terminal = Terminal()
+    terminal = Terminal(silent=not leads())
+    scores = isinstance(config, ScoreConfig) and not (isinstance(config, SelectConfig) and config.select_from)
+    if not (scores or alone()):
+        raise BadOption(f"prism {config.command}: here one process does it all; start it without torchrun")
     if isinstance(config, PairsConfig):
         terminal.table(pairs_summary(config, execute_pairs(config, terminal)))
         return
@@ -137,8 +141,9 @@ def spread(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def fail(message: str, code: int) -> NoReturn:
-    print(f"prism: {printable(message)}", file=sys.stderr)
+def fail(message: str, code: int, silent: bool = False) -> NoReturn:
+    if not silent:
+        print(f"prism: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -162,7 +167,7 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
     try:
         code = call()
     except PrismError as error:
-        fail(str(error), 2)
+        fail(str(error), 2, silent=isinstance(error, PeerLost) and not leads())
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 0
@@ -170,12 +175,12 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "prism"
         fail(f"{error.format_message()} See {where} --help", 2)
     except (Interrupted, KeyboardInterrupt, click.Abort):
-        fail(f"interrupted; {resumes}", 130)
+        fail(f"interrupted; {resumes}", 130, silent=not leads())
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr)
         first = (str(error).splitlines() or [""])[0]
         fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

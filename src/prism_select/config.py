@@ -20,6 +20,7 @@ from prism_select.errors import BadOption
 
 __all__ = [
     "MENDABLE",
+    "ROW_BYTES",
     "Amount",
     "Config",
     "EvaluateConfig",
@@ -40,6 +41,9 @@ SETTLED = frozenset(  # what a saved direction has in it
     | {"save_curvature", "uncertainty", "warmup", "weighting"}
 )
 MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
+
+
+ROW_BYTES = 1 << 24
 
 
 def _share(text: str) -> float:
@@ -132,6 +136,7 @@ class ModelConfig(Options):
         "quarantine"
     )
     max_bad: Annotated[str, "More bad rows than this share stop the run."] = "1%"
+    max_row_bytes: Annotated[int, "A row of more bytes is bad, and is never held in memory."] = ROW_BYTES
     seed: Annotated[int, "Of everything that is drawn."] = 0
     overwrite: Annotated[bool, "Start afresh where something is already there."] = False
 
@@ -140,6 +145,8 @@ class ModelConfig(Options):
         for name in ("batch_tokens", "max_length"):
             if getattr(self, name) < 2:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
+        if not 2**10 <= self.max_row_bytes <= 2**30:
+            raise BadOption(f"--max-row-bytes {self.max_row_bytes}: must be between {2**10} and {2**30}")
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
         if not 0 < _share(self.nearest) <= 1:

@@ -13,6 +13,7 @@
     ├── NotFinite                NaN or infinity where a number was due
     ├── EnginesDisagree          the fast engine fails its check against the definition
     ├── RunMismatch              a run folder that belongs to another command
+    ├── PeerLost                 of several processes that score together, another one stopped
     └── DiskTrouble              no space left, or a folder that cannot be written
 
 Choices made here: every message says what happened with the numbers, then what to try; the command
@@ -31,6 +32,7 @@ __all__ = [
     "EnginesDisagree",
     "MissingChatTemplate",
     "NotFinite",
+    "PeerLost",
     "PrismError",
     "RunMismatch",
     "TooManyBadRows",
@@ -64,6 +66,9 @@ class BadFile(PrismError):
         self.file, self.line, self.what, self.advice = file, line, what, advice
         place = file if line is None else f"{file}:{line}"
         super().__init__(f"{place}: {what}; {advice}")
+
+    def __reduce__(self) -> tuple[type["BadFile"], tuple[str, int | None, str, str]]:
+        return type(self), (self.file, self.line, self.what, self.advice)  # for its way to another process
 
 
 class BadRow(BadFile):
@@ -107,6 +112,10 @@ class EnginesDisagree(PrismError):
 
 
 class RunMismatch(PrismError):
+    pass
+
+
+class PeerLost(PrismError):
     pass
 
 

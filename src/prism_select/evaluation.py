@@ -214,7 +214,7 @@ def origin(run: Run) -> Path:
 
 
 def pool_of(config: ScoreConfig) -> Pool:
-    return Pool(config.pool, parse_fields(config.fields))
+    return Pool(config.pool, parse_fields(config.fields), config.max_row_bytes)
 
 
 def held_out(config: EvaluateConfig, past: Past) -> Held:

@@ -21,7 +21,6 @@ from prism_select.data.batches import Encoder
 from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
 from prism_select.data.inputs import Pool, read_target
 from prism_select.data.pairing import Accepts, NoPair, accepts_by, change_numbers, nearest, other_answers, parts_of
-from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw, Turn, is_text
 from prism_select.errors import BadOption, BadRow, EmptyInput
 from prism_select.generation import favourite, prompt_of, sample
@@ -85,6 +84,8 @@ def free(config: PairsConfig, source: str, ending: str) -> Path:
         raise BadOption(f"--out {config.out}: give a name that ends in {ending}")
     if place.exists() and Path(source).exists() and place.samefile(source):
         raise BadOption(f"--out {config.out}: that is the file to read; give another name")
+    if place.is_symlink():
+        raise BadOption(f"--out {config.out}: a symbolic link; give the name of the file that it points to")
     if place.exists() and not config.overwrite:
         raise BadOption(f"--out {config.out}: there already; give another name, or --overwrite")
     return place
@@ -96,7 +97,8 @@ def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
     rows: list[Row] = []
     bad: list[tuple[Raw, str]] = []
     first: BadRow | None = None
-    for raw, row in compared(config.file, mapping) if config.how == "choices" else Pool([config.file], mapping).rows():
+    pool = Pool([config.file], mapping, config.max_row_bytes)
+    for raw, row in compared(pool) if config.how == "choices" else pool.rows():
         if isinstance(row, BadRow):
             bad.append((raw, row.what))
             first = first or row
@@ -108,16 +110,16 @@ def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
     return rows, bad
 
 
-def compared(file: str, mapping: Mapping[str, str]) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
+def compared(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
     """Multiple-choice rows as a pair for each wrong choice."""
-    for name in find_files([file]):
-        for raw in read_rows(name):
-            try:
-                if raw.fields is not None and "choices" not in detect_target(raw.fields, mapping, name, raw.line).name:
-                    raise BadRow(name, raw.line, "no choices", "--how choices takes question, choices and answer")
-                yield raw, to_pairs(raw, Format("question+choices+answer"), mapping)
-            except BadRow as bad:
-                yield raw, bad
+    for raw in pool.raw():
+        try:
+            fields, advice = raw.fields, "--how choices takes question, choices and answer"
+            if fields is not None and "choices" not in detect_target(fields, pool.mapping, raw.file, raw.line).name:
+                raise BadRow(raw.file, raw.line, "no choices", advice)
+            yield raw, to_pairs(raw, Format("question+choices+answer"), pool.mapping)
+        except BadRow as bad:
+            yield raw, bad
 
 
 class Ways:

@@ -29,6 +29,7 @@ class Checked:
     dtype: str
     rows: int
     disagreement: float
+    repeat: float  # between scores of the same rows, taken twice
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
                 "rows": checked.rows,
                 "disagreement": checked.disagreement,
                 "tolerance": tolerance(checked.engine, facts.model.dtype),
+                "repeat": checked.repeat,
             },
         },
         "counts": dict(chosen.counts),
@@ -84,8 +86,29 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
         "timings": dict(facts.timings),
         "plan": asdict(facts.plan),
         "actual": dict(facts.actual),
-        "warnings": [*warnings_of(aim, repair), *unsolved(facts.told["curvature"]), *chosen.warnings],
+        "warnings": [
+            *warnings_of(aim, repair),
+            *unreached(aim),
+            *restless(checked),
+            *unsolved(facts.told["curvature"]),
+            *chosen.warnings,
+        ],
     }
+
+
+def unreached(aim: Aim) -> list[str]:
+    names = aim.without_gradient
+    few = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    return [f"{len(names)} of {len(aim.weights)} counted weights have no gradient and add nothing: {few}"] * bool(names)
+
+
+def restless(checked: Checked) -> list[str]:
+    """A warning where the same rows do not get the same scores each time."""
+    line = (
+        f"the engine's kernels are not deterministic here: the same rows scored twice differ by {checked.repeat:.1e}, "
+        "and so will two runs"
+    )
+    return [line] * (checked.repeat > 0)
 
 
 def unsolved(curvature: Mapping[str, Any]) -> list[str]:

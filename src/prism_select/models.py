@@ -146,12 +146,13 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     if packed:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         precision = torch.bfloat16 if dtype == "auto" else precision
+    plain: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": packed} if packed else {})}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **({"gguf_file": packed} if packed else {}))
-        config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": packed} if packed else {}))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **plain)
+        config = transformers.AutoConfig.from_pretrained(source, **plain)
         config._experts_implementation = "eager"
         network, told = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=precision, output_loading_info=True, **options
+            source, config=config, dtype=precision, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]

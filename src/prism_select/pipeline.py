@@ -3,6 +3,8 @@
     survey the pool → read the target → load the model → direction ÷ curvature → engine, checked → score, shard by shard
     → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
 
+Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard.
+
 Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
 memory does not grow with the pool, and a run that was stopped goes on after its last whole shard. `repair` swaps
 every pair on reading: from there on, in columns too, `chosen` means the unwanted answer.
@@ -12,28 +14,29 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from prism_select import models
 from prism_select.adapters import load_adapter, save_adapter
 from prism_select.anatomy import anatomy_of
-from prism_select.check import check
+from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
-from prism_select.core.layers import Factored, Weights
+from prism_select.core.layers import Factored, Factors, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, Survey, fingerprint, named, read_targets
+from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
@@ -44,10 +47,11 @@ from prism_select.preconditioning import Sharpened, curvature_file, reduced, sav
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
-from prism_select.scoring import Measure, Scorer
-from prism_select.store import Run, Store
+from prism_select.scoring import Lines, Measure, Scorer
+from prism_select.store import Run, Store, bad_rows_of
 from prism_select.targeting import Aim, aim_at
 from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
+from prism_select.world import World, joined
 
 __all__ = ["load_model", "refuse_bad_rows", "run"]
 
@@ -81,16 +85,51 @@ class Clock:
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the leader tells the others: all that scoring takes but the model; `there` are shards already scored."""
+
+    inputs: Inputs
+    directions: Sequence[Factored]
+    lines: Lines
+    engine: str
+    there: Mapping[int, Path]
+
+
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
-    progress = progress or Silent()
+    with joined() as world:
+        done = follow(config, world) if world.rank else lead(config, progress or Silent(), world)
+        world.gather(None)  # nobody leaves before all files are there
+        return done
+
+
+def follow(config: ScoreConfig, world: World) -> Run | Plan:
+    """Scores a part of the pool for the leader, who has found out already that the command is sound."""
+    work = world.hear()
+    if not isinstance(work, Work):
+        return cast("Run | Plan", work)
+    if config.device == "auto" and torch.cuda.is_available():
+        config = replace(config, device=f"cuda:{world.local}")
+    model, encoder = load_model(config, Silent())
+    store = Store(config.out)
+    if config.warmup:
+        model = merged(model, store.path / ADAPTER)
+    known = dict(model.network.named_parameters())
+    weights = {name: known[name] for name in work.directions[0]}
+    measure = measure_by(config, work.engine, model, weights, placed(work.directions, model.device))
+    score_pool(config, store, work, Scorer(encoder, measure, work.lines, config, model.device), world, Silent())
+    return Run(store.path)
+
+
+def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     clock, store = Clock(), Store(config.out)
     inputs = read_inputs(config, progress)
     if not config.dry_run:
         store.refuse_others(config, inputs.fingerprints)
         if store.complete and not config.overwrite:
             progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
-            return Run(store.path)
+            return world.tell(Run(store.path))
     with clock.step("load"):
         model, encoder = load_model(config, progress)
         sample = encode_sample(config, inputs, encoder)
@@ -104,22 +143,25 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
     plan = plan_run(config, engine, aim, sample, inputs.survey)
     if config.dry_run:
-        return plan
+        return world.tell(plan)
     store.begin(config, inputs.fingerprints)
     if adapter:
         store.move_in(ADAPTER, adapter)
     save_direction(store, config, aim)
     if sharp and config.save_curvature:
         save_curvature(store, sharp.blocks)
+    work = Work(inputs, placed(directions, torch.device("cpu")), aim.lines, checked.engine, going_on(store, progress))
+    world.tell(work)
     more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
-    scorer = Scorer(encoder, engine, aim.lines, config)
+    scorer = Scorer(encoder, engine, aim.lines, config, model.device)
     with clock.step("score"):
-        shards = score_pool(config, store, inputs, scorer, model.device, progress)
+        shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
-        tables = partial(with_ranking, lambda: store.read_shards(shards), ranking)
+        tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
         chosen = choose_and_write(config, store, tables, inputs.pool)
+    refuse_another_pool(store, inputs)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
     told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
     facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
@@ -131,7 +173,7 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
     mapping = parse_fields(config.fields)
-    targets = read_targets(config.target, mapping, config.target_by) if config.target else {}
+    targets = read_targets(config.target, mapping, config.target_by, config.max_row_bytes) if config.target else {}
     if isinstance(config, RepairConfig):
         targets = {name: [pair.swapped for pair in pairs] for name, pairs in targets.items()}
     if isinstance(config, SelectConfig) and config.rank_by:
@@ -139,7 +181,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     curvature_file(config)
     if config.layer_profile not in ("", "pool"):
         readable(config.layer_profile)
-    pool = Pool(config.pool, mapping)
+    pool = Pool(config.pool, mapping, config.max_row_bytes)
     with progress.task("reading the pool", None) as task:
         survey = pool.survey(config.seed, config.curvature_rows * (config.curvature != "flat"), task.advance)
     for file, name in survey.formats.items():
@@ -158,6 +200,13 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
 def fingerprint_of(config: ScoreConfig) -> str:
     """Of the model, with the adapter on it."""
     return models.fingerprint(config.model) + ("+" + models.fingerprint(config.adapter) if config.adapter else "")
+
+
+def refuse_another_pool(store: Store, inputs: Inputs) -> None:
+    """Raises BadFile where the pool is no longer what it was at the start; its scores, of nobody knows what, go."""
+    if fingerprint(inputs.pool.files) != inputs.fingerprints["pool"]:
+        store.drop_shards()
+        raise changed(inputs.pool.files)
 
 
 def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:
@@ -330,13 +379,11 @@ def choose_engine(
     for name in order:
         if config.engine == "auto" and name == "reverse":
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
-        if config.normalize == "norm":
-            measure: Measure = with_norms(model, weights, directions)
-        else:
-            measure = plainly(slow if name == "reference" else ENGINES[name](model, weights, directions))
+        measure = measure_by(config, name, model, weights, directions)
         try:
             apart = check(name, partial(scores_by, measure), lambda _: known, batch, model.dtype)
-            return measure, Checked(name, why, dtype, len(batch), apart)
+            again = disagreement(scores_by(measure, batch).values, scores_by(measure, batch).values)
+            return measure, Checked(name, why, dtype, len(batch), apart, again)
         except Unreachable as error:
             if name == order[-1]:
                 raise
@@ -353,6 +400,23 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
     if config.normalize == "norm":
         return ["reverse"]
     return ["reverse", "forward" if narrow else "difference", "reference"]
+
+
+def measure_by(
+    config: ScoreConfig, engine: str, model: models.CausalLM, weights: Weights, directions: Sequence[Factored]
+) -> Measure:
+    if config.normalize == "norm":
+        return with_norms(model, weights, directions)
+    return plainly(ENGINES[engine](model, weights, directions))
+
+
+def placed(directions: Sequence[Factored], device: torch.device) -> list[Factored]:
+    def moved(value: torch.Tensor | Factors) -> torch.Tensor | Factors:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return Factors(*(part.to(device) for part in value))
+
+    return [{name: moved(value) for name, value in direction.items()} for direction in directions]
 
 
 def plainly(engine: Engine) -> Measure:
@@ -375,24 +439,41 @@ def plan_run(config: ScoreConfig, engine: Measure, aim: Aim, sample: Sequence[En
     return make_plan(engine, numbers, collate([sample[i] for i in middle], device), rows, lengths)
 
 
+def going_on(store: Store, progress: Progress) -> dict[int, Path]:
+    """The shards of an earlier start of the same command."""
+    there, damaged = store.sound_shards()
+    if there:
+        progress.say(f"{len(there)} shards of {WINDOW} rows are there already: going on with the others")
+    if damaged:
+        progress.say(f"shards that were damaged on the disk and are scored again: {', '.join(map(str, damaged))}")
+    return there
+
+
 def score_pool(
-    config: ScoreConfig, store: Store, inputs: Inputs, scorer: Scorer, device: torch.device, progress: Progress
-) -> int:
-    """Every row of the pool, window by window; returns the number of shards. Stops as soon as there are too many bad
-    rows; what is scored by then stays, since --max-bad may be raised for the same run."""
-    done, number = store.finished_shards(), 0
-    rows, bad, first = inputs.pool.rows(), 0, None
-    if done:
-        progress.say(f"{done} shards of {WINDOW} rows are there already: going on after them")
-    with progress.task("scoring", inputs.survey.rows) as task:
-        while window := list(islice(rows, WINDOW)):
-            if number >= done:
-                store.write_shard(number, scorer.table(number * WINDOW, window, device, task))
-            else:
-                task.advance(len(window))
-            for (raw, _), reason in zip(window, store.reasons(number), strict=True):
-                if reason is not None:
-                    bad, first = bad + 1, first or BadRow(raw.file, raw.line, reason, "mend or remove it")
-            refuse_bad_rows(config, bad, inputs.survey.rows, first)
-            number += 1
-    return number
+    config: ScoreConfig, store: Store, work: Work, scorer: Scorer, world: World, progress: Progress
+) -> list[Path]:
+    """Every row of the pool, window by window; returns the shards, those of all processes. Stops as soon as there are
+    too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
+    run."""
+    pool, rows = work.inputs.pool, work.inputs.survey.rows
+    found, bad = pool.rows(), list[BadRow]()
+    with progress.task("scoring", rows) as task:
+        for number in count():
+            if not (window := list(islice(found, WINDOW))):
+                break
+            shard = work.there.get(number)
+            table = scorer.table(number * WINDOW, window, task) if world.has(number) and not shard else None
+            task.advance(len(window) * (table is None))
+            pool.refuse_changes({raw.file for raw, _ in window})
+            if table:
+                shard = store.write_shard(number, table)
+            bad += bad_rows_of(shard) if shard else []
+            refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+    pool.refuse_changes()
+    totals = world.gather((scorer.real, scorer.computed))
+    scorer.real, scorer.computed = (sum(part) for part in zip(*totals, strict=True))
+    shards = store.present_shards()
+    if world.size > 1:
+        bad = [row for shard in range(number) for row in bad_rows_of(shards[shard])]
+        refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+    return [shards[done] for done in range(number)]

@@ -74,8 +74,10 @@ class Lines:
 class Scorer:
     """Adds up, over its windows, the tokens that were real and those that were computed."""
 
-    def __init__(self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig) -> None:
-        self.encoder, self.measure, self.lines, self.config = encoder, measure, lines, config
+    def __init__(
+        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
+    ) -> None:
+        self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
         self.real = self.computed = 0
 
     @property
@@ -96,9 +98,7 @@ class Scorer:
             more += [pa.field("token_scores", pa.list_(pa.float32())), pa.field("token_texts", pa.list_(pa.string()))]
         return pa.schema([*SHARD, *more])
 
-    def table(
-        self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], device: torch.device, task: Task
-    ) -> pa.Table:
+    def table(self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
         reasons: dict[int, str] = {}
         encoded: dict[int, Encoded] = {}
         for place, (_, example) in enumerate(window):
@@ -112,7 +112,7 @@ class Scorer:
         places, order, parts = list(encoded), list[int](), list[pa.Table]()
         for few in plan_batches([len(encoded[place].tokens) for place in places], self.config.batch_tokens):
             rows = [encoded[places[i]] for i in few]
-            columns = self._score(rows, collate(rows, device))
+            columns = self._score(rows, collate(rows, self.device))
             reasons |= {places[i]: why for i, why in zip(few, columns.pop("reason"), strict=True) if why}
             order += [places[i] for i in few]
             parts.append(pa.table(columns))

@@ -5,10 +5,11 @@
 
 Choices made here: equal scores keep the order of the pool; the walk stops at the first row that no longer fits the
 budget, so every row `over budget` scores at most as high as every row taken; a cap is a share of the budget, in its
-own unit; rows that cannot be scored never take part.
+own unit; rows that cannot be scored never take part. Rows are sorted in bands, the best first and only as far as the
+walk goes, so that a hundred million of them take little more memory than their scores.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from prism_select.config import Amount
 from prism_select.errors import BadOption
 
-__all__ = ["NearDuplicates", "Rules", "UnreadText", "choose", "limit_of", "round_robin"]
+__all__ = ["OUTCOMES", "NearDuplicates", "Rules", "UnreadText", "best_first", "choose", "limit_of", "round_robin"]
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.int16]
+OUTCOMES = ("taken", "over budget", "near duplicate", "source cap", "quarantined")
+TAKEN, OVER, NEAR, CAPPED, QUARANTINED = range(5)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Rules:
 
     budget: Amount
     per_source: float = 1.0
-    repeats: Callable[[int], bool] = lambda row: False
+    repeats: Callable[[int], bool] | None = None
 
 
 def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float:
@@ -39,7 +42,8 @@ def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float
         return float((scores[scored] > 0).sum())
     if budget.kind == "share":
         return float(max(1, round(budget.value * scored.sum())))
-    unit, there = ("tokens", tokens[scored].sum()) if budget.kind == "tokens" else ("rows", scored.sum())
+    in_tokens = budget.kind == "tokens"
+    unit, there = ("tokens", tokens.sum(where=scored, dtype=np.int64)) if in_tokens else ("rows", scored.sum())
     if budget.value > there:
         raise BadOption(
             f"{option} {int(budget.value)} {unit}: more than the pool's {int(there)} {unit}; ask for less, or 100%"
@@ -47,28 +51,67 @@ def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float
     return budget.value
 
 
-def choose(
-    scores: Floats, tokens: Ints, sources: Sequence[str] | NDArray[np.object_], rules: Rules, limit: float
-) -> list[str]:
-    """One of taken, over budget, near duplicate, source cap or quarantined (score not finite) per row."""
-    verdicts = np.full(len(scores), "over budget", dtype=object)
-    verdicts[~np.isfinite(scores)] = "quarantined"
-    cost = tokens if rules.budget.kind == "tokens" else np.ones(len(scores), dtype=np.int64)
-    order = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")[: int(np.isfinite(scores).sum())]
-    spent, by_source, cap = 0.0, dict[str, float](), round(rules.per_source * limit, 6)  # 29% of 100 is 29
-    for row in order.tolist():
-        price, source = float(cost[row]), str(sources[row])
-        if spent + price > limit or (rules.budget.kind == "positive" and scores[row] <= 0):
-            break
-        if by_source.get(source, 0.0) + price > cap:
-            verdicts[row] = "source cap"
-        elif rules.repeats(row):
-            verdicts[row] = "near duplicate"
+def best_first(scores: Floats, count: int) -> Iterator[NDArray[np.int64]]:
+    """Rows from the highest finite score down, in bands: `count` rows or more (a band has all rows of equal score),
+    then four times as many, and so on."""
+    below, count = np.inf, max(1, count)
+    while len(left := scores[(scores < below) & (scores > -np.inf)]):
+        if (rest := len(left) - count) > 0:
+            left.partition(rest)
+        lowest = left[max(0, rest)] if rest > 0 else left.min()
+        del left
+        rows = np.flatnonzero((scores < below) & (scores >= lowest))
+        yield rows[np.argsort(-scores[rows], kind="stable")]
+        below, count = lowest, 4 * count
+
+
+def choose(scores: Floats, tokens: Ints, sources: Ints, rules: Rules, limit: float) -> NDArray[np.int8]:
+    """One of OUTCOMES per row, as its place there: quarantined is a row whose score is not finite. `sources` are
+    numbers from 0."""
+    verdicts = np.full(len(scores), OVER, dtype=np.int8)
+    verdicts[~np.isfinite(scores)] = QUARANTINED
+    in_tokens, positive = rules.budget.kind == "tokens", rules.budget.kind == "positive"
+    mean = max(1.0, float(tokens.mean())) if in_tokens and len(tokens) else 1.0
+    walk, spent = _Walk(rules, sources, limit), 0.0
+    for rows in best_first(scores, int(1.1 * limit / mean) + 1000):
+        good = rows[scores[rows] > 0] if positive else rows
+        prices = tokens[good].astype(np.float64) if in_tokens else np.ones(len(good))
+        if rules.per_source < 1 or rules.repeats:
+            done, spent = walk.through(good, prices, verdicts, spent)
         else:
-            verdicts[row] = "taken"
-            spent += price
-            by_source[source] = by_source.get(source, 0.0) + price
-    return list(verdicts)
+            sums = spent + prices.cumsum()
+            done = int(np.searchsorted(sums, limit, side="right"))
+            verdicts[good[:done]], spent = TAKEN, sums[-1] if len(sums) else spent
+        if done < len(rows):
+            break
+    return verdicts
+
+
+class _Walk:
+    """Row by row, where a row's fate hangs on those before it."""
+
+    def __init__(self, rules: Rules, sources: Ints, limit: float) -> None:
+        self.repeats, self.sources, self.limit = rules.repeats, sources, limit
+        self.cap = round(rules.per_source * limit, 6)  # 29% of 100 is 29
+        self.by_source: dict[int, float] = {}
+
+    def through(
+        self, rows: NDArray[np.int64], prices: Floats, verdicts: NDArray[np.int8], spent: float
+    ) -> tuple[int, float]:
+        """How many of `rows` were passed before the budget was spent, and what they cost with `spent`."""
+        sources = self.sources[rows].tolist()
+        for place, (row, price, source) in enumerate(zip(rows.tolist(), prices.tolist(), sources, strict=True)):
+            if spent + price > self.limit:
+                return place, spent
+            if self.by_source.get(source, 0.0) + price > self.cap:
+                verdicts[row] = CAPPED
+            elif self.repeats and self.repeats(row):
+                verdicts[row] = NEAR
+            else:
+                verdicts[row] = TAKEN
+                spent += price
+                self.by_source[source] = self.by_source.get(source, 0.0) + price
+        return len(rows), spent
 
 
 def round_robin(each: Floats) -> Floats:

@@ -3,9 +3,13 @@
 RUN/config.toml      first of all; another configuration is refused from then on
 RUN/shards/*.parquet scores of finished windows of the pool; gone when the run is complete
 RUN/manifest.json    last of all; a run folder that has one is complete
+
+Choices made here: a shard carries the checksum of its contents in its name, so that both appear at once; one that no
+longer agrees with its name counts as absent. A draft is made anew under its name, so that no link is written through.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -21,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_select.config import MENDABLE, ScoreConfig, to_toml
-from prism_select.errors import BadOption, DiskTrouble, RunMismatch
+from prism_select.errors import BadOption, BadRow, DiskTrouble, RunMismatch
 
-__all__ = ["FILES", "SHARD", "Run", "Store", "finite", "json_line"]
+__all__ = ["FILES", "SHARD", "Run", "Store", "bad_rows_of", "finite", "json_line"]
 
 FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
 SHARD = pa.schema(
@@ -61,10 +65,7 @@ class Store:
         """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin` may not follow.
         A folder with something else in it is refused even with `overwrite`."""
         with self._disk():
-            there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-            if not there.is_dir():
-                raise BadOption(f"--out {self.path}: {there} is a file; give a folder")
-            present = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+            present = self._usable()
             then = self._earlier() if "config.toml" in present else {}
         ours = "command" in then or all(name == "shards" or name.endswith(".part") for name in present)
         if not ours:
@@ -79,6 +80,23 @@ class Store:
                     f"{self.path} belongs to another run: {name} was {_short(then.get(name))} there and is "
                     f"{_short(now.get(name))} here; use another --out, or --overwrite to start it afresh"
                 )
+
+    def _usable(self) -> list[str]:
+        """What is in the folder already. Raises BadOption where it is no folder, or a link stands in it or for it:
+        what is written must end up where the user looks. Raises OSError where nothing may be written."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
+        if there.is_symlink() and there == self.path:
+            raise BadOption(f"--out {self.path}: a symbolic link; give the folder that it points to")
+        if not there.is_dir():
+            raise BadOption(f"--out {self.path}: {there} is a file; give a folder")
+        present = sorted(self.path.iterdir()) if there == self.path else []
+        if linked := [path for path in present if path.is_symlink()]:
+            raise BadOption(f"--out {self.path}: {linked[0].name} in it is a symbolic link; give another folder")
+        for folder in (there, self.shards):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(code, os.strerror(code))
+        return [path.name for path in present]
 
     def _earlier(self) -> Mapping[str, Any]:
         """What the folder's config.toml says; nothing where it is no run's."""
@@ -132,7 +150,8 @@ class Store:
         draft = place.with_name(place.name + ".part")
         try:
             with self._disk():
-                with draft.open("wb") as file:
+                draft.unlink(missing_ok=True)
+                with draft.open("xb") as file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
@@ -158,8 +177,13 @@ class Store:
         text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
-    def write_shard(self, number: int, table: pa.Table) -> None:
-        self.write_table(f"shards/{number:08d}.parquet", table)
+    def write_shard(self, number: int, table: pa.Table) -> Path:
+        with pa.BufferOutputStream() as buffer:
+            pq.write_table(table, buffer)
+            content = buffer.getvalue().to_pybytes()
+        name = f"shards/{number:08d}-{_checksum(content)}.parquet"
+        self.write(name, content)
+        return self.path / name
 
     def write_table(self, name: str, table: pa.Table) -> None:
         with self.writing(name) as file:
@@ -178,21 +202,21 @@ class Store:
         told = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
         return told if told.get("of") == mark else None
 
-    def finished_shards(self) -> int:
-        """How many shards, counted from the first, are there without a gap."""
-        number = 0
-        while (self.shards / f"{number:08d}.parquet").exists():
-            number += 1
-        return number
+    def present_shards(self) -> dict[int, Path]:
+        """The shards that are there, by number, unread."""
+        return {int(path.name.partition("-")[0]): path for path in sorted(self.shards.glob("*-*.parquet"))}
 
-    def reasons(self, number: int) -> list[str | None]:
-        """Why each row of a shard has no score; None for a row that has one."""
-        table = pq.read_table(self.shards / f"{number:08d}.parquet", columns=["reason"])
-        return list(table["reason"].to_pylist())
-
-    def read_shards(self, count: int) -> Iterator[pa.Table]:
-        for number in range(count):
-            yield pq.read_table(self.shards / f"{number:08d}.parquet")
+    def sound_shards(self) -> tuple[dict[int, Path], list[int]]:
+        """The shards whose contents are as they were written, and the numbers of those that were not: they are removed.
+        Drafts that a killed process left go too."""
+        present = self.present_shards()
+        with self._disk():
+            for draft in self.shards.glob("*.part"):
+                draft.unlink(missing_ok=True)
+            damaged = {n: path for n, path in present.items() if _checksum(path.read_bytes()) not in path.name}
+            for path in damaged.values():
+                path.unlink()
+        return {number: path for number, path in present.items() if number not in damaged}, list(damaged)
 
     def drop_shards(self) -> None:
         shutil.rmtree(self.shards, ignore_errors=True)
@@ -249,9 +273,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def bad_rows_of(shard: Path) -> list[BadRow]:
+    """The rows of a shard that have no score."""
+    table = pq.read_table(shard, columns=["file", "line", "reason"])
+    bad = table.filter(table["reason"].is_valid()).to_pylist()
+    return [BadRow(row["file"], row["line"], row["reason"], "mend or remove it") for row in bad]
+
+
 def json_line(row: Mapping[str, object]) -> bytes:
     """What no UTF-8 can say is escaped."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _flat(text: str) -> Mapping[str, Any]:

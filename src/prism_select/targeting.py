@@ -61,6 +61,12 @@ class Aim:
     whole: Said | None = None
 
     @cached_property
+    def without_gradient(self) -> list[str]:
+        """Weights that count and are zero in every direction of a target: no pair has reached them."""
+        few = self.directions[: len(self.lines.targets)]
+        return [name for name in self.weights if not any(direction[name].any() for direction in few)]
+
+    @cached_property
     def cosines(self) -> list[list[float]]:
         """Between the directions of the targets."""
         few = self.directions[: len(self.lines.targets)]
@@ -82,7 +88,7 @@ def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, targets: Targ
         for name, sides in coded.items():
             sketcher = Sketcher(model.network, weights, len(targets[name]), config.seed, count)
             found[name] = gradients_of(config, (model, weights), sides, parts[name], sketcher)
-            refuse_not_finite(found[name].target, targets[name])
+            refuse_not_finite(found[name], targets[name])
     said = {name: found[name].said(config, pairs, coded[name]) for name, pairs in targets.items()}
     whole = next(iter(said.values()))
     if len(said) > 1:
@@ -240,14 +246,18 @@ def as_side(rows: Sequence[Encoded], batch_tokens: int, device: torch.device) ->
     return Side([collate([rows[pair] for pair in batch], device) for batch in batches], [p for b in batches for p in b])
 
 
-def refuse_not_finite(target: Target, pairs: Sequence[Pair]) -> None:
-    for place, finite in enumerate(target.gap.isfinite().tolist()):
-        if not finite:
-            where = f"{pairs[place].chosen.file}:{pairs[place].chosen.line}"
-            raise NotFinite(
-                f"{where}: the model gives this pair a log-likelihood that is NaN or infinite; try --dtype float32"
-            )
-    length = norm(target.direction)
+def refuse_not_finite(found: Gradients, pairs: Sequence[Pair]) -> None:
+    """A pair whose gradient is not finite shows in its picture."""
+    seen = torch.stack([picture.isfinite().all(1) for picture in found.pictures.values()]).all(0)
+    for finite, what in ((found.target.gap.isfinite(), "log-likelihood"), (seen, "gradient")):
+        for pair, good in zip(pairs, finite.tolist(), strict=True):
+            if not good:
+                where = f"{pair.chosen.file}:{pair.chosen.line}"
+                raise NotFinite(
+                    f"{where}: the model gives this pair a {what} that is NaN or infinite; try --dtype float32, or "
+                    "leave the pair out"
+                )
+    length = norm(found.target.direction)
     if not math.isfinite(length) or length == 0:
         raise NotFinite(
             f"the direction of the pairs has length {length}; try --dtype float32, other pairs or other --layers"

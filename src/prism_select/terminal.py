@@ -73,9 +73,9 @@ class _Console(Console):
 
 
 class Terminal:
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
         console = _Console()
-        self.console = console if console.is_terminal else _Console(color_system=None)
+        self.console = console if console.is_terminal and not silent else _Console(color_system=None, quiet=silent)
 
     def say(self, line: str) -> None:
         self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

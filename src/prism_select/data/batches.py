@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from prism_select.core.likelihood import Batch
 from prism_select.data.records import Example, Turn
@@ -107,9 +106,10 @@ class Encoder:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program of the model's folder: it may fail in every way
+            what = " ".join(str(error).split())[:300] or type(error).__name__
             raise _bad(
-                example, f"the chat template refuses it: {error}", "mend the turns, or --template plain"
+                example, f"the chat template refuses it: {what}", "mend the turns, or --template plain"
             ) from None
 
     def _chat(self, example: Example) -> tuple[list[int], list[bool]]:
@@ -128,7 +128,7 @@ class Encoder:
         with its end-of-turn token but without the white space that follows it. What stands around a turn is seen on a
         stand-in for it, since a short answer may also occur there."""
         earlier, content = example.turns[:place], example.turns[place].text.strip()
-        head, there, tail = self._render(example, (*earlier, Turn("assistant", STAND_IN))).partition(STAND_IN)
+        head, there, tail = self._render(example, (*earlier, Turn("assistant", STAND_IN))).rpartition(STAND_IN)
         before = self._render(example, earlier, prompt=True) if earlier else head
         found = whole.find(content, len(head if whole.startswith(head) else before))
         if not there or not whole.startswith(before) or found < 0:

@@ -5,7 +5,8 @@
 
 Choices made here: a file has one format, that of its first row which has any; an id that a row carries itself may
 occur once in the pool, and the row that repeats it is bad; a bad target row always stops, since a pair lost in
-silence is a direction changed in silence.
+silence is a direction changed in silence. A pool that changes while it is read is noticed by the size and time of its
+files, which cost nothing to ask, and by their contents in the end.
 """
 
 import hashlib
@@ -13,15 +14,16 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from prism_select.config import ROW_BYTES
 from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
-from prism_select.data.readers import find_files, read_rows
+from prism_select.data.readers import find_files, read_rows, read_texts
 from prism_select.data.records import Example, Pair, Raw
-from prism_select.errors import BadOption, BadRow, EmptyInput
+from prism_select.errors import BadFile, BadOption, BadRow, EmptyInput
 
-__all__ = ["Pool", "Survey", "fingerprint", "named", "read_target", "read_targets"]
+__all__ = ["Pool", "Survey", "changed", "fingerprint", "named", "read_target", "read_targets"]
 
 SAMPLE = 256
 
@@ -41,19 +43,33 @@ class Survey:
 
 
 class Pool:
-    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str]) -> None:
-        self.files, self.mapping = find_files(patterns), mapping
+    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> None:
+        self.files, self.mapping, self.row_bytes = find_files(patterns), mapping, row_bytes
+        self._stamps = stamps(self.files)
+
+    def refuse_changes(self, files: Iterable[str] = ()) -> None:
+        """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened, by size and time."""
+        files = list(files) or self.files
+        now = stamps(files)
+        if differ := [file for file in files if now.get(file) != self._stamps.get(file)]:
+            raise changed(differ)
 
     def raw(self) -> Iterator[Raw]:
         for file in self.files:
-            yield from read_rows(file)
+            yield from read_rows(file, self.row_bytes)
+
+    def texts(self) -> Iterator[tuple[str, int, bytes]]:
+        """File, line and text of every row, unread: for copying."""
+        for file in self.files:
+            for line, text in read_texts(file, self.row_bytes):
+                yield file, line, text
 
     def rows(self) -> Iterator[tuple[Raw, Example | BadRow]]:
         """The memory taken is that of a hash for each id that a row carries itself."""
         seen: set[int] = set()
         for file in self.files:
             format: Format | None = None
-            for raw in read_rows(file):
+            for raw in read_rows(file, self.row_bytes):
                 try:
                     if format is None and raw.fields is not None:
                         format = detect_pool(raw.fields, self.mapping, raw.file, raw.line)
@@ -101,12 +117,14 @@ class Pool:
         return Survey(rows, bad, first_bad, formats, sources, sample, conversation)
 
 
-def read_target(file: str, mapping: Mapping[str, str]) -> list[Pair]:
+def read_target(file: str, mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> list[Pair]:
     """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
-    return [pair for _, pair in _target_rows(file, mapping)]
+    return [pair for _, pair in _target_rows(file, mapping, row_bytes)]
 
 
-def read_targets(given: Sequence[str], mapping: Mapping[str, str], by: str = "") -> dict[str, list[Pair]]:
+def read_targets(
+    given: Sequence[str], mapping: Mapping[str, str], by: str = "", row_bytes: int = ROW_BYTES
+) -> dict[str, list[Pair]]:
     """The pairs of each target, by name; the name of a single file without one is empty. `by` is a column whose values
     are targets. Raises BadOption for a name that comes twice, and what `read_target` raises."""
     files = [named(text) for text in given]
@@ -116,11 +134,11 @@ def read_targets(given: Sequence[str], mapping: Mapping[str, str], by: str = "")
     if twice := [name for name, count in names.items() if count > 1]:
         raise BadOption(f"--target: two targets are called {twice[0]}; name them, as in --target NAME={files[-1][1]}")
     if not by:
-        return {name: read_target(file, mapping) for name, file in files}
+        return {name: read_target(file, mapping, row_bytes) for name, file in files}
     if len(files) > 1:
         raise BadOption(f"--target-by {by}: it takes one target file, and here are {len(files)}")
     found: dict[str, list[Pair]] = {}
-    for raw, pair in _target_rows(files[0][1], mapping):
+    for raw, pair in _target_rows(files[0][1], mapping, row_bytes):
         value = (raw.fields or {}).get(by)
         if not isinstance(value, str | int) or not str(value).strip():
             raise BadRow(raw.file, raw.line, f"no text in the column {by}", "name it, or leave out --target-by")
@@ -134,17 +152,28 @@ def named(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
-def _target_rows(file: str, mapping: Mapping[str, str]) -> list[tuple[Raw, Pair]]:
+def _target_rows(file: str, mapping: Mapping[str, str], row_bytes: int) -> list[tuple[Raw, Pair]]:
     rows: list[tuple[Raw, Pair]] = []
     format: Format | None = None
     for name in find_files([file]):
-        for raw in read_rows(name):
+        for raw in read_rows(name, row_bytes):
             if format is None and raw.fields is not None:
                 format = detect_target(raw.fields, mapping, raw.file, raw.line)
             rows += [(raw, pair) for pair in to_pairs(raw, format or Format("prompt+chosen+rejected"), mapping)]
     if not rows:
         raise EmptyInput(file, None, "the target has no pairs", "give rows with prompt, chosen and rejected")
     return rows
+
+
+def stamps(files: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """Of files that are there, what changes when they do: inode, size, time of the last change."""
+    local = [file for file in files if not file.startswith("hub:") and os.path.exists(file)]
+    return {file: (told.st_ino, told.st_size, told.st_mtime_ns) for file in local for told in [os.stat(file)]}
+
+
+def changed(files: Sequence[str]) -> BadFile:
+    advice = "start afresh with --overwrite, on files that stay as they are"
+    return BadFile(", ".join(files), None, "changed while the run was reading it", advice)
 
 
 def fingerprint(files: Sequence[str]) -> str:

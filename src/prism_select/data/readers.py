@@ -3,11 +3,13 @@
     find_files   patterns → files   folders, globs and hub names; each file once
     readable     a file → itself    or what is wrong with it
     read_rows    a file → its rows  with file and line; a row that cannot be read says why
+    read_texts   the same rows      as they came, for copying
 
-Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the
-file. A broken line costs that line; a broken JSON array or archive costs the rest of the file, since
-nothing tells where its next row starts. Lines end at a line feed and are counted after decompression;
-the rows of a table (parquet, hub) are numbered. Numbers in CSV stay text.
+Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the file, and of a row
+that is longer than the limit only its beginning, so that neither a long line nor an archive that unpacks to very much
+can fill the memory. A broken line costs that line; a broken JSON array or archive costs the rest of the file, since
+nothing tells where its next row starts. Lines end at a line feed and are counted after decompression; the rows of a
+table (parquet, hub) are numbered. Numbers in CSV stay text.
 """
 
 import codecs
@@ -23,13 +25,14 @@ from contextlib import contextmanager
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
+from prism_select.config import ROW_BYTES
 from prism_select.data.records import Raw, is_text
 from prism_select.errors import BadFile, BadOption
 
-__all__ = ["find_files", "read_rows", "readable"]
+__all__ = ["find_files", "read_rows", "read_texts", "readable"]
 
 _CHUNK = 1 << 16
-_FIELD_LIMIT = 1 << 24  # characters in one CSV field: a quote that is never closed must not swallow the file
+_SHOWN = 1 << 10  # bytes of a row that is too long
 _MARGIN = 16  # an error this near to the end of what was read may only mean that there is more to read
 _SUPPORTED = re.compile(r"\.(?:(jsonl|json|csv)(?:\.(gz|zst))?|(parquet))$", re.IGNORECASE)
 _ADVICE = "supported are .jsonl, .json and .csv (also with .gz or .zst), .parquet and hub:NAME[:split]"
@@ -78,31 +81,72 @@ def readable(file: str) -> str:
     return file
 
 
-def read_rows(file: str) -> Iterator[Raw]:
-    """The rows of one file of `find_files`, blank lines left out.
+def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
+    """The rows of one file of `find_files`, blank lines left out; a row of more than `limit` bytes cannot be read.
 
     Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
     """
     if file.startswith("hub:"):
-        yield from _hub_rows(file)
+        yield from (_bounded(raw, limit) for raw in _hub_rows(file))
         return
     ending = _SUPPORTED.search(file)
     if ending is None:
         raise BadFile(file, None, "its ending is not supported", _ADVICE)
     kind = (ending[1] or ending[3]).lower()
     if kind == "parquet":
-        yield from _parquet_rows(file)
+        yield from (_bounded(raw, limit) for raw in _parquet_rows(file))
         return
     rows = {"jsonl": _json_lines, "csv": _csv_rows, "json": _json_lines}[kind]
     if kind == "json":
         with _opened(file) as stream:
-            while (first := stream.read(1)).isspace():
+            while (head := stream.read(_CHUNK)).isspace():
                 pass
+        first = head.lstrip()[:1]
         if first not in (b"[", b"{", b""):
             raise BadFile(file, None, "neither a JSON array nor JSON lines", "a .json file starts with [ or {")
         rows = _json_array if first == b"[" else _json_lines
     with _opened(file) as stream:
-        yield from rows(file, stream)
+        yield from rows(file, stream, limit)
+
+
+def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is not asked."""
+    ending = _SUPPORTED.search(file)
+    if ending is None or (ending[1] or "").lower() != "jsonl":
+        yield from ((raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file, limit))
+        return
+    with _opened(file) as stream:
+        for number, line, long in _filled(file, stream, limit):
+            yield number, long.text.encode() if long else line
+
+
+def _bounded(raw: Raw, limit: int) -> Raw:
+    """The row of a table, or what is wrong with it where it is too long."""
+    if len(raw.text) <= limit // 4:  # a character takes four bytes at most
+        return raw
+    size = len(raw.text.encode("utf-8", "replace"))
+    return (
+        raw
+        if size <= limit
+        else _too_long(raw.file, raw.line, raw.text[:_SHOWN].encode("utf-8", "replace"), size, limit)
+    )
+
+
+def _too_long(file: str, line: int, beginning: bytes, size: int, limit: int) -> Raw:
+    text = _decoded(beginning[:_SHOWN], "row")[0].replace("\n", " ") + " …"
+    return Raw(file, line, text, None, f"{size:,} bytes in one row, and --max-row-bytes allows {limit:,}")
+
+
+def _lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[bytes, int]]:
+    """Each line, and how many bytes it has without its end where it is longer than `limit`: then only its beginning is
+    held."""
+    while line := stream.readline(limit + 2):
+        size, end = len(line), line
+        if size > limit:
+            while not end.endswith(b"\n") and (end := stream.readline(_CHUNK)):
+                size += len(end)
+            size -= len(end[-2:]) - len(end[-2:].rstrip(b"\r\n"))
+        yield line, size
 
 
 @contextmanager
@@ -138,10 +182,18 @@ def _decoded(data: bytes, unit: str) -> tuple[str, str | None]:
         return data.decode(errors="backslashreplace"), f"invalid UTF-8 at byte {error.start + 1} of the {unit}"
 
 
-def _json_lines(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield _json_line(file, number, line.removesuffix(b"\n").removesuffix(b"\r"))
+def _filled(file: str, stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, bytes, Raw | None]]:
+    """Lines that are not blank, by number, without their ends; one that is too long comes as what is wrong with it."""
+    for number, (line, size) in enumerate(_lines(stream, limit), start=1):
+        if size > limit:
+            yield number, b"", _too_long(file, number, line, size, limit)
+        elif line.strip():
+            yield number, line.removesuffix(b"\n").removesuffix(b"\r"), None
+
+
+def _json_lines(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
+    for number, line, long in _filled(file, stream, limit):
+        yield long or _json_line(file, number, line)
 
 
 def _json_line(file: str, line: int, data: bytes) -> Raw:
@@ -163,8 +215,8 @@ def _json_row(file: str, line: int, text: str, value: object) -> Raw:
     return Raw(file, line, text, None, f"{found} where an object was expected")
 
 
-def _json_array(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
-    window = _Window(file, stream)
+def _json_array(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
+    window = _Window(file, stream, limit)
     window.take()
     mark = "," if window.peek() != "]" else window.take()
     while mark != "]":
@@ -173,7 +225,8 @@ def _json_array(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
         element, value = window.element()
         on_one_line = _LINE_BREAK.sub(lambda found: ", " if found[1] else "", element)
         text, problem = _decoded(on_one_line.encode("utf-8", "surrogateescape"), "row")
-        yield Raw(file, line, text, None, problem) if problem else _json_row(file, line, text, value)
+        row = Raw(file, line, text, None, problem) if problem else _json_row(file, line, text, value)
+        yield _bounded(row, limit)
         mark = window.take()
         if mark not in (",", "]"):
             raise window.broken("Expecting ',' delimiter" if mark else "the array has no end", window.line)
@@ -187,9 +240,9 @@ class _Window:
     Bytes that are not UTF-8 become lone surrogates on the way in, so that they spoil only their own row.
     """
 
-    def __init__(self, file: str, stream: io.BufferedReader) -> None:
+    def __init__(self, file: str, stream: io.BufferedReader, limit: int) -> None:
         self.line = 1
-        self._file, self._stream = file, stream
+        self._file, self._stream, self._limit = file, stream, limit
         self._text, self._at, self._ended = "", 0, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
@@ -226,6 +279,8 @@ class _Window:
                     raise self.broken(error.msg.removesuffix(" at"), line) from error
             except RecursionError as error:
                 raise self.broken("nested too deeply", self.line) from error
+            if len(self._text) - self._at > self._limit + _CHUNK:
+                raise self.broken(f"an element is longer than --max-row-bytes allows ({self._limit:,})", self.line)
             self._refill()
 
     def _move(self, to: int) -> None:
@@ -233,15 +288,15 @@ class _Window:
         self._at = to
 
     def _refill(self) -> None:
-        """Read a chunk, or as much again as is kept: an element of any length then costs linear time."""
+        """Read a chunk, or as much again as is kept: an element of any allowed length then costs linear time."""
         kept = self._text[self._at :]
         data = self._stream.read(max(_CHUNK, len(kept)))
         self._text, self._at, self._ended = kept + self._decoder.decode(data, not data), 0, not data
 
 
-def _csv_rows(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+def _csv_rows(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
     header: list[str] | None = None
-    for line, text, cells, problem in _csv_cells(stream):
+    for line, text, cells, problem in _csv_cells(stream, limit):
         if header is None:
             header = [name.strip() for name in cells]
             twice = [name for name in header if name and header.count(name) > 1]
@@ -255,24 +310,39 @@ def _csv_rows(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
             yield _table_row(file, line, dict(zip(header, cells, strict=True)))
 
 
-def _csv_cells(stream: io.BufferedReader) -> Iterator[tuple[int, str, list[str], str | None]]:
-    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with it."""
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
+class _TooLong(Exception):
+    pass
+
+
+def _csv_cells(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, str, list[str], str | None]]:
+    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with it. After a row
+    that is too long the next line begins one: a quote that is never closed must not swallow the file."""
+    csv.field_size_limit(max(csv.field_size_limit(), limit))
     seen: list[bytes] = []  # the lines of the row
+    count = size = 0  # lines before the next one; bytes of the row
 
     def lines() -> Iterator[str]:
-        for line in stream:
+        nonlocal count, size
+        for line, length in _lines(stream, limit):
+            count, size = count + 1, size + length
             seen.append(line)
+            if size > limit:
+                raise _TooLong
             yield line.decode(errors="surrogateescape")
 
     rows = csv.reader(lines(), strict=True)
     while True:
         seen.clear()
-        start, problem, cells = rows.line_num + 1, None, list[str]()
+        start, size, problem, cells = count + 1, 0, None, list[str]()
         try:
             cells = next(rows)
         except StopIteration:
             return
+        except _TooLong:
+            long = _too_long("", start, b"".join(seen)[:_SHOWN], size, limit)
+            yield start, long.text, [], long.problem
+            rows = csv.reader(lines(), strict=True)
+            continue
         except csv.Error as error:
             problem = f"broken CSV: {error}"
         text, undecodable = _decoded(b"".join(seen).removesuffix(b"\n").removesuffix(b"\r"), "row")
@@ -284,7 +354,7 @@ def _parquet_rows(file: str) -> Iterator[Raw]:
     number = 0
     with (
         _reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), _DAMAGED),
-        pq.ParquetFile(file, buffer_size=_CHUNK) as table,
+        pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False) as table,  # which would hold the whole file
     ):
         for batch in table.iter_batches(batch_size=256):
             for cells in zip(*batch.columns, strict=True):

@@ -1,0 +1,64 @@
+"""Fuzzing: any bytes, as a file of any kind, are rows, bad rows or one line that says what is wrong.
+
+python tests/fuzz.py -max_total_time=60        random bytes, guided by what they reach; needs the extra [fuzz]
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from prism_select.data.inputs import Pool, read_target
+from prism_select.data.records import Example
+from prism_select.errors import BadRow, PrismError
+
+__all__ = ["ENDINGS", "LIMIT", "read_all"]
+
+ENDINGS = ("jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz", "jsonl.zst", "json.zst", "csv.zst")
+LIMIT = 4096  # bytes in a row
+
+
+def read_all(path: Path) -> int:
+    """Reads a file as a pool and as a target; returns the rows of the pool. Raises what no file should cause."""
+    count = 0
+    try:
+        for raw, row in Pool([str(path)], {}, LIMIT).rows():
+            count += 1
+            assert isinstance(row, Example | BadRow) and (raw.fields is None) == (raw.problem is not None)
+            json.dumps(raw.set_aside("why")).encode()
+            if isinstance(row, Example):
+                row.text.encode()
+            else:
+                one_line(row)
+    except PrismError as error:
+        one_line(error)
+    try:
+        for pair in read_target(str(path), {}, LIMIT):
+            pair.chosen.text.encode()
+    except PrismError as error:
+        one_line(error)
+    return count
+
+
+def one_line(error: PrismError) -> None:
+    assert "\n" not in str(error)
+    str(error).encode()
+
+
+def main() -> None:
+    import atheris
+
+    folder = Path(tempfile.mkdtemp())
+
+    def one(data: bytes) -> None:
+        path = folder / f"pool.{ENDINGS[data[0] % len(ENDINGS)] if data else 'jsonl'}"
+        path.write_bytes(data[1:])
+        read_all(path)
+
+    atheris.instrument_all()
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Rows and files that nobody would write: none of them ends in a traceback. `make fuzz` tries many more."""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from fuzz import ENDINGS, read_all
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+TRIES = int(os.environ.get("FUZZ", "150"))
+SHARED = settings(max_examples=TRIES, deadline=None, suppress_health_check=list(HealthCheck))
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={key: SCALARS | st.sampled_from(["user", "assistant"]) for key in ("role", "from", "content", "value")}
+)
+VALUES = st.recursive(
+    SCALARS | st.lists(MESSAGE, max_size=3) | st.fixed_dictionaries({"text": SCALARS, "label": SCALARS}),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = "messages prompt completion response instruction input output conversations text question choices answer"
+NAMES = st.sampled_from([*FIELDS.split(), "answerKey", "chosen", "rejected", "id", "source"]) | st.text(max_size=4)
+ROWS = st.dictionaries(NAMES, VALUES, max_size=6)
+LINES = ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=60) | st.text(max_size=60).map(str.encode)
+
+WHOLE: list[Mapping[str, Any]] = [
+    {"id": f"row {row}", "prompt": f'"Question", {row}?\n', "completion": "x" * row, "source": "é\u2028"}
+    for row in range(40)
+]
+
+
+def packed(data: bytes, ending: str) -> bytes:
+    if ending.endswith("gz"):
+        return gzip.compress(data, 1)
+    return zstandard.compress(data) if ending.endswith("zst") else data
+
+
+def sound(ending: str) -> bytes:
+    """A good file of this kind."""
+    if ending == "parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in WHOLE]), buffer)
+        return buffer.getvalue()
+    if ending.startswith("csv"):
+        cells = [list(WHOLE[0]), *([str(value) for value in row.values()] for row in WHOLE)]
+        text = "\n".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in cells)
+    else:
+        text = json.dumps(WHOLE, indent=1) if ending.startswith("json.") or ending == "json" else ""
+        text = text or "\n".join(json.dumps(row) for row in WHOLE)
+    return packed(text.encode(), ending)
+
+
+@given(st.lists(LINES, min_size=1, max_size=12), st.sampled_from(["jsonl", "json", "csv", "jsonl.gz", "csv.zst"]))
+@SHARED
+def test_no_row_ends_in_a_traceback(tmp_path: Path, lines: list[bytes], ending: str) -> None:
+    path = tmp_path / f"pool.{ending}"
+    path.write_bytes(packed(b"\n".join(lines), ending))
+    read_all(path)
+
+
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30), st.binary(max_size=6)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@given(EDITS)
+@SHARED
+def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path: Path, ending: str, edits: Any) -> None:
+    data = sound(ending)
+    for place, cut, put in edits:
+        at = int(place * len(data))
+        data = data[:at] + put + data[at + cut :]
+    path = tmp_path / f"pool.{ending}"
+    path.write_bytes(data)
+    read_all(path)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_files_that_are_damaged_are_good_before(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"pool.{ending}"
+    path.write_bytes(sound(ending))
+    assert read_all(path) == len(WHOLE)

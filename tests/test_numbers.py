@@ -1,0 +1,150 @@
+"""Numbers that go wrong are found and said, and what would make them wrong is off."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from conftest import Outcome, Row, build_network, jsonl, prism
+from safetensors.torch import load_file, save_file
+
+import prism_select
+from prism_select import models, pipeline
+from prism_select.core.likelihood import Batch
+
+GOOD: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)]
+PAIRS: list[Row] = [
+    {"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"},
+    {"prompt": "Zurich?", "chosen": "Please: in France.", "rejected": "go away"},
+    {"prompt": "Water?", "chosen": "It boils at a hundred degrees.", "rejected": "It boils at 7."},
+]
+
+
+class Desk:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model, self.out = folder, model, folder / "run"
+
+    def call(self, *more: object) -> Outcome:
+        rows, target = jsonl(self.folder / "pool.jsonl", GOOD), jsonl(self.folder / "pairs.jsonl", PAIRS)
+        words = ["--model", self.model, "--pool", rows, "--target", target, "--out", self.out]
+        return prism("score", *words, *more)
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(json.loads((self.out / "manifest.json").read_text())["warnings"])
+
+    def scores(self) -> list[float]:
+        return list(pq.read_table(self.out / "scores.parquet")["score"].to_pylist())
+
+
+@pytest.fixture
+def desk(tmp_path: Path, plain_model: Path) -> Desk:
+    return Desk(tmp_path, Path(shutil.copytree(plain_model, tmp_path / "model")))
+
+
+class Poison(torch.autograd.Function):
+    """As it is on the way up, and NaN on the way down for some rows."""
+
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(rows)
+        return states.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = context.saved_tensors
+        return torch.where(rows[:, None, None], float("nan"), gradients[0]), None
+
+
+def test_a_pair_whose_gradient_is_nan_stops_the_run_and_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its log-likelihood is a number like any other."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(desk.model))
+    (letter,) = tokenizer("Z", add_special_tokens=False).input_ids
+    load = models.load
+
+    def loaded(*words: Any) -> Any:
+        model, tokenizer = load(*words)
+        seen: list[torch.Tensor] = []
+        body: Any = model.body
+        body.embed_tokens.register_forward_hook(lambda _, given, __: seen.append((given[0] == letter).any(1)))
+        poison: Any = Poison.apply
+        body.layers[1].register_forward_hook(lambda *said: poison(said[-1], seen[-1]))
+        return model, tokenizer
+
+    monkeypatch.setattr(models, "load", loaded)
+    done = desk.call()
+    assert done.code == 2 and done.err == (
+        f"prism: {desk.folder}/pairs.jsonl:2: the model gives this pair a gradient that is NaN or infinite; try "
+        "--dtype float32, or leave the pair out\n"
+    )
+    assert not desk.out.exists()
+
+
+def test_weights_without_a_gradient_are_named(desk: Desk) -> None:
+    weights = load_file(desk.model / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"].zero_()  # what stands before it moves nothing
+    save_file(weights, desk.model / "model.safetensors", metadata={"format": "pt"})
+    assert desk.call().code == 0
+    (line,) = (line for line in desk.warnings if "no gradient" in line)
+    names = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")]  # and the norm before
+    assert all(name in line for name in names) and line.startswith("3 of ")
+    saved = desk.out / "direction.safetensors"
+    desk.out, more = desk.folder / "again", ("--direction", saved)
+    rows = jsonl(desk.folder / "pool.jsonl", GOOD)
+    assert prism("score", "--model", desk.model, "--pool", rows, "--out", desk.out, *more).code == 0
+    assert line in desk.warnings
+
+
+def test_where_every_weight_has_a_gradient_nothing_is_said(desk: Desk) -> None:
+    done = desk.call()
+    assert done.code == 0 and not [line for line in desk.warnings if "gradient" in line or "deterministic" in line]
+    told = json.loads((desk.out / "manifest.json").read_text())
+    assert told["engine"]["check"]["repeat"] == 0
+
+
+def test_dropout_is_off(desk: Desk) -> None:
+    assert desk.call("--out", desk.folder / "plain").code == 0
+    config = json.loads((desk.model / "config.json").read_text())
+    (desk.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    assert desk.call().code == 0
+    assert desk.scores() == pq.read_table(desk.folder / "plain" / "scores.parquet")["score"].to_pylist()
+
+
+def test_a_network_in_training_mode_with_dropout_is_scored_without_it() -> None:
+    torch.manual_seed(1)
+    tokens = torch.randint(4, 300, (3, 12))
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    chosen, rejected = Batch(tokens, every, every), Batch(tokens.flip(1), every, every)
+    network = build_network(320)
+    told = prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected))
+    for layer in network.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    network.train()
+    assert torch.equal(told, prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected)))
+    assert not network.training
+
+
+def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(0)
+    plainly = pipeline.plainly
+
+    def restless(engine: Any) -> Any:
+        measure = plainly(engine)
+
+        def shaken(batch: Batch) -> Any:
+            scores, norms = measure(batch)
+            shake = 1 + 1e-6 * torch.randn(scores.values.shape, generator=noise)
+            return scores._replace(values=scores.values * shake), norms
+
+        return shaken
+
+    monkeypatch.setattr(pipeline, "plainly", restless)
+    assert desk.call().code == 0
+    (line,) = (line for line in desk.warnings if "not deterministic" in line)
+    assert "the same rows scored twice differ by" in line
+    told = json.loads((desk.out / "manifest.json").read_text())
+    assert 1e-8 < told["engine"]["check"]["repeat"] < 1e-5

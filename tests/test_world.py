@@ -1,0 +1,126 @@
+"""Several processes score as one does: the same rows, the same files, one voice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Outcome, jsonl, prism
+
+from prism_select import pipeline
+from prism_select.store import Store
+from prism_select.world import World, alone, leads
+
+ROWS, WINDOW = 48, 5
+DRIVER = """
+import os, sys
+from prism_select import cli, pipeline
+from prism_select.scoring import Scorer
+from prism_select.store import Store
+pipeline.WINDOW = 5
+write = Store.write_shard
+def counted(store, number, table):
+    with open(os.environ["LOG"], "a") as log:
+        log.write(f"{os.environ['RANK']} {number}\\n")
+    if os.environ.get("DIES") == f"{os.environ['RANK']} {number}":
+        os._exit(9)
+    return write(store, number, table)
+Store.write_shard = counted
+cli.main(sys.argv[1:])
+"""
+
+
+class Desk:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.log, self.driver = folder, folder / "log", folder / "driver.py"
+        self.driver.write_text(DRIVER)
+        rows: list[dict[str, object]] = [
+            {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)
+        ]
+        rows[17] = {"prompt": "nothing"}
+        pairs = [{"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"}] * 2
+        pool, target = jsonl(folder / "pool.jsonl", rows), jsonl(folder / "pairs.jsonl", pairs)
+        self.words = ["--model", str(model), "--pool", pool, "--target", target, "--max-bad", "5%"]
+
+    def together(self, *words: object, dies: str = "") -> Outcome:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", self.driver]
+        env = {**os.environ, "LOG": str(self.log), "DIES": dies}
+        env["OMP_NUM_THREADS"] = "1"
+        done = subprocess.run(
+            [*map(str, command), *map(str, words)], capture_output=True, text=True, env=env, timeout=300
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    @property
+    def written(self) -> list[tuple[int, int]]:
+        """Rank and number of each shard, in the order of the numbers."""
+        lines = [line.split() for line in self.log.read_text().splitlines()]
+        return sorted(((int(rank), int(number)) for rank, number in lines), key=lambda pair: pair[1])
+
+
+@pytest.fixture
+def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(pipeline, "WINDOW", WINDOW)
+    return Desk(tmp_path, plain_model)
+
+
+def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
+    alone, both = desk.folder / "alone", desk.folder / "both"
+    options = ["--budget", "20%"]
+    assert prism("select", *desk.words, *options, "--out", alone).code == 0
+    done = desk.together("select", *desk.words, *options, "--out", both)
+    assert done.code == 0, done.err
+    assert desk.written == [(number % 2, number) for number in range(10)]
+    assert done.out.count("verdicts") == 1 and done.out.count("padding was") == 1
+    assert {path.name for path in both.iterdir()} == {path.name for path in alone.iterdir()}
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, alone))
+    assert ours.schema == theirs.schema
+    for name in ours.column_names:
+        if ours.schema.field(name).type == "double":
+            a, b = (np.asarray(table[name].to_numpy(), dtype=np.float64) for table in (ours, theirs))
+            assert np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+        else:
+            assert ours[name].equals(theirs[name])
+    for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
+        assert (both / name).read_bytes() == (alone / name).read_bytes()
+    told, then = (json.loads((out / "manifest.json").read_text()) for out in (both, alone))
+    assert told["counts"] == then["counts"] and told["actual"]["tokens"] == then["actual"]["tokens"]
+    again = desk.together("select", *desk.words, *options, "--out", both)
+    assert again.code == 0 and again.out.count("is complete already") == 1
+    assert desk.together("select", *desk.words, *options, "--dry-run").code == 0
+
+
+def test_when_one_process_dies_the_others_stop_and_the_same_command_goes_on(desk: Desk) -> None:
+    out, whole = desk.folder / "run", desk.folder / "whole"
+    done = desk.together("score", *desk.words, "--out", out, dies="1 5")
+    assert done.code != 0 and not (out / "manifest.json").exists()
+    assert "a defect of prism" not in done.err
+    there = set(Store(str(out)).present_shards())
+    assert there >= {1, 3} and not there & {5, 7, 9}
+    desk.log.unlink()
+    assert desk.together("score", *desk.words, "--out", out).code == 0
+    assert {number for _, number in desk.written} == set(range(10)) - there
+    assert prism("score", *desk.words, "--out", whole).code == 0
+    ours, theirs = (pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, whole))
+    assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_what_is_wrong_with_the_input_is_said_once(desk: Desk) -> None:
+    done = desk.together("score", *desk.words, "--out", desk.folder / "run", "--max-bad", "0%")
+    lines = [line for line in done.err.splitlines() if line.startswith("prism: ")]
+    assert done.code != 0 and len(lines) == 1 and "pool.jsonl:18: missing field: completion" in lines[0]
+
+
+def test_a_command_that_one_process_does_is_refused_for_several(desk: Desk) -> None:
+    done = desk.together("pairs", desk.words[3], "--how", "numbers", "--out", desk.folder / "new.jsonl")
+    assert done.code != 0 and "prism pairs: here one process does it all; start it without torchrun" in done.err
+
+
+def test_a_world_of_one_has_nothing_to_send() -> None:
+    world = World()
+    assert alone() and leads() and all(world.has(number) for number in range(5))
+    assert world.tell("word") == "word" and world.gather("word") == ["word"]
