@@ -30,6 +30,8 @@ from torch.nn import functional
 
 import prism_select
 from prism_select import pipeline
+from prism_select.core.likelihood import Batch
+from prism_select.data.batches import Encoded, collate
 from prism_select.store import Store
 from prism_select.terminal import Terminal
 
@@ -789,3 +791,24 @@ def test_every_figure_of_a_run_is_finite(scored: Path, selected: Path, repaired:
 
     for run in (scored, selected, repaired):
         assert all(map(math.isfinite, numbers(manifest(run))))
+
+
+def test_rows_that_are_the_same_to_the_last_token_are_scored_once(
+    place: Place, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def counting(rows: Sequence[Encoded], device: torch.device) -> Batch:
+        computed.append(len(rows))
+        return collate(rows, device)
+
+    monkeypatch.setattr("prism_select.scoring.collate", counting)
+    nearly = [{**row, "completion": f"{row['completion']} no", "id": None} for row in POOL[:2]]
+    repeats = [{**row, "id": None, "source": "repeated"} for row in POOL[:22]]
+    pool = jsonl(tmp_path / "pool.jsonl", [*POOL, *nearly, *repeats])
+    run = place.run("score", "repeated", pool=str(pool))
+    assert sum(computed) == 22 + len(nearly)  # two rows of POOL repeat others, too
+    score, first = column(run, "score"), column(scored, "score")
+    assert score[len(POOL) + 2 :] == score[:22]
+    assert score[:22] == pytest.approx(first[:22], rel=1e-4, abs=1e-5)
+    assert column(run, "source")[-1] == "repeated" and manifest(run)["actual"]["tokens"] == sum(column(run, "length"))

@@ -88,7 +88,7 @@ def execute_and_tell(config: Options) -> None:
         terminal.table(
             {
                 "tokens": f"{done.tokens:,}",
-                "time": f"{done.seconds:,.0f} s for scoring, on this machine as it is now",
+                "time": f"{done.seconds:,.0f} s for the whole run, on this machine as it is now",
                 "memory": f"{done.memory_bytes / 2**30:.2f} GiB at the highest",
                 "disk": f"{done.disk_bytes / 2**20:.1f} MiB in the run folder",
             }

@@ -42,7 +42,7 @@ from prism_select.data.records import Example, Pair
 from prism_select.errors import BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
 from prism_select.norms import with_norms
-from prism_select.planning import Plan, make_plan, peak_memory
+from prism_select.planning import Plan, make_plan, peak_memory, seconds_per_token
 from prism_select.preconditioning import Sharpened, curvature_file, reduced, save_curvature, sharpened
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
@@ -70,9 +70,9 @@ class Inputs:
 
 @dataclass
 class Clock:
-    """Seconds of each step."""
+    """Seconds of each step, and of two that a plan needs: reading the pool, and encoding a sample of it."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STEPS, "read", "encode"), 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -82,7 +82,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
     def total(self) -> dict[str, float]:
-        return {**self.seconds, "total": time.perf_counter() - self.started}
+        return {name: self.seconds[name] for name in STEPS} | {"total": time.perf_counter() - self.started}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def follow(config: ScoreConfig, world: World) -> Run | Plan:
 
 def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     clock, store = Clock(), Store(config.out)
-    inputs = read_inputs(config, progress)
+    with clock.step("read"):
+        inputs = read_inputs(config, progress)
     if not config.dry_run:
         store.refuse_others(config, inputs.fingerprints)
         if store.complete and not config.overwrite:
@@ -132,7 +133,8 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
             return world.tell(Run(store.path))
     with clock.step("load"):
         model, encoder = load_model(config, progress)
-        sample = encode_sample(config, inputs, encoder)
+        with clock.step("encode"):
+            sample = encode_sample(config, inputs, encoder)
         model, adapter = warmed(config, store, inputs.pool, (model, encoder), progress)
     with clock.step("target"):
         aim = find_direction(config, model, encoder, inputs, progress)
@@ -141,7 +143,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     directions, cut = reduced(config, model, aim, sample) if config.rank else (aim.directions, None)
     engine, checked = choose_engine(config, model, aim.weights, directions, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, aim, sample, inputs.survey)
+    plan = plan_run(config, engine, aim, (sample, inputs.survey), clock, world.size)
     if config.dry_run:
         return world.tell(plan)
     store.begin(config, inputs.fingerprints)
@@ -157,16 +159,22 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     with clock.step("score"):
         shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
+    if scorer.repeated:
+        progress.say(f"{scorer.repeated:,} rows repeat another to the last token and took its score")
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
         tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
         chosen = choose_and_write(config, store, tables, inputs.pool)
     refuse_another_pool(store, inputs)
-    actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.real}
+    actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.tokens}
     told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
     facts = Facts(model, encoder.template, told, inputs.fingerprints, clock.total(), plan, actual, scorer.padding)
     store.write_json("manifest.json", manifest_of(config, aim, checked, chosen, facts))
     store.drop_shards()
+    progress.say(
+        f"took {actual['seconds']:.1f} s and {actual['memory_bytes'] / 1e9:.2f} GB at its peak; planned were "
+        f"{plan.seconds:.1f} s and {plan.memory_bytes / 1e9:.2f} GB"
+    )
     return Run(store.path)
 
 
@@ -427,16 +435,20 @@ def scores_by(measure: Measure, batch: Batch) -> Scores:
     return measure(batch)[0]
 
 
-def plan_run(config: ScoreConfig, engine: Measure, aim: Aim, sample: Sequence[Encoded], survey: Survey) -> Plan:
-    """Costs one batch, or a fiftieth of the pool where that is less."""
-    lengths = [len(row.tokens) for row in sample]
-    batches = plan_batches(lengths, config.batch_tokens)
-    middle = batches[len(batches) // 2]
-    middle = middle[: max(1, (survey.rows - survey.bad) // 50)]
+def plan_run(
+    config: ScoreConfig, engine: Measure, aim: Aim, sampled: tuple[Sequence[Encoded], Survey], clock: Clock, size: int
+) -> Plan:
+    """For `size` processes: a plan takes a few seconds, a run a fiftieth of its scoring."""
+    sample, survey = sampled
+    rows, lengths = survey.rows - survey.bad, [len(row.tokens) for row in sample]
+    tokens = round(sum(lengths) / len(lengths) * rows)
     device = next(iter(aim.weights.values())).device
+    encode = clock.seconds["encode"] / max(1, len(survey.sample))
+    other = clock.total()["total"] + 2 * clock.seconds["read"] + rows * encode
+    batches = [collate([sample[place] for place in few], device) for few in plan_batches(lengths, config.batch_tokens)]
+    per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / size
     numbers = len(aim.directions) * sum(weight.numel() for weight in aim.weights.values())
-    rows = survey.rows - survey.bad
-    return make_plan(engine, numbers, collate([sample[i] for i in middle], device), rows, lengths)
+    return make_plan(per_token, tokens, rows, numbers, other, device)
 
 
 def going_on(store: Store, progress: Progress) -> dict[int, Path]:
@@ -470,8 +482,8 @@ def score_pool(
             bad += bad_rows_of(shard) if shard else []
             refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
     pool.refuse_changes()
-    totals = world.gather((scorer.real, scorer.computed))
-    scorer.real, scorer.computed = (sum(part) for part in zip(*totals, strict=True))
+    sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
+    scorer.tokens, scorer.real, scorer.computed, scorer.repeated = sums
     shards = store.present_shards()
     if world.size > 1:
         bad = [row for shard in range(number) for row in bad_rows_of(shards[shard])]

@@ -1,8 +1,11 @@
-"""Planning: what a run will cost, from a sample of its rows and a few seconds of its engine.
+"""Planning: what a run will cost, from the time that it has taken so far and a few seconds of its engine.
 
-seconds = tokens · seconds per token of the engine on the sample (target included)
-memory  = this process now, with the model in it + the directions + one batch's states
+seconds = so far (load, target, curvature) + the pool read twice more and encoded + tokens · seconds per token
+memory  = the peak of this process after the longest batch of a sample
 disk    = directions + 120 bytes a row
+
+Choices made here: the longest batch runs first and is not timed unless it is alone, so that what is made once counts
+once; then batches of all lengths, for as long as `TIMED` in a plan and as long as `SHARE` of the scoring in a run.
 """
 
 import resource
@@ -15,13 +18,16 @@ import torch
 
 from prism_select.core.likelihood import Batch
 
-__all__ = ["Plan", "make_plan", "peak_memory"]
+__all__ = ["Plan", "make_plan", "peak_memory", "seconds_per_token"]
 
 BYTES_PER_ROW = 120  # of scores.parquet, measured on short ids
+TIMED, SHARE = 4.0, 0.02
 
 
 @dataclass(frozen=True)
 class Plan:
+    """Of the whole run: supervised and other tokens without padding, wall time, peak memory, and what it writes."""
+
     tokens: int
     seconds: float
     memory_bytes: int
@@ -36,13 +42,37 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def make_plan(engine: Callable[[Batch], object], numbers: int, batch: Batch, rows: int, lengths: Sequence[int]) -> Plan:
-    """`numbers` are those of all directions, `lengths` those of a sample of the pool's `rows` rows; `batch` is one full
-    batch of that sample."""
-    start = time.perf_counter()
-    engine(batch)
-    per_token = (time.perf_counter() - start) / batch.tokens.numel()
-    tokens = round(sum(lengths) / max(1, len(lengths)) * rows)
-    directions = numbers * 4
-    device = batch.tokens.device
-    return Plan(tokens, tokens * per_token, peak_memory(device) + directions, directions + rows * BYTES_PER_ROW)
+def seconds_per_token(
+    engine: Callable[[Batch], object], batches: Sequence[Batch], tokens: int, thorough: bool
+) -> float:
+    """Of an engine, by batches of a sample, the longest first, for a pool of so many tokens."""
+
+    def timed(batch: Batch) -> tuple[float, int]:
+        start = time.perf_counter()
+        engine(batch)
+        if batch.tokens.is_cuda:
+            torch.cuda.synchronize(batch.tokens.device)
+        return time.perf_counter() - start, int(batch.real.sum())
+
+    first = timed(batches[0])
+    left = TIMED if thorough else min(TIMED, SHARE * first[0] / first[1] * tokens)
+    found = list[tuple[float, int]]()
+    for batch in [*batches[len(batches) // 2 :], *batches[1 : len(batches) // 2]]:  # the usual lengths before the long
+        if left < 0:
+            break
+        found.append(timed(batch))
+        left -= found[-1][0]
+    seconds, real = (sum(part) for part in zip(*(found or [first]), strict=True))
+    return float(seconds / real)
+
+
+def make_plan(
+    per_token: float, tokens: int, rows: int, numbers: int, other_seconds: float, device: torch.device
+) -> Plan:
+    """`numbers` are those of all directions; `other_seconds` are spent outside the engine."""
+    return Plan(
+        tokens,
+        other_seconds + tokens * per_token,
+        peak_memory(device),
+        numbers * 4 + rows * BYTES_PER_ROW,
+    )

@@ -7,9 +7,11 @@
     several targets     mean, round-robin: the mean of their scores     max: the best of them, and its chosen half
 
 Choices made here: a row that cannot be encoded, or whose score is not finite, gets a reason and no numbers, and harms
-no other row; the rejected half is a difference, so that the halves add up to the score to the last bit.
+no other row; rows of a window that are the same to the last token are scored once; the rejected half is a difference,
+so that the halves add up to the score to the last bit.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -72,13 +74,18 @@ class Lines:
 
 
 class Scorer:
-    """Adds up, over its windows, the tokens that were real and those that were computed."""
+    """Adds up, over its windows: the tokens of all rows; of those that were computed, all and the real ones; the rows
+    that needed no computing, since another of their window is the same."""
 
     def __init__(
         self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
     ) -> None:
         self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
-        self.real = self.computed = 0
+        self.tokens = self.real = self.computed = self.repeated = 0
+
+    @property
+    def sums(self) -> tuple[int, int, int, int]:
+        return self.tokens, self.real, self.computed, self.repeated
 
     @property
     def padding(self) -> float:
@@ -109,14 +116,20 @@ class Scorer:
             except BadRow as bad:
                 reasons[place] = bad.what
                 task.advance(1)
-        places, order, parts = list(encoded), list[int](), list[pa.Table]()
-        for few in plan_batches([len(encoded[place].tokens) for place in places], self.config.batch_tokens):
-            rows = [encoded[places[i]] for i in few]
+        alike = defaultdict[Any, list[int]](list)
+        for place, row in encoded.items():
+            alike[tuple(row.tokens), tuple(row.supervised), row.truncated].append(place)
+        groups, order, parts = list(alike.values()), list[list[int]](), list[pa.Table]()
+        self.tokens += sum(len(row.tokens) for row in encoded.values())
+        self.repeated += len(encoded) - len(groups)
+        for few in plan_batches([len(encoded[group[0]].tokens) for group in groups], self.config.batch_tokens):
+            rows = [encoded[groups[i][0]] for i in few]
             columns = self._score(rows, collate(rows, self.device))
-            reasons |= {places[i]: why for i, why in zip(few, columns.pop("reason"), strict=True) if why}
-            order += [places[i] for i in few]
+            told = zip(few, columns.pop("reason"), strict=True)
+            reasons |= {place: why for i, why in told if why for place in groups[i]}
+            order += [groups[i] for i in few]
             parts.append(pa.table(columns))
-            task.advance(len(rows), sum(len(row.tokens) for row in rows))
+            task.advance(sum(len(groups[i]) for i in few), sum(len(row.tokens) for row in rows))
         return self._as_table(start, window, (pa.concat_tables(parts) if parts else None, order), reasons)
 
     def _score(self, rows: Sequence[Encoded], batch: Batch) -> dict[str, Any]:
@@ -158,11 +171,11 @@ class Scorer:
         self,
         start: int,
         window: Sequence[tuple[Raw, Example | BadRow]],
-        found: tuple[pa.Table | None, Sequence[int]],
+        found: tuple[pa.Table | None, Sequence[Sequence[int]]],
         reasons: Mapping[int, str],
     ) -> pa.Table:
         scored, order = found
-        at = {place: i for i, place in enumerate(order) if place not in reasons}
+        at = {place: i for i, group in enumerate(order) for place in group if place not in reasons}
         index = pa.array([at.get(place) for place in range(len(window))], pa.int64())
         good = [example if isinstance(example, Example) else None for _, example in window]
         told = {

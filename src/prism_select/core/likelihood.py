@@ -20,7 +20,7 @@ from torch.nn import functional
 
 __all__ = ["Batch", "LanguageModel", "backward", "mean_logliks", "token_logliks"]
 
-HEAD_LOGITS = 2**26  # logits alive at a time: 256 MB in float32
+HEAD_LOGITS = 2**25  # logits alive at a time: 128 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
