@@ -4,6 +4,7 @@
     readable     a file → itself    or what is wrong with it
     read_rows    a file → its rows  with file and line; a row that cannot be read says why
     read_texts   the same rows      as they came, for copying
+    rows_at      some of its rows   without parsing the others where the format allows that
 
 Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the file, and of a row
 that is longer than the limit only its beginning, so that neither a long line nor an archive that unpacks to very much
@@ -19,7 +20,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
@@ -29,7 +30,7 @@ from prism_select.config import ROW_BYTES
 from prism_select.data.records import Raw, is_text
 from prism_select.errors import BadFile, BadOption
 
-__all__ = ["find_files", "read_rows", "read_texts", "readable"]
+__all__ = ["find_files", "read_rows", "read_texts", "readable", "rows_at"]
 
 _CHUNK = 1 << 16
 _SHOWN = 1 << 10  # bytes of a row that is too long
@@ -89,24 +90,49 @@ def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
     if file.startswith("hub:"):
         yield from (_bounded(raw, limit) for raw in _hub_rows(file))
         return
+    kind = _kind(file)
+    if kind == "parquet":
+        yield from (_bounded(raw, limit) for raw in _parquet_rows(file))
+        return
+    rows = {"lines": _json_lines, "csv": _csv_rows, "array": _json_array}[kind]
+    with _opened(file) as stream:
+        yield from rows(file, stream, limit)
+
+
+def rows_at(file: str, places: Collection[int], limit: int = ROW_BYTES) -> Iterator[tuple[int, Raw]]:
+    """The rows at these places among those of `read_rows`, counted from 0, each with its place, in order.
+
+    Raises BadFile as `read_rows` does.
+    """
+    wanted, last = set(places), max(places, default=-1)
+    if file.startswith("hub:") or _kind(file) not in ("lines", "parquet"):
+        for place, raw in zip(range(last + 1), read_rows(file, limit), strict=False):
+            if place in wanted:
+                yield place, raw
+    elif _kind(file) == "parquet":
+        yield from ((place, _bounded(raw, limit)) for place, raw in _parquet_rows_at(file, sorted(wanted)))
+    else:
+        with _opened(file) as stream:
+            for place, (number, line, long) in zip(range(last + 1), _filled(file, stream, limit), strict=False):
+                if place in wanted:
+                    yield place, long or _json_line(file, number, line)
+
+
+def _kind(file: str) -> str:
+    """lines, array, csv or parquet."""
     ending = _SUPPORTED.search(file)
     if ending is None:
         raise BadFile(file, None, "its ending is not supported", _ADVICE)
     kind = (ending[1] or ending[3]).lower()
-    if kind == "parquet":
-        yield from (_bounded(raw, limit) for raw in _parquet_rows(file))
-        return
-    rows = {"jsonl": _json_lines, "csv": _csv_rows, "json": _json_lines}[kind]
-    if kind == "json":
-        with _opened(file) as stream:
-            while (head := stream.read(_CHUNK)).isspace():
-                pass
-        first = head.lstrip()[:1]
-        if first not in (b"[", b"{", b""):
-            raise BadFile(file, None, "neither a JSON array nor JSON lines", "a .json file starts with [ or {")
-        rows = _json_array if first == b"[" else _json_lines
+    if kind != "json":
+        return "lines" if kind == "jsonl" else kind
     with _opened(file) as stream:
-        yield from rows(file, stream, limit)
+        while (head := stream.read(_CHUNK)).isspace():
+            pass
+    first = head.lstrip()[:1]
+    if first not in (b"[", b"{", b""):
+        raise BadFile(file, None, "neither a JSON array nor JSON lines", "a .json file starts with [ or {")
+    return "array" if first == b"[" else "lines"
 
 
 def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
@@ -350,16 +376,37 @@ def _csv_cells(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, str
             yield start, text, cells, undecodable or ("NUL byte" if "\0" in text else problem)
 
 
-def _parquet_rows(file: str) -> Iterator[Raw]:
-    number = 0
+@contextmanager
+def _parquet(file: str) -> Iterator[pq.ParquetFile]:
     with (
         _reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), _DAMAGED),
         pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False) as table,  # which would hold the whole file
     ):
+        yield table
+
+
+def _parquet_rows(file: str) -> Iterator[Raw]:
+    number = 0
+    with _parquet(file) as table:
         for batch in table.iter_batches(batch_size=256):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
                 yield _parquet_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
+
+
+def _parquet_rows_at(file: str, places: Sequence[int]) -> Iterator[tuple[int, Raw]]:
+    """Row groups without a wanted row are not read."""
+    with _parquet(file) as table:
+        end = 0
+        for group in range(table.num_row_groups):
+            start, end = end, end + table.metadata.row_group(group).num_rows
+            if not any(start <= place < end for place in places):
+                continue
+            for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+                for place in (place for place in places if start <= place < start + len(batch)):
+                    cells = {name: batch[name][place - start] for name in batch.schema.names}
+                    yield place, _parquet_row(file, place + 1, cells)
+                start += len(batch)
 
 
 def _parquet_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
