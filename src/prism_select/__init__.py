@@ -2,6 +2,7 @@
 
 select, repair, score      the commands, as functions that return a Run
 evaluate                   does a choice help? the figures of `prism evaluate`
+write_report               `prism report`: the page of a run, or of two
 make_pairs, check_pairs    `prism pairs`: a file of pairs, or what one says
 direction_of, scores       the method on a model and tensors in memory
 """
@@ -10,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_select.api import check_pairs, evaluate, make_pairs, repair, score, select
+    from prism_select.api import check_pairs, evaluate, make_pairs, repair, score, select, write_report
     from prism_select.core.likelihood import Batch
     from prism_select.errors import PrismError
     from prism_select.memory import direction_of, scores
@@ -28,6 +29,7 @@ __all__ = [
     "score",
     "scores",
     "select",
+    "write_report",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "score": "api",
     "scores": "memory",
     "select": "api",
+    "write_report": "api",
 }
 
 

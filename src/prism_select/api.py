@@ -3,18 +3,21 @@
     run = prism_select.select(model="M", pool=["pool.jsonl"], target="pairs.jsonl", out="RUN", budget="5%")
 
 Choices made here: a function takes exactly the fields of its config, so nothing is said twice and types are checked;
-nothing is printed. `plan` is the command line's --dry-run.
+nothing is printed. `plan` is the command line's --dry-run. A run and an evaluation end with RUN/report.html, which is
+written anew where the run folder is newer.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
-from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ReportConfig, ScoreConfig, SelectConfig
 from prism_select.errors import BadOption
 from prism_select.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from prism_select.data.pairing import Accepts
     from prism_select.making import Made
     from prism_select.planning import Plan
@@ -26,11 +29,13 @@ __all__ = [
     "execute",
     "execute_evaluation",
     "execute_pairs",
+    "execute_report",
     "make_pairs",
     "plan",
     "repair",
     "score",
     "select",
+    "write_report",
 ]
 
 P = ParamSpec("P")
@@ -41,10 +46,33 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
     if isinstance(config, SelectConfig) and config.select_from:
         from prism_select.choice import choose_again
 
-        return choose_again(config, progress or Silent())
-    from prism_select.pipeline import run
+        done: Run | Plan = choose_again(config, progress or Silent())
+    else:
+        from prism_select.pipeline import run
 
-    return run(config, progress or Silent())
+        done = run(config, progress or Silent())
+    if isinstance(config, ScoreConfig) and not config.dry_run:
+        _bring_up_to_date(cast("Run", done).path)
+    return done
+
+
+def _bring_up_to_date(path: "Path") -> None:
+    """RUN/report.html, where there is none or the run was written after it."""
+    page, sources = path / "report.html", [path / "manifest.json", path / "evaluation" / "evaluation.json"]
+    newest = max(source.stat().st_mtime for source in sources if source.exists())
+    if not page.exists() or page.stat().st_mtime < newest:
+        execute_report(ReportConfig(runs=(str(path),)))
+
+
+def execute_report(config: ReportConfig) -> "Path":
+    """The page that was written. Raises PrismError for everything that its user can mend."""
+    if len(config.runs) == 2:
+        from prism_select.report.comparison import write_comparison
+
+        return write_comparison(*config.runs, out=config.out)
+    from prism_select.report.writing import write_report
+
+    return write_report(config.runs[0], config.out)
 
 
 def execute_pairs(
@@ -62,12 +90,19 @@ def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None)
     """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can mend."""
     from prism_select import evaluation
 
-    return evaluation.evaluate(config, progress or Silent())
+    told = evaluation.evaluate(config, progress or Silent())
+    execute_report(ReportConfig(runs=(config.run,)))
+    return told
 
 
 def evaluate(run: str, holdout: str, **options: Any) -> dict[str, Any]:
     """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in RUN/evaluation/evaluation.json."""
     return execute_evaluation(EvaluateConfig(run=run, holdout=holdout, **options))
+
+
+def write_report(*runs: str, out: str = "") -> "Path":
+    """`prism report RUN`, or `prism report RUN_A RUN_B`: the page that was written."""
+    return execute_report(ReportConfig(runs=runs, out=out))
 
 
 def make_pairs(file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any) -> "Made":

@@ -12,17 +12,28 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
 
-from prism_select.config import EvaluateConfig, Options, PairsConfig, RepairConfig, ScoreConfig, SelectConfig, from_toml
+from prism_select.config import (
+    EvaluateConfig,
+    Options,
+    PairsConfig,
+    RepairConfig,
+    ReportConfig,
+    ScoreConfig,
+    SelectConfig,
+    from_toml,
+)
 from prism_select.errors import BadOption, PeerLost, PrismError
 from prism_select.terminal import Terminal, evaluation_summary, failed, pairs_summary, printable, summary
 from prism_select.world import alone, leads
 
 __all__ = ["app", "main"]
+
+ANYWHERE = ("--debug", "--json", "--quiet")  # of all commands
 
 
 def option(name: str, hint: Any, default: Any) -> click.Option:
@@ -50,8 +61,8 @@ def command(kind: type[Options]) -> click.Command:
     """`prism score`, say, of ScoreConfig."""
     hints = get_type_hints(kind, include_extras=True)
     params: list[click.Parameter] = [
-        click.Argument([f.name], required=False)
-        if f.name in ("file", "run")
+        click.Argument([f.name], required=False, nargs=-1 if f.name == "runs" else 1)
+        if f.name in ("file", "run", "runs")
         else option(f.name, hints[f.name], f.default)
         for f in fields(kind)
     ]
@@ -60,39 +71,44 @@ def command(kind: type[Options]) -> click.Command:
     def call(config: str | None, **given: Any) -> None:
         values = dict(from_toml(kind, config)) if config else {}
         values.update({name: value for name, value in given.items() if value is not None and value != ()})
-        execute_and_tell(kind(**values))
+        execute_and_tell(kind(**values), click.get_current_context().ensure_object(Terminal))
 
     return click.Command(kind.command, params=params, callback=call, help=kind.__doc__)
 
 
-def execute_and_tell(config: Options) -> None:
-    from prism_select.api import execute, execute_evaluation, execute_pairs
+def execute_and_tell(config: Options, terminal: Terminal) -> None:
+    from prism_select.api import execute, execute_evaluation, execute_pairs, execute_report
     from prism_select.store import Run
 
-    terminal = Terminal(silent=not leads())
     scores = isinstance(config, ScoreConfig) and not (isinstance(config, SelectConfig) and config.select_from)
     if not (scores or alone()):
         raise BadOption(f"prism {config.command}: here one process does it all; start it without torchrun")
+    if isinstance(config, ReportConfig):
+        page = str(execute_report(config))
+        terminal.end({"report": page}, {"report": page})
+        return
     if isinstance(config, PairsConfig):
-        terminal.table(pairs_summary(config, execute_pairs(config, terminal)))
+        made = execute_pairs(config, terminal)
+        terminal.end(made if isinstance(made, dict) else asdict(made), pairs_summary(config, made))
         return
     if isinstance(config, EvaluateConfig):
         told = execute_evaluation(config, terminal)
-        terminal.table(evaluation_summary(config, told), failed(told))
+        terminal.end({"run": config.run, **told}, evaluation_summary(config, told), failed(told))
         return
     assert isinstance(config, ScoreConfig)
     done = execute(config, terminal)
     if isinstance(done, Run):
-        terminal.table(summary(done.path, done.manifest))
-    else:
-        terminal.table(
-            {
-                "tokens": f"{done.tokens:,}",
-                "time": f"{done.seconds:,.0f} s for the whole run, on this machine as it is now",
-                "memory": f"{done.memory_bytes / 2**30:.2f} GiB at the highest",
-                "disk": f"{done.disk_bytes / 2**20:.1f} MiB in the run folder",
-            }
-        )
+        manifest = done.manifest
+        files = sorted(path.name for path in done.path.iterdir() if path.is_file())
+        terminal.end({"run": str(done.path), "files": files, **manifest}, summary(done.path, manifest))
+        return
+    plan = {
+        "tokens": f"{done.tokens:,}",
+        "time": f"{done.seconds:,.0f} s for the whole run, on this machine as it is now",
+        "memory": f"{done.memory_bytes / 2**30:.2f} GiB at the highest",
+        "disk": f"{done.disk_bytes / 2**20:.1f} MiB in the run folder",
+    }
+    terminal.end(asdict(done), plan)
 
 
 class Interrupted(Exception):
@@ -110,22 +126,31 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="prism-select", prog_name="prism")
 @click.option("--debug", is_flag=True, help="Print the traceback of a defect.")
-def app(debug: bool) -> None:
+@click.option("--json", is_flag=True, help="Print the summary as one JSON object, and nothing else on standard output.")
+@click.option("--quiet", is_flag=True, help="Print nothing but the summary.")
+@click.pass_context
+def app(context: click.Context, debug: bool, json: bool, quiet: bool) -> None:
     """PRISM chooses fine-tuning data: every row of a pool gets a score, how much training on it would move this model
-    towards the behaviour that pairs of answers show."""
+    towards the behaviour that pairs of answers show.
+
+    --debug, --json and --quiet may stand anywhere in a command."""
+    context.obj = Terminal(json, quiet, silent=not leads())
 
 
 @app.command()
 @click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
-def demo(out: str) -> None:
+@click.pass_obj
+def demo(terminal: Terminal, out: str) -> None:
     """Run the main jobs offline, on a bundled model and a small generated world, in under two minutes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: a tiny model is slower with more
     from prism_select.demo.story import tell
 
-    tell(out, Terminal())
+    figures = tell(out, terminal)
+    if terminal.json:
+        terminal.end(asdict(figures), {})
 
 
-for config_kind in (ScoreConfig, SelectConfig, RepairConfig, EvaluateConfig, PairsConfig):
+for config_kind in (ScoreConfig, SelectConfig, RepairConfig, EvaluateConfig, ReportConfig, PairsConfig):
     app.add_command(command(config_kind))
 
 
@@ -157,8 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, interrupt)
     if not debug:
         warnings.simplefilter("ignore")
-    rest = [word for word in spread(words) if word != "--debug"]
-    resumes = "nothing was written" if rest[:1] == ["pairs"] else "the same command goes on where it stopped"
+    command = [word for word in spread(words) if word not in ANYWHERE]
+    rest = [word for word in ANYWHERE if word in words] + command
+    resumes = "nothing was written" if command[:1] in (["pairs"], ["report"]) else "the same command goes on where it stopped"
     guarded(lambda: app.main(rest, prog_name="prism", standalone_mode=False), debug, resumes)
 
 

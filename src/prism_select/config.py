@@ -28,6 +28,7 @@ __all__ = [
     "Options",
     "PairsConfig",
     "RepairConfig",
+    "ReportConfig",
     "ScoreConfig",
     "SelectConfig",
     "from_toml",
@@ -473,6 +474,23 @@ class EvaluateConfig(Options):
     def task_names(self) -> list[str]:
         """Each name or folder once."""
         return _names(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """Make the page of a run (RUN/report.html) again, or compare the choices of two runs of one pool."""
+
+    command: ClassVar[str] = "report"
+
+    runs: Annotated[Sequence[str], "Folder of a complete run; with a second one, the two are compared."] = ()
+    out: Annotated[str, "File to write; empty: report.html in RUN, or comparison.html in the first of two."] = ""
+
+    def __post_init__(self) -> None:
+        given: Any = self.runs
+        object.__setattr__(self, "runs", (given,) if isinstance(given, str | Path) else tuple(map(str, given)))
+        super().__post_init__()
+        if not 1 <= len(self.runs) <= 2:
+            raise BadOption(f"give the folder of one run, or of two to compare; here are {len(self.runs)}")
 
 
 def _names(text: str) -> list[str]:

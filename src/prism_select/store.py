@@ -114,6 +114,7 @@ class Store:
                     "removed.jsonl",
                     "quarantine.jsonl",
                     "report.html",
+                    "comparison.html",
                     "curvature.safetensors",
                     "layers.parquet",
                 ):

@@ -2,9 +2,13 @@
 
 Choices made here: everything a run tells goes to standard output, errors alone to standard error; a bar where there is
 a terminal, a plain line every ten seconds where there is none; control characters from files never reach the terminal.
+With --json standard output has the summary alone, one JSON object, and all else goes to standard error; with --quiet
+the table at the end is all there is. NO_COLOR is Rich's.
 """
 
+import json
 import os
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +22,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from prism_select.config import EvaluateConfig, PairsConfig, sides_of
-from prism_select.progress import Task
+from prism_select.progress import Silent, Task
+from prism_select.store import finite
 
 __all__ = ["Terminal", "evaluation_summary", "failed", "pairs_summary", "printable", "summary"]
 
@@ -73,16 +78,26 @@ class _Console(Console):
 
 
 class Terminal:
-    def __init__(self, silent: bool = False) -> None:
-        console = _Console()
-        self.console = console if console.is_terminal and not silent else _Console(color_system=None, quiet=silent)
+    def __init__(self, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        console = _Console(stderr=json)
+        plain = silent or not console.is_terminal
+        self.console = _Console(color_system=None, stderr=json, quiet=silent) if plain else console
+        self.json, self.quiet, self.silent = json, quiet, silent
 
     def say(self, line: str) -> None:
+        if not self.quiet:
+            self._line(line)
+
+    def _line(self, line: str) -> None:
         self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
         label = printable(label)
+        if self.quiet:
+            with Silent().task(label, total) as nothing:
+                yield nothing
+            return
         if not self.console.is_terminal:
             plain = _Plain(self.console, label, total)
             yield plain
@@ -100,11 +115,18 @@ class Terminal:
         with Bars(*columns, console=self.console, transient=True) as bars:
             yield _Bar(bars, label, total)
 
+    def end(self, told: Mapping[str, Any], rows: Mapping[str, str], red: Collection[str] = ()) -> None:
+        """The summary: `told` as JSON where that was asked for, else `rows` as a table."""
+        if self.json and not self.silent:
+            print(json.dumps(finite(told), ensure_ascii=True, default=str), file=sys.stdout)
+        else:
+            self.table(rows, red)
+
     def table(self, rows: Mapping[str, str], red: Collection[str] = ()) -> None:
         if not self.console.is_terminal:
             width = max(map(len, rows))
             for name, value in rows.items():
-                self.say(f"{name:<{width}}  {value}")
+                self._line(f"{name:<{width}}  {value}")
             return
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
@@ -232,6 +254,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     rows["time"] = f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
     for place, line in enumerate(manifest["warnings"]):
         rows[f"warning {place + 1}"] = line
+    rows["report"] = str(path / "report.html")
     rows["files"] = f"{path}: " + ", ".join(sorted(p.name for p in path.iterdir() if p.is_file()))
     return rows
 
@@ -270,7 +293,8 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
         best = sorted(told["labels"].items(), key=lambda item: -(item[1] or 0.0))
         rows["labels"] = "AUROC " + ", ".join(f"{_figure(value)} {name}" for name, value in best)
     rows |= {f"control {place + 1}": each["words"] for place, each in enumerate(told["controls"])}
-    return rows | {"time": f"{told['seconds']:.1f} s", "files": f"{config.run}/evaluation"}
+    files = {"report": str(Path(config.run) / "report.html"), "files": f"{config.run}/evaluation"}
+    return rows | {"time": f"{told['seconds']:.1f} s", **files}
 
 
 def failed(told: Mapping[str, Any]) -> set[str]:

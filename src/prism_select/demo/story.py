@@ -61,7 +61,7 @@ def tell(out: str, progress: Progress) -> Figures:
     else:
         progress.say("no training was tried: PRISM is here without its extra [train]")
     for run, name in ((choice, "selected.jsonl"), (repaired, "removed.jsonl")):
-        progress.say(f"look at {run.path / name} and {run.path / 'scores.parquet'}")
+        progress.say(f"look at {run.path / 'report.html'}, {run.path / name} and {run.path / 'scores.parquet'}")
     return Figures(share, chosen_share, auroc, accuracy)
 
 

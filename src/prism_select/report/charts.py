@@ -37,6 +37,7 @@ TAKEN, OTHER, AGAINST, INK, LINE = "var(--taken)", "var(--other)", "var(--agains
 SERIES = ["var(--taken)", "var(--against)", "var(--third)", "var(--fourth)", "var(--fifth)", "var(--other)"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3]]
 TALL = 220
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"  # the page's own: Vega measures it
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def _made(name: str, title: str, text: str, chart: Any, tall: int | None = TALL)
         sized = sized.properties(height=tall)
     quiet = {"domainColor": LINE, "tickColor": LINE, "gridColor": LINE, "labelColor": INK, "titleColor": INK}
     themed = (
-        sized.configure(background="transparent", font="inherit", aria=False)
+        sized.configure(background="transparent", font=FONT, aria=False)
         .configure_view(stroke=None)
         .configure_axis(**quiet, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, gridOpacity=0.6)
-        .configure_legend(labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, orient="top", title=None)
+        .configure_legend(labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, orient="top", title=None, columnPadding=16)
     )
     return Chart(name, title, text, themed.to_dict())
 
@@ -84,7 +85,7 @@ def preferences(target: Target, side: str) -> Chart:
         alt.Chart(_data(rows))
         .mark_bar(color=TAKEN, binSpacing=1)
         .encode(
-            alt.X("from:Q", bin="binned", title=f"preference π for the {side} answer", axis=alt.Axis(format=".1f")),
+            alt.X("from:Q", bin="binned", title=f"preference π for the {side} answer", axis=alt.Axis(format="~g", values=[0, 0.25, 0.5, 0.75, 1])),
             alt.X2("to:Q"),
             alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
             tooltip=[alt.Tooltip(f"{name}:Q", format=".2f") for name in ("from", "to")] + [alt.Tooltip("pairs:Q")],
@@ -102,7 +103,7 @@ def agreement(by_pairs: Mapping[str, float | None], half: int | None) -> Chart:
         alt.Chart(_data(rows))
         .mark_line(color=TAKEN, point={"color": TAKEN, "size": 60})
         .encode(
-            alt.X("pairs:Q", title="pairs in each half", scale=alt.Scale(zero=True)),
+            alt.X("pairs:Q", title="pairs in each half", axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True)),
             alt.Y("agreement:Q", title="agreement (cosine)", scale=alt.Scale(domain=[min(0, *_of(rows, "agreement")), 1])),
             tooltip=["pairs:Q", alt.Tooltip("agreement:Q", format=".2f")],
         )
@@ -155,8 +156,7 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
             alt.X("from:Q", bin="binned", title=by.replace("_", " "), axis=alt.Axis(tickCount=8, format="~g")),
             alt.X2("to:Q"),
             alt.Y("rows:Q", title="rows", stack=True, axis=alt.Axis(format="~s")),
-            alt.Color("kind:N", scale=colours, legend=alt.Legend() if taken else None),
-            order=alt.Order("kind:N"),
+            alt.Color("kind:N", scale=colours, legend=alt.Legend(title=None) if taken else None),
             tooltip=["kind:N", alt.Tooltip("rows:Q", format=","), *(alt.Tooltip(f"{n}:Q", format=".3g") for n in ("from", "to"))],
         )
     )
@@ -178,7 +178,7 @@ def by_source(found: Sequence[Source], by: str, cutoff: float) -> Chart:
     axis = alt.Axis(labelLimit=150, domain=False, ticks=False)
     base = alt.Chart(_data(rows)).encode(alt.Y("source:N", title=None, sort=None, axis=axis), tooltip=tips)
     title = by.replace("_", " ")
-    whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(alt.X("p5:Q", title=title, axis=alt.Axis(format="~g")), alt.X2("p95:Q"))
+    whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(alt.X("p5:Q", title=title, axis=alt.Axis(format="~g", tickCount=6)), alt.X2("p95:Q"))
     middle = base.mark_bar(color=TAKEN, height=10, cornerRadius=3).encode(alt.X("p25:Q"), alt.X2("p75:Q"))
     half = base.mark_tick(color="var(--surface)", thickness=2.5, height=12).encode(alt.X("p50:Q"))
     chart = whole + middle + half
@@ -227,7 +227,7 @@ def cumulative(curve: Sequence[Budget], share: float, bought: float) -> Chart:
     )
     if bought != bought:
         return _made("cumulative", "What a budget buys", text + ".", line, 260)
-    point = alt.Chart(_data([{"share": share, "bought": bought}])).mark_point(color=AGAINST, filled=True, size=110, shape="diamond")
+    point = alt.Chart(_data([{"share": share, "bought": bought}])).mark_point(color=AGAINST, filled=True, opacity=1, size=130, shape="diamond")
     chart = line + point.encode(across, up, tooltip=tips[:2])
     return _made("cumulative", "What a budget buys", f"{text}. The choice has {bought:.0%} in {share:.1%} of the rows.", chart, 260)
 
@@ -250,7 +250,7 @@ def layers(shares: Sequence[Share]) -> Chart:
         .mark_bar(stroke="var(--surface)", strokeWidth=0.5)
         .encode(
             alt.Y("part:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False)),
-            alt.X("share:Q", title="of the direction's squared norm", axis=alt.Axis(format="%")),
+            alt.X("share:Q", title="of the direction's squared norm", axis=alt.Axis(format="%", tickCount=6)),
             alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=3)),
             tooltip=["part:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
         )
@@ -269,8 +269,8 @@ def intervals(against: Mapping[str, Mapping[str, Any]]) -> Chart:
         alt.Y("rival:N", title=None, sort=None, axis=axis), tooltip=["rival:N", "words:N"]
     )
     title = "prism minus the rival: gain, nats per token"
-    bar = base.mark_rule(color=TAKEN, strokeWidth=3).encode(alt.X("low:Q", title=title), alt.X2("high:Q"))
-    dot = base.mark_point(color=TAKEN, filled=True, size=90).encode(alt.X("difference:Q"))
+    bar = base.mark_rule(color=TAKEN, strokeWidth=3).encode(alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5)), alt.X2("high:Q"))
+    dot = base.mark_point(color=TAKEN, filled=True, opacity=1, size=90).encode(alt.X("difference:Q"))
     text = "; ".join(str(row["words"]) for row in rows) + "."
     return _made("intervals", "Against each rival", text, bar + dot + _rule(0, "x", "as good", dashed=False), max(90, 34 * len(rows)))
 
@@ -289,7 +289,7 @@ def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
         alt.Chart(_data(rows))
         .mark_line(point={"size": 45}, strokeWidth=2.5)
         .encode(
-            alt.X("step:Q", title="steps of training"),
+            alt.X("step:Q", title="steps of training", axis=alt.Axis(tickCount=5)),
             alt.Y(f"{measure}:Q", title=f"{measure} on the held-out pairs", scale=alt.Scale(zero=False)),
             alt.Color("method:N", scale=alt.Scale(domain=methods, range=colours), legend=alt.Legend(columns=3, symbolType="stroke")),
             alt.StrokeDash("method:N", scale=alt.Scale(domain=methods, range=dashes), legend=None),
@@ -315,11 +315,11 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
         alt.Chart(_data(rows))
         .mark_point(filled=True, size=80, opacity=0.85)
         .encode(
-            alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(format="~g", tickCount=6)),
+            alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(format="~g", tickCount=5)),
             alt.Y("realised:Q", title="realised: change of the gain", axis=alt.Axis(format="~g")),
-            alt.Color("method:N", scale=alt.Scale(domain=names, range=[SERIES[i % 6] for i in range(len(names))])),
-            alt.Shape("method:N", scale=alt.Scale(domain=names, range=[shapes[i % 6] for i in range(len(names))]),
-                      legend=alt.Legend(columns=3)),
+            alt.Color("method:N", scale=alt.Scale(domain=names, range=[SERIES[i % 6] for i in range(len(names))]), title=None),
+            alt.Shape("method:N", scale=alt.Scale(domain=names, range=[shapes[i % 6] for i in range(len(names))]), title=None,
+                      legend=alt.Legend(columns=3, title=None)),
             tooltip=["method:N", alt.Tooltip("predicted:Q", format=".3g"), alt.Tooltip("realised:Q", format=".3g")],
         )
     )  # fmt: skip

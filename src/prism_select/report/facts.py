@@ -234,8 +234,8 @@ def part_of(weight: str) -> tuple[str, str]:
 
 
 def _in_network(item: tuple[tuple[str, str], float]) -> tuple[int, int]:
-    """Embeddings, blocks, what follows them."""
+    """Embeddings, blocks, what follows them, the head."""
     part = item[0][0]
     if part.startswith("block "):
         return 1, int(part.removeprefix("block "))
-    return (0, 0) if "emb" in part or part in ("wte", "wpe") else (2, 0)
+    return (0, 0) if "emb" in part or part in ("wte", "wpe") else (3, 0) if "head" in part else (2, 0)

@@ -43,7 +43,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.0%}" if value in (0, 1) or 0.1 <= abs(value) < 0.995 else f"{value:.1%}"
+    return f"{value:.0%}" if 0.1 <= abs(value) < 0.995 else f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 
 @cache

@@ -23,7 +23,7 @@ from prism_select.store import Store
 __all__ = ["page_of", "table_of", "write_report"]
 
 CONTENTS = {
-    "chosen": "Chosen, and to be trusted?",
+    "chosen": "The choice",
     "target": "The target",
     "spread": "Spread of scores",
     "examples": "Examples",
@@ -31,16 +31,19 @@ CONTENTS = {
     "helps": "Did it help?",
     "made": "How it was made",
 }
+PLACES = ("target", "wide", "spread", "layers", "against", "helps")
 PREVIEW = 240
 KINDS = {"selected": "taken", "removed": "taken", "quarantined": "aside", "near duplicate": "caps", "source cap": "caps"}
 CONFIGS: Mapping[str, type[Options]] = {"score": ScoreConfig, "select": SelectConfig, "repair": RepairConfig}
 
 
-def write_report(path: str) -> Path:
-    """Writes RUN/report.html. Raises BadOption for what is no complete run, DiskTrouble where it cannot be written."""
+def write_report(path: str, out: str = "") -> Path:
+    """Writes RUN/report.html, or `out`. Raises BadOption for what is no complete run, DiskTrouble where it cannot be
+    written."""
     page = page_of(facts_of(path))
-    Store(path).write("report.html", page)
-    return Path(path) / "report.html"
+    place = Path(out or Path(path) / "report.html")
+    Store(str(place.parent)).write(place.name, page)
+    return place
 
 
 def page_of(facts: Facts) -> bytes:
@@ -73,7 +76,7 @@ def page_of(facts: Facts) -> bytes:
         "evaluation": evaluation,
         "made": made(facts),
     }  # fmt: skip
-    tables = {"examples": table_of(facts.rows, facts), "pairs": pairs_table(facts)}
+    tables = {"examples": examples_table(facts), "pairs": pairs_table(facts)}
     return render("run.html", [chart for few in drawn.values() for chart in few], tables, values)
 
 
@@ -106,7 +109,7 @@ def tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if "pairs" in m["target"]:
         agreement = m["target"]["split_half_agreement"]
         words = "" if agreement is None else agreement_in_words(agreement)
-        yield "halves of the pairs agree", significant(agreement, 2), words
+        yield "halves agree", significant(agreement, 2), words
     if labels := m["choice"].get("labels"):
         yield "AUROC of the ranking", significant(labels["auroc"]), f"{labels['bad']:,} of {labels['rows']:,} rows are known to be bad"
 
@@ -126,7 +129,7 @@ def target_words(m: Mapping[str, Any]) -> str:
     target = m["target"]
     side, other = sides_of(m["score"]["swapped"])
     told = f"{target['pairs']} pairs, worth {significant(target['effective_pairs'])} equal ones. Before any training the model "
-    told += f"prefers the {side} answer in {percent(target['preferred_share'])} of them, by {significant(target['mean_preference'])} on average. "
+    told += f"prefers the {side} answer in {percent(target['preferred_share'])} of them; the mean preference is {significant(target['mean_preference'])}. "
     agreement = target["split_half_agreement"]
     if agreement is not None:
         told += f"Two halves of the pairs agree at {agreement:.2f}: {agreement_in_words(agreement)}. "
@@ -165,7 +168,7 @@ def examples_words(facts: Facts) -> str:
     if set(groups) <= {"top", "below the cut-off"}:
         told = f"All {len(facts.rows)} scored rows. "
     else:
-        told = f"{len(facts.rows)} rows: the {', the '.join(name.removeprefix('the ') for name in groups)} of the ranking. "
+        told = f"{len(facts.rows)} rows of the ranking: {', '.join(groups)}. "
     return told + "A row opens to its text" + (", its learned tokens coloured by what each adds." if any(row.tokens for row in facts.rows) else ".")
 
 
@@ -207,7 +210,7 @@ def charts_of(facts: Facts) -> dict[str, list[charts.Chart]]:
     """The charts of each place on the page that there are values for."""
     m, spread, columns = facts.manifest, facts.spread, facts.columns
     sides = sides_of(facts.swapped)
-    found: dict[str, list[charts.Chart]] = {"target": [], "wide": [], "spread": [], "layers": [], "helps": []}
+    found: dict[str, list[charts.Chart]] = {name: [] for name in PLACES}
     if facts.target:
         found["target"] = [charts.preferences(facts.target, sides[0])]
         told = m["target"]
@@ -226,37 +229,56 @@ def charts_of(facts: Facts) -> dict[str, list[charts.Chart]]:
     if facts.layers:
         found["layers"] = [charts.layers(facts.layers)]
     if told := facts.evaluation:
-        found["helps"] = [charts.intervals(told["against"]), charts.forecast(told["methods"], told["forecast"]["rank_correlation"])]
-        if facts.curves:
-            found["helps"].insert(1, charts.curves(facts.curves))
+        found["against"] = [charts.intervals(told["against"])]
+        found["helps"] = [charts.curves(facts.curves)] if facts.curves else []
+        found["helps"].append(charts.forecast(told["methods"], told["forecast"]["rank_correlation"]))
     return found
 
 
 # ---------------------------------------------------------------- tables
 
 
-def table_of(rows: Sequence[Row], facts: Facts, more: Sequence[tuple[str, str, str]] = ()) -> dict[str, Any]:
-    """What the page's script makes a table of; `more` are columns (key, name, kind) after the rank."""
-    by = facts.columns.by
-    columns = [("rank", "rank", "count"), *more, (by, by.replace("_", " "), "score")]
-    columns += [("tokens_learned", "tokens", "count"), ("source", "source", "name"), ("verdict", "verdict", "name"), ("text", "text", "text")]
-    wide = {"tokens_learned", "source", "score_per_token"}
-    details = [("score", "score", "score"), ("per_token", "score per token", "score"), ("chosen", "raises the " + sides_of(facts.swapped)[0], "score")]
-    details += [("rejected", "raises the " + sides_of(facts.swapped)[1], "score"), ("loglik", "log-likelihood", "score"), ("id", "id", "name")]
+def table_of(
+    rows: Sequence[Row],
+    sides: tuple[str, str],
+    columns: Sequence[tuple[str, str, str]],
+    values: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind); `values` are what
+    they need beside the fields of each row."""
+    columns = [*columns, ("learned", "tokens", "count"), ("source", "source", "name"), ("verdict", "verdict", "name")]
+    wide = {"learned", "source", "score_per_token"}
+    details = [
+        ("score", "score", "score"),
+        ("per_token", "score per token", "score"),
+        ("chosen", f"raises the {sides[0]}", "score"),
+        ("rejected", f"raises the {sides[1]}", "score"),
+        ("loglik", "log-likelihood", "score"),
+        ("id", "id", "name"),
+        ("place", "from", "name"),
+    ]
     return {
         "kind": "example",
         "group": "Show",
-        "sort": ["rank", False],
-        "columns": [{"key": key, "name": name, "kind": kind, "wide": key in wide} for key, name, kind in columns],
-        "details": [*details, ("place", "from", "name")],
-        "rows": [_row(row, by) for row in rows],
+        "sort": [columns[0][0], False],
+        "columns": [
+            {"key": key, "name": name, "kind": kind, "wide": key in wide}
+            for key, name, kind in [*columns, ("text", "text", "text")]
+        ],
+        "details": details,
+        "rows": [{**_row(row), **more} for row, more in zip(rows, values, strict=True)],
     }
 
 
-def _row(row: Row, by: str) -> dict[str, Any]:
-    told = asdict(row)
-    text = " ⏎ ".join(said.text[:PREVIEW] for said in row.said)[:PREVIEW] or "".join(text for text, _ in row.tokens)[:PREVIEW]
-    return {**told, by: row.ranking, "tokens_learned": row.learned, "text": text or row.missing, "place": f"{row.file}:{row.line}"}
+def _row(row: Row) -> dict[str, Any]:
+    whole = " ⏎ ".join(said.text[:PREVIEW] for said in row.said) or "".join(text for text, _ in row.tokens)
+    return {**asdict(row), "text": whole[:PREVIEW] or row.missing, "place": f"{row.file}:{row.line}"}
+
+
+def examples_table(facts: Facts) -> dict[str, Any]:
+    by = facts.columns.by
+    columns = [("rank", "rank", "count"), (by, by.replace("_", " "), "score")]
+    return table_of(facts.rows, sides_of(facts.swapped), columns, [{by: row.ranking} for row in facts.rows])
 
 
 def pairs_table(facts: Facts) -> dict[str, Any]:
@@ -301,7 +323,7 @@ def evaluated(facts: Facts) -> dict[str, Any] | None:
         tasks = {task: sum(values) / len(values) for task, values in each.get("tasks", {}).items()}
         more += [(f"tasks, {name}", ", ".join(f"{task} {value:.4f}" for task, value in tasks.items()))] if tasks else []
     words = f"Trained {told['steps']} steps at a rate of {told['rate']:g}, with {told['config']['seeds']} seeds, and asked {told['pairs']} held-out pairs{of}{left}."
-    return {"words": words, "several": several, "methods": methods, "verdicts": list(_verdicts(told["against"])), "controls": told["controls"], "more": more}  # fmt: skip
+    return {"words": words, "several": several, "methods": methods, "verdicts": list(_verdicts(told["against"])), "controls": [{**each, "words": each["words"].partition(": ")[2]} for each in told["controls"]], "more": more}  # fmt: skip
 
 
 def _verdicts(against: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:

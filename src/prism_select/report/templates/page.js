@@ -161,7 +161,7 @@
       if (column.hint) button.title = column.hint;
       button.addEventListener("click", () => {
         const words = column.kind === "name" || column.kind === "text";
-        state.falling = state.by === column.key ? !state.falling : !words && column.key !== "rank";
+        state.falling = state.by === column.key ? !state.falling : !words && !column.key.startsWith("rank");
         state.by = column.key;
         show();
       });
