@@ -66,13 +66,14 @@ def _bring_up_to_date(path: "Path") -> None:
 
 def execute_report(config: ReportConfig) -> "Path":
     """The page that was written. Raises PrismError for everything that its user can mend."""
-    if len(config.runs) == 2:
+    first, *others = config.runs
+    if others:
         from prism_select.report.comparison import write_comparison
 
-        return write_comparison(*config.runs, out=config.out)
+        return write_comparison(first, others[0], config.out)
     from prism_select.report.writing import write_report
 
-    return write_report(config.runs[0], config.out)
+    return write_report(first, config.out)
 
 
 def execute_pairs(

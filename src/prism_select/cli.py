@@ -184,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
     command = [word for word in spread(words) if word not in ANYWHERE]
     rest = [word for word in ANYWHERE if word in words] + command
-    resumes = "nothing was written" if command[:1] in (["pairs"], ["report"]) else "the same command goes on where it stopped"
+    resumes = (
+        "nothing was written" if command[:1] in (["pairs"], ["report"]) else "the same command goes on where it stopped"
+    )
     guarded(lambda: app.main(rest, prog_name="prism", standalone_mode=False), debug, resumes)
 
 

@@ -7,7 +7,7 @@ a title and a text that says what it shows to who cannot see it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -35,9 +35,11 @@ __all__ = [
 Spec: TypeAlias = dict[str, Any]
 TAKEN, OTHER, AGAINST, INK, LINE = "var(--taken)", "var(--other)", "var(--against)", "var(--ink)", "var(--line)"
 SERIES = ["var(--taken)", "var(--against)", "var(--third)", "var(--fourth)", "var(--fifth)", "var(--other)"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3]]
+QUANTILES = ("p5", "p25", "p50", "p75", "p95")
 TALL = 220
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"  # the page's own: Vega measures it
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"  # as the page's
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,21 @@ def _made(name: str, title: str, text: str, chart: Any, tall: int | None = TALL)
         sized.configure(background="transparent", font=FONT, aria=False)
         .configure_view(stroke=None)
         .configure_axis(**quiet, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, gridOpacity=0.6)
-        .configure_legend(labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, orient="top", title=None, columnPadding=16)
+        .configure_legend(
+            labelColor=INK,
+            titleColor=INK,
+            labelFontSize=12,
+            titleFontSize=12,
+            orient="top",
+            title=None,
+            columnPadding=16,
+        )
     )
     return Chart(name, title, text, themed.to_dict())
 
 
-def _data(rows: Iterable[Mapping[str, Any]]) -> alt.Data:
-    return alt.Data(values=[dict(row) for row in rows])
+def _data(rows: Iterable[Mapping[str, Any]]) -> alt.InlineData:
+    return alt.InlineData(values=[dict(row) for row in rows])
 
 
 def _rule(value: float, axis: str, words: str, dashed: bool = True) -> Any:
@@ -85,7 +95,12 @@ def preferences(target: Target, side: str) -> Chart:
         alt.Chart(_data(rows))
         .mark_bar(color=TAKEN, binSpacing=1)
         .encode(
-            alt.X("from:Q", bin="binned", title=f"preference π for the {side} answer", axis=alt.Axis(format="~g", values=[0, 0.25, 0.5, 0.75, 1])),
+            alt.X(
+                "from:Q",
+                bin="binned",
+                title=f"preference π for the {side} answer",
+                axis=alt.Axis(format="~g", values=[0, 0.25, 0.5, 0.75, 1]),
+            ),
             alt.X2("to:Q"),
             alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
             tooltip=[alt.Tooltip(f"{name}:Q", format=".2f") for name in ("from", "to")] + [alt.Tooltip("pairs:Q")],
@@ -104,7 +119,9 @@ def agreement(by_pairs: Mapping[str, float | None], half: int | None) -> Chart:
         .mark_line(color=TAKEN, point={"color": TAKEN, "size": 60})
         .encode(
             alt.X("pairs:Q", title="pairs in each half", axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True)),
-            alt.Y("agreement:Q", title="agreement (cosine)", scale=alt.Scale(domain=[min(0, *_of(rows, "agreement")), 1])),
+            alt.Y(
+                "agreement:Q", title="agreement (cosine)", scale=alt.Scale(domain=[min(0, *_of(rows, "agreement")), 1])
+            ),
             tooltip=["pairs:Q", alt.Tooltip("agreement:Q", format=".2f")],
         )
     )
@@ -134,8 +151,11 @@ def cosines(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> C
         tooltip=["a:N", "b:N", alt.Tooltip("cosine:Q", format=".2f")],
     )
     chart = cells + base.mark_text(color=INK).encode(text=alt.Text("cosine:Q", format=".2f"))
-    worst = min(((v or 0.0, a, b) for a, line in zip(names, values, strict=True) for b, v in zip(names, line, strict=True)))
-    text = f"Cosines between the directions of {len(names)} targets; the lowest is {worst[0]:.2f}, {worst[1]} with {worst[2]}."
+    worst = min(
+        ((v or 0.0, a, b) for a, line in zip(names, values, strict=True) for b, v in zip(names, line, strict=True))
+    )
+    lowest, a, b = worst
+    text = f"Cosines between the directions of {len(names)} targets; the lowest is {lowest:.2f}, {a} with {b}."
     return _made("cosines", "Do the targets want the same?", text, chart, max(120, 36 * len(names)))
 
 
@@ -157,7 +177,11 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
             alt.X2("to:Q"),
             alt.Y("rows:Q", title="rows", stack=True, axis=alt.Axis(format="~s")),
             alt.Color("kind:N", scale=colours, legend=alt.Legend(title=None) if taken else None),
-            tooltip=["kind:N", alt.Tooltip("rows:Q", format=","), *(alt.Tooltip(f"{n}:Q", format=".3g") for n in ("from", "to"))],
+            tooltip=[
+                "kind:N",
+                alt.Tooltip("rows:Q", format=","),
+                *(alt.Tooltip(f"{n}:Q", format=".3g") for n in ("from", "to")),
+            ],
         )
     )
     layered = bars + _rule(cutoff, "x", f"cut-off {cutoff:.3g}") if taken and cutoff == cutoff else bars
@@ -170,15 +194,17 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
 def by_source(found: Sequence[Source], by: str, cutoff: float) -> Chart:
     """Quantiles of the ranking for each source."""
     rows = [
-        {"source": each.name, "rows": each.rows, "taken": each.taken, **dict(zip(("p5", "p25", "p50", "p75", "p95"), each.quantiles, strict=True))}
-        for each in sorted(found, key=lambda each: -each.quantiles[2])
-    ]  # fmt: skip
-    tips = ["source:N", *(alt.Tooltip(f"{n}:Q", format=",") for n in ("rows", "taken"))]
+        {"source": one.name, "rows": one.rows, "taken": one.taken, **dict(zip(QUANTILES, one.quantiles, strict=True))}
+        for one in sorted(found, key=lambda one: -one.quantiles[2])
+    ]
+    tips: list[Any] = ["source:N", *(alt.Tooltip(f"{n}:Q", format=",") for n in ("rows", "taken"))]
     tips += [alt.Tooltip(f"{n}:Q", format=".3g") for n in ("p5", "p25", "p50", "p75", "p95")]
     axis = alt.Axis(labelLimit=150, domain=False, ticks=False)
     base = alt.Chart(_data(rows)).encode(alt.Y("source:N", title=None, sort=None, axis=axis), tooltip=tips)
     title = by.replace("_", " ")
-    whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(alt.X("p5:Q", title=title, axis=alt.Axis(format="~g", tickCount=6)), alt.X2("p95:Q"))
+    whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(
+        alt.X("p5:Q", title=title, axis=alt.Axis(format="~g", tickCount=6)), alt.X2("p95:Q")
+    )
     middle = base.mark_bar(color=TAKEN, height=10, cornerRadius=3).encode(alt.X("p25:Q"), alt.X2("p75:Q"))
     half = base.mark_tick(color="var(--surface)", thickness=2.5, height=12).encode(alt.X("p50:Q"))
     chart = whole + middle + half
@@ -194,23 +220,30 @@ def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
         {"x": cell.rejected[0], "x2": cell.rejected[1], "y": cell.chosen[0], "y2": cell.chosen[1], "rows": cell.rows}
         for cell in cells
     ]
+    axis = alt.Axis(format="~g", tickCount=6)
     heat = (
         alt.Chart(_data(rows))
         .mark_rect(color=TAKEN)
         .encode(
-            alt.X("x:Q", bin="binned", title=f"what raises the {sides[1]} answers", axis=alt.Axis(format="~g", tickCount=6)),
+            alt.X("x:Q", bin="binned", title=f"what raises the {sides[1]} answers", axis=axis),
             alt.X2("x2:Q"),
-            alt.Y("y:Q", bin="binned", title=f"what raises the {sides[0]} answers", axis=alt.Axis(format="~g", tickCount=6)),
+            alt.Y("y:Q", bin="binned", title=f"what raises the {sides[0]} answers", axis=axis),
             alt.Y2("y2:Q"),
-            alt.Opacity("rows:Q", scale=alt.Scale(type="log", range=[0.15, 1]), legend=None),
+            alt.Opacity("rows:Q", scale=alt.Scale(type="log", domainMin=1, range=[0.15, 1]), legend=None),
             tooltip=[alt.Tooltip("rows:Q", format=",")],
         )
     )  # fmt: skip
     low = max(min(row["x"] for row in rows), min(row["y"] for row in rows))
     high = min(max(row["x2"] for row in rows), max(row["y2"] for row in rows))
     ends = [{"x": low, "y": low}, {"x": high, "y": high}] if low < high else []
-    diagonal = alt.Chart(_data(ends)).mark_line(color=INK, strokeDash=[5, 4], strokeWidth=1.5).encode(alt.X("x:Q"), alt.Y("y:Q"))
-    text = f"Heat map of rows: influence on the {sides[0]} answers against influence on the {sides[1]} ones. The score is "
+    diagonal = (
+        alt.Chart(_data(ends))
+        .mark_line(color=INK, strokeDash=[5, 4], strokeWidth=1.5)
+        .encode(alt.X("x:Q"), alt.Y("y:Q"))
+    )
+    text = (
+        f"Heat map of rows: influence on the {sides[0]} answers against influence on the {sides[1]} ones. The score is "
+    )
     text += "their difference: 0 on the dashed diagonal, positive above it."
     return _made("halves", "Two halves of a score", text, heat + diagonal if ends else heat, 260)
 
@@ -220,16 +253,28 @@ def cumulative(curve: Sequence[Budget], share: float, bought: float) -> Chart:
     rows = [{"share": each.share, "rows": each.rows, "bought": each.bought} for each in curve]
     across = alt.X("share:Q", title="share of the rows, best first", axis=alt.Axis(format="%", tickCount=6))
     up = alt.Y("bought:Q", title="of all positive influence", axis=alt.Axis(format="%", tickCount=5))
-    tips = [alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("bought:Q", format=".1%"), alt.Tooltip("rows:Q", format=",")]
+    tips = [
+        alt.Tooltip("share:Q", format=".1%"),
+        alt.Tooltip("bought:Q", format=".1%"),
+        alt.Tooltip("rows:Q", format=","),
+    ]
     line = alt.Chart(_data(rows)).mark_line(color=TAKEN, strokeWidth=2.5).encode(across, up, tooltip=tips)
     text = "Share of all positive influence by share of rows: " + ", ".join(
         f"{row['bought']:.0%} at {row['share']:.0%}" for row in rows[:: max(1, len(rows) // 6)]
     )
     if bought != bought:
         return _made("cumulative", "What a budget buys", text + ".", line, 260)
-    point = alt.Chart(_data([{"share": share, "bought": bought}])).mark_point(color=AGAINST, filled=True, opacity=1, size=130, shape="diamond")
+    point = alt.Chart(_data([{"share": share, "bought": bought}])).mark_point(
+        color=AGAINST, filled=True, opacity=1, size=130, shape="diamond"
+    )
     chart = line + point.encode(across, up, tooltip=tips[:2])
-    return _made("cumulative", "What a budget buys", f"{text}. The choice has {bought:.0%} in {share:.1%} of the rows.", chart, 260)
+    return _made(
+        "cumulative",
+        "What a budget buys",
+        f"{text}. The choice has {bought:.0%} in {share:.1%} of the rows.",
+        chart,
+        260,
+    )
 
 
 def layers(shares: Sequence[Share]) -> Chart:
@@ -243,7 +288,7 @@ def layers(shares: Sequence[Share]) -> Chart:
     for share in shares:
         key = (share.part, share.kind if share.kind in named else "other kinds")
         found[key] = found.get(key, 0.0) + share.share
-    rows = [{"part": part, "kind": kind, "share": value} for (part, kind), value in found.items()]
+    rows: list[dict[str, Any]] = [{"part": part, "kind": kind, "share": value} for (part, kind), value in found.items()]
     kinds = [*named, *(["other kinds"] if any(row["kind"] == "other kinds" for row in rows) else [])]
     bars = (
         alt.Chart(_data(rows))
@@ -251,7 +296,9 @@ def layers(shares: Sequence[Share]) -> Chart:
         .encode(
             alt.Y("part:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False)),
             alt.X("share:Q", title="of the direction's squared norm", axis=alt.Axis(format="%", tickCount=6)),
-            alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=3)),
+            alt.Color(
+                "kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=3)
+            ),
             tooltip=["part:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
         )
     )
@@ -269,10 +316,18 @@ def intervals(against: Mapping[str, Mapping[str, Any]]) -> Chart:
         alt.Y("rival:N", title=None, sort=None, axis=axis), tooltip=["rival:N", "words:N"]
     )
     title = "prism minus the rival: gain, nats per token"
-    bar = base.mark_rule(color=TAKEN, strokeWidth=3).encode(alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5)), alt.X2("high:Q"))
+    bar = base.mark_rule(color=TAKEN, strokeWidth=3).encode(
+        alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5)), alt.X2("high:Q")
+    )
     dot = base.mark_point(color=TAKEN, filled=True, opacity=1, size=90).encode(alt.X("difference:Q"))
     text = "; ".join(str(row["words"]) for row in rows) + "."
-    return _made("intervals", "Against each rival", text, bar + dot + _rule(0, "x", "as good", dashed=False), max(90, 34 * len(rows)))
+    return _made(
+        "intervals",
+        "Against each rival",
+        text,
+        bar + dot + _rule(0, "x", "as good", dashed=False),
+        max(90, 34 * len(rows)),
+    )
 
 
 def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
@@ -281,17 +336,19 @@ def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
     for point in points:
         if not point["method"].startswith("half-"):
             found.setdefault((point["method"], int(point["step"])), []).append(float(point[measure]))
-    rows = [{"method": m, "step": step, measure: sum(each) / len(each)} for (m, step), each in found.items()]
+    rows: list[dict[str, Any]] = [
+        {"method": m, "step": step, measure: sum(each) / len(each)} for (m, step), each in found.items()
+    ]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    colours = [SERIES[i % len(SERIES)] for i in range(len(methods))]
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(methods))]
+    colours, dashes = list(islice(cycle(SERIES), len(methods))), list(islice(cycle(DASHES), len(methods)))
+    legend = alt.Legend(columns=3, symbolType="stroke", title=None)
     line = (
         alt.Chart(_data(rows))
         .mark_line(point={"size": 45}, strokeWidth=2.5)
         .encode(
             alt.X("step:Q", title="steps of training", axis=alt.Axis(tickCount=5)),
             alt.Y(f"{measure}:Q", title=f"{measure} on the held-out pairs", scale=alt.Scale(zero=False)),
-            alt.Color("method:N", scale=alt.Scale(domain=methods, range=colours), legend=alt.Legend(columns=3, symbolType="stroke")),
+            alt.Color("method:N", scale=alt.Scale(domain=methods, range=colours), legend=legend),
             alt.StrokeDash("method:N", scale=alt.Scale(domain=methods, range=dashes), legend=None),
             tooltip=["method:N", "step:Q", alt.Tooltip(f"{measure}:Q", format=".4f")],
         )
@@ -310,16 +367,16 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
         for a, b in zip(each["predicted"], each["realised"], strict=True)
     ]
     names = list(dict.fromkeys(row["method"] for row in rows))
-    shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+    colours, shapes = (list(islice(cycle(each), len(names))) for each in (SERIES, SHAPES))
+    wide = alt.Legend(columns=3)
     dots = (
         alt.Chart(_data(rows))
         .mark_point(filled=True, size=80, opacity=0.85)
         .encode(
             alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(format="~g", tickCount=5)),
             alt.Y("realised:Q", title="realised: change of the gain", axis=alt.Axis(format="~g")),
-            alt.Color("method:N", scale=alt.Scale(domain=names, range=[SERIES[i % 6] for i in range(len(names))]), title=None),
-            alt.Shape("method:N", scale=alt.Scale(domain=names, range=[shapes[i % 6] for i in range(len(names))]), title=None,
-                      legend=alt.Legend(columns=3, title=None)),
+            alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), title=None),
+            alt.Shape("method:N", scale=alt.Scale(domain=names, range=shapes), title=None, legend=wide),
             tooltip=["method:N", alt.Tooltip("predicted:Q", format=".3g"), alt.Tooltip("realised:Q", format=".3g")],
         )
     )  # fmt: skip
@@ -330,17 +387,26 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
 
 def ranks(cells: Sequence[Cell], names: tuple[str, str]) -> Chart:
     """Where each row stands in two rankings, as shares from the best (0) to the worst (1)."""
-    rows = [{"x": c.rejected[0], "x2": c.rejected[1], "y": c.chosen[0], "y2": c.chosen[1], "rows": c.rows} for c in cells]
+    rows = [
+        {"x": c.rejected[0], "x2": c.rejected[1], "y": c.chosen[0], "y2": c.chosen[1], "rows": c.rows} for c in cells
+    ]
+    axis = alt.Axis(format="%", tickCount=5)
     heat = (
         alt.Chart(_data(rows))
         .mark_rect(color=TAKEN)
         .encode(
-            alt.X("x:Q", bin="binned", title=f"place in {names[0]}, best first", axis=alt.Axis(format="%", tickCount=5)),
+            alt.X("x:Q", bin="binned", title=f"place in {names[0]}, best first", axis=axis),
             alt.X2("x2:Q"),
-            alt.Y("y:Q", bin="binned", title=f"place in {names[1]}", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(reverse=True)),
+            alt.Y("y:Q", bin="binned", title=f"place in {names[1]}", axis=axis, scale=alt.Scale(reverse=True)),
             alt.Y2("y2:Q"),
-            alt.Opacity("rows:Q", scale=alt.Scale(range=[0.08, 1]), legend=None),
+            alt.Opacity("rows:Q", scale=alt.Scale(domainMin=0, range=[0, 1]), legend=None),
             tooltip=[alt.Tooltip("rows:Q", format=",")],
         )
     )  # fmt: skip
-    return _made("ranks", "Place in either ranking", f"Heat map of the places of rows in {names[0]} and in {names[1]}.", heat, 320)
+    return _made(
+        "ranks",
+        "Place in either ranking",
+        f"Heat map of the places of rows in {names[0]} and in {names[1]}.",
+        heat,
+        320,
+    )

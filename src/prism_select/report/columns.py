@@ -36,10 +36,10 @@ class Named:
     names: tuple[str, ...]
 
     def __getitem__(self, row: int) -> str:
-        return self.names[self.places[row]]
+        return self.names[int(self.places[row])]
 
     def equals(self, name: str) -> NDArray[np.bool_]:
-        return self.places == (self.names.index(name) if name in self.names else -1)
+        return np.equal(self.places, self.names.index(name) if name in self.names else -1)
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,21 @@ from prism_select.errors import BadOption
 from prism_select.report import charts
 from prism_select.report.columns import TAKEN, Columns, columns_of
 from prism_select.report.examples import Row, rows_of
-from prism_select.report.facts import opened
+from prism_select.report.facts import opened, options_of
 from prism_select.report.page import percent, render, significant
 from prism_select.report.spread import Cell
-from prism_select.report.writing import table_of
+from prism_select.report.tables import table_of
 from prism_select.statistics import rank_correlation
 from prism_select.store import Run, Store
 
 __all__ = ["Comparison", "Shared", "compared", "write_comparison"]
 
+CONTENTS = {
+    "choices": "The choices",
+    "rankings": "The rankings",
+    "moved": "Examples",
+    "options": "What was different",
+}
 CELLS, MOST, FIRST = 30, 60, 40
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 Floats: TypeAlias = NDArray[np.float64]
@@ -145,9 +151,7 @@ def _sources(columns: tuple[Columns, Columns]) -> tuple[tuple[str, int, int, int
     return tuple((source.names[i] or "no name", int(rows[i]), int(a[i]), int(b[i])) for i in np.argsort(-rows)[:20])
 
 
-def _moved(
-    run: Run, columns: tuple[Columns, Columns], places: Places, known: NDArray[np.int64]
-) -> tuple[Moved, ...]:
+def _moved(run: Run, columns: tuple[Columns, Columns], places: Places, known: NDArray[np.int64]) -> tuple[Moved, ...]:
     """Rows that rose and fell most, and the first of those that one choice has and the other has not."""
     moved = places[0] - places[1]
     by = known[np.argsort(-moved[known], kind="stable")]
@@ -161,22 +165,20 @@ def _moved(
     place = np.full(len(columns[1]), -1)
     place[columns[1].order] = np.arange(len(columns[1].order))
     scored_by = run.manifest.get("scored_by", run.manifest["config"])
-    rows = rows_of(run.path, columns[1], scored_by, [(group, int(place[row])) for row, group in groups.items()])
+    shown = rows_of(run.path, columns[1], scored_by, [(group, int(place[row])) for row, group in groups.items()])
     last = max(1, len(columns[0].order) - 1)
-    found = [Moved(row, round(places[0][row.row] * last) + 1, row.rank, float(moved[row.row])) for row in rows]
+    found = [Moved(row, round(places[0][row.row] * last) + 1, row.rank, float(moved[row.row])) for row in shown]
     return tuple(sorted(found, key=lambda each: -each.moved))
 
 
 def _options(manifests: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
     """Options that differ, and whether model and target are the same."""
-    configs = [{**each.get("scored_by", {}), **each["config"]} for each in manifests]
+    configs = [options_of(each) for each in manifests]
     names = [name for name in dict.fromkeys([*configs[0], *configs[1]]) if name not in ("out", "overwrite")]
     told = [("command", manifests[0]["command"], manifests[1]["command"])]
-    told += [(name, *(_text(config.get(name, "–")) for config in configs)) for name in names]
-    told += [
-        (f"fingerprint of the {name}", *(each["fingerprints"][name] for each in manifests))
-        for name in ("model", "target")
-    ]
+    told += [(name, _text(configs[0].get(name, "")), _text(configs[1].get(name, ""))) for name in names]
+    prints = [each["fingerprints"] for each in manifests]
+    told += [(f"fingerprint of the {name}", prints[0][name], prints[1][name]) for name in ("model", "target")]
     return tuple((name, a, b) for name, a, b in told if a != b)
 
 
@@ -198,7 +200,7 @@ def page_of(told: Comparison) -> bytes:
     values = {
         "title": f"PRISM: {told.names[0]} and {told.names[1]}",
         "kind": "comparison of two runs",
-        "contents": [("choices", "The choices"), ("rankings", "The rankings"), ("moved", "Examples"), ("options", "What was different")],
+        "contents": list(CONTENTS.items()),
         "told": told,
         "chosen": chosen,
         "sentence": sentence(told, chosen),
@@ -206,7 +208,7 @@ def page_of(told: Comparison) -> bytes:
         "chart": drawn[0],
         "share": percent(told.both / max(1, told.both + told.only_b)),
     }  # fmt: skip
-    columns = [("rank_a", "rank in A", "count"), ("rank_b", "rank in B", "count"), ("moved", "moved", "share")]
+    columns = [("rank_a", "rank in A", "count"), ("rank_b", "rank in B", "count"), ("moved", "moved", "move")]
     values_of = [{"rank_a": each.rank_a, "rank_b": each.rank_b, "moved": each.moved} for each in told.moved]
     sides = sides_of(bool(told.manifests[1]["score"]["swapped"]))
     table = {**table_of([each.row for each in told.moved], sides, columns, values_of), "sort": ["moved", True]}
@@ -221,7 +223,8 @@ def sentence(told: Comparison, chosen: bool) -> str:
 
 
 def words(told: Comparison) -> str:
-    found = f"Rank correlation of the two rankings: {significant(told.correlation, 2)}, over {told.rows:,} rows that both scored."
+    rows = f"over {told.rows:,} rows that both scored"
+    found = f"Rank correlation of the two rankings: {significant(told.correlation, 2)}, {rows}."
     if told.manifests[0]["score"]["swapped"] != told.manifests[1]["score"]["swapped"]:
         found += " One is a repair, whose scores point the other way: expect a correlation below 0."
     return found

@@ -27,9 +27,10 @@ from prism_select.report.examples import Row, Said, cut, rows_of, shown
 from prism_select.report.spread import Spread, spread_of
 from prism_select.store import Run
 
-__all__ = ["Facts", "Pair", "Share", "Target", "facts_of", "opened"]
+__all__ = ["Facts", "Pair", "Share", "Target", "facts_of", "opened", "options_of"]
 
 PAIRS = 200
+OF_CHOICE = {"budget", "combine", "near_duplicates", "normalize", "out", "per_source", "rank_by", "seed", "select_from"}
 READ = 4 * 2**30
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -105,6 +106,15 @@ def opened(path: str) -> Run:
     if commands not in ("score", "select", "repair"):
         raise BadOption(f"{path}: a run of {commands}; give one of score, select or repair")
     return run
+
+
+def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that count: those of the scores, and where the choice was made again those of the choice."""
+    config, scored_by = manifest["config"], manifest.get("scored_by", {})
+    return {
+        **scored_by,
+        **{name: value for name, value in config.items() if name in OF_CHOICE or name not in scored_by},
+    }
 
 
 def facts_of(path: str) -> Facts:

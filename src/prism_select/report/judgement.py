@@ -63,7 +63,9 @@ def _engine(engine: Mapping[str, Any]) -> Check:
     off, bound = check["disagreement"], check["tolerance"]
     state: State = "holds" if off is not None and off <= bound else "failed"
     told = "no number" if off is None else f"{off:.1e}"
-    words = f"engine {engine['name']} is off by {told} from the definition on {check['rows']} rows; {bound:.0e} is allowed"
+    words = (
+        f"engine {engine['name']} is off by {told} from the definition on {check['rows']} rows; {bound:.0e} is allowed"
+    )
     return Check("self-check", state, words)
 
 
@@ -83,7 +85,9 @@ def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("agreement of the pairs", state, words)
     effective = target["effective_pairs"]
     state = "holds" if effective >= FEW else "look"
-    yield Check("effective pairs", state, f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones")
+    yield Check(
+        "effective pairs", state, f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones"
+    )
     longer = target["chosen_longer_share"]
     if target["pairs"] >= 10:
         sides = sides_of(manifest["score"]["swapped"])
@@ -94,8 +98,8 @@ def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:
 
 def _length(facts: Facts) -> Check:
     told = facts.manifest["choice"]["rank_correlation_with_tokens"]
-    how = facts.scored_by["normalize"] if facts.scored_by["normalize"] in told else "none"
-    value = told[how]
+    how = facts.manifest["config"]["normalize"]
+    value = told.get(how)
     if value is None:
         return Check("score against length", "holds", "all rows are of one length")
     state: State = "holds" if abs(value) <= BY_LENGTH else "look"

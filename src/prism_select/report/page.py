@@ -81,9 +81,9 @@ def render(template: str, charts: Sequence[Chart], tables: Mapping[str, Any], va
         .render(
             policy=policy,
             version=version("prism-select"),
-            style=Markup(_asset("templates/style.css")),  # noqa: S704
-            data=Markup(data),  # noqa: S704
-            **{name: Markup(_asset(file)) for name, file in scripts.items()},  # noqa: S704
+            style=Markup(_asset("templates/style.css")),
+            data=Markup(data),
+            **{name: Markup(_asset(file)) for name, file in scripts.items()},
             **values,
         )
     )

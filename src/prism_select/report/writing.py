@@ -1,26 +1,35 @@
-"""Writing: the page of one run, section by section, in words, charts and tables.
+"""Writing: the page of one run, its sections put together from words, charts and tables.
 
     prism report RUN  →  RUN/report.html
 
-Choices made here: every chart has a sentence that says how to read it; a number stands in words beside its picture, so
-the page can be read aloud; what is sent to the page of a row is text and numbers, never markup.
+Choices made here: a section whose part of the run folder is not there stays, and says so in a line.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from prism_select.config import Options, RepairConfig, ScoreConfig, SelectConfig, sides_of
 from prism_select.report import charts
 from prism_select.report.columns import TAKEN
-from prism_select.report.examples import Row
 from prism_select.report.facts import Facts, facts_of
-from prism_select.report.judgement import agreement_in_words, checks_of, headline
+from prism_select.report.judgement import checks_of, headline
 from prism_select.report.page import percent, render, significant
+from prism_select.report.tables import examples_table, pairs_table
+from prism_select.report.words import (
+    captions,
+    examples_words,
+    layers_words,
+    pairs_words,
+    sentence,
+    spread_words,
+    target_words,
+    tiles,
+)
 from prism_select.store import Store
 
-__all__ = ["page_of", "table_of", "write_report"]
+__all__ = ["page_of", "write_report"]
 
 CONTENTS = {
     "chosen": "The choice",
@@ -32,8 +41,13 @@ CONTENTS = {
     "made": "How it was made",
 }
 PLACES = ("target", "wide", "spread", "layers", "against", "helps")
-PREVIEW = 240
-KINDS = {"selected": "taken", "removed": "taken", "quarantined": "aside", "near duplicate": "caps", "source cap": "caps"}
+KINDS = {
+    "selected": "taken",
+    "removed": "taken",
+    "quarantined": "aside",
+    "near duplicate": "caps",
+    "source cap": "caps",
+}
 CONFIGS: Mapping[str, type[Options]] = {"score": ScoreConfig, "select": SelectConfig, "repair": RepairConfig}
 
 
@@ -62,7 +76,7 @@ def page_of(facts: Facts) -> bytes:
         "checks": checks,
         "tiles": list(tiles(facts)),
         "shares": shares(m["counts"]),
-        "warnings": [*m["warnings"], *(f"{file} was written after the run: texts may not be those that were scored" for file in facts.newer)],
+        "warnings": [*m["warnings"], *(f"{file} was written after the run" for file in facts.newer)],
         "charts": drawn,
         "captions": captions(facts),
         "target_words": target_words(m) if facts.target else "",
@@ -80,40 +94,6 @@ def page_of(facts: Facts) -> bytes:
     return render("run.html", [chart for few in drawn.values() for chart in few], tables, values)
 
 
-# ---------------------------------------------------------------- words
-
-
-def sentence(facts: Facts) -> str:
-    counts, command = facts.manifest["counts"], facts.manifest["command"]
-    scored = counts["scored"]
-    if command == "score":
-        return f"{scored:,} rows were scored"
-    taken = counts[TAKEN[command]]
-    return f"{taken:,} of {scored:,} rows were {TAKEN[command]}, {percent(taken / max(1, scored))}"
-
-
-def tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
-    m = facts.manifest
-    counts, config = m["counts"], m["config"]
-    yield "rows read", f"{counts['read']:,}", f"{counts['quarantined']:,} set aside, {counts['truncated']:,} cut"
-    if m["command"] != "score":
-        taken = TAKEN[m["command"]]
-        budget = config["budget"] if m["command"] == "select" else config["remove"]
-        yield taken, f"{counts[taken]:,}", f"the budget was {budget}"
-        over = facts.columns.passed_over
-        yield "cut-off", significant(facts.columns.cutoff), f"{facts.columns.by.replace('_', ' ')} of the last row" + (
-            f"; {over:,} above it passed over" if over else ""
-        )
-        if facts.spread:
-            yield "of all positive influence", percent(facts.spread.bought), f"is in the rows {taken}"
-    if "pairs" in m["target"]:
-        agreement = m["target"]["split_half_agreement"]
-        words = "" if agreement is None else agreement_in_words(agreement)
-        yield "halves agree", significant(agreement, 2), words
-    if labels := m["choice"].get("labels"):
-        yield "AUROC of the ranking", significant(labels["auroc"]), f"{labels['bad']:,} of {labels['rows']:,} rows are known to be bad"
-
-
 def shares(counts: Mapping[str, int]) -> list[dict[str, Any]]:
     """The verdicts that any row has, what was taken first."""
     names = [name for name in counts if name not in ("read", "truncated", "scored") and counts[name]]
@@ -123,87 +103,6 @@ def shares(counts: Mapping[str, int]) -> list[dict[str, Any]]:
         {"name": name, "rows": counts[name], "share": counts[name] / total, "kind": KINDS.get(name, "other")}
         for name in sorted(names, key=lambda name: KINDS.get(name) != "taken")
     ]
-
-
-def target_words(m: Mapping[str, Any]) -> str:
-    target = m["target"]
-    side, other = sides_of(m["score"]["swapped"])
-    told = f"{target['pairs']} pairs, worth {significant(target['effective_pairs'])} equal ones. Before any training the model "
-    told += f"prefers the {side} answer in {percent(target['preferred_share'])} of them; the mean preference is {significant(target['mean_preference'])}. "
-    agreement = target["split_half_agreement"]
-    if agreement is not None:
-        told += f"Two halves of the pairs agree at {agreement:.2f}: {agreement_in_words(agreement)}. "
-    told += f"What both answers share is {significant(target['common_part'], 2)} times what tells them apart."
-    if m["score"]["swapped"]:
-        told += f" This is a repair: it looks for rows that teach the {side} answers, in place of the {other} ones."
-    return told
-
-
-def pairs_words(facts: Facts) -> str:
-    target = facts.target
-    if not target:
-        return ""
-    some = f"The {len(target.pairs)} of {target.count} with the largest" if len(target.pairs) < target.count else "Their"
-    told = f"{some} shares in the direction: a few pairs with large ones decide for all. "
-    half = facts.manifest["target"].get("pairs_for_half_of_direction")
-    told += f"{half} of {target.count} pairs make half of it. " if half else ""
-    told += f"Answers are not shown: {target.without_answers}." if target.without_answers else "A row opens to both answers."
-    return told
-
-
-def spread_words(facts: Facts) -> str:
-    if not facts.spread:
-        return ""
-    m = facts.manifest
-    aim = sides_of(m["score"]["swapped"])[0]
-    told = f"A positive score means that training on the row moves the model towards the {aim} answers; "
-    told += f"{percent(facts.spread.positive)} of the rows have one. "
-    if facts.spread.bought == facts.spread.bought:
-        told += f"The rows {TAKEN[m['command']]} have {percent(facts.spread.bought)} of all positive influence."
-    return told
-
-
-def examples_words(facts: Facts) -> str:
-    groups = dict.fromkeys(row.group for row in facts.rows)
-    if set(groups) <= {"top", "below the cut-off"}:
-        told = f"All {len(facts.rows)} scored rows. "
-    else:
-        told = f"{len(facts.rows)} rows of the ranking: {', '.join(groups)}. "
-    return told + "A row opens to its text" + (", its learned tokens coloured by what each adds." if any(row.tokens for row in facts.rows) else ".")
-
-
-def layers_words(facts: Facts) -> str:
-    sums: dict[str, float] = {}
-    for share in facts.layers:
-        sums[share.part] = sums.get(share.part, 0.0) + share.share
-    most = sorted(sums, key=lambda part: -sums[part])[:3]
-    told = ", ".join(f"{part} ({percent(sums[part])})" for part in most)
-    return f"Of the direction's squared norm most lies in {told}. It says where training would move the model, not where it matters."
-
-
-def captions(facts: Facts) -> dict[str, str]:
-    sides = sides_of(facts.manifest["score"]["swapped"])
-    beyond = facts.spread.histogram.beyond if facts.spread else 0
-    far = f" The outer bars also hold {beyond:,} rows that lie beyond." if beyond else ""
-    weighting = facts.scored_by["weighting"]
-    weight = {"prism": "A pair weighs as much as its preference.", "hard": "A pair weighs 1 − its preference."}
-    return {
-        "preferences": f"Each pair's preference for the {sides[0]} answer. {weight.get(weighting, 'All pairs weigh alike.')}",
-        "agreement": "Where the line is still rising, more pairs would help.",
-        "cosines": "Below 0, two targets pull apart.",
-        "spread": f"The dashed line is the cut-off.{far}",
-        "sources": "The line reaches from 5% to 95% of a source's rows, the bar over its middle half, the notch is the median.",
-        "halves": f"The score is their difference: on the dashed diagonal it is 0. Rows high up raise the {sides[0]} answers; "
-        f"far to the right they raise the {sides[1]} ones as well.",
-        "cumulative": "How much of what could help a budget buys. The diamond is this choice.",
-        "layers": "Embeddings first, then block by block.",
-        "intervals": "Right of the line the choice is better; an interval that crosses it shows nothing.",
-        "curves": "Mean over seeds, on pairs that the run has not seen.",
-        "forecast": "One mark for each training. Scores that forecast put them on a rising line.",
-    }
-
-
-# ---------------------------------------------------------------- charts
 
 
 def charts_of(facts: Facts) -> dict[str, list[charts.Chart]]:
@@ -235,71 +134,6 @@ def charts_of(facts: Facts) -> dict[str, list[charts.Chart]]:
     return found
 
 
-# ---------------------------------------------------------------- tables
-
-
-def table_of(
-    rows: Sequence[Row],
-    sides: tuple[str, str],
-    columns: Sequence[tuple[str, str, str]],
-    values: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind); `values` are what
-    they need beside the fields of each row."""
-    columns = [*columns, ("learned", "tokens", "count"), ("source", "source", "name"), ("verdict", "verdict", "name")]
-    wide = {"learned", "source", "score_per_token"}
-    details = [
-        ("score", "score", "score"),
-        ("per_token", "score per token", "score"),
-        ("chosen", f"raises the {sides[0]}", "score"),
-        ("rejected", f"raises the {sides[1]}", "score"),
-        ("loglik", "log-likelihood", "score"),
-        ("id", "id", "name"),
-        ("place", "from", "name"),
-    ]
-    return {
-        "kind": "example",
-        "group": "Show",
-        "sort": [columns[0][0], False],
-        "columns": [
-            {"key": key, "name": name, "kind": kind, "wide": key in wide}
-            for key, name, kind in [*columns, ("text", "text", "text")]
-        ],
-        "details": details,
-        "rows": [{**_row(row), **more} for row, more in zip(rows, values, strict=True)],
-    }
-
-
-def _row(row: Row) -> dict[str, Any]:
-    whole = " ⏎ ".join(said.text[:PREVIEW] for said in row.said) or "".join(text for text, _ in row.tokens)
-    return {**asdict(row), "text": whole[:PREVIEW] or row.missing, "place": f"{row.file}:{row.line}"}
-
-
-def examples_table(facts: Facts) -> dict[str, Any]:
-    by = facts.columns.by
-    columns = [("rank", "rank", "count"), (by, by.replace("_", " "), "score")]
-    return table_of(facts.rows, sides_of(facts.swapped), columns, [{by: row.ranking} for row in facts.rows])
-
-
-def pairs_table(facts: Facts) -> dict[str, Any]:
-    side = sides_of(facts.swapped)[0]
-    columns = [("share", "share", "share"), ("preference", f"π for {side}", "share"), ("gap", "gap", "score"), ("weight", "weight", "score")]
-    pairs = facts.target.pairs if facts.target else ()
-    named = len({pair.target for pair in pairs}) > 1
-    columns += [("target", "target", "name")] * named + [("text", "prompt", "text")]
-    return {
-        "kind": "pair",
-        "group": "Target",
-        "sort": ["share", True],
-        "columns": [{"key": k, "name": n, "kind": kind, "wide": k in ("weight", "gap")} for k, n, kind in columns],
-        "details": [("share", "share of the direction", "share"), ("gap", "gap, nats per token", "score"), ("weight", "weight", "score"), ("line", "line", "count")],
-        "rows": [{**asdict(pair), "text": pair.prompt[:PREVIEW], "group": pair.target} for pair in pairs],
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------- did it help, how was it made
-
-
 def evaluated(facts: Facts) -> dict[str, Any] | None:
     told = facts.evaluation
     if told is None:
@@ -312,7 +146,13 @@ def evaluated(facts: Facts) -> dict[str, Any] | None:
          "rows": f"{sum(each['rows']) / len(each['rows']):,.0f}" if "rows" in each else "–"}
         for name, each in told["methods"].items()
     ]  # fmt: skip
-    more = [("forecast", f"rank correlation {significant(told['forecast']['rank_correlation'], 2)} over {told['forecast']['trainings']} trainings")]
+    forecast = told["forecast"]
+    more = [
+        (
+            "forecast",
+            f"rank correlation {significant(forecast['rank_correlation'], 2)} over {forecast['trainings']} trainings",
+        )
+    ]
     more += [("compute", told["compute"]["words"])] if told["compute"] else []
     if lds := told["lds"]:
         more.append(("LDS", f"{significant(lds['lds'])} [{significant(lds['low'])}, {significant(lds['high'])}]"))
@@ -322,8 +162,18 @@ def evaluated(facts: Facts) -> dict[str, Any] | None:
     for name, each in told["methods"].items():
         tasks = {task: sum(values) / len(values) for task, values in each.get("tasks", {}).items()}
         more += [(f"tasks, {name}", ", ".join(f"{task} {value:.4f}" for task, value in tasks.items()))] if tasks else []
-    words = f"Trained {told['steps']} steps at a rate of {told['rate']:g}, with {told['config']['seeds']} seeds, and asked {told['pairs']} held-out pairs{of}{left}."
-    return {"words": words, "several": several, "methods": methods, "verdicts": list(_verdicts(told["against"])), "controls": [{**each, "words": each["words"].partition(": ")[2]} for each in told["controls"]], "more": more}  # fmt: skip
+    seeds = told["config"]["seeds"]
+    words = (
+        f"Trained {told['steps']} steps at a rate of {told['rate']:g}, with {seeds} seeds, and asked {told['pairs']} "
+    )
+    return {
+        "words": f"{words}held-out pairs{of}{left}.",
+        "several": several,
+        "methods": methods,
+        "verdicts": list(_verdicts(told["against"])),
+        "controls": [{**each, "words": each["words"].partition(": ")[2]} for each in told["controls"]],
+        "more": more,
+    }
 
 
 def _verdicts(against: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
@@ -356,7 +206,11 @@ def made(facts: Facts) -> dict[str, Any]:
         "cost": cost,
         "given": given,
         "options": list(config.items()),
-        "versions": [*about, *m["versions"].items(), *((f"fingerprint of the {n}", v) for n, v in m["fingerprints"].items())],
+        "versions": [
+            *about,
+            *m["versions"].items(),
+            *((f"fingerprint of the {n}", v) for n, v in m["fingerprints"].items()),
+        ],
     }
 
 

@@ -16,6 +16,7 @@
       const text = value === 0 ? "0" : size >= 1e4 || size < 1e-3 ? value.toExponential(2) : value.toPrecision(3);
       return text.replace("-", "−");
     },
+    move: value => (value > 0 ? "+" : "") + write.share(value),
     share: value => (100 * value).toFixed(Math.abs(value) < 0.1 ? 1 : 0).replace("-", "−") + "%",
   };
   const told = (value, kind) => (kind === "name" || kind === "text" ? String(value ?? "") : known(value) ? write[kind](value) : "");
