@@ -248,18 +248,19 @@ def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
     return _made("halves", "Two halves of a score", text, heat + diagonal if ends else heat, 260)
 
 
-def cumulative(curve: Sequence[Budget], share: float, bought: float) -> Chart:
-    """What each budget buys of all positive influence; a point at the budget that was taken."""
+def cumulative(curve: Sequence[Budget], choice: tuple[float, float], influence: str) -> Chart:
+    """What the first rows have of all influence above 0; a point at `choice`: its share of the rows, and of that."""
+    share, bought = choice
     rows = [{"share": each.share, "rows": each.rows, "bought": each.bought} for each in curve]
     across = alt.X("share:Q", title="share of the rows, best first", axis=alt.Axis(format="%", tickCount=6))
-    up = alt.Y("bought:Q", title="of all positive influence", axis=alt.Axis(format="%", tickCount=5))
+    up = alt.Y("bought:Q", title=f"of all {influence} influence", axis=alt.Axis(format="%", tickCount=5))
     tips = [
         alt.Tooltip("share:Q", format=".1%"),
         alt.Tooltip("bought:Q", format=".1%"),
         alt.Tooltip("rows:Q", format=","),
     ]
     line = alt.Chart(_data(rows)).mark_line(color=TAKEN, strokeWidth=2.5).encode(across, up, tooltip=tips)
-    text = "Share of all positive influence by share of rows: " + ", ".join(
+    text = f"Share of all {influence} influence by share of rows: " + ", ".join(
         f"{row['bought']:.0%} at {row['share']:.0%}" for row in rows[:: max(1, len(rows) // 6)]
     )
     if bought != bought:
@@ -349,7 +350,7 @@ def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
             alt.X("step:Q", title="steps of training", axis=alt.Axis(tickCount=5)),
             alt.Y(f"{measure}:Q", title=f"{measure} on the held-out pairs", scale=alt.Scale(zero=False)),
             alt.Color("method:N", scale=alt.Scale(domain=methods, range=colours), legend=legend),
-            alt.StrokeDash("method:N", scale=alt.Scale(domain=methods, range=dashes), legend=None),
+            alt.StrokeDash("method:N", scale=alt.Scale(domain=methods, range=dashes), legend=legend),
             tooltip=["method:N", "step:Q", alt.Tooltip(f"{measure}:Q", format=".4f")],
         )
     )  # fmt: skip
@@ -375,7 +376,7 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
         .encode(
             alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(format="~g", tickCount=5)),
             alt.Y("realised:Q", title="realised: change of the gain", axis=alt.Axis(format="~g")),
-            alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), title=None),
+            alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=wide),
             alt.Shape("method:N", scale=alt.Scale(domain=names, range=shapes), title=None, legend=wide),
             tooltip=["method:N", alt.Tooltip("predicted:Q", format=".3g"), alt.Tooltip("realised:Q", format=".3g")],
         )

@@ -16,6 +16,7 @@ from prism_select.report.page import percent, significant
 __all__ = [
     "captions",
     "examples_words",
+    "influence",
     "layers_words",
     "pairs_words",
     "sentence",
@@ -34,6 +35,11 @@ def sentence(facts: Facts) -> str:
     return f"{taken:,} of {scored:,} rows were {TAKEN[command]}, {percent(taken / max(1, scored))}"
 
 
+def influence(facts: Facts) -> str:
+    """What a score above 0 is called: in a repair it is the harm that a row does."""
+    return "harmful" if facts.swapped else "positive"
+
+
 def tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     m = facts.manifest
     counts, config = m["counts"], m["config"]
@@ -50,7 +56,7 @@ def tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
             + (f"; {over:,} above it passed over" if over else ""),
         )
         if facts.spread:
-            yield "of all positive influence", percent(facts.spread.bought), f"is in the rows {taken}"
+            yield f"of all {influence(facts)} influence", percent(facts.spread.bought), f"is in the rows {taken}"
     if "pairs" in m["target"]:
         agreement = m["target"]["split_half_agreement"]
         words = "" if agreement is None else agreement_in_words(agreement)
@@ -106,7 +112,9 @@ def spread_words(facts: Facts) -> str:
     told = f"A positive score means that training on the row moves the model towards the {aim} answers; "
     told += f"{percent(facts.spread.positive)} of the rows have one. "
     if facts.spread.bought == facts.spread.bought:
-        told += f"The rows {TAKEN[m['command']]} have {percent(facts.spread.bought)} of all positive influence."
+        told += (
+            f"The rows {TAKEN[m['command']]} have {percent(facts.spread.bought)} of all {influence(facts)} influence."
+        )
     return told
 
 
@@ -147,7 +155,8 @@ def captions(facts: Facts) -> dict[str, str]:
         "median.",
         "halves": f"The score is their difference: on the dashed diagonal it is 0. Rows high up raise the {sides[0]} "
         f"answers; far to the right they raise the {sides[1]} ones as well.",
-        "cumulative": "How much of what could help a budget buys. The diamond is this choice.",
+        "cumulative": f"How much of all {influence(facts)} influence lies in the first rows of the ranking. The diamond is "
+        "this choice.",
         "layers": "Embeddings first, then block by block.",
         "intervals": "Right of the line the choice is better; an interval that crosses it shows nothing.",
         "curves": "Mean over seeds, on pairs that the run has not seen.",

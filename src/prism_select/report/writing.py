@@ -13,13 +13,14 @@ from typing import Any
 from prism_select.config import Options, RepairConfig, ScoreConfig, SelectConfig, sides_of
 from prism_select.report import charts
 from prism_select.report.columns import TAKEN
-from prism_select.report.facts import Facts, facts_of
+from prism_select.report.facts import Facts, facts_of, options_of
 from prism_select.report.judgement import checks_of, headline
 from prism_select.report.page import percent, render, significant
 from prism_select.report.tables import examples_table, pairs_table
 from prism_select.report.words import (
     captions,
     examples_words,
+    influence,
     layers_words,
     pairs_words,
     sentence,
@@ -82,6 +83,7 @@ def page_of(facts: Facts) -> bytes:
         "target_words": target_words(m) if facts.target else "",
         "pairs_words": pairs_words(facts),
         "several": several,
+        "influence": influence(facts),
         "spread_words": spread_words(facts),
         "examples_words": examples_words(facts),
         "layers_words": layers_words(facts),
@@ -118,9 +120,10 @@ def charts_of(facts: Facts) -> dict[str, list[charts.Chart]]:
         if "cosines" in told:
             found["target"].append(charts.cosines(list(told["targets"]), told["cosines"]))
     if spread:
-        taken = TAKEN.get(m["command"], "")
+        taken, share = TAKEN.get(m["command"], ""), float(columns.taken.sum() / len(columns.order))
         found["wide"] = [charts.spread(spread.histogram, columns.cutoff, columns.by, taken)]
-        found["spread"] = [charts.cumulative(spread.curve, columns.taken.sum() / len(columns.order), spread.bought)]
+        if spread.positive:
+            found["spread"] = [charts.cumulative(spread.curve, (share, spread.bought), influence(facts))]
         if spread.halves:
             found["spread"].append(charts.halves(spread.halves, sides))
         if len(spread.sources) > 1:
@@ -187,8 +190,8 @@ def _verdicts(against: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, st
 def made(facts: Facts) -> dict[str, Any]:
     m = facts.manifest
     plan, actual = m["plan"], m["actual"]
-    config = {name: _shown(value) for name, value in m["config"].items()}
-    defaults = {field.name: _shown(field.default) for field in fields(CONFIGS[m["command"]])}
+    config = {name: _shown(value) for name, value in options_of(m).items()}
+    defaults = {field.name: _shown(field.default) for kind in CONFIGS.values() for field in fields(kind)}
     given = [(name, value) for name, value in config.items() if value != defaults.get(name)]
     cost = [
         ("seconds", significant(plan["seconds"]), significant(actual["seconds"])),
@@ -199,7 +202,8 @@ def made(facts: Facts) -> dict[str, Any]:
     about = [("architecture", model["architecture"]), ("device", model["device"]), ("template", model["template"])]
     about += [("counted weights", f"{len(model['counted_weights'])}"), ("PRISM", m["prism_version"])]
     engine = f"{m['engine']['name']} in {m['engine']['dtype']}: {m['engine']['reason']}"
-    curvature = ", ".join(f"{name} {_shown(value)}" for name, value in m["curvature"].items() if value is not None)
+    told = {name: value for name, value in m["curvature"].items() if name != "name" and isinstance(value, float | int)}
+    curvature = ", ".join([m["curvature"]["name"], *(f"{name} {_shown(value)}" for name, value in told.items())])
     score = [("definition", m["score"]["definition"]), ("sign", m["score"]["sign"]), ("unit", m["score"]["unit"])]
     return {
         "score": [*score, ("engine", engine), ("curvature", curvature), ("padding", percent(m["padding"]))],

@@ -25,8 +25,10 @@
   const draw = async host => {
     const spec = data.charts[host.dataset.chart];
     const tooltip = { disableDefaultStyle: true };
-    await vegaEmbed(host, spec, { actions: false, renderer: "svg", ast: true, defaultStyle: false, tooltip });
-    host.querySelector("svg").setAttribute("aria-hidden", "true");
+    const inner = make("div"); // Vega gives what it draws in a role and a name of its own
+    inner.ariaHidden = "true";
+    host.append(inner);
+    await vegaEmbed(inner, spec, { actions: false, renderer: "svg", ast: true, defaultStyle: false, tooltip });
   };
   const plots = [...document.querySelectorAll("[data-chart]")];
   const drawn = Promise.all(plots.map(draw));

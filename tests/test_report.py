@@ -1,0 +1,486 @@
+"""The report: its facts are those of the run folder, its page holds no markup but its own, and no model is needed."""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import Row, jsonl, prism, prism_apart
+from hypothesis import given
+from hypothesis import strategies as st
+from made_run import CONTROLS, TARGET, change, write_evaluation, write_run
+from safetensors.torch import save_file
+
+import prism_select
+from prism_select.data.readers import read_rows, rows_at
+from prism_select.errors import BadOption
+from prism_select.report.columns import columns_of
+from prism_select.report.comparison import compared
+from prism_select.report.examples import BESIDE, BOTTOM, LETTERS, TOP, shown
+from prism_select.report.facts import facts_of, layers_of
+from prism_select.report.judgement import AGREEMENTS, checks_of, headline
+from prism_select.report.page import in_json, significant
+from prism_select.report.spread import spread_of
+from prism_select.report.writing import page_of, write_report
+
+ROWS: list[Row] = [
+    {"prompt": f"Say {place}", "completion": f"It is {place}.", "id": f"r{place}", "source": "ab"[place % 2]}
+    for place in range(12)
+]
+SCORES = [5.0, -1.0, 4.0, 0.0, 3.0, -2.0, 2.0, -3.0, 1.0, -4.0, 0.5, -5.0]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", ROWS, SCORES)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A thousand rows, of which 333 were taken."""
+    rows: list[Row] = [{"prompt": f"Say {place}", "completion": "ok", "id": f"r{place}"} for place in range(1000)]
+    return write_run(tmp_path / "run", rows, np.random.default_rng(0).normal(size=1000).tolist())
+
+
+def page(run: Path) -> str:
+    return page_of(facts_of(str(run))).decode()
+
+
+def states(run: Path) -> dict[str, str]:
+    return {check.name: check.state for check in checks_of(facts_of(str(run)))}
+
+
+# ---------------------------------------------------------------- facts
+
+
+def test_the_cut_off_is_the_lowest_score_that_was_taken(run: Path) -> None:
+    columns = facts_of(str(run)).columns
+    assert columns.cutoff == 2.0 and columns.passed_over == 0
+    assert columns.order.tolist() == [0, 2, 4, 6, 8, 10, 3, 1, 5, 7, 9, 11]
+    table = pq.read_table(run / "scores.parquet")
+    verdict = ["source cap" if row == 2 else value for row, value in enumerate(table["verdict"].to_pylist())]
+    pq.write_table(table.set_column(table.num_columns - 1, "verdict", pa.array(verdict)), run / "scores.parquet")
+    assert facts_of(str(run)).columns.passed_over == 1
+
+
+def test_the_histogram_holds_every_scored_row_once_also_what_lies_far_out(large: Path) -> None:
+    table = pq.read_table(large / "scores.parquet")
+    scores = table["score"].to_numpy().copy()
+    scores[[3, 7]] = 1e6, math.nan
+    pq.write_table(table.set_column(5, "score", pa.array(scores)), large / "scores.parquet")
+    found = facts_of(str(large)).spread
+    assert found and sum(found.histogram.taken) + sum(found.histogram.others) == 999
+    assert sum(found.histogram.taken) == 333 - (table["verdict"][7].as_py() == "selected")
+    assert found.histogram.edges[-1] < 10 and found.histogram.beyond >= 1
+
+
+def test_budgets_buy_what_the_first_rows_add_up_to(run: Path) -> None:
+    found = facts_of(str(run)).spread
+    positive = [5, 4, 3, 2, 1, 0.5]
+    assert found and found.positive == 0.5
+    assert found.bought == pytest.approx(sum(positive[:4]) / sum(positive))
+    bought = {each.share: each.bought for each in found.budgets}
+    assert bought[0.2] == pytest.approx((5 + 4) / sum(positive)) and bought[0.5] == 1  # 20% of 12 rows are 2
+    assert found.curve[0].bought == 0 and found.curve[-1].bought == 1
+    assert [each.bought for each in found.curve] == sorted(each.bought for each in found.curve)
+
+
+def test_sources_have_their_own_quantiles_and_rows_taken(run: Path) -> None:
+    found = facts_of(str(run)).spread
+    assert found
+    for source in found.sources:
+        own = [score for score, row in zip(SCORES, ROWS, strict=True) if row["source"] == source.name]
+        assert source.rows == len(own) == 6
+        assert source.quantiles == pytest.approx(np.quantile(own, [0.05, 0.25, 0.5, 0.75, 0.95]))
+        assert source.taken == sum(score >= 2 for score in own)
+
+
+def test_many_sources_are_joined_and_none_is_lost(tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": "a", "completion": "b", "id": f"{i}", "source": f"s{i % 40}"} for i in range(200)]
+    run = write_run(tmp_path / "run", rows, [float(i) for i in range(200)])
+    found = facts_of(str(run)).spread
+    assert found and sum(source.rows for source in found.sources) == 200
+    assert found.sources[-1].name == "28 others" and len(found.sources) == 13
+
+
+def test_the_halves_hold_every_row_and_their_difference_is_the_score(run: Path) -> None:
+    found = facts_of(str(run)).spread
+    assert found and sum(cell.rows for cell in found.halves) == 12
+    for cell in found.halves:
+        assert cell.rejected[0] < cell.rejected[1] and cell.chosen[0] < cell.chosen[1]
+
+
+def test_a_run_without_any_score_has_a_page(run: Path) -> None:
+    table = pq.read_table(run / "scores.parquet")
+    nothing = pa.array([None] * 12, pa.float64())
+    for name in ("score", "score_per_token", "score_chosen", "score_rejected"):
+        table = table.set_column(table.schema.get_field_index(name), name, nothing)
+    pq.write_table(
+        table.set_column(table.num_columns - 1, "verdict", pa.array(["quarantined"] * 12)), run / "scores.parquet"
+    )
+    assert "No row of the pool has a score." in page(run)
+
+
+def test_the_rows_shown_are_the_top_both_sides_of_the_cut_off_and_the_bottom(large: Path) -> None:
+    facts = facts_of(str(large))
+    places = [place for _, place in shown(facts.columns)]
+    wanted = {*range(TOP), *range(333 - BESIDE, 333 + BESIDE), *range(1000 - BOTTOM, 1000)}
+    assert places == sorted(wanted)
+    for row in facts.rows:
+        assert row.score == facts.columns.score[facts.columns.order[row.rank - 1]]
+        assert row.said[0].text == f"Say {row.row}" and row.id == f"r{row.row}"
+        assert (row.verdict == "selected") == (row.rank <= 333)
+
+
+def test_a_small_pool_is_shown_whole(run: Path) -> None:
+    rows = facts_of(str(run)).rows
+    assert [row.rank for row in rows] == list(range(1, 13))
+    assert {row.group for row in rows} == {"top", "below the cut-off"}
+
+
+def test_long_texts_are_cut_and_say_how_long_they_were(tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": "p", "completion": "x" * 50_000, "id": str(i)} for i in range(6)]
+    run = write_run(tmp_path / "run", rows, [float(i) for i in range(6)])
+    answer = facts_of(str(run)).rows[0].said[1]
+    assert len(answer.text) == LETTERS - 1 and answer.letters == 50_000
+    assert len(page(run)) < 1_200_000
+
+
+def test_a_row_that_is_not_there_any_more_says_so(run: Path) -> None:
+    pool = run.parent / "pool.jsonl"
+    lines = pool.read_text().splitlines()
+    pool.write_text("\n".join([lines[1], lines[0], "{broken", *lines[3:10]]) + "\n")
+    os.utime(pool, (2e9, 2e9))
+    facts = facts_of(str(run))
+    missing = {row.row: row.missing for row in facts.rows}
+    assert missing[0] == "the file has changed: the row is r1 now" and "broken JSON" in missing[2]
+    assert missing[10] == missing[11] == "the file has fewer rows than it had"
+    assert not missing[3] and facts.newer == (str(pool),)
+    assert f"{pool} was written after the run" in page(run)
+    pool.unlink()
+    assert all("no such file" in row.missing for row in facts_of(str(run)).rows)
+
+
+def test_tokens_and_groups_come_with_their_rows(tmp_path: Path) -> None:
+    tokens = [[float(row), -1.0] for row in range(12)]
+    more = {"score_se": [0.1] * 12, "score_groups": [[1.0, float(row)] for row in range(12)]}
+    more |= {"token_scores": tokens, "token_texts": [["It ", f"{row}"] for row in range(12)]}
+    rows = facts_of(str(write_run(tmp_path / "run", ROWS, SCORES, **more))).rows
+    for row in rows:
+        assert row.tokens == (("It ", float(row.row)), (f"{row.row}", -1.0))
+        assert row.groups == (1.0, float(row.row)) and row.error == 0.1
+
+
+def test_pairs_are_shown_with_their_answers_as_the_target_file_has_them(run: Path) -> None:
+    target = facts_of(str(run)).target
+    assert target and target.count == 12 and not target.without_answers
+    for pair in target.pairs:
+        assert pair.chosen[0].text.startswith("Right") and pair.rejected[0].text.startswith("Wrong")
+        assert pair.preference == pytest.approx(1 / (1 + math.exp(-pair.gap)))
+    jsonl(run.parent / "pairs.jsonl", [{"prompt": "Other?", "chosen": "a", "rejected": "b"}])
+    changed = facts_of(str(run)).target
+    assert changed and changed.without_answers and not changed.pairs[0].chosen
+    assert "Answers are not shown" in page(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_layers_share_the_squared_norm_of_the_direction(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {
+        "model.embed_tokens.weight": torch.full((3, 1), 2.0),
+        "model.layers.0.self_attn.q_proj.weight": torch.full((2, 2), 1.0),
+        "model.layers.10.mlp.up_proj.weight": torch.full((4, 1), -1.0),
+        "lm_head.weight": torch.full((1, 4), 1.0),
+        "chosen/lm_head.weight": torch.full((1, 4), 100.0),
+    }
+    save_file({name: value.to(dtype) for name, value in weights.items()}, tmp_path / "d.safetensors")
+    found = layers_of(tmp_path / "d.safetensors")
+    assert [(each.part, each.kind) for each in found] == [
+        ("embed_tokens", "embed_tokens"),
+        ("block 0", "q_proj"),
+        ("block 10", "up_proj"),
+        ("lm_head", "lm_head"),
+    ]
+    assert [each.share for each in found] == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+
+
+def test_several_targets_add_up_and_their_chosen_halves_are_left_out(tmp_path: Path) -> None:
+    weights = {f"target:{name}/h.0.w.weight": torch.ones(2, 2) for name in ("math", "code")}
+    weights |= {"target:math/h.1.w.weight": torch.ones(2, 2), "chosen:math/h.1.w.weight": torch.ones(9, 9)}
+    save_file(weights, tmp_path / "d.safetensors")
+    assert [each.share for each in layers_of(tmp_path / "d.safetensors")] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_choice_made_again_keeps_the_texts_and_options_of_the_scores(run: Path) -> None:
+    told = json.loads((run / "manifest.json").read_text())
+    again = {**told["config"], "model": "", "pool": [], "target": [], "select_from": "elsewhere", "budget": "7%"}
+    change(run, scored_by=told["config"], config=again)
+    facts = facts_of(str(run))
+    assert facts.rows[0].said and facts.target and facts.target.pairs[0].chosen
+    text = page(run)
+    assert "elsewhere" in text and "7%" in text and str(run.parent / "pool.jsonl") in text
+
+
+# ---------------------------------------------------------------- judgement
+
+
+def test_words_for_agreement_have_the_bounds_of_the_diagnosis() -> None:
+    from prism_select.diagnosis import EVEN, NOISE
+
+    assert [bound for bound, _ in AGREEMENTS[:2]] == [NOISE, EVEN]
+
+
+@pytest.mark.parametrize(
+    ("changed", "check", "state"),
+    [
+        ({}, "", "not tried"),
+        ({"target": {**TARGET, "split_half_agreement": 0.2}}, "agreement of the pairs", "look"),
+        ({"target": {**TARGET, "effective_pairs": 3.0}}, "effective pairs", "look"),
+        ({"target": {**TARGET, "chosen_longer_share": 0.05}}, "length of the answers", "look"),
+        ({"choice": {"rank_correlation_with_tokens": {"none": -0.9}}}, "score against length", "look"),
+        ({"counts": {"read": 12, "truncated": 0, "selected": 4, "quarantined": 1, "scored": 11}}, "rows", "look"),
+        (
+            {"engine": {"name": "e", "reason": "", "dtype": "", "check": {"rows": 8, "disagreement": 1, "tolerance": 0.1}}},
+            "self-check",
+            "failed",
+        ),
+    ],
+)  # fmt: skip
+def test_each_check_sees_what_it_is_for(run: Path, changed: dict[str, Any], check: str, state: str) -> None:
+    change(run, **changed)
+    found = states(run)
+    untried = {"controls", "does it help"}
+    assert {name for name, told in found.items() if told != "holds"} == untried | ({check} if check else set())
+    assert not check or found[check] == state
+    worst = headline(checks_of(facts_of(str(run))))
+    assert worst[0] == state and check in worst[1]
+
+
+def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
+    write_evaluation(run)
+    assert set(states(run).values()) == {"holds"}
+    assert headline(checks_of(facts_of(str(run))))[1] == "Every check holds."
+    broken = {"name": "swapped pairs", "holds": False, "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less"}
+    write_evaluation(run, controls=[*CONTROLS, broken])
+    assert states(run)["controls"] == "failed"
+    assert re.search(r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped', page(run))
+    for low, high, state in ((-0.1, 0.2, "look"), (-0.3, -0.1, "failed")):
+        against = {"random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}}
+        write_evaluation(run, against=against)
+        assert states(run)["does it help"] == state
+
+
+# ---------------------------------------------------------------- the page
+
+
+@given(st.text(), st.text())
+def test_json_inside_the_page_means_the_same_and_holds_no_markup(key: str, text: str) -> None:
+    found = in_json({key: text, "hard": "</script><!--&\u2028\u2029"})
+    assert not set(found) & set("<>&\u2028\u2029")
+    assert json.loads(found) == {key: text, "hard": "</script><!--&\u2028\u2029"}
+
+
+def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(run: Path) -> None:
+    text = page(run)
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])  # type: ignore[index]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert policy == (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)=\"(?!#)", outside) and "url(" not in outside and "@import" not in outside
+
+
+def test_names_and_warnings_are_escaped_in_the_page(tmp_path: Path) -> None:
+    bad = "<img src=x onerror=alert(1)>'\""
+    rows: list[Row] = [{**row, "source": bad} for row in ROWS[:6]] + ROWS[6:]
+    run = write_run(tmp_path / "run", rows, SCORES)
+    change(run, warnings=[bad])
+    assert "<img src=x" not in page(run) and "&lt;img src=x" in page(run)
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        ("pairs.parquet", "its pairs are not in this folder"),
+        ("direction.safetensors", "There is no direction to read"),
+        ("evaluation", "Not tried yet"),
+    ],
+)
+def test_a_part_that_is_not_there_is_named_in_a_line(run: Path, gone: str, says: str) -> None:
+    (run / gone).unlink(missing_ok=True)
+    if gone == "pairs.parquet":
+        change(run, target={"direction": "d.safetensors"})
+    assert says in page(run)
+
+
+def test_the_page_answers_in_order_and_its_headings_do_not_skip(run: Path) -> None:
+    write_evaluation(run)
+    text = page(run)
+    sections = re.findall(r"<section id=\"(\w+)\"", text)
+    assert sections == ["chosen", "target", "spread", "examples", "layers", "helps", "made"]
+    levels = [
+        int(level) for level in re.findall(r"<h([1-6])", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+    ]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_the_same_folder_gives_the_same_page(run: Path) -> None:
+    assert page(run) == page(run)
+
+
+def test_a_number_is_written_with_the_digits_that_matter() -> None:
+    shown = [significant(value) for value in (0.123456, -12345.6, 0.0, None, math.nan, 1e-7)]
+    assert shown == ["0.123", "−12,346", "0", "–", "–", "1e−07"]
+
+
+def test_the_runtime_of_the_charts_is_what_its_maker_makes() -> None:
+    import importlib.util
+
+    place = Path(__file__).parent.parent / "docs" / "make_vega.py"
+    spec = importlib.util.spec_from_file_location("make_vega", place)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PLACE.read_text(encoding="utf-8") == module.runtime(), "run python docs/make_vega.py"
+    assert "</script" not in module.runtime().lower()
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", ROWS, SCORES)
+    other = [-score for score in SCORES]
+    other[0] = 9.0
+    b = write_run(tmp_path / "b", ROWS, other)
+    found = compared(str(a), str(b))
+    assert (found.both, found.only_a, found.only_b) == (1, 3, 3)
+    assert found.chance == 4 * 4 / 12 and found.rows == 12
+    assert found.correlation == pytest.approx(np.corrcoef(*(np.argsort(np.argsort(s)) for s in (SCORES, other)))[0, 1])
+    half = next(each for each in found.shared if each.share == 0.5)
+    assert half.rows == 6 and half.same == len({0, 2, 4, 6, 8, 10} & {0, 1, 5, 7, 9, 11}) / 6 and half.chance == 0.5
+    rose = found.moved[0]
+    assert rose.row.row == 11 and (rose.rank_a, rose.rank_b) == (12, 2) and rose.moved == pytest.approx(10 / 11)
+    assert dict((name, (x, y)) for name, _, x, y in found.sources) == {"a": (4, 1), "b": (0, 3)}
+    assert not found.options
+
+
+def test_options_that_differ_are_named(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, ROWS, SCORES) for name in "ab")
+    told = json.loads((b / "manifest.json").read_text())
+    change(b, config={**told["config"], "layers": "late"}, fingerprints={**told["fingerprints"], "model": "n"})
+    found = compared(str(a), str(b))
+    assert found.options == (("layers", "all", "late"), ("fingerprint of the model", "m", "n"))
+    assert not found.moved and found.correlation == pytest.approx(1)
+
+
+def test_runs_of_other_pools_are_not_compared(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, ROWS, SCORES) for name in "ab")
+    change(b, fingerprints={"pool": "q", "target": "t", "model": "m"})
+    with pytest.raises(BadOption, match="their pools are not the same"):
+        compared(str(a), str(b))
+    done = prism("report", a, b)
+    assert done.code == 2 and done.err.count("\n") == 1 and not (a / "comparison.html").exists()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_writes_the_page_and_names_it(run: Path, tmp_path: Path) -> None:
+    done = prism("report", run)
+    assert done.code == 0 and str(run / "report.html") in done.out.replace("\n", "")
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    elsewhere = prism("report", run, "--out", tmp_path / "page.html")
+    assert elsewhere.code == 0 and (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
+    assert prism_select.write_report(str(run)) == run / "report.html"
+    both = prism("report", run, run, "--json")
+    assert json.loads(both.out) == {"report": str(run / "comparison.html")} and (run / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give the folder of one run"),
+        (["a", "b", "c"], "here are 3"),
+        (["nowhere"], "no complete run there"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_a_line(words: list[str], says: str) -> None:
+    done = prism("report", *words)
+    assert done.code == 2 and says in done.err and done.err.count("\n") == 1
+
+
+def test_an_unfinished_or_damaged_run_is_refused_in_a_line(run: Path) -> None:
+    (run / "scores.parquet").rename(run / "scores.part")
+    assert "scores.parquet is missing" in prism("report", run).err
+    (run / "scores.part").rename(run / "scores.parquet")
+    (run / "manifest.json").write_text("{")
+    done = prism("report", run)
+    assert done.code == 2 and "its manifest.json is damaged" in done.err
+    (run / "manifest.json").write_text('{"command": "pairs"}')
+    assert prism("report", run).code == 2
+
+
+def test_a_page_needs_no_torch(run: Path) -> None:
+    code = (
+        "import sys\nfrom prism_select.cli import main\n"
+        "for words in (['report', sys.argv[1]], ['report', sys.argv[1], sys.argv[1]]):\n"
+        "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch came with it'"
+    )
+    done = prism_apart("-c", code, run, module=False)
+    assert done.code == 0, done.err
+
+
+# ---------------------------------------------------------------- some rows of a file
+
+
+def files_of(folder: Path) -> list[str]:
+    rows: list[Row] = [{"prompt": f"Say {place}", "completion": "ok"} for place in range(9)]
+    lines = "\n\n".join(json.dumps(row) for row in rows) + "\n  \n{broken\n"
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "c.json").write_text(json.dumps(rows))
+    (folder / "d.json").write_text(lines)
+    (folder / "e.csv").write_text("prompt,completion\n" + 'a,"b\nc"\n' + "d,e\n" * 8)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "f.parquet", row_group_size=2)
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def test_some_rows_of_a_file_are_those_among_all_of_them(tmp_path: Path) -> None:
+    for file in files_of(tmp_path):
+        every = list(read_rows(file))
+        assert len(every) >= 9
+        for places in ([], [0], [8], [1, 4, 5], range(len(every)), [3, 99]):
+            assert list(rows_at(file, places)) == [(place, every[place]) for place in places if place < len(every)]
+
+
+def test_spread_and_columns_of_every_command(run: Path) -> None:
+    change(run, command="score")
+    columns = columns_of(run, json.loads((run / "manifest.json").read_text()))
+    found = spread_of(columns)
+    assert found and not any(found.histogram.taken) and math.isnan(found.bought)
+    assert "12 rows were scored" in page(run)
+
+
+def test_a_page_is_written_whole_or_not_at_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(str(run))
+    before = (run / "report.html").read_bytes()
+    monkeypatch.setattr("prism_select.report.writing.page_of", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(str(run))
+    assert (run / "report.html").read_bytes() == before and not list(run.glob("*.part"))
