@@ -44,6 +44,19 @@ LAYERS = [
         "warmup",
     ],
     ["tasks", "rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
+    [
+        "report.columns",
+        "report.spread",
+        "report.examples",
+        "report.facts",
+        "report.judgement",
+        "report.charts",
+        "report.page",
+        "report.words",
+        "report.tables",
+        "report.writing",
+        "report.comparison",
+    ],
     ["api"],
     ["terminal"],
     ["demo.world", "demo.train", "demo.story"],
@@ -62,7 +75,7 @@ def imports_of(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prism_select"):
             inside = (node.module or "").removeprefix("prism_select").lstrip(".")
-            package = inside in ("", "core", "data", "demo")
+            package = inside in ("", "core", "data", "demo", "report")
             names.update(f"{inside}.{a.name}".lstrip(".") if package else inside for a in node.names)
     return names
 
@@ -132,6 +145,8 @@ def test_every_module_imports_alone() -> None:
         "data.formats",
         "data.pairing",
         "selection",
+        "report.comparison",
+        "report.writing",
     ]
     for name in light:
         code = f"{script}\nassert 'torch' not in sys.modules, 'torch came with it'"

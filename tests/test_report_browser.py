@@ -1,6 +1,6 @@
-"""The page in a browser: it draws, searches, sorts and opens without a network, text stays text, and all can use it.
+"""The page in a browser: it draws, searches, sorts and opens without a network; text stays text; all can use it.
 
-Needs Chromium (Debian: apt-get install chromium). Without it these tests fail where CI is set and are skipped elsewhere.
+Needs Chromium (Debian: apt-get install chromium). Without it they fail where CI is set, and are skipped elsewhere.
 """
 
 import json
@@ -20,7 +20,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from prism_select.report.comparison import write_comparison
 from prism_select.report.writing import write_report
 
-HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> \"'`&amp; \u202eright\u202c"
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+HOSTILE += " \"'`&amp; \u202eright\u202c"
 FLAGS = [
     "--no-sandbox",
     "--disable-background-networking",
@@ -74,7 +75,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows[2] = {"prompt": "שלום, מה שלומך?", "completion": "\u202eabc", "id": "right to left"}
     scores = [60.0 - i for i in range(60)]
     groups = [[1.0, -2.0, 0.5, float(i)] for i in range(60)]
-    more = {"score_se": [0.5] * 60, "score_groups": groups, "token_scores": [[1.0, -2.0]] * 60}
+    more: Any = {"score_se": [0.5] * 60, "score_groups": groups, "token_scores": [[1.0, -2.0]] * 60}
     run = write_run(folder / "run", rows, scores, **more, token_texts=[["It <b>", HOSTILE]] * 60)
     several = {name: TARGET for name in ("math", "code")}
     change(run, warnings=[HOSTILE], target={**TARGET, "targets": several, "cosines": [[1.0, -0.4], [-0.4, 1.0]]})

@@ -155,8 +155,7 @@ def captions(facts: Facts) -> dict[str, str]:
         "median.",
         "halves": f"The score is their difference: on the dashed diagonal it is 0. Rows high up raise the {sides[0]} "
         f"answers; far to the right they raise the {sides[1]} ones as well.",
-        "cumulative": f"How much of all {influence(facts)} influence lies in the first rows of the ranking. The diamond is "
-        "this choice.",
+        "cumulative": f"What of all {influence(facts)} influence the first rows have. The diamond is the choice.",
         "layers": "Embeddings first, then block by block.",
         "intervals": "Right of the line the choice is better; an interval that crosses it shows nothing.",
         "curves": "Mean over seeds, on pairs that the run has not seen.",
