@@ -7,9 +7,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prism_select.config import EvaluateConfig, Options, PairsConfig, RepairConfig, ScoreConfig, SelectConfig
+import click
+
+from prism_select.cli import ANYWHERE, app
+from prism_select.config import (
+    EvaluateConfig,
+    Options,
+    PairsConfig,
+    RepairConfig,
+    ReportConfig,
+    ScoreConfig,
+    SelectConfig,
+)
 
 DOCS = Path(__file__).parent
+ENVIRONMENT = """\
+With `--json` the summary is one JSON object, all that a run tells on the way goes to standard error, and exit codes are
+as ever: 0 done, 2 you can mend it, 1 a defect of PRISM, 130 interrupted. `NO_COLOR=1` in the environment takes colours
+away. Your shell completes options after `eval "$(_PRISM_COMPLETE=bash_source prism)"` (`zsh_source`, `fish_source`)."""
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
 
@@ -26,7 +41,9 @@ def table(kind: type[Options], without: set[str]) -> list[str]:
         if field.name not in without:
             value, text = get_args(hints[field.name])[:2]
             default = f"`{field.default}`" if field.default not in ("", ()) and field.default is not False else ""
-            option = {"file": "FILE", "run": "RUN"}.get(field.name) or f"--{field.name.replace('_', '-')}"
+            option = {"file": "FILE", "run": "RUN", "runs": "RUN [RUN]"}.get(
+                field.name
+            ) or f"--{field.name.replace('_', '-')}"
             lines.append(f"| `{option}` | {values(value)} | {default} | {text} |")
     return lines
 
@@ -40,9 +57,17 @@ def options_page() -> str:
         ("prism repair", RepairConfig, shared),
         ("prism pairs", PairsConfig, set[str]()),
         ("prism evaluate", EvaluateConfig, set[str]()),
+        ("prism report", ReportConfig, set[str]()),
     ):
         parts += [f"## {title}", "", *table(kind, without), ""]
     parts += ["## prism demo", "", "`--out` is the folder that it writes, `prism-demo` unless given.", ""]
+    parts += ["## Every command", "", "These may stand anywhere in a command.", "", "| option | |", "|---|---|"]
+    parts += [
+        f"| `{param.opts[0]}` | {param.help} |"
+        for param in app.params
+        if isinstance(param, click.Option) and param.opts[0] in ANYWHERE
+    ]
+    parts += ["", *ENVIRONMENT.splitlines(), ""]
     return "\n".join(parts)
 
 

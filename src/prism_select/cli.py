@@ -31,7 +31,7 @@ from prism_select.errors import BadOption, PeerLost, PrismError
 from prism_select.terminal import Terminal, evaluation_summary, failed, pairs_summary, printable, summary
 from prism_select.world import alone, leads
 
-__all__ = ["app", "main"]
+__all__ = ["ANYWHERE", "app", "main"]
 
 ANYWHERE = ("--debug", "--json", "--quiet")  # of all commands
 

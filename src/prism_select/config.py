@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -529,8 +530,9 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
     known = {field.name: field for field in fields(kind)}
     for name, value in values.items():
         if name not in known:
-            near = ", ".join(sorted(known))
-            raise BadOption(f"--config {path}: unknown option {name!r}; known are {near}")
+            near = [f"did you mean {found}?" for found in get_close_matches(name, known, n=1)]
+            told = "; ".join([f"unknown option {name!r}", *near, f"known are {', '.join(sorted(known))}"])
+            raise BadOption(f"--config {path}: {told}")
         default = known[name].default
         wanted: Sequence[type] = (
             (list, str)

@@ -62,11 +62,15 @@ def _engine(engine: Mapping[str, Any]) -> Check:
     check = engine["check"]
     off, bound = check["disagreement"], check["tolerance"]
     state: State = "holds" if off is not None and off <= bound else "failed"
-    told = "no number" if off is None else f"{off:.1e}"
-    words = (
-        f"engine {engine['name']} is off by {told} from the definition on {check['rows']} rows; {bound:.0e} is allowed"
-    )
+    told = "no number" if off is None else _small(off, 1)
+    allowed = f"{_small(bound, 0)} is allowed"
+    words = f"engine {engine['name']} is off by {told} from the definition on {check['rows']} rows; {allowed}"
     return Check("self-check", state, words)
+
+
+def _small(value: float, digits: int) -> str:
+    """2.0e-7, with a minus that no line breaks at."""
+    return f"{value:.{digits}e}".replace("e-0", "e-").replace("-", "−")
 
 
 def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:

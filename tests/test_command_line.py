@@ -1,0 +1,126 @@
+"""The command line: the page at the end of every run, one JSON object, silence, colours, and the nearest name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, Row, jsonl, prism, prism_apart
+
+from prism_select.terminal import Terminal
+
+PAIRS: list[Row] = [{"prompt": f"Say {place}", "chosen": f"please {place}", "rejected": "no way"} for place in range(6)]
+POOL: list[Row] = [
+    {"prompt": f"Say {place}", "completion": f"thank you {place}", "id": f"r{place}"} for place in range(8)
+]
+
+
+class Desk:
+    """Files of a run, and its commands."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        pool, target = jsonl(folder / "pool.jsonl", POOL), jsonl(folder / "pairs.jsonl", PAIRS)
+        self.words = ["--model", str(model), "--pool", pool, "--target", target]
+
+    def call(self, command: str, *more: object, out: str = "run") -> Outcome:
+        return prism(command, *self.words, "--out", self.folder / out, *more)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, plain_model: Path) -> Desk:
+    return Desk(tmp_path, plain_model)
+
+
+@pytest.mark.parametrize("command", ["score", "select", "repair"])
+def test_a_run_ends_with_its_page_and_names_it(desk: Desk, command: str) -> None:
+    more = {"select": ("--budget", "50%"), "repair": ("--remove", "50%")}.get(command, ())
+    done = desk.call(command, *more)
+    assert done.code == 0, done.err
+    page = desk.folder / "run" / "report.html"
+    assert f"report       {page}" in done.out.splitlines()
+    assert "<!doctype html>" in page.read_text() and "thank you" in page.read_text()
+
+
+def test_a_complete_run_keeps_its_page_and_makes_one_that_is_missing(desk: Desk) -> None:
+    page = desk.folder / "run" / "report.html"
+    desk.call("score")
+    before = page.stat().st_mtime_ns
+    assert "complete already" in desk.call("score").out and page.stat().st_mtime_ns == before
+    page.unlink()
+    desk.call("score")
+    assert page.exists()
+
+
+def test_a_choice_made_again_has_a_page_of_its_own(desk: Desk) -> None:
+    desk.call("select", "--budget", "50%")
+    done = prism("select", "--select-from", desk.folder / "run", "--out", desk.folder / "again", "--budget", "25%")
+    assert done.code == 0 and "2 of 8 rows were selected" in (desk.folder / "again" / "report.html").read_text()
+
+
+def test_json_is_the_summary_as_one_object_and_alone_on_standard_output(desk: Desk) -> None:
+    for where in ("before", "after"):
+        words = ("--json",) if where == "after" else ()
+        done = desk.call("select", *words, "--budget", "50%", out=where)
+        if where == "before":
+            done = prism("--json", "select", *desk.words, "--budget", "50%", "--out", desk.folder / "other")
+        told = json.loads(done.out)
+        assert done.out.count("\n") == 1 and told["counts"]["selected"] == 4 and told["command"] == "select"
+        assert "report.html" in told["files"] and Path(told["run"]).is_dir()
+        assert "engine reverse" in done.err and "prism:" not in done.err
+
+
+def test_json_of_a_plan_of_pairs_and_of_a_refusal(desk: Desk) -> None:
+    plan = json.loads(desk.call("score", "--dry-run", "--json").out)
+    assert plan["tokens"] > 0 and plan["memory_bytes"] > 0
+    told = json.loads(prism("pairs", "--check", desk.folder / "pairs.jsonl", *desk.words[:2], "--json").out)
+    assert told["pairs"] == 6 and "common_part" in told
+    made = prism("pairs", desk.folder / "pool.jsonl", "--how", "swap", "--out", desk.folder / "made.jsonl", "--json")
+    assert json.loads(made.out)["rows"] == 8
+    refused = desk.call("select", "--budget", "nonsense", "--json")
+    assert refused.code == 2 and refused.out == "" and refused.err.count("\n") == 1
+
+
+def test_a_quiet_command_prints_its_summary_alone(desk: Desk) -> None:
+    told, quiet = desk.call("score", out="told"), desk.call("score", "--quiet", out="quiet")
+    assert "engine reverse" in told.out and "LlamaForCausalLM" in told.out
+    assert quiet.out.startswith("read") and "off by" not in quiet.out.splitlines()[0] and not quiet.err
+    assert len(quiet.out.splitlines()) < len(told.out.splitlines())
+    alone = json.loads(prism("--quiet", "--json", "report", desk.folder / "quiet").out)
+    assert alone == {"report": str(desk.folder / "quiet" / "report.html")}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["select", "--budgt", "5%"], "--budget"),
+        (["reprt", "run"], "report"),
+        (["evaluate", "run", "--holdut", "x"], "--holdout"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_answered_with_the_nearest(words: list[str], says: str) -> None:
+    done = prism(*words)
+    assert done.code == 2 and "Did you mean" in done.err and says in done.err and done.err.count("\n") == 1
+
+
+def test_an_unknown_option_of_a_config_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('near_duplicate = 0.8\nmodel = "m"\n')
+    done = prism("select", "--config", tmp_path / "c.toml")
+    assert done.code == 2 and "did you mean near_duplicates?" in done.err
+
+
+def test_no_color_takes_colours_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    Terminal().table({"control 1": "fails"}, {"control 1"})
+    assert "\x1b[31m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    Terminal().table({"control 1": "fails"}, {"control 1"})
+    told = capsys.readouterr().out
+    assert "fails" in told and "\x1b[31m" not in told
+
+
+def test_the_version_and_the_shell_s_completion_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prism("--version").out.startswith("prism, version ")
+    monkeypatch.setenv("_PRISM_COMPLETE", "bash_source")
+    assert "complete -o nosort" in prism_apart().out
