@@ -156,6 +156,17 @@ def test_texts_of_the_pool_stay_texts(opened: Opened) -> None:
     assert not opened.wrong
 
 
+def test_a_chart_tells_its_numbers_under_the_pointer_and_names_stay_texts_there(opened: Opened) -> None:
+    names = list[str]()
+    for bar in opened.page.locator("[data-chart=sources] svg .mark-rect path").all():
+        bar.hover(force=True)
+        opened.page.wait_for_selector("#vg-tooltip-element.visible")
+        names += opened.texts("#vg-tooltip-element tr:first-child .value")
+    assert {"web", HOSTILE} <= set(names)
+    assert opened.page.locator("#vg-tooltip-element img, #vg-tooltip-element script").count() == 0
+    assert opened.page.title() == "PRISM: run" and not opened.wrong
+
+
 def test_text_that_runs_from_right_to_left_turns_nothing_else(opened: Opened) -> None:
     opened.page.locator("#examples-search").fill("שלום")
     opened.page.locator("[data-table=examples] .opener").first.click()

@@ -99,7 +99,7 @@ def preferences(target: Target, side: str) -> Chart:
                 "from:Q",
                 bin="binned",
                 title=f"preference π for the {side} answer",
-                axis=alt.Axis(format="~g", values=[0, 0.25, 0.5, 0.75, 1]),
+                axis=alt.Axis(format=".2~f", values=[0, 0.25, 0.5, 0.75, 1]),
             ),
             alt.X2("to:Q"),
             alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
@@ -173,9 +173,9 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
         alt.Chart(_data(rows))
         .mark_bar(binSpacing=0.5)
         .encode(
-            alt.X("from:Q", bin="binned", title=by.replace("_", " "), axis=alt.Axis(tickCount=8, format="~g")),
+            alt.X("from:Q", bin="binned", title=by.replace("_", " "), axis=alt.Axis(tickCount=8)),
             alt.X2("to:Q"),
-            alt.Y("rows:Q", title="rows", stack=True, axis=alt.Axis(format="~s")),
+            alt.Y("rows:Q", title="rows", stack=True, axis=alt.Axis(format="~s", tickMinStep=1)),
             alt.Color("kind:N", scale=colours, legend=alt.Legend(title=None) if taken else None),
             tooltip=[
                 "kind:N",
@@ -203,7 +203,7 @@ def by_source(found: Sequence[Source], by: str, cutoff: float) -> Chart:
     base = alt.Chart(_data(rows)).encode(alt.Y("source:N", title=None, sort=None, axis=axis), tooltip=tips)
     title = by.replace("_", " ")
     whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(
-        alt.X("p5:Q", title=title, axis=alt.Axis(format="~g", tickCount=6)), alt.X2("p95:Q")
+        alt.X("p5:Q", title=title, axis=alt.Axis(tickCount=6)), alt.X2("p95:Q")
     )
     middle = base.mark_bar(color=TAKEN, height=10, cornerRadius=3).encode(alt.X("p25:Q"), alt.X2("p75:Q"))
     half = base.mark_tick(color="var(--surface)", thickness=2.5, height=12).encode(alt.X("p50:Q"))
@@ -220,7 +220,7 @@ def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
         {"x": cell.rejected[0], "x2": cell.rejected[1], "y": cell.chosen[0], "y2": cell.chosen[1], "rows": cell.rows}
         for cell in cells
     ]
-    axis = alt.Axis(format="~g", tickCount=6)
+    axis = alt.Axis(tickCount=6)
     heat = (
         alt.Chart(_data(rows))
         .mark_rect(color=TAKEN)
@@ -298,7 +298,7 @@ def layers(shares: Sequence[Share]) -> Chart:
             alt.Y("part:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False)),
             alt.X("share:Q", title="of the direction's squared norm", axis=alt.Axis(format="%", tickCount=6)),
             alt.Color(
-                "kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=3)
+                "kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=2)
             ),
             tooltip=["part:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
         )
@@ -342,7 +342,7 @@ def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
     ]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours, dashes = list(islice(cycle(SERIES), len(methods))), list(islice(cycle(DASHES), len(methods)))
-    legend = alt.Legend(columns=3, symbolType="stroke", title=None)
+    legend = alt.Legend(columns=2, symbolType="stroke", title=None)
     line = (
         alt.Chart(_data(rows))
         .mark_line(point={"size": 45}, strokeWidth=2.5)
@@ -369,13 +369,13 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
     ]
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours, shapes = (list(islice(cycle(each), len(names))) for each in (SERIES, SHAPES))
-    wide = alt.Legend(columns=3)
+    wide = alt.Legend(columns=2)
     dots = (
         alt.Chart(_data(rows))
         .mark_point(filled=True, size=80, opacity=0.85)
         .encode(
-            alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(format="~g", tickCount=5)),
-            alt.Y("realised:Q", title="realised: change of the gain", axis=alt.Axis(format="~g")),
+            alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(tickCount=5)),
+            alt.Y("realised:Q", title="realised: change of the gain"),
             alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=wide),
             alt.Shape("method:N", scale=alt.Scale(domain=names, range=shapes), title=None, legend=wide),
             tooltip=["method:N", alt.Tooltip("predicted:Q", format=".3g"), alt.Tooltip("realised:Q", format=".3g")],

@@ -1,12 +1,12 @@
 """Spread: how the scores of a pool lie, in a few hundred numbers whatever the size of the pool.
 
-    histogram   rows in each of `BINS` bins of the ranking, taken and not; the outer bins also hold what lies beyond
+    histogram   rows in each bin of the ranking, taken and not; the outer bins also hold what lies beyond
     by source   quantiles of the ranking (5, 25, 50, 75, 95%), rows and rows taken
     halves      rows in each cell of score_rejected × score_chosen
     budgets     bought(b) = Σ max(score, 0) of the first b of the ranking / Σ max(score, 0) of all
 
-Choices made here: bins reach from the 0.2% to the 99.8% quantile, since a few rows lie far out; the `SOURCES` largest
-sources stand by themselves and the others together.
+Choices made here: where a few rows lie far out, so that all reach 1.5 times as far as the 0.2% and 99.8% quantiles,
+bins reach to these quantiles alone; the `SOURCES` largest sources stand by themselves and the others together.
 """
 
 import math
@@ -23,7 +23,7 @@ __all__ = ["Budget", "Cell", "Histogram", "Source", "Spread", "spread_of"]
 
 BINS, CELLS, SOURCES, POINTS = 60, 40, 12, 160
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-BEYOND = 0.002
+BEYOND, FAR = 0.002, 1.5
 Floats: TypeAlias = NDArray[np.float64]
 
 
@@ -101,15 +101,16 @@ def spread_of(columns: Columns) -> Spread | None:
 
 def edges_of(values: Floats, bins: int) -> Floats:
     low, high = np.quantile(values, [BEYOND, 1 - BEYOND])
-    if not low < high:
-        low, high = float(values.min()), float(values.max())
+    least, most = float(values.min()), float(values.max())
+    if most - least <= FAR * (high - low) or not low < high:
+        low, high = least, most
     wide = abs(low) * 1e-6 or 1e-6  # where all are the same
     return np.linspace(low, high, bins + 1) if low < high else np.linspace(low - wide, high + wide, bins + 1)
 
 
 def histogram_of(columns: Columns) -> Histogram:
     values, taken = columns.ranking[columns.order], columns.taken[columns.order]
-    edges = edges_of(values, BINS)
+    edges = edges_of(values, min(BINS, max(8, int(2 * len(values) ** 0.5))))
     inside = np.clip(values, edges[0], edges[-1])
     counts = [np.histogram(inside[which], edges)[0].tolist() for which in (taken, ~taken)]
     beyond = int(((values < edges[0]) | (values > edges[-1])).sum())

@@ -25,13 +25,15 @@ def table_of(
     """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind); `values` are what
     they need beside the fields of each row."""
     columns = [*columns, ("learned", "tokens", "count"), ("source", "source", "name"), ("verdict", "verdict", "name")]
-    wide = {"learned", "source", "score_per_token"}
+    wide = {"learned", "source", "verdict"}
     details = [
         ("score", "score", "score"),
         ("per_token", "score per token", "score"),
         ("chosen", f"raises the {sides[0]}", "score"),
         ("rejected", f"raises the {sides[1]}", "score"),
         ("loglik", "log-likelihood", "score"),
+        ("source", "source", "name"),
+        ("verdict", "verdict", "name"),
         ("id", "id", "name"),
         ("place", "from", "name"),
     ]

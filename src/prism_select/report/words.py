@@ -56,7 +56,7 @@ def tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
             + (f"; {over:,} above it passed over" if over else ""),
         )
         if facts.spread:
-            yield f"of all {influence(facts)} influence", percent(facts.spread.bought), f"is in the rows {taken}"
+            yield f"{influence(facts)} influence", percent(facts.spread.bought), f"of all is in the rows {taken}"
     if "pairs" in m["target"]:
         agreement = m["target"]["split_half_agreement"]
         words = "" if agreement is None else agreement_in_words(agreement)

@@ -62,7 +62,7 @@
     const most = Math.max(...row.tokens.map(([, score]) => Math.abs(score)), 1e-30);
     for (const [word, score] of row.tokens) {
       const piece = make("span", "", word);
-      const strength = (0.75 * Math.sqrt(Math.abs(score) / most)).toFixed(2);
+      const strength = (0.6 * Math.sqrt(Math.abs(score) / most)).toFixed(2);
       piece.style.backgroundColor = `rgba(var(--${score < 0 ? "minus" : "plus"}), ${strength})`;
       piece.title = write.score(score);
       text.append(piece);
@@ -71,7 +71,7 @@
     for (const [side, words] of [["plus", "adds to the score"], ["minus", "takes from it"]]) {
       const key = make("span", "key");
       const box2 = make("i");
-      box2.style.backgroundColor = `rgba(var(--${side}), .75)`;
+      box2.style.backgroundColor = `rgba(var(--${side}), .6)`;
       key.append(box2, words + "\u00a0\u00a0");
       box.append(key);
     }
@@ -104,7 +104,7 @@
       if (row.tokens?.length) parts.push(coloured(row));
       if (row.groups?.length) parts.push(grouped(row.groups));
       const pairs = table.details.map(([key, name, kind]) => [name, told(row[key], kind)]);
-      if (known(row.error)) pairs.unshift(["score", `${told(row.score, "score")} ± ${told(row.error, "score")} (one standard error over the pairs)`]);
+      if (known(row.error)) pairs.splice(0, 1, ["score", `${told(row.score, "score")} ± ${told(row.error, "score")} (one standard error over the pairs)`]);
       parts.push(numbers(pairs));
       return parts;
     },
