@@ -418,7 +418,7 @@ def test_labels_that_are_none_are_refused_before_anything_is_scored(desk: Desk, 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('modle = "m"\n', "unknown option 'modle'; known are "),
+        ('modle = "m"\n', "unknown option 'modle'; did you mean model?; known are "),
         ('budget = "5%"\n', "unknown option 'budget'"),
         ("model = m\n", "it must be a TOML file such as a run folder's config.toml"),
         ("seed = 'one'\n", "seed is 'one'; it must be of type int"),

@@ -28,6 +28,10 @@ def test_the_demo_ends_with_figures_and_where_to_look(tmp_path: Path, capsys: py
         with pytest.raises(SystemExit) as end:
             main(["demo", "--out", str(tmp_path / "demo")])
         assert not end.value.code
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out.replace("\n", "")
+    assert "Not tried yet" not in (tmp_path / "demo" / "select" / "report.html").read_text()
+    for name in ("select", "repair"):
+        page = tmp_path / "demo" / name / "report.html"
+        assert page.exists() and str(page) in told
     assert "of the pool and" in told and "AUROC" in told
-    assert str(tmp_path / "demo" / "select" / "selected.jsonl") in told.replace("\n", "")
+    assert str(tmp_path / "demo" / "select" / "selected.jsonl") in told

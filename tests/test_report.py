@@ -202,7 +202,7 @@ def test_layers_share_the_squared_norm_of_the_direction(tmp_path: Path, dtype: t
         "model.embed_tokens.weight": torch.full((3, 1), 2.0),
         "model.layers.0.self_attn.q_proj.weight": torch.full((2, 2), 1.0),
         "model.layers.10.mlp.up_proj.weight": torch.full((4, 1), -1.0),
-        "lm_head.weight": torch.full((1, 4), 1.0),
+        "lm_head.base_layer.weight": torch.full((1, 4), 1.0),
         "chosen/lm_head.weight": torch.full((1, 4), 100.0),
     }
     save_file({name: value.to(dtype) for name, value in weights.items()}, tmp_path / "d.safetensors")
@@ -427,14 +427,18 @@ def test_what_is_no_run_is_refused_in_a_line(words: list[str], says: str) -> Non
 
 
 def test_an_unfinished_or_damaged_run_is_refused_in_a_line(run: Path) -> None:
+    manifest = (run / "manifest.json").read_text()
     (run / "scores.parquet").rename(run / "scores.part")
     assert "scores.parquet is missing" in prism("report", run).err
     (run / "scores.part").rename(run / "scores.parquet")
     (run / "manifest.json").write_text("{")
     done = prism("report", run)
-    assert done.code == 2 and "its manifest.json is damaged" in done.err
+    assert done.code == 2 and "the run is damaged" in done.err and done.err.count("\n") == 1
     (run / "manifest.json").write_text('{"command": "pairs"}')
     assert prism("report", run).code == 2
+    (run / "manifest.json").write_text(manifest)
+    (run / "scores.parquet").write_bytes((run / "scores.parquet").read_bytes()[:-9])
+    assert "the run is damaged" in prism("report", run).err
 
 
 def test_a_page_needs_no_torch(run: Path) -> None:

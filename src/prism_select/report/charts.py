@@ -38,7 +38,7 @@ SERIES = ["var(--taken)", "var(--against)", "var(--third)", "var(--fourth)", "va
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3]]
 QUANTILES = ("p5", "p25", "p50", "p75", "p95")
-TALL = 220
+TALL, WRITTEN = 220, 12
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"  # as the page's
 
 
@@ -150,13 +150,14 @@ def cosines(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> C
         opacity=alt.Opacity("size:Q", scale=alt.Scale(domain=[0, 1], range=[0.08, 0.75]), legend=None),
         tooltip=["a:N", "b:N", alt.Tooltip("cosine:Q", format=".2f")],
     )
-    chart = cells + base.mark_text(color=INK).encode(text=alt.Text("cosine:Q", format=".2f"))
+    written = base.mark_text(color=INK).encode(text=alt.Text("cosine:Q", format=".2f"))
+    chart = cells + written if len(names) <= WRITTEN else cells
     worst = min(
         ((v or 0.0, a, b) for a, line in zip(names, values, strict=True) for b, v in zip(names, line, strict=True))
     )
     lowest, a, b = worst
     text = f"Cosines between the directions of {len(names)} targets; the lowest is {lowest:.2f}, {a} with {b}."
-    return _made("cosines", "Do the targets want the same?", text, chart, max(120, 36 * len(names)))
+    return _made("cosines", "Do the targets want the same?", text, chart, min(max(120, 36 * len(names)), 640))
 
 
 def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
@@ -305,7 +306,9 @@ def layers(shares: Sequence[Share]) -> Chart:
     )
     sums = {part: sum(row["share"] for row in rows if row["part"] == part) for part in order}
     text = "Share of the direction: " + ", ".join(f"{part} {value:.0%}" for part, value in sums.items()) + "."
-    return _made("layers", "Where the direction lies", text, bars, max(90, 24 * len(order)))
+    return _made(
+        "layers", "Where the direction lies", text, bars, max(90, (24 if len(order) <= 24 else 15) * len(order))
+    )
 
 
 def intervals(against: Mapping[str, Mapping[str, Any]]) -> Chart:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_select.data.formats import parse_fields
@@ -33,6 +34,7 @@ PAIRS = 200
 OF_CHOICE = {"budget", "combine", "near_duplicates", "normalize", "out", "per_source", "rank_by", "seed", "select_from"}
 READ = 4 * 2**30
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_INSIDE = ("weight", "bias", "default", "base_layer", "lora_A", "lora_B")  # of a module, or of its adapter
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -100,11 +102,13 @@ def opened(path: str) -> Run:
         if not (run.path / name).is_file():
             raise BadOption(f"{path}: no complete run there ({name} is missing); give the folder of one")
     try:
-        commands = run.manifest["command"]
-    except (ValueError, KeyError) as error:
-        raise BadOption(f"{path}: its manifest.json is damaged ({error}); make the run again") from None
-    if commands not in ("score", "select", "repair"):
-        raise BadOption(f"{path}: a run of {commands}; give one of score, select or repair")
+        command = run.manifest["command"]
+        pq.read_schema(run.path / "scores.parquet")
+    except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise BadOption(f"{path}: the run is damaged ({first}); make it again") from None
+    if command not in ("score", "select", "repair"):
+        raise BadOption(f"{path}: a run of {command}; give one of score, select or repair")
     return run
 
 
@@ -238,7 +242,7 @@ def squares_of(file: Path) -> dict[str, float]:
 
 def part_of(weight: str) -> tuple[str, str]:
     """`block 3` and the module's own word; a weight outside of the blocks is a part of its own."""
-    words = weight.removesuffix(".weight").removesuffix(".bias").split(".")
+    words = [word for word in weight.split(".") if word not in _INSIDE] or [weight]
     block = _BLOCK.search(weight)
     return (f"block {block[1]}" if block else words[-1], words[-1])
 
