@@ -711,6 +711,7 @@ def test_a_really_full_disk_is_told_in_one_line(desk: Desk, small_disk: Path) ->
     assert not [path for path in out.rglob("*.part")] and not (out / "manifest.json").exists()
     done = desk.call("--out", out, "--layers", r"layers\.3\.mlp\.up", "--overwrite")
     assert done.code == 0, done.err
+    assert f"no page was written: {out}: no space left" in done.out and f"prism report {out} makes it" in done.out
 
 
 # ---------------------------------------------------------------- the ways to end

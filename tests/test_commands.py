@@ -380,7 +380,7 @@ def test_the_pairs_are_written_with_what_the_model_makes_of_them(place: Place, s
 
 def test_nothing_but_the_files_of_the_contract_is_left(scored: Path, selected: Path, repaired: Path) -> None:
     common = {"config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet"}
-    common.add("quarantine.jsonl")
+    common |= {"quarantine.jsonl", "report.html"}
     assert files(scored).keys() == common
     assert files(selected).keys() == common | {"selected.jsonl"}
     assert files(repaired).keys() == common | {"selected.jsonl", "removed.jsonl"}

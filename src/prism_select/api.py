@@ -3,8 +3,7 @@
     run = prism_select.select(model="M", pool=["pool.jsonl"], target="pairs.jsonl", out="RUN", budget="5%")
 
 Choices made here: a function takes exactly the fields of its config, so nothing is said twice and types are checked;
-nothing is printed. `plan` is the command line's --dry-run. A run and an evaluation end with RUN/report.html, which is
-written anew where the run folder is newer.
+nothing is printed. `plan` is the command line's --dry-run. A run and an evaluation end with RUN/report.html.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ReportConfig, ScoreConfig, SelectConfig
-from prism_select.errors import BadOption
+from prism_select.errors import BadOption, DiskTrouble
 from prism_select.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -52,16 +51,19 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
 
         done = run(config, progress or Silent())
     if isinstance(config, ScoreConfig) and not config.dry_run:
-        _bring_up_to_date(cast("Run", done).path)
+        path = cast("Run", done).path
+        page = path / "report.html"
+        if not page.exists() or page.stat().st_mtime < (path / "manifest.json").stat().st_mtime:
+            _write_page(str(path), progress or Silent())
     return done
 
 
-def _bring_up_to_date(path: "Path") -> None:
-    """RUN/report.html, where there is none or the run was written after it."""
-    page, sources = path / "report.html", [path / "manifest.json", path / "evaluation" / "evaluation.json"]
-    newest = max(source.stat().st_mtime for source in sources if source.exists())
-    if not page.exists() or page.stat().st_mtime < newest:
-        execute_report(ReportConfig(runs=(str(path),)))
+def _write_page(run: str, progress: Progress) -> None:
+    """A run or an evaluation is complete without its page: a full disk is told, and does not undo it."""
+    try:
+        execute_report(ReportConfig(runs=(run,)))
+    except DiskTrouble as error:
+        progress.say(f"no page was written: {error}")
 
 
 def execute_report(config: ReportConfig) -> "Path":
@@ -92,7 +94,7 @@ def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None)
     from prism_select import evaluation
 
     told = evaluation.evaluate(config, progress or Silent())
-    execute_report(ReportConfig(runs=(config.run,)))
+    _write_page(config.run, progress or Silent())
     return told
 
 

@@ -211,6 +211,11 @@ def curvature_line(told: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
     return line
 
 
+def page_line(run: Path) -> str:
+    page = run / "report.html"
+    return str(page) if page.exists() else f"none; prism report {run} makes it"
+
+
 def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """The final table: what was read and chosen, what the pairs say, how it was computed, where the files are."""
     counts, target, engine, choice = (manifest[key] for key in ("counts", "target", "engine", "choice"))
@@ -254,7 +259,7 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     rows["time"] = f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
     for place, line in enumerate(manifest["warnings"]):
         rows[f"warning {place + 1}"] = line
-    rows["report"] = str(path / "report.html")
+    rows["report"] = page_line(path)
     rows["files"] = f"{path}: " + ", ".join(sorted(p.name for p in path.iterdir() if p.is_file()))
     return rows
 
@@ -293,7 +298,7 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
         best = sorted(told["labels"].items(), key=lambda item: -(item[1] or 0.0))
         rows["labels"] = "AUROC " + ", ".join(f"{_figure(value)} {name}" for name, value in best)
     rows |= {f"control {place + 1}": each["words"] for place, each in enumerate(told["controls"])}
-    files = {"report": str(Path(config.run) / "report.html"), "files": f"{config.run}/evaluation"}
+    files = {"report": page_line(Path(config.run)), "files": f"{config.run}/evaluation"}
     return rows | {"time": f"{told['seconds']:.1f} s", **files}
 
 
