@@ -738,7 +738,7 @@ def test_output_is_plain_lines_where_there_is_no_terminal(place: Place) -> None:
     assert re.fullmatch(rf"files +{deep}/run: config.toml, .*, selected.jsonl", told[-1])  # whole, on one line
     names = [line.split()[0] for line in told if not line.startswith("warning")]
     target = ["pairs", "agreement", "common", "answers"]
-    assert names[-11:] == ["read", "verdicts", *target, "chosen", "length", "engine", "time", "files"]
+    assert names[-12:] == ["read", "verdicts", *target, "chosen", "length", "engine", "time", "report", "files"]
 
 
 def test_a_run_goes_on_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

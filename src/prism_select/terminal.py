@@ -23,7 +23,6 @@ from rich.table import Table
 
 from prism_select.config import EvaluateConfig, PairsConfig, sides_of
 from prism_select.progress import Silent, Task
-from prism_select.store import finite
 
 __all__ = ["Terminal", "evaluation_summary", "failed", "pairs_summary", "printable", "summary"]
 
@@ -117,7 +116,11 @@ class Terminal:
 
     def end(self, told: Mapping[str, Any], rows: Mapping[str, str], red: Collection[str] = ()) -> None:
         """The summary: `told` as JSON where that was asked for, else `rows` as a table."""
-        if self.json and not self.silent:
+        if self.silent:
+            return
+        if self.json:
+            from prism_select.store import finite  # pyarrow comes with it, and help goes without
+
             print(json.dumps(finite(told), ensure_ascii=True, default=str), file=sys.stdout)
         else:
             self.table(rows, red)
