@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, cast
 from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ReportConfig, ScoreConfig, SelectConfig
 from prism_select.errors import BadOption, DiskTrouble
 from prism_select.progress import Progress, Silent
+from prism_select.world import leads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +51,7 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
         from prism_select.pipeline import run
 
         done = run(config, progress or Silent())
-    if isinstance(config, ScoreConfig) and not config.dry_run:
+    if leads() and not config.dry_run:
         path = cast("Run", done).path
         page = path / "report.html"
         if not page.exists() or page.stat().st_mtime < (path / "manifest.json").stat().st_mtime:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism_select.config import ROW_BYTES
 from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
 from prism_select.data.readers import read_rows, readable, rows_at
 from prism_select.data.records import Raw
@@ -153,7 +154,7 @@ def _row(group: str, place: int, columns: Columns, row: int, told: Mapping[str, 
 
 def texts_of(columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]) -> dict[int, Text]:
     """What each row says, or why that cannot be shown; `ids` are those of scores.parquet, by row."""
-    mapping = parse_fields(config["fields"])
+    mapping, limit = parse_fields(config["fields"]), config.get("max_row_bytes", ROW_BYTES)
     by_file: dict[str, dict[int, int]] = {}
     for row in ids:
         by_file.setdefault(columns.file[row], {})[columns.place_in_file(row)] = row
@@ -163,8 +164,8 @@ def texts_of(columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]
         try:
             if file.startswith("hub:"):
                 raise BadFile(file, None, "a hub data set is not read again", "look there")
-            format = _format_of(file, mapping)
-            for place, raw in rows_at(file, places):
+            format = _format_of(file, mapping, limit)
+            for place, raw in rows_at(file, places, limit):
                 found[places[place]] = _text(raw, format, mapping, ids[places[place]])
         except PrismError as error:
             why = str(error)
@@ -172,8 +173,8 @@ def texts_of(columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]
     return found
 
 
-def _format_of(file: str, mapping: Mapping[str, str]) -> Format:
-    for raw in read_rows(readable(file)):
+def _format_of(file: str, mapping: Mapping[str, str], limit: int) -> Format:
+    for raw in read_rows(readable(file), limit):
         if raw.fields is not None:
             return detect_pool(raw.fields, mapping, raw.file, raw.line)
     return Format("text")

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism_select.config import ROW_BYTES
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import read_targets
 from prism_select.data.records import Pair as Answers
@@ -193,7 +194,8 @@ def _sides(pair: Answers) -> dict[str, tuple[Said, ...]]:
 def answers_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Answers], str]:
     """The pairs of the target files in the order of `rows`, or why they cannot be had."""
     try:
-        targets = read_targets(config["target"], parse_fields(config["fields"]), config["target_by"])
+        limit = config.get("max_row_bytes", ROW_BYTES)
+        targets = read_targets(config["target"], parse_fields(config["fields"]), config["target_by"], limit)
     except PrismError as error:
         return [], str(error)
     every = [pair for pairs in targets.values() for pair in pairs]
