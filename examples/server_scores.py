@@ -69,5 +69,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         sign(Path(sys.argv[1]), float(sys.argv[2]))
     else:
-        for told in scores(*sys.argv[1:4], float(sys.argv[4])):
+        url, model, pool, epsilon = sys.argv[1:]
+        for told in scores(url, model, pool, float(epsilon)):
             print(json.dumps(told))

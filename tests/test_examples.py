@@ -36,7 +36,7 @@ def serving(networks: dict[str, Any]) -> Iterator[str]:
     """A server of vLLM's completions, as far as log-probabilities of prompts go: its URL."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             tokens = asked["prompt"]
             with torch.no_grad():

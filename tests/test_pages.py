@@ -1,16 +1,13 @@
 """What the pages tell to type is typed: every block of bash and of Python, in order, on the bundled model."""
 
-import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import jsonl, prism
 
 from prism_select.demo.story import MODEL
