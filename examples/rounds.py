@@ -69,7 +69,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.choices.append(self.chosen.rows)
 
 
-class RoundsTrainer(SFTTrainer):  # type: ignore[misc]
+class RoundsTrainer(SFTTrainer):
     """TRL's trainer, on the rows that `rounds` chose."""
 
     def __init__(self, rounds: Rounds, **given: Any) -> None:
