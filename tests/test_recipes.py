@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import jsonl
+from transformers import AutoTokenizer
 
 import prism_select
-from prism_select.data.formats import detect_pool
+from prism_select.data.batches import Encoder
+from prism_select.data.formats import Format, detect_pool, to_example
+from prism_select.data.records import Raw
 from prism_select.demo.story import MODEL
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -120,3 +123,30 @@ def test_what_is_wrong_in_a_recipe_is_noticed() -> None:
     assert wrong("LLaMA-Factory", {"columns": {"messages": "messages"}}, row) == ["messages"]
     assert wrong("Axolotl", {"message_property_mappings": {"role": "role"}}, row) == ["message_property_mappings"]
     assert wrong("torchtune", {"source_column": "conversations"}, row) == ["source_column"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("format", ["prompt+completion", "messages"])
+def test_trl_trains_on_the_tokens_that_were_scored(format: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    row = ROWS[format]
+    if format == "prompt+completion":
+        names: dict[str, Any] = {}
+        exec(re.search(r"^def as_messages.*?^    return .*?$", PAGE, re.MULTILINE | re.DOTALL)[0], names)  # type: ignore[index]
+        row = names["as_messages"](row)
+    settings = SFTConfig(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, assistant_only_loss=format == "messages"
+    )
+    trainer = SFTTrainer(model=str(MODEL), args=settings, train_dataset=Dataset.from_list([row]))
+    labels = trainer.data_collator([trainer.train_dataset[0]])["labels"][0].tolist()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    raw = Raw("pool.jsonl", 1, "", ROWS[format])
+    scored = Encoder(tokenizer, "auto", 256).encode(to_example(raw, Format(format), {}))
+    trained = [token for token in labels if token != -100]
+    wanted = [token for token, counts in zip(scored.tokens, scored.supervised, strict=True) if counts]
+    assert trained[: len(wanted)] == wanted
+    rest = tokenizer.decode(trained[len(wanted) :])  # the template writes it after an end of turn
+    assert rest == ("\n" if format == "prompt+completion" else "")
