@@ -75,6 +75,8 @@ class RoundsTrainer(SFTTrainer):
     def __init__(self, rounds: Rounds, **given: Any) -> None:
         self.rounds = rounds
         super().__init__(**given, callbacks=[rounds])
+        if len(self.train_dataset) != len(given["train_dataset"]):
+            raise ValueError("TRL dropped rows of which nothing is left to learn, so their numbers are not the pool's")
 
     def _get_train_sampler(self, *_: Any) -> Chosen:
         return self.rounds.chosen

@@ -100,3 +100,50 @@ def test_the_signed_adapters_are_the_adapter_times_epsilon(epsilon: float, tmp_p
         signed = load_file(tmp_path / name / "adapter_model.safetensors")
         moved = signed["x.lora_B.weight"] @ signed["x.lora_A.weight"]
         assert torch.allclose(moved, scale * torch.ones(2, 2))
+
+
+def test_a_new_choice_is_drawn_from_at_once_and_over_and_over() -> None:
+    chosen = example("rounds").Chosen([1, 2, 3])
+    drawn = iter(chosen)
+    assert sorted(next(drawn) for _ in range(3)) == [1, 2, 3] == sorted(next(drawn) for _ in range(3))
+    next(drawn)
+    chosen.rows = [7, 8]
+    assert sorted(next(drawn) for _ in range(4)) == [7, 7, 8, 8]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_rounds_choose_again_at_the_model_that_training_has_made(lora: bool, tmp_path: Path) -> None:
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in pool(60, 0)]
+    rows = [{**row, "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows]
+    file, target = jsonl(tmp_path / "pool.jsonl", rows), jsonl(tmp_path / "pairs.jsonl", pairs("capitals", 12, 0))
+    rounds = example("rounds")
+    folder = tmp_path / "rounds"
+    choosing = rounds.Rounds(2, str(folder), model=str(MODEL), pool=file, target=target, budget="20%")
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "tuned"),
+        max_steps=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    rounds.RoundsTrainer(
+        choosing,
+        model=str(MODEL),
+        args=settings,
+        train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache")),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+    ).train()
+    assert sorted(place.name for place in folder.iterdir()) == ["step-0", "step-2"]
+    assert [len(choice) for choice in choosing.choices] == [12, 12]
+    first, second = (prism_select.Run(folder / f"step-{step}" / "run").scores for step in (0, 2))
+    plain = prism_select.score(model=str(MODEL), pool=file, target=target, out=str(tmp_path / "plain")).scores
+    assert first["score"].to_pylist() == pytest.approx(plain["score"].to_pylist(), rel=1e-3, abs=1e-3)
+    assert second["loglik"].to_pylist() != pytest.approx(plain["loglik"].to_pylist(), rel=1e-4)
