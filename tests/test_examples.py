@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from prism_select.demo.story import MODEL
 from prism_select.demo.world import pairs, pool
 from prism_select.models import load
 
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -147,3 +149,23 @@ def test_rounds_choose_again_at_the_model_that_training_has_made(lora: bool, tmp
     plain = prism_select.score(model=str(MODEL), pool=file, target=target, out=str(tmp_path / "plain")).scores
     assert first["score"].to_pylist() == pytest.approx(plain["score"].to_pylist(), rel=1e-3, abs=1e-3)
     assert second["loglik"].to_pylist() != pytest.approx(plain["loglik"].to_pylist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["select", "repair"])
+def test_a_notebook_runs_from_top_to_bottom_and_says_what_it_said(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line stands there, with its numbers, to rounding; of rows that are shown, whose order a rounding may turn,
+    only that they are."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        capsys.readouterr()
+        exec("".join(cell["source"]), names)
+        printed, stands = capsys.readouterr().out, "".join(line for o in cell["outputs"] for line in o["text"])
+        assert printed.count("→") == stands.count("→")
+        fixed = ["\n".join(line for line in text.splitlines() if "→" not in line) for text in (printed, stands)]
+        assert NUMBER.sub("#", fixed[0]).split() == NUMBER.sub("#", fixed[1]).split()
+        found, told = ([float(x) for x in NUMBER.findall(text)] for text in fixed)
+        assert found == pytest.approx(told, rel=0.02, abs=0.02)
