@@ -7,13 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import jsonl, prism
 
+from prism_select.cli import app
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import FACTS, mixture, pairs, pool
 
 ROOT = Path(__file__).parent.parent
+THEIRS = {
+    "--constraint",
+    "--check",
+    "--fix",
+    "--no-isolation",
+    "--strict",
+    "--enable-lora",
+    "--max-lora-rank",
+    "--lora-modules",
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -104,3 +116,33 @@ def test_what_a_page_says_to_type_works(page: Path, place: Path) -> None:
 def test_pages_with_something_to_type_are_many() -> None:
     assert sum(len(blocks(page)) for page in PAGES) > 15
     assert all(page.relative_to(ROOT / "docs").as_posix() in (ROOT / "mkdocs.yml").read_text() for page in PAGES[1:])
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of blocks without a mark that are commands of ours, what may be left out included."""
+    unmarked = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [re.sub(r"[\[\]]", "", line) for text in unmarked for line in text.splitlines() if line.startswith("prism ")]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_commands_that_are_only_shown_have_options_that_exist(page: Path) -> None:
+    for line in commands(page):
+        name, *words = shlex.split(line, comments=True)[1:]
+        command = app.commands[name]
+        command.parse_args(click.Context(command), words)
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    known = {word for command in app.commands.values() for option in command.params for word in option.opts}
+    known |= {"--version", "--debug", "--help"} | THEIRS
+    named = {(page.name, word) for page in PAGES for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    assert not {(page, word) for page, word in named if word not in known}
+
+
+def test_the_page_of_sources_names_every_paper_of_the_code_and_files_that_exist() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    papers = set(re.findall(r"(?:arXiv|abs/)\W*(\d{4}\.\d{5})", code, re.IGNORECASE))
+    assert len(papers) > 8 and not {paper for paper in papers if paper not in page}
+    files = set(re.findall(r"`([\w/]+\.py)`", page))
+    assert files and all((ROOT / "src" / "prism_select" / file).exists() for file in files)
