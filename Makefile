@@ -2,6 +2,7 @@
 # make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
 # make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
+# make reselect: choosing again during training against choosing once
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
 # make bench: memory against pool size, and what a score costs (on a quiet machine)
 
@@ -9,7 +10,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test fuzz real pairs quality curvature lds peers bench clean
+.PHONY: demo test fuzz real pairs quality curvature reselect lds peers bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -50,6 +51,9 @@ lds: $(STAMP) $(PEERS)/installed
 
 peers: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/kronfluence_agreement.py
+
+reselect: $(STAMP)
+	$(BIN)/python benchmarks/reselect.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py

@@ -1,0 +1,148 @@
+"""What the pages tell to type is typed: every block of bash and of Python, in order, on the bundled model."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from conftest import jsonl, prism
+
+from prism_select.cli import app
+from prism_select.demo.story import MODEL
+from prism_select.demo.world import FACTS, mixture, pairs, pool
+
+ROOT = Path(__file__).parent.parent
+THEIRS = {
+    "--constraint",
+    "--check",
+    "--fix",
+    "--no-isolation",
+    "--strict",
+    "--enable-lora",
+    "--max-lora-rank",
+    "--lora-modules",
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What a page takes as given, beside the files that `given` writes.
+PRELUDES = {
+    "README.md": """
+from pathlib import Path
+import torch
+from prism_select.demo.train import make_model, make_tokenizer
+from prism_select import Batch
+network = make_model(make_tokenizer([{"prompt": "a", "completion": "b"}]))
+tokens = torch.tensor([[5, 6, 7]])
+real = supervised = torch.ones_like(tokens, dtype=torch.bool)
+rejected = batch = Batch(tokens + 1, real, supervised)
+""",
+    "evaluate.md": """
+import prism_select
+prism_select.select(model="MODEL", pool="pool.jsonl", target="pairs.jsonl", out="run", budget="20%")
+""",
+    "pairs.md": "Path('pairs.jsonl').unlink()",
+    "sharper.md": """
+import torch
+from safetensors.torch import save_file
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.Adam(model.parameters())
+model(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+torch.save(optimizer.state_dict(), "optimizer.pt")
+""",
+}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def given(folder: Path) -> None:
+    """The files that the pages speak of, small."""
+    (folder / "MODEL").symlink_to(MODEL)
+    rows = pool(80, 0)
+    jsonl(folder / "pool.jsonl", rows)
+    jsonl(folder / "sft.jsonl", mixture(80, 0))
+    jsonl(folder / "pairs.jsonl", pairs("capitals", 12, 0))
+    jsonl(folder / "held_out.jsonl", pairs("capitals", 8, 1))
+    sums = [fact for fact in FACTS["arithmetic"] if "+" in fact.subject]
+    jsonl(
+        folder / "solutions.jsonl",
+        [{"question": f"What is {f.subject}?", "answer": f"{f.subject} makes {f.right}."} for f in sums],
+    )
+    questions = [
+        {"question": pair["prompt"], "choices": [pair["chosen"], pair["rejected"]], "answer": 0, "subject": skill}
+        for skill in ("capitals", "plurals")
+        for pair in pairs(skill, 6, 0)
+    ]
+    jsonl(folder / "choices.jsonl", questions)
+    odd = [f'"{row["prompt"]}","{row["completion"]}",{row["source"]}' for row in rows]
+    jsonl(folder / "odd.csv", ["ask,reply,origin", *odd])
+    said = [[{"who": "user", "said": r["prompt"]}, {"who": "assistant", "said": r["completion"]}] for r in rows[:20]]
+    nested = [{"key": f"n{i}", "meta": {"site": "here"}, "dialogue": turns} for i, turns in enumerate(said)]
+    jsonl(folder / "nested.jsonl", nested)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    given(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    yield tmp_path
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore")  # those of the libraries that a reader meets, too
+def test_what_a_page_says_to_type_works(page: Path, place: Path) -> None:
+    names: dict[str, Any] = {"Path": Path}
+    exec(PRELUDES.get(page.name, ""), names)
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("prism "):
+                told = prism(*shlex.split(line)[1:])
+                assert told.code == 0, f"{line}\n{told.err}"
+            else:
+                subprocess.run(["bash", "-c", line], check=True, cwd=place)
+
+
+def test_pages_with_something_to_type_are_many() -> None:
+    assert sum(len(blocks(page)) for page in PAGES) > 15
+    assert all(page.relative_to(ROOT / "docs").as_posix() in (ROOT / "mkdocs.yml").read_text() for page in PAGES[1:])
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of blocks without a mark that are commands of ours, what may be left out included."""
+    unmarked = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [re.sub(r"[\[\]]", "", line) for text in unmarked for line in text.splitlines() if line.startswith("prism ")]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_commands_that_are_only_shown_have_options_that_exist(page: Path) -> None:
+    for line in commands(page):
+        name, *words = shlex.split(line, comments=True)[1:]
+        command = app.commands[name]
+        command.parse_args(click.Context(command), words)
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    known = {word for command in app.commands.values() for option in command.params for word in option.opts}
+    known |= {"--version", "--debug", "--help"} | THEIRS
+    named = {(page.name, word) for page in PAGES for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    assert not {(page, word) for page, word in named if word not in known}
+
+
+def test_the_page_of_sources_names_every_paper_of_the_code_and_files_that_exist() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    papers = set(re.findall(r"(?:arXiv|abs/)\W*(\d{4}\.\d{5})", code, re.IGNORECASE))
+    assert len(papers) > 8 and not {paper for paper in papers if paper not in page}
+    files = set(re.findall(r"`([\w/]+\.py)`", page))
+    assert files and all((ROOT / "src" / "prism_select" / file).exists() for file in files)
