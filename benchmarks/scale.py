@@ -126,18 +126,20 @@ def kills() -> Told:
 def fuzz() -> Told:
     """The tests of tests/test_fuzz.py, with a thousand examples each: ten rows or so in each, and a file for each."""
     counted = """
-import os, sys
-sys.path.insert(0, "tests")
-import fuzz, test_fuzz, pytest
-read, files, rows = fuzz.read_all, [0], [0]
-def counting(path):
-    files[0] += 1
-    found = read(path)
-    rows[0] += found
-    return found
-test_fuzz.read_all = counting
-code = pytest.main(["-q", "tests/test_fuzz.py", "-p", "no:cacheprovider"])
-print("COUNTED", int(code), files[0], rows[0])
+import sys, pytest
+files = rows = 0
+class Counter:
+    def pytest_collection_finish(self):
+        module = sys.modules["test_fuzz"]
+        read = module.read_all
+        def counting(path):
+            global files, rows
+            files += 1
+            rows += (found := read(path))
+            return found
+        module.read_all = counting
+code = pytest.main(["-q", "tests/test_fuzz.py", "-p", "no:cacheprovider"], plugins=[Counter()])
+print("COUNTED", int(code), files, rows)
 """
     env = {**os.environ, "FUZZ": "1000"}
     done = subprocess.run([sys.executable, "-c", counted], capture_output=True, text=True, env=env, check=True)
