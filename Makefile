@@ -4,13 +4,14 @@
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make reselect: choosing again during training against choosing once
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
+# make scale: thirty kills, odd input, endless lines, a choice among a hundred million rows (two hours, 30 GB of disk)
 # make bench: memory against pool size, and what a score costs (on a quiet machine)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test fuzz real pairs quality curvature reselect lds peers bench clean
+.PHONY: demo test fuzz real pairs quality curvature reselect lds peers bench scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -58,6 +59,9 @@ reselect: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/cost.py
+
+scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py
 
 clean:
 	rm -rf .venv site prism-demo

@@ -82,7 +82,7 @@ class Columns:
     score_chosen: NDArray[np.float32]
     tokens: NDArray[np.int32]
     others: Mapping[str, NDArray[np.float64]]  # scores along groups of pairs and with other dampings, and cosines
-    source: NDArray[np.int16] | NDArray[np.int32]
+    source: NDArray[np.int32]
     sources: Sequence[str]  # what the numbers in `source` mean
     reasons: Mapping[int, str]
     truncated: int
@@ -242,26 +242,29 @@ def with_ranking(tables: Callable[[], Iterable[pa.Table]], ranking: NDArray[np.f
 
 
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
-    """Raises BadOption where the scores of an earlier run lack what the choice goes by."""
+    """Raises BadOption where the scores of an earlier run lack what the choice goes by. Columns grow in place: as lists
+    of pieces they would take their memory twice."""
     more = re.compile(r"score:|score_cosine$|score_damping_|rank_by$")
-    parts, sources, reasons = defaultdict[str, list[Any]](list), dict[str, int](), dict[int, str]()
-    start = truncated = 0
+    parts, sources, reasons = defaultdict[str, bytearray](bytearray), dict[str, int](), dict[int, str]()
+    groups, start, truncated = list[Any](), 0, 0
     for table in tables:
         if config.ranking not in table.column_names:
             raise BadOption(f"--normalize {config.normalize}: these scores were made without it; score the pool again")
         for name in {"score", config.ranking, *filter(more.match, table.column_names)}:
-            parts[name].append(np.asarray(table[name].to_numpy(), dtype=np.float64))
-        parts["score_chosen"].append(np.asarray(table["score_chosen"].to_numpy(), dtype=np.float32))
-        parts["tokens"].append(np.asarray(table["tokens"].fill_null(0).to_numpy(), dtype=np.int32))
-        parts["source"].append(numbered(table["source"], sources))
+            parts[name] += np.asarray(table[name].to_numpy(), dtype=np.float64).data
+        parts["score_chosen"] += np.asarray(table["score_chosen"].to_numpy(), dtype=np.float32).data
+        parts["tokens"] += np.asarray(table["tokens"].fill_null(0).to_numpy(), dtype=np.int32).data
+        parts["source"] += numbered(table["source"], sources).data
         if "score_groups" in table.column_names:
-            parts["score_groups"] += table["score_groups"].to_pylist()
+            groups += table["score_groups"].to_pylist()
         for row in np.flatnonzero(table["reason"].is_valid()).tolist():
             reasons[start + row] = table["reason"][row].as_py()
         truncated += table["truncated"].to_pylist().count(True)
         start += len(table)
-    groups = parts.pop("score_groups", [])
-    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    kinds = {"score_chosen": np.float32, "tokens": np.int32, "source": np.int32}
+    whole: dict[str, Any] = {
+        name: np.frombuffer(part, dtype=kinds.get(name, np.float64)) for name, part in parts.items()
+    }
     others = {name: whole[name] for name in whole if more.match(name) and not name.startswith("score:")}
     if groups:
         width = next((len(row) for row in groups if row), 0)
@@ -280,13 +283,12 @@ def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     )
 
 
-def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int16] | NDArray[np.int32]:
+def numbered(names: pa.ChunkedArray, known: dict[str, int]) -> NDArray[np.int32]:
     """Names as their places in `known`, which grows with them."""
     coded = names.combine_chunks().fill_null("").dictionary_encode()
-    places = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
-    found: NDArray[Any] = np.array(places, dtype=np.int16 if len(known) < 1 << 15 else np.int32)
-    rows: NDArray[np.int16] | NDArray[np.int32] = found[coded.indices.to_numpy()]
-    return rows
+    places = np.array([known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()], dtype=np.int32)
+    found: NDArray[np.int32] = places[coded.indices.to_numpy()]
+    return found
 
 
 def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:

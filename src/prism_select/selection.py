@@ -21,7 +21,7 @@ from prism_select.errors import BadOption
 __all__ = ["OUTCOMES", "NearDuplicates", "Rules", "UnreadText", "best_first", "choose", "limit_of", "round_robin"]
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.int16]
+Ints = NDArray[np.int64] | NDArray[np.int32]
 OUTCOMES = ("taken", "over budget", "near duplicate", "source cap", "quarantined")
 TAKEN, OVER, NEAR, CAPPED, QUARANTINED = range(5)
 
@@ -99,8 +99,7 @@ class _Walk:
         self, rows: NDArray[np.int64], prices: Floats, verdicts: NDArray[np.int8], spent: float
     ) -> tuple[int, float]:
         """How many of `rows` were passed before the budget was spent, and what they cost with `spent`."""
-        sources = self.sources[rows].tolist()
-        for place, (row, price, source) in enumerate(zip(rows.tolist(), prices.tolist(), sources, strict=True)):
+        for place, (row, price, source) in enumerate(self._listed(rows, prices)):
             if spent + price > self.limit:
                 return place, spent
             if self.by_source.get(source, 0.0) + price > self.cap:
@@ -112,6 +111,14 @@ class _Walk:
                 spent += price
                 self.by_source[source] = self.by_source.get(source, 0.0) + price
         return len(rows), spent
+
+    def _listed(self, rows: NDArray[np.int64], prices: Floats) -> Iterator[tuple[int, float, int]]:
+        """Row, price and source, of a few rows at a time: as numbers of Python they take much memory."""
+        for start in range(0, len(rows), 1 << 16):
+            some = rows[start : start + (1 << 16)]
+            yield from zip(
+                some.tolist(), prices[start : start + len(some)].tolist(), self.sources[some].tolist(), strict=True
+            )
 
 
 def round_robin(each: Floats) -> Floats:
