@@ -806,7 +806,7 @@ def test_rows_that_are_the_same_to_the_last_token_are_scored_once(
     nearly = [{**row, "completion": f"{row['completion']} no", "id": None} for row in POOL[:2]]
     repeats = [{**row, "id": None, "source": "repeated"} for row in POOL[:22]]
     pool = jsonl(tmp_path / "pool.jsonl", [*POOL, *nearly, *repeats])
-    run = place.run("score", "repeated", pool=str(pool))
+    run = place.run("score", "same-tokens", pool=str(pool))
     assert sum(computed) == 22 + len(nearly)  # two rows of POOL repeat others, too
     score, first = column(run, "score"), column(scored, "score")
     assert score[len(POOL) + 2 :] == score[:22]

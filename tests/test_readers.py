@@ -29,7 +29,7 @@ from prism_select.data.formats import (
     to_example,
     to_pairs,
 )
-from prism_select.data.readers import find_files, read_rows
+from prism_select.data.readers import find_files, read_rows, read_texts
 from prism_select.data.records import Example, Pair, Raw, Turn
 from prism_select.errors import BadFile, BadOption, BadRow, PrismError
 
@@ -809,3 +809,14 @@ def test_a_mapping_for_other_columns_leaves_a_row_as_it_is() -> None:
 
 def test_one_column_may_serve_two_names() -> None:
     assert example_of({"prompt": "x", "completion": "x"}, x="t").turns == (Turn("user", "t"), Turn("assistant", "t"))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.csv"])
+def test_rows_read_for_copying_are_those_that_are_read_for_their_meaning(tmp_path: Path, name: str) -> None:
+    lines = [b'{"a": "1"}', b"", b'{"a": "' + b"x" * 300 + b'"}', b"  ", b'{"a": "\xff"}\r', b"[1]", b'{"a": "2"}']
+    data = b"[" + b",".join(line for line in lines if line.strip()) + b"]" if name == "x.json" else b"\n".join(lines)
+    file = write(tmp_path / name, data.replace(b'"', b"") if name == "x.csv" else data)
+    wanted = [(raw.line, raw.text) for raw in read_rows(file, 200)]
+    found = read_texts(file, 200)
+    assert [(line, text.decode("utf-8", "backslashreplace")) for line, text in found] == wanted
+    assert len(wanted) >= 3

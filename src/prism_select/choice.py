@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from prism_select.config import ROW_BYTES, Amount, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, changed, fingerprint
+from prism_select.data.readers import read_texts
 from prism_select.data.records import Example, Raw
 from prism_select.errors import BadOption
 from prism_select.progress import Progress
@@ -388,18 +389,21 @@ def in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def copy_rows(pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], reasons: Mapping[int, str]) -> None:
     """Each row of the pool to the file of its verdict, where there is one. Raises BadFile where there are fewer rows
     than verdicts."""
-    files = [places.get(name) for name in verdicts.names]
+    to = [places.get(name) for name in verdicts.names]
     aside = list(verdicts.names).index("quarantined")
-    row = -1
-    for row, (code, (file, line, text)) in enumerate(zip(verdicts.codes.data, pool.texts(), strict=False)):
-        if (place := files[code]) is None:
-            continue
-        if code == aside:
-            raw = Raw(file, line, text.decode("utf-8", "backslashreplace"), None)
-            place.write(json_line(raw.set_aside(reasons.get(row, ""))))
-        else:
-            place.write(text + b"\n")
-    if row + 1 < len(verdicts.codes):
+    copied, codes = 0, iter(verdicts.codes.data)
+    for file in pool.files:
+        texts = read_texts(file, pool.row_bytes)  # first in the zip: a file that ends takes no code with it
+        for (line, text), code in zip(texts, codes, strict=False):
+            copied += 1
+            if (place := to[code]) is None:
+                continue
+            if code == aside:
+                raw = Raw(file, line, text.decode("utf-8", "backslashreplace"), None)
+                place.write(json_line(raw.set_aside(reasons.get(copied - 1, ""))))
+            else:
+                place.write(text + b"\n")
+    if copied < len(verdicts.codes):
         raise changed(pool.files)
 
 

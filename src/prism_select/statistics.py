@@ -1,10 +1,13 @@
-"""Statistics: how well a ranking finds what it should. Scores first, labels second; ties share their rank."""
+"""Statistics: how well a ranking finds what it should. Scores first, labels second; ties share their rank.
+
+Choices made here: scikit-learn, which takes as long to load as a choice among half a million rows, waits until it is
+needed.
+"""
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 __all__ = [
     "auroc",
@@ -25,11 +28,15 @@ Bools = NDArray[np.bool_]
 
 def auroc(scores: Floats, labels: Bools) -> float:
     """Chance that a labelled row scores above an unlabelled one; NaN when either kind is missing."""
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(labels, scores)) if labels.any() and not labels.all() else float("nan")
 
 
 def average_precision(scores: Floats, labels: Bools) -> float:
     """Mean precision at each labelled row, best score first; NaN when no row is labelled."""
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(labels, scores)) if labels.any() else float("nan")
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from prism_select.config import ROW_BYTES
 from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
-from prism_select.data.readers import find_files, read_rows, read_texts
+from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
 from prism_select.errors import BadFile, BadOption, BadRow, EmptyInput
 
@@ -57,12 +57,6 @@ class Pool:
     def raw(self) -> Iterator[Raw]:
         for file in self.files:
             yield from read_rows(file, self.row_bytes)
-
-    def texts(self) -> Iterator[tuple[str, int, bytes]]:
-        """File, line and text of every row, unread: for copying."""
-        for file in self.files:
-            for line, text in read_texts(file, self.row_bytes):
-                yield file, line, text
 
     def rows(self) -> Iterator[tuple[Raw, Example | BadRow]]:
         """The memory taken is that of a hash for each id that a row carries itself."""
