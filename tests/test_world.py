@@ -17,7 +17,7 @@ from prism_select.world import World, alone, leads
 
 ROWS, WINDOW = 48, 5
 DRIVER = """
-import os, sys
+import os, sys, time
 from prism_select import cli, pipeline
 from prism_select.scoring import Scorer
 from prism_select.store import Store
@@ -30,6 +30,11 @@ def counted(store, number, table):
         os._exit(9)
     return write(store, number, table)
 Store.write_shard = counted
+read = pipeline.bad_rows_of
+def slowly(shard):
+    time.sleep(0.2 * (os.environ.get("SLOW") == os.environ["RANK"]))
+    return read(shard)
+pipeline.bad_rows_of = slowly
 cli.main(sys.argv[1:])
 """
 
@@ -46,9 +51,9 @@ class Desk:
         pool, target = jsonl(folder / "pool.jsonl", rows), jsonl(folder / "pairs.jsonl", pairs)
         self.words = ["--model", str(model), "--pool", pool, "--target", target, "--max-bad", "5%"]
 
-    def together(self, *words: object, dies: str = "") -> Outcome:
+    def together(self, *words: object, dies: str = "", slow: str = "") -> Outcome:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", self.driver]
-        env = {**os.environ, "LOG": str(self.log), "DIES": dies}
+        env = {**os.environ, "LOG": str(self.log), "DIES": dies, "SLOW": slow}
         env["OMP_NUM_THREADS"] = "1"
         done = subprocess.run(
             [*map(str, command), *map(str, words)], capture_output=True, text=True, env=env, timeout=300
@@ -107,6 +112,11 @@ def test_when_one_process_dies_the_others_stop_and_the_same_command_goes_on(desk
     assert prism("score", *desk.words, "--out", whole).code == 0
     ours, theirs = (pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, whole))
     assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_shards_stay_until_the_slowest_process_has_read_them(desk: Desk) -> None:
+    done = desk.together("score", *desk.words, "--out", desk.folder / "run", slow="1")
+    assert done.code == 0, done.err
 
 
 def test_what_is_wrong_with_the_input_is_said_once(desk: Desk) -> None:

@@ -488,4 +488,5 @@ def score_pool(
     if world.size > 1:
         bad = [row for shard in range(number) for row in bad_rows_of(shards[shard])]
         refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+        world.gather(None)  # all have read the shards before the leader drops them
     return [shards[done] for done in range(number)]
