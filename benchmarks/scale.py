@@ -189,10 +189,13 @@ def lines() -> Told:
 
 BATCH = 1 << 16
 CHOOSE = """
-import time, prism_select
+import time
 old, out, budget, cap = sys.argv[1:]
 start = time.perf_counter()
-run = prism_select.select(select_from=old, out=out, budget=budget, per_source=cap)
+from prism_select.choice import choose_again
+from prism_select.config import SelectConfig
+from prism_select.progress import Silent
+run = choose_again(SelectConfig(select_from=old, out=out, budget=budget, per_source=cap), Silent())
 seconds = time.perf_counter() - start
 print(seconds, peak(), run.manifest["counts"]["selected"])
 """
@@ -242,7 +245,7 @@ def made_up_run(folder: Path, rows: int) -> None:
 
 
 def chosen(count: int, cap: str) -> dict[str, Any]:
-    """Made-up scores, a real pool file: everything of --select-from, with its copies of scores and rows."""
+    """Made-up scores, a real pool file: all of --select-from but its report, copies of scores and rows included."""
     with tempfile.TemporaryDirectory(dir=WORK) as name:
         made_up_run(Path(name), count)
         command = [sys.executable, "-c", PEAK + CHOOSE, str(Path(name) / "scored"), str(Path(name) / "out"), "5%", cap]
