@@ -32,6 +32,7 @@ from prism_select.models import load
 from prism_select.retraining import measured
 from prism_select.statistics import paired_interval
 from prism_select.targeting import as_side, encode_sides
+from prism_select.warmup import QUIET
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from rounds import Chosen, Rounds, RoundsTrainer
@@ -102,13 +103,8 @@ def trainer(rounds: Rounds, learner: Any, tokenizer: Any, folder: Path, steps: i
         max_steps=steps,
         learning_rate=RATE,
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
+        **QUIET,
     )
     data = Dataset.from_list(
         [

@@ -368,7 +368,8 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     if not took["score"]:
         raise BadOption(f"{past.home}: the run that took its scores is gone; leave {PRICED} out of --against")
     model, encoder = loaded
-    rows = list(encoded_rows(past, [sampled(past)[:: max(1, len(sampled(past)) // TIMED)]], encoder).values())
+    places = sampled(past)
+    rows = list(encoded_rows(past, [places[:: math.ceil(len(places) / TIMED)]], encoder).values())
     aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])

@@ -389,14 +389,18 @@ def choose_engine(
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
         measure = measure_by(config, name, model, weights, directions)
         try:
-            apart = check(name, partial(scores_by, measure), lambda _: known, batch, model.dtype)
-            again = disagreement(scores_by(measure, batch).values, scores_by(measure, batch).values)
-            return measure, Checked(name, why, dtype, len(batch), apart, again)
+            return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
         except Unreachable as error:
             if name == order[-1]:
                 raise
             why = str(error).partition("; try")[0]
     raise AssertionError("unreachable")
+
+
+def apart(name: str, measure: Measure, known: Scores, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
+    """Of an engine's scores from the definition's, and from themselves when taken twice. Raises what `check` does."""
+    found, again = (measure(batch)[0] for _ in range(2))
+    return check(name, lambda _: found, lambda _: known, batch, dtype), disagreement(again.values, found.values)
 
 
 def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
@@ -429,10 +433,6 @@ def placed(directions: Sequence[Factored], device: torch.device) -> list[Factore
 
 def plainly(engine: Engine) -> Measure:
     return lambda batch: (engine(batch), None)
-
-
-def scores_by(measure: Measure, batch: Batch) -> Scores:
-    return measure(batch)[0]
 
 
 def plan_run(

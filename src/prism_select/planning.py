@@ -5,7 +5,8 @@ memory  = the peak of this process after the longest batch of a sample
 disk    = directions + 120 bytes a row
 
 Choices made here: the longest batch runs first and is not timed unless it is alone, so that what is made once counts
-once; then batches of all lengths, for as long as `TIMED` in a plan and as long as `SHARE` of the scoring in a run.
+once; then batches of all lengths, for as long as `TIMED` in a plan and as `SHARE` of the scoring in a run, whose pool
+may be so small that none follows.
 """
 
 import resource
@@ -56,9 +57,9 @@ def seconds_per_token(
 
     first = timed(batches[0])
     left = TIMED if thorough else min(TIMED, SHARE * first[0] / first[1] * tokens)
-    found = list[tuple[float, int]]()
-    for batch in [*batches[len(batches) // 2 :], *batches[1 : len(batches) // 2]]:  # the usual lengths before the long
-        if left < 0:
+    found, middle = list[tuple[float, int]](), max(1, len(batches) // 2)
+    for batch in [*batches[middle:], *batches[1:middle]]:  # the usual lengths before the long
+        if left < first[0] * (not thorough):
             break
         found.append(timed(batch))
         left -= found[-1][0]

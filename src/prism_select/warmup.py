@@ -13,7 +13,7 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,18 @@ from prism_select.data.records import Example
 from prism_select.errors import BadOption, BadRow
 from prism_select.models import CausalLM
 
-__all__ = ["ADAPTER", "RATE", "ROWS_A_STEP", "Course", "drawn", "has_adapter", "merged", "train", "warm_up"]
+__all__ = ["ADAPTER", "QUIET", "RATE", "ROWS_A_STEP", "Course", "drawn", "has_adapter", "merged", "train", "warm_up"]
 
 ADAPTER = "adapter"
 RANK, RATE, ROWS_A_STEP = 16, 2e-4, 8
+QUIET: Mapping[str, Any] = {  # of a trainer that keeps and shows nothing, in the dtype of the weights
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 _INSTALL = "this needs PEFT and TRL; install PRISM with its extra [train]"
 
 
@@ -121,13 +129,8 @@ def train(
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             use_cpu=model.device.type == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             seed=course.seed,
+            **QUIET,
         )
         data = Dataset.from_list(coded)
         trainer = _trainer(model, on_step)(model=learner, args=settings, train_dataset=data, processing_class=tokenizer)

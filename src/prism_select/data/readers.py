@@ -87,12 +87,9 @@ def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
 
     Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
     """
-    if file.startswith("hub:"):
-        yield from (_bounded(raw, limit) for raw in _hub_rows(file))
-        return
     kind = _kind(file)
-    if kind == "parquet":
-        yield from (_bounded(raw, limit) for raw in _parquet_rows(file))
+    if tables := {"hub": _hub_rows, "parquet": _parquet_rows}.get(kind):
+        yield from (_bounded(raw, limit) for raw in tables(file))
         return
     rows = {"lines": _json_lines, "csv": _csv_rows, "array": _json_array}[kind]
     with _opened(file) as stream:
@@ -104,22 +101,24 @@ def rows_at(file: str, places: Collection[int], limit: int = ROW_BYTES) -> Itera
 
     Raises BadFile as `read_rows` does.
     """
-    wanted, last = set(places), max(places, default=-1)
-    if file.startswith("hub:") or _kind(file) not in ("lines", "parquet"):
-        for place, raw in zip(range(last + 1), read_rows(file, limit), strict=False):
-            if place in wanted:
-                yield place, raw
-    elif _kind(file) == "parquet":
+    wanted, last, kind = set(places), max(places, default=-1), _kind(file)
+    if kind == "parquet":
         yield from ((place, _bounded(raw, limit)) for place, raw in _parquet_rows_at(file, sorted(wanted)))
-    else:
+    elif kind == "lines":
         with _opened(file) as stream:
             for place, (number, line, long) in zip(range(last + 1), _filled(file, stream, limit), strict=False):
                 if place in wanted:
                     yield place, long or _json_line(file, number, line)
+    else:
+        for place, raw in zip(range(last + 1), read_rows(file, limit), strict=False):
+            if place in wanted:
+                yield place, raw
 
 
 def _kind(file: str) -> str:
-    """lines, array, csv or parquet."""
+    """hub, lines, array, csv or parquet."""
+    if file.startswith("hub:"):
+        return "hub"
     ending = _SUPPORTED.search(file)
     if ending is None:
         raise BadFile(file, None, "its ending is not supported", _ADVICE)
@@ -137,8 +136,7 @@ def _kind(file: str) -> str:
 
 def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
     """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is not asked."""
-    ending = _SUPPORTED.search(file)
-    if ending is None or (ending[1] or "").lower() != "jsonl":
+    if _kind(file) != "lines":
         yield from ((raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file, limit))
         return
     with _opened(file) as stream:

@@ -215,27 +215,28 @@ def by_source(found: Sequence[Source], by: str, cutoff: float) -> Chart:
     return _made("sources", "By source", text, chart, max(90, 26 * len(rows)))
 
 
-def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
-    """Rows by their influence along either half of the direction."""
+def _heat(cells: Sequence[Cell], across: alt.X, up: alt.Y, opacity: alt.Scale) -> alt.Chart:
+    """A rectangle for each cell, the darker the more rows it has."""
     rows = [
         {"x": cell.rejected[0], "x2": cell.rejected[1], "y": cell.chosen[0], "y2": cell.chosen[1], "rows": cell.rows}
         for cell in cells
     ]
+    darkness, tip = alt.Opacity("rows:Q", scale=opacity, legend=None), alt.Tooltip("rows:Q", format=",")
+    chart: alt.Chart = alt.Chart(_data(rows)).mark_rect(color=TAKEN)
+    return chart.encode(across, alt.X2("x2:Q"), up, alt.Y2("y2:Q"), darkness, tooltip=[tip])
+
+
+def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
+    """Rows by their influence along either half of the direction."""
     axis = alt.Axis(tickCount=6)
-    heat = (
-        alt.Chart(_data(rows))
-        .mark_rect(color=TAKEN)
-        .encode(
-            alt.X("x:Q", bin="binned", title=f"what raises the {sides[1]} answers", axis=axis),
-            alt.X2("x2:Q"),
-            alt.Y("y:Q", bin="binned", title=f"what raises the {sides[0]} answers", axis=axis),
-            alt.Y2("y2:Q"),
-            alt.Opacity("rows:Q", scale=alt.Scale(type="log", domainMin=1, range=[0.15, 1]), legend=None),
-            tooltip=[alt.Tooltip("rows:Q", format=",")],
-        )
-    )  # fmt: skip
-    low = max(min(row["x"] for row in rows), min(row["y"] for row in rows))
-    high = min(max(row["x2"] for row in rows), max(row["y2"] for row in rows))
+    heat = _heat(
+        cells,
+        alt.X("x:Q", bin="binned", title=f"what raises the {sides[1]} answers", axis=axis),
+        alt.Y("y:Q", bin="binned", title=f"what raises the {sides[0]} answers", axis=axis),
+        alt.Scale(type="log", domainMin=1, range=[0.15, 1]),
+    )
+    low = max(min(cell.rejected[0] for cell in cells), min(cell.chosen[0] for cell in cells))
+    high = min(max(cell.rejected[1] for cell in cells), max(cell.chosen[1] for cell in cells))
     ends = [{"x": low, "y": low}, {"x": high, "y": high}] if low < high else []
     diagonal = (
         alt.Chart(_data(ends))
@@ -391,22 +392,13 @@ def forecast(methods: Mapping[str, Mapping[str, Any]], correlation: float | None
 
 def ranks(cells: Sequence[Cell], names: tuple[str, str]) -> Chart:
     """Where each row stands in two rankings, as shares from the best (0) to the worst (1)."""
-    rows = [
-        {"x": c.rejected[0], "x2": c.rejected[1], "y": c.chosen[0], "y2": c.chosen[1], "rows": c.rows} for c in cells
-    ]
     axis = alt.Axis(format="%", tickCount=5)
-    heat = (
-        alt.Chart(_data(rows))
-        .mark_rect(color=TAKEN)
-        .encode(
-            alt.X("x:Q", bin="binned", title=f"place in {names[0]}, best first", axis=axis),
-            alt.X2("x2:Q"),
-            alt.Y("y:Q", bin="binned", title=f"place in {names[1]}", axis=axis, scale=alt.Scale(reverse=True)),
-            alt.Y2("y2:Q"),
-            alt.Opacity("rows:Q", scale=alt.Scale(domainMin=0, range=[0, 1]), legend=None),
-            tooltip=[alt.Tooltip("rows:Q", format=",")],
-        )
-    )  # fmt: skip
+    heat = _heat(
+        cells,
+        alt.X("x:Q", bin="binned", title=f"place in {names[0]}, best first", axis=axis),
+        alt.Y("y:Q", bin="binned", title=f"place in {names[1]}", axis=axis, scale=alt.Scale(reverse=True)),
+        alt.Scale(domainMin=0, range=[0, 1]),
+    )
     return _made(
         "ranks",
         "Place in either ranking",
