@@ -42,11 +42,9 @@ Row = dict[str, Any]
 WORK = Path(__file__).parent / "work"
 BUDGETS = ("5%", "1%", "20%")
 FIRST = ("everything", "random", "bm25", "rds", "less")  # so that a study cut short tells something
-EVERY = (*FIRST, PRICED, *(name for name in RIVALS if name not in FIRST))
-STAGES = [(BUDGETS[0], (*FIRST, PRICED)), (BUDGETS[0], EVERY)]
-STAGES += [
-    (budget, rivals) for rivals in (FIRST, tuple(name for name in EVERY if name != PRICED)) for budget in BUDGETS[1:]
-]
+EVERY = (*FIRST, *(name for name in RIVALS if name not in FIRST))
+STAGES = [(BUDGETS[0], rivals) for rivals in (FIRST, EVERY, (*EVERY, PRICED))]  # the price buys long trainings
+STAGES += [(budget, rivals) for rivals in (FIRST, EVERY) for budget in BUDGETS[1:]]
 TITLES = {"gain": "gain", "win_rate": "win rate", "accuracy": "accuracy"}
 
 

@@ -245,7 +245,7 @@ def with_ranking(tables: Callable[[], Iterable[pa.Table]], ranking: NDArray[np.f
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     """Raises BadOption where the scores of an earlier run lack what the choice goes by. Columns grow in place: as lists
     of pieces they would take their memory twice."""
-    more = re.compile(r"score:|score_cosine$|score_damping_|rank_by$")
+    more = re.compile(r"score:|score_cosine$|score_damping_|rank_by$|exact$")
     parts, sources, reasons = defaultdict[str, bytearray](bytearray), dict[str, int](), dict[int, str]()
     groups, start, truncated = list[Any](), 0, 0
     for table in tables:
@@ -266,7 +266,7 @@ def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
     whole: dict[str, Any] = {
         name: np.frombuffer(part, dtype=kinds.get(name, np.float64)) for name, part in parts.items()
     }
-    others = {name: whole[name] for name in whole if more.match(name) and not name.startswith("score:")}
+    others = {name: whole[name] for name in whole if more.match(name) and not re.match("score:|exact", name)}
     if groups:
         width = next((len(row) for row in groups if row), 0)
         others["score_groups"] = np.array([row or [np.nan] * width for row in groups])
@@ -296,6 +296,8 @@ def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> 
     targets = [name for name in whole if name.startswith("score:")]
     if "rank_by" in whole:
         return last_where_unknown(whole["rank_by"], whole["score"])
+    if "exact" in whole:
+        return last_where_unknown(np.where(whole["exact"] > 0, whole[config.ranking], np.nan), whole["score"])
     if config.combine == "round-robin" and len(targets) > 1:
         tokens = whole["tokens"]
         unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
@@ -304,7 +306,7 @@ def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> 
 
 
 def last_where_unknown(ranking: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A rival's ranking of the rows that have a score; those that it says nothing of come last."""
+    """A ranking of the rows that have a score; those that it says nothing of come last."""
     known = ranking[np.isfinite(ranking)]
     last = known.min() - 1 if len(known) else 0.0
     return np.where(np.isfinite(score), np.where(np.isfinite(ranking), ranking, last), np.nan)
@@ -452,7 +454,7 @@ def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     size = len(columns.sources)
     count, raised, stands = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
     for some in slices(len(columns.score)):
-        scored, source = np.isfinite(columns.score[some]), columns.source[some]
+        scored, source = np.isfinite(columns.score_chosen[some]), columns.source[some]
         unit = np.maximum(1, columns.tokens[some]) if config.ranking == "score_per_token" else np.ones(len(scored))
         count += np.bincount(source[scored], minlength=size)
         raised += np.bincount(source[scored], (columns.score_chosen[some] / unit)[scored], size)

@@ -223,6 +223,13 @@ class ScoreConfig(ModelConfig):
         "Rank by the score (none: summed over tokens, the paper), by the score per token, or by its cosine with the "
         "row's gradient.",
     ] = "none"
+    cascade: Annotated[
+        bool,
+        "Score exactly only where the best rows may be, and guess the rest from the lower blocks; select and repair.",
+    ] = False
+    recall: Annotated[float, "cascade: share of the best rows that must have an exact score, by its own estimate."] = (
+        0.95
+    )
     direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
     warmup: Annotated[
         str, "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged; empty: no."
@@ -238,6 +245,7 @@ class ScoreConfig(ModelConfig):
         self._check_needs()
         self._check_curvature()
         self._check_ranking()
+        self._check_cascade()
 
     def _check_needs(self) -> None:
         needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
@@ -288,6 +296,27 @@ class ScoreConfig(ModelConfig):
             raise BadOption(f"--normalize norm: engine {self.engine} has no norms of gradients; try --engine reverse")
         if self.normalize == "norm" and self.tokens:
             raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
+
+    def _check_cascade(self) -> None:
+        if not 0.5 <= self.recall < 1:
+            raise BadOption(f"--recall {self.recall}: must be at least 0.5 and below 1; try 0.95")
+        if not self.cascade:
+            return
+        if self.command == "score":
+            raise BadOption("--cascade: looks for the best rows of a budget, and score has none; take select or repair")
+        if "positive" in (getattr(self, "budget", ""), getattr(self, "remove", "")):
+            raise BadOption("--cascade: guesses have no sure sign; give the budget as a share, 5% say")
+        no = {
+            "--tokens": self.tokens,
+            "--uncertainty": bool(self.uncertainty),
+            "--normalize norm": self.normalize == "norm",
+            f"--combine {self.combine}": self.combine != "mean",
+            "--rank-by": bool(getattr(self, "rank_by", "")),
+            "several values of --damping": len(self.dampings) > 1,
+        }
+        for option, given in no.items():
+            if given:
+                raise BadOption(f"--cascade and {option}: takes an exact score of every row; leave one out")
 
     @property
     def dampings(self) -> tuple[float, ...]:

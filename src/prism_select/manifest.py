@@ -91,6 +91,7 @@ def manifest_of(config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen,
             *unreached(aim),
             *restless(checked),
             *unsolved(facts.told["curvature"]),
+            *missed(facts.told.get("cascade")),
             *chosen.warnings,
         ],
     }
@@ -114,6 +115,17 @@ def restless(checked: Checked) -> list[str]:
 def unsolved(curvature: Mapping[str, Any]) -> list[str]:
     left = curvature.get("residual") or 0.0
     return [f"conjugate gradients stopped with {left:.0%} of the direction left: raise --damping"] * (left > 0.1)
+
+
+def missed(cascade: Mapping[str, Any] | None) -> list[str]:
+    """A warning where many scores are guesses."""
+    if not cascade or not cascade["guessed"]:
+        return []
+    low = cascade["recall"]["low"]
+    return [
+        f"{cascade['guessed']:,} scores are guesses (exact is false), and none of them was chosen before an exact one; "
+        f"by a random sample as much as {1 - low:.0%} of the best {cascade['best']:,} rows may be among them"
+    ]
 
 
 def target_of(aim: Aim) -> dict[str, Any]:

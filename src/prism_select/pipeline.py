@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from prism_select import models
 from prism_select.adapters import load_adapter, save_adapter
 from prism_select.anatomy import anatomy_of
+from prism_select.cascade import Cascade, Looker
 from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
@@ -38,8 +39,8 @@ from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
-from prism_select.data.records import Example, Pair
-from prism_select.errors import BadRow, TooManyBadRows, Unreachable
+from prism_select.data.records import Example, Pair, Raw
+from prism_select.errors import BadOption, BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
 from prism_select.norms import with_norms
 from prism_select.planning import Plan, make_plan, peak_memory, seconds_per_token
@@ -49,6 +50,7 @@ from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
 from prism_select.scoring import Lines, Measure, Scorer
 from prism_select.store import Run, Store, bad_rows_of
+from prism_select.surrogate import looking
 from prism_select.targeting import Aim, aim_at
 from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
 from prism_select.world import World, joined
@@ -87,13 +89,26 @@ class Clock:
 
 @dataclass(frozen=True)
 class Work:
-    """What the leader tells the others: all that scoring takes but the model; `there` are shards already scored."""
+    """What the leader tells the others: all that scoring takes but the model; `there` are shards already scored. A
+    part of the rows may be `wanted`, in shards of a `kind` of their own."""
 
     inputs: Inputs
     directions: Sequence[Factored]
     lines: Lines
     engine: str
     there: Mapping[int, Path]
+    kind: str = ""
+    wanted: NDArray[np.bool_] | None = None
+
+    def windows(self) -> Iterator[tuple[int, list[int], list[tuple[Raw, Example | BadRow]]]]:
+        """Number, places in the pool, rows."""
+        rows = (
+            (row, each) for row, each in enumerate(self.inputs.pool.rows()) if self.wanted is None or self.wanted[row]
+        )
+        for number in count():
+            if not (window := list(islice(rows, WINDOW))):
+                return
+            yield number, [row for row, _ in window], [each for _, each in window]
 
 
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
@@ -124,6 +139,8 @@ def follow(config: ScoreConfig, world: World) -> Run | Plan:
 
 def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     clock, store = Clock(), Store(config.out)
+    if config.cascade and world.size > 1:
+        raise BadOption("--cascade: runs in one process; leave it out under torchrun")
     with clock.step("read"):
         inputs = read_inputs(config, progress)
     if not config.dry_run:
@@ -157,7 +174,10 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
     scorer = Scorer(encoder, engine, aim.lines, config, model.device)
     with clock.step("score"):
-        shards = score_pool(config, store, work, scorer, world, progress)
+        if config.cascade:
+            shards, more["cascade"] = cascaded(config, store, work, scorer, (model, aim.weights), progress)
+        else:
+            shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     if scorer.repeated:
         progress.say(f"{scorer.repeated:,} rows repeat another to the last token and took its score")
@@ -461,32 +481,58 @@ def going_on(store: Store, progress: Progress) -> dict[int, Path]:
     return there
 
 
+def cascaded(
+    config: ScoreConfig,
+    store: Store,
+    work: Work,
+    scorer: Scorer,
+    loaded: tuple[models.CausalLM, Weights],
+    progress: Progress,
+) -> tuple[list[Path], dict[str, Any]]:
+    """In place of `score_pool`; and what the manifest says of it."""
+    model, weights = loaded
+    count, narrow = len(work.lines.targets), torch.finfo(model.dtype).bits < 32
+    directions, rows = placed(work.directions[:count], model.device), first_rows(work.inputs.pool, scorer.encoder)
+    plain = replace(config, engine="difference") if config.engine == "auto" and not narrow else config
+    measure, checked = choose_engine(plain, model, weights, directions, rows)
+    progress.say(f"cascade: on the way by engine {checked.engine}, off by {checked.disagreement:.1e}")
+    quick = Scorer(scorer.encoder, measure, replace(work.lines, halves=False), config, model.device)
+    looker = Looker(looking(model, config.seed), scorer)
+
+    def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
+        part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0])
+        return score_pool(config, store, part, scorer, World(), progress)
+
+    shards, told = Cascade(config, store, through, looker, quick, scorer).run()
+    for name in ("tokens", "real", "computed", "repeated"):
+        setattr(scorer, name, getattr(looker, name))
+    return shards, {**told, "engine": checked.engine}
+
+
 def score_pool(
     config: ScoreConfig, store: Store, work: Work, scorer: Scorer, world: World, progress: Progress
 ) -> list[Path]:
-    """Every row of the pool, window by window; returns the shards, those of all processes. Stops as soon as there are
-    too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
+    """Every row that is wanted, window by window; returns the shards, those of all processes. Stops as soon as there
+    are too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
     run."""
-    pool, rows = work.inputs.pool, work.inputs.survey.rows
-    found, bad = pool.rows(), list[BadRow]()
-    with progress.task("scoring", rows) as task:
-        for number in count():
-            if not (window := list(islice(found, WINDOW))):
-                break
+    rows, bad, number = work.inputs.survey.rows, list[BadRow](), -1
+    wanted = rows if work.wanted is None else int(work.wanted.sum())
+    with progress.task(f"scoring {work.kind}".rstrip(), wanted) as task:
+        for number, numbers, window in work.windows():
             shard = work.there.get(number)
-            table = scorer.table(number * WINDOW, window, task) if world.has(number) and not shard else None
+            table = scorer.table(numbers, window, task) if world.has(number) and not shard else None
             task.advance(len(window) * (table is None))
-            pool.refuse_changes({raw.file for raw, _ in window})
+            work.inputs.pool.refuse_changes({raw.file for raw, _ in window})
             if table:
-                shard = store.write_shard(number, table)
+                shard = store.write_shard(number, table, work.kind)
             bad += bad_rows_of(shard) if shard else []
             refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
-    pool.refuse_changes()
+    work.inputs.pool.refuse_changes()
     sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
     scorer.tokens, scorer.real, scorer.computed, scorer.repeated = sums
-    shards = store.present_shards()
+    shards = store.present_shards(work.kind)
     if world.size > 1:
-        bad = [row for shard in range(number) for row in bad_rows_of(shards[shard])]
+        bad = [row for shard in range(number + 1) for row in bad_rows_of(shards[shard])]
         refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
         world.gather(None)  # all have read the shards before the leader drops them
-    return [shards[done] for done in range(number)]
+    return [shards[done] for done in range(number + 1)]

@@ -47,6 +47,7 @@ class Lines:
     targets: Sequence[str] = ("",)
     lengths: Sequence[float] = (1.0,)  # of each target's direction
     best: bool = False
+    halves: bool = True  # without them there is no chosen half
     groups: Sequence[int] = ()  # pairs in each
     dampings: Sequence[float] = ()
 
@@ -54,12 +55,13 @@ class Lines:
         """Columns of `scores.parquet` from the scores of some rows along every direction."""
         count = len(self.targets)
         each, rest = values[:, :count], values[:, count:]
-        chosen, rest = np.split(rest, [count if self.best else 1], axis=1)
+        chosen, rest = np.split(rest, [self.halves * (count if self.best else 1)], axis=1)
         groups, dampings = np.split(rest, [len(self.groups)], axis=1)
         place = each.argmax(1)[:, None]
         found: dict[str, Any] = {"score": self._joined(each, place)}
-        found["score_chosen"] = np.take_along_axis(chosen, place, 1)[:, 0] if self.best else chosen[:, 0]
-        found["score_rejected"] = found["score_chosen"] - found["score"]
+        if self.halves:
+            found["score_chosen"] = np.take_along_axis(chosen, place, 1)[:, 0] if self.best else chosen[:, 0]
+            found["score_rejected"] = found["score_chosen"] - found["score"]
         found |= {f"score:{name}": each[:, k] for k, name in enumerate(self.targets) if name}
         found |= {f"score_damping_{value:g}": dampings[:, k] for k, value in enumerate(self.dampings)}
         if norms is not None:
@@ -103,9 +105,11 @@ class Scorer:
             more += [pa.field("score_se", pa.float64()), pa.field("score_groups", pa.list_(pa.float64()))]
         if self.config.tokens:
             more += [pa.field("token_scores", pa.list_(pa.float32())), pa.field("token_texts", pa.list_(pa.string()))]
-        return pa.schema([*SHARD, *more])
+        halves = () if self.lines.halves else ("score_chosen", "score_rejected")
+        return pa.schema([*(part for part in SHARD if part.name not in halves), *more])
 
-    def table(self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
+    def table(self, numbers: Sequence[int], window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
+        """A line for each row of a window; `numbers` are their places in the pool."""
         reasons: dict[int, str] = {}
         encoded: dict[int, Encoded] = {}
         for place, (_, example) in enumerate(window):
@@ -130,7 +134,7 @@ class Scorer:
             order += [groups[i] for i in few]
             parts.append(pa.table(columns))
             task.advance(sum(len(groups[i]) for i in few), sum(len(row.tokens) for row in rows))
-        return self._as_table(start, window, (pa.concat_tables(parts) if parts else None, order), reasons)
+        return self._as_table(numbers, window, (pa.concat_tables(parts) if parts else None, order), reasons)
 
     def _score(self, rows: Sequence[Encoded], batch: Batch) -> dict[str, Any]:
         (loglik, values, tokens), norms = self.measure(batch)
@@ -169,7 +173,7 @@ class Scorer:
 
     def _as_table(
         self,
-        start: int,
+        numbers: Sequence[int],
         window: Sequence[tuple[Raw, Example | BadRow]],
         found: tuple[pa.Table | None, Sequence[Sequence[int]]],
         reasons: Mapping[int, str],
@@ -179,7 +183,7 @@ class Scorer:
         index = pa.array([at.get(place) for place in range(len(window))], pa.int64())
         good = [example if isinstance(example, Example) else None for _, example in window]
         told = {
-            "row": range(start, start + len(window)),
+            "row": numbers,
             "id": [example and example.id for example in good],
             "source": [example and example.source for example in good],
             "file": [raw.file for raw, _ in window],

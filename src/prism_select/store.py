@@ -178,11 +178,12 @@ class Store:
         text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
-    def write_shard(self, number: int, table: pa.Table) -> Path:
+    def write_shard(self, number: int, table: pa.Table, kind: str = "") -> Path:
+        """Those of a `kind` are numbered apart; without one they are windows of scores.parquet."""
         with pa.BufferOutputStream() as buffer:
             pq.write_table(table, buffer)
             content = buffer.getvalue().to_pybytes()
-        name = f"shards/{number:08d}-{_checksum(content)}.parquet"
+        name = f"shards/{kind}{number:08d}-{_checksum(content)}.parquet"
         self.write(name, content)
         return self.path / name
 
@@ -203,14 +204,15 @@ class Store:
         told = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
         return told if told.get("of") == mark else None
 
-    def present_shards(self) -> dict[int, Path]:
-        """The shards that are there, by number, unread."""
-        return {int(path.name.partition("-")[0]): path for path in sorted(self.shards.glob("*-*.parquet"))}
+    def present_shards(self, kind: str = "") -> dict[int, Path]:
+        """The shards of a kind that are there, by number, unread."""
+        found = sorted(self.shards.glob(f"{kind}{'[0-9]' * 8}-*.parquet"))
+        return {int(path.name.partition("-")[0].removeprefix(kind)): path for path in found}
 
-    def sound_shards(self) -> tuple[dict[int, Path], list[int]]:
+    def sound_shards(self, kind: str = "") -> tuple[dict[int, Path], list[int]]:
         """The shards whose contents are as they were written, and the numbers of those that were not: they are removed.
         Drafts that a killed process left go too."""
-        present = self.present_shards()
+        present = self.present_shards(kind)
         with self._disk():
             for draft in self.shards.glob("*.part"):
                 draft.unlink(missing_ok=True)

@@ -214,6 +214,16 @@ def curvature_line(told: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
     return line
 
 
+def cascade_line(told: Mapping[str, Any]) -> str:
+    recall, rows = told["recall"], told["exact"] + told["guessed"]
+    if not told["guessed"]:
+        return f"a guess does not help here: all {rows:,} rows were scored exactly"
+    return (
+        f"{told['exact']:,} of {rows:,} rows scored exactly; they hold {recall['estimate']:.0%} of the best "
+        f"{told['best']:,} [{recall['low']:.0%}, {recall['high']:.0%}], as a random sample tells it"
+    )
+
+
 def page_line(run: Path) -> str:
     page = run / "report.html"
     return str(page) if page.exists() else f"none; prism report {run} makes it"
@@ -252,6 +262,8 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
             f"{cut['rank']}, {cut['energy_kept']:.1%} of the direction's energy, rank correlation with the whole "
             f"{_figure(cut['rank_correlation'], '.3f')} on {cut['rows']} rows"
         )
+    if "cascade" in manifest:
+        rows["cascade"] = cascade_line(manifest["cascade"])
     if "layers" in manifest:
         rows["layers"] = layers_line(manifest["layers"])
     if "stable_share" in choice:

@@ -1,0 +1,190 @@
+"""The cascade on a mixed pool: how many rows must be scored exactly until most of the best ones are found?
+
+    python benchmarks/cascade.py --data DIR        half an hour on two cores; may be stopped, goes on where it was
+
+Pool: 10,540 short rows, worked math among general instructions. Target: 40 worked solutions and the same with other
+numbers. Model: a Llama of 4.2M numbers, trained here from nothing on the same kind of rows for some minutes.
+"""
+
+import argparse
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from gemma import general, row, short
+from real import WORK, lines, pair, save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import prism_select
+from prism_select.cascade import Cascade, Looker
+from prism_select.config import ScoreConfig, SelectConfig
+from prism_select.core.likelihood import token_logliks
+from prism_select.data.batches import Encoder, collate, plan_batches
+from prism_select.data.inputs import Pool
+from prism_select.data.pairing import change_numbers
+from prism_select.data.records import Example
+from prism_select.models import load
+from prism_select.pipeline import WINDOW
+from prism_select.progress import Silent
+from prism_select.scoring import Lines, Scorer
+from prism_select.store import Store
+from prism_select.surrogate import looking
+
+Row = dict[str, Any]
+FOLDER = WORK / "cascade"
+VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 256, 4, 160
+STEPS, BATCH, MOST = 300, 16, 600
+WISH, SEEDS = 0.95, 10
+
+
+def pool_of(data: Path, draw: random.Random) -> list[Row]:
+    train = short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")], MOST)
+    words = [(f"{r['instruction']} {r['input']}", r["output"]) for r in lines(data / "math_word_problems.json")]
+    words = short(words, MOST)
+    rows = [row(*each, "gsm8k", is_wanted=True) for each in draw.sample(train, 4300)]
+    rows += [row(*each, "math_word_problems", is_wanted=True) for each in draw.sample(words, 1000)]
+    rows += general(data, draw, {"alpaca": 340, "dolly": 2700, "t0": 2200})
+    draw.shuffle(rows)
+    return rows
+
+
+def pairs_of(data: Path, draw: random.Random) -> list[Row]:
+    solved = [(r["prompt"], r["chosen"]) for r in lines(data / "gsm8k_model_pairs.jsonl")]
+    return [pair(q, right, change_numbers(right, draw)) for q, right in draw.sample(solved, 40)]
+
+
+def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def trained(rows: list[Row], folder: Path) -> None:
+    torch.manual_seed(0)
+    texts = [f"{each['prompt']}{each['completion']}" for each in rows]
+    tokenizer = tokenizer_of(texts)
+    coded = [tokenizer(f"<s>{text}</s>").input_ids[:LENGTH] for text in texts]
+    size = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, bos_token_id=0, eos_token_id=1))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
+    draw = random.Random(0)
+    for step in range(STEPS):
+        few = [torch.tensor(ids) for ids in draw.sample(coded, BATCH)]
+        tokens = torch.nn.utils.rnn.pad_sequence(few, batch_first=True, padding_value=-100)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(tokens.clamp(min=0)).logits[:, :-1].flatten(0, 1)
+        loss = cross_entropy(logits.float(), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(step, float(loss), flush=True)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def exact_run() -> prism_select.Run:
+    """Every row scored, which takes longest: kept."""
+    return prism_select.score(**shared(), engine="difference", out=str(FOLDER / "exact"))
+
+
+def shared() -> Row:
+    files = {"model": "model", "pool": "pool.jsonl", "target": "pairs.jsonl"}
+    return {**{option: str(FOLDER / name) for option, name in files.items()}, "max_length": LENGTH}
+
+
+def forward_seconds() -> float:
+    """One pass over the pool without a graph, for log-likelihoods alone."""
+    model, tokenizer = load(str(FOLDER / "model"), "float32", torch.device("cpu"))
+    encoder = Encoder(tokenizer, "auto", LENGTH, model.vocabulary)
+    every = [example for _, example in Pool([str(FOLDER / "pool.jsonl")], {}).rows()]
+    rows = [encoder.encode(example) for example in every if isinstance(example, Example)]
+    start = time.perf_counter()
+    with torch.no_grad():
+        for few in plan_batches([len(each.tokens) for each in rows], 4096):
+            token_logliks(model, collate([rows[place] for place in few]))
+    return time.perf_counter() - start
+
+
+def looked() -> list[Path]:
+    """A look at every row, kept."""
+    store = Store(str(FOLDER / "looks"))
+    if not (there := store.present_shards("look")):
+        store.shards.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load(str(FOLDER / "model"), "float32", torch.device("cpu"))
+        config = ScoreConfig(**shared(), out=str(store.path))
+        encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
+        looker = Looker(looking(model, 0), Scorer(encoder, unused, Lines(), config, model.device))
+        rows = list(Pool(config.pool, {}).rows())
+        with Silent().task("", None) as task:
+            for start in range(0, len(rows), WINDOW):
+                numbers = range(start, min(len(rows), start + WINDOW))
+                store.write_shard(start // WINDOW, looker.table(numbers, rows[start : start + WINDOW], task), "look")
+        there = store.present_shards("look")
+    return list(there.values())
+
+
+def replayed(seed: int, exact: pa.Table, looks: list[Path]) -> Row:
+    """A cascade whose scores are looked up: how much it scores, what it finds and what it says that it finds."""
+    config = SelectConfig(**shared(), cascade=True, recall=WISH, seed=seed, out=str(FOLDER / "replay"))
+    store = Store(config.out)
+    shutil.rmtree(store.path, ignore_errors=True)
+    store.shards.mkdir(parents=True)
+
+    def through(kind: str, _: Any, wanted: Any) -> list[Path]:
+        return looks if wanted is None else [store.write_shard(0, exact.filter(pa.array(wanted)), kind)]
+
+    unused: Any = None
+    cascade = Cascade(config, store, through, unused, unused, unused)
+    search = cascade.search(cascade.look())
+    scores = exact["score"].to_numpy()
+    best = np.argsort(-scores, kind="stable")[: search.best]
+    found = float(np.isfinite(search.exact[best]).mean())
+    told = {"estimate": search.recall.estimate, "low": search.recall.low, "high": search.recall.high}
+    share = float(np.isfinite(search.exact).mean())
+    return {"seed": seed, "exact share": share, "recall": found, **told, "rounds": search.rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    parser.add_argument("--replay", action="store_true", help="look scores up alone, and write nothing")
+    given = parser.parse_args()
+    draw = random.Random(0)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    rows, pairs = pool_of(given.data, draw), pairs_of(given.data, draw)
+    save("cascade/pool.jsonl", rows), save("cascade/pairs.jsonl", pairs)
+    if not (FOLDER / "model" / "model.safetensors").exists():
+        trained(rows, FOLDER / "model")
+    exact = exact_run().scores
+    looks = looked()
+    replays = list[Row]()
+    for seed in range(SEEDS):
+        replays.append(replayed(seed, exact, looks))
+        print(replays[-1], flush=True)
+    if given.replay:
+        return
+
+
+if __name__ == "__main__":
+    main()

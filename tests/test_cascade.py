@@ -1,0 +1,245 @@
+"""The cascade: what it finds, what it says that it finds, and what it leaves in the files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prism_select
+from prism_select.blocks import stack_of
+from prism_select.config import SelectConfig
+from prism_select.core.likelihood import Batch
+from prism_select.demo import world
+from prism_select.demo.train import MODEL_DIR
+from prism_select.errors import BadOption
+from prism_select.models import load
+from prism_select.pipeline import run
+from prism_select.progress import Silent, Task
+from prism_select.surrogate import cut_for, guessed, looking, recall_of
+
+ROWS, BEST = 1500, 75
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("cascade")
+    told: dict[str, Any] = {"pool": world.pool(ROWS, 0), "target": world.pairs(world.DEMO_SKILL, 40, 0)}
+    for name, rows in told.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": str(MODEL_DIR), **{name: str(folder / f"{name}.jsonl") for name in told}}
+
+
+@pytest.fixture(scope="module")
+def everything(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> prism_select.Run:
+    return prism_select.select(**files, out=str(tmp_path_factory.mktemp("every") / "run"))
+
+
+@pytest.fixture(scope="module")
+def cascade(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> prism_select.Run:
+    return prism_select.select(**files, cascade=True, out=str(tmp_path_factory.mktemp("some") / "run"))
+
+
+def test_exact_scores_are_those_of_a_run_without_it_and_most_of_the_best_have_one(
+    everything: prism_select.Run, cascade: prism_select.Run
+) -> None:
+    full, some = everything.scores, cascade.scores
+    exact, scores = some["exact"].to_numpy(), full["score"].to_numpy()
+    assert 0.3 < exact.mean() < 0.7
+    np.testing.assert_allclose(some["score"].to_numpy()[exact], scores[exact], atol=2e-3 * np.abs(scores).max())
+    best = np.argsort(-scores)[:BEST]
+    told = cascade.manifest["cascade"]["recall"]
+    assert exact[best].mean() >= 0.85
+    assert told["low"] <= exact[best].mean() <= told["high"]
+    assert np.corrcoef(some["score"].to_numpy()[~exact], scores[~exact])[0, 1] > 0.5
+    for name in ("row", "id", "source", "file", "line", "tokens", "length", "truncated"):
+        assert some[name].equals(full[name])
+
+
+def test_the_chosen_are_exact_and_have_both_halves(cascade: prism_select.Run) -> None:
+    table = cascade.scores
+    chosen = np.array(table["verdict"].to_pylist()) == "selected"
+    assert chosen.sum() == BEST == cascade.manifest["counts"]["selected"]
+    assert table["exact"].to_numpy()[chosen].all()
+    parts = [table[name].to_numpy()[chosen] for name in ("score", "score_chosen", "score_rejected", "loglik")]
+    assert np.isfinite(parts).all()
+    np.testing.assert_allclose(parts[0], parts[1] - parts[2])
+    guesses = ~table["exact"].to_numpy()
+    assert table["loglik"].is_null().to_numpy()[guesses].all()
+    assert np.isfinite(table["score_per_token"].to_numpy()).all()
+    assert any("are guesses" in line for line in cascade.manifest["warnings"])
+
+
+def test_the_page_shows_a_run_with_guesses(cascade: prism_select.Run) -> None:
+    assert "are guesses" in (cascade.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_choice_made_again_takes_no_guess_before_an_exact_score(cascade: prism_select.Run, tmp_path: Path) -> None:
+    again = prism_select.select(select_from=str(cascade.path), budget="30%", out=str(tmp_path / "again")).scores
+    exact, chosen = again["exact"].to_numpy(), np.array(again["verdict"].to_pylist()) == "selected"
+    assert chosen.sum() == 0.3 * ROWS
+    assert exact[chosen].all()
+
+
+class Stopping(Silent):
+    """Stops at a row of a step that is counted."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def task(self, label: str, total: int | None) -> Any:
+        found = super().task(label, total)
+        return _Counted(found, self) if label.startswith("scoring") else found
+
+
+class _Counted:
+    def __init__(self, inner: Any, outer: Task) -> None:
+        self.inner, self.outer = inner, outer
+
+    def __enter__(self) -> Task:
+        self.inner.__enter__()
+        return self.outer
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.inner.__exit__(*error)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 13])
+def test_a_cascade_that_was_stopped_goes_on_to_the_same_end(
+    files: dict[str, Any], cascade: prism_select.Run, tmp_path: Path, steps: int
+) -> None:
+    config = SelectConfig(**files, cascade=True, out=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Stopping(steps))
+    done = run(config)
+    assert isinstance(done, prism_select.Run)
+    assert done.scores.equals(cascade.scores)
+    assert not (done.path / "shards").exists()
+
+
+def test_a_small_pool_is_scored_whole(files: dict[str, Any], tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(files["pool"]).read_text().splitlines(keepends=True)[:200]))
+    done = prism_select.select(**{**files, "pool": str(few)}, cascade=True, out=str(tmp_path / "run"))
+    assert done.manifest["cascade"]["guessed"] == 0
+    assert done.manifest["cascade"]["recall"]["estimate"] == 1
+    assert done.scores["exact"].to_numpy().all()
+    assert np.isfinite(done.scores["score_chosen"].to_numpy()).all()
+
+
+def test_bad_rows_are_set_aside(files: dict[str, Any], tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    rows = Path(files["pool"]).read_text().splitlines(keepends=True)
+    mixed.write_text("".join([*rows[:700], "not json\n", '{"prompt": "a", "completion": ""}\n', *rows[700:900]]))
+    done = prism_select.repair(
+        **{**files, "pool": str(mixed)}, cascade=True, remove="400tok", max_bad="5%", out=str(tmp_path / "run")
+    )
+    assert done.manifest["counts"]["quarantined"] == 2
+    assert [row["line"] for row in done.quarantine] == [701, 702]
+    assert done.scores["score"].is_null().to_pylist().count(True) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": "positive"}, "no sure sign"),
+        ({"tokens": True}, "--cascade and --tokens"),
+        ({"uncertainty": 4}, "--cascade and --uncertainty"),
+        ({"normalize": "norm"}, "--cascade and --normalize norm"),
+        ({"rank_by": "bm25"}, "--cascade and --rank-by"),
+        ({"recall": 1.0}, "--recall 1.0"),
+        ({"recall": 0.2}, "--recall 0.2"),
+    ],
+)
+def test_what_does_not_go_together(files: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadOption, match=words):
+        SelectConfig(**files, cascade=True, out="run", **options)
+
+
+def test_scores_alone_have_no_best_to_look_for(files: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match="score has none"):
+        prism_select.score(**files, cascade=True, out="run")
+
+
+def test_the_interval_of_the_recall_holds_the_truth() -> None:
+    """In 95% of pools, whatever the guess is worth."""
+    draw, held = np.random.default_rng(0), 0
+    for trial in range(200):
+        scores = draw.standard_normal(4000)
+        guess = scores + draw.standard_normal(4000) * [0.5, 1, 2][trial % 3]
+        sample = draw.choice(4000, 400, replace=False)
+        cut = np.sort(guess)[-800]
+        exact = guess >= cut
+        exact[sample] = True
+        alike = np.zeros(4000, dtype=bool)
+        alike[sample] = guess[sample] < cut
+        told = recall_of(scores[exact], alike[exact], int((~exact).sum()), 200)
+        best = np.argsort(-scores)[:200]
+        held += told.low <= exact[best].mean() <= told.high
+        assert told.low <= told.estimate <= told.high
+    assert held >= 185
+
+
+def test_recall_by_hand() -> None:
+    """Nine scores; of the two that the guess would have left out one reaches the best four; ten more are unscored."""
+    exact = np.array([9.0, 8, 7, 6, 5, 4, 3, 2, 1])
+    alike = np.array([False, True, False, False, False, False, False, False, True])
+    told = recall_of(exact, alike, 10, 6)  # 9 alone is 1; with 8: 2 + 10 · 1/2 = 7 ≥ 6
+    assert (told.estimate, told.threshold) == (2 / 6, 8.0)
+
+
+def test_the_cut_leaves_out_no_more_than_may_be_missed() -> None:
+    guess, reaches = np.array([5.0, 4, 3, 2, 1]), np.array([True, False, True, True, False])
+    assert [cut_for(guess, reaches, count) for count in range(4)] == [2, 3, 5, np.inf]
+
+
+def test_a_row_of_the_sample_is_guessed_without_its_own_score() -> None:
+    """Of scores that nothing foretells, a guess that had seen them would be right."""
+    draw = np.random.default_rng(0)
+    features, exact = draw.standard_normal((300, 258)).astype(np.float16), draw.standard_normal(300)
+    told = guessed(features, exact, np.arange(300), 0)
+    assert np.corrcoef(told.every, exact)[0, 1] > 0.9
+    assert abs(np.corrcoef(told.sample, exact)[0, 1]) < 0.15
+
+
+def test_leaving_a_row_out_is_fitting_without_it() -> None:
+    """The closed form, against fits without the row: centres and scales are then other, so only nearly."""
+    draw = np.random.default_rng(1)
+    features = draw.standard_normal((200, 258)).astype(np.float16)
+    exact = features[:, 0].astype(float) + 0.5 * features[:, 1].astype(float) ** 2
+    told = guessed(features, exact, np.arange(200), 0)
+    slow = []
+    for row in range(20):
+        without = exact.copy()
+        without[row] = np.nan
+        slow.append(guessed(features, without, np.arange(1), 0).every[row])
+    np.testing.assert_allclose(told.sample[:20], slow, atol=0.1 * exact.std())
+
+
+def test_features_need_the_lower_blocks_alone_and_know_no_padding() -> None:
+    model, _ = load(str(MODEL_DIR), "float32", torch.device("cpu"))
+    _, blocks = stack_of(model.network)
+    called: list[int] = []
+    for place, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, place=place: called.append(place))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 1000, (2, 9), generator=draw)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 5:] = False
+    supervised = real.clone()
+    supervised[:, :2] = False
+    look = looking(model, 0)
+    whole = look(Batch(tokens, real, supervised))
+    alone = look(Batch(tokens[1:, :5], real[1:, :5], supervised[1:, :5]))
+    assert set(called) == {0}
+    torch.testing.assert_close(whole[1:], alone, atol=1e-4, rtol=1e-4)
+    other = tokens.clone()
+    other[0, 5] = 7
+    assert not look(Batch(other, real, supervised))[0].allclose(whole[0])
