@@ -32,6 +32,7 @@ LAYERS = [
     ["models", "store", "world", "planning", "adapters"],
     [
         "scoring",
+        "cluster",
         "targeting",
         "baselines",
         "choice",

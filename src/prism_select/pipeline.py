@@ -3,7 +3,8 @@
     survey the pool → read the target → load the model → direction ÷ curvature → engine, checked → score, shard by shard
     → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
 
-Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard.
+Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard. With
+Ray the one process leads, and actors score for it.
 
 Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
 memory does not grow with the pool, and a run that was stopped goes on after its last whole shard. `repair` swaps
@@ -30,6 +31,7 @@ from prism_select.adapters import load_adapter, save_adapter
 from prism_select.anatomy import anatomy_of
 from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
+from prism_select.cluster import Crew, hired
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Factored, Factors, Weights
@@ -47,7 +49,7 @@ from prism_select.preconditioning import Sharpened, curvature_file, reduced, sav
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
-from prism_select.scoring import Lines, Measure, Scorer
+from prism_select.scoring import Lines, Measure, Scorer, Window
 from prism_select.store import Run, Store, bad_rows_of
 from prism_select.targeting import Aim, aim_at
 from prism_select.warmup import ADAPTER, drawn, has_adapter, merged, warm_up
@@ -98,8 +100,9 @@ class Work:
 
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
-    with joined() as world:
-        done = follow(config, world) if world.rank else lead(config, progress or Silent(), world)
+    progress = progress or Silent()
+    with hired(config, progress) as crew, joined() as world:
+        done = follow(config, world) if world.rank else lead(config, progress, world, crew)
         world.gather(None)  # nobody leaves before all files are there
         return done
 
@@ -111,18 +114,23 @@ def follow(config: ScoreConfig, world: World) -> Run | Plan:
         return cast("Run | Plan", work)
     if config.device == "auto" and torch.cuda.is_available():
         config = replace(config, device=f"cuda:{world.local}")
-    model, encoder = load_model(config, Silent())
-    store = Store(config.out)
-    if config.warmup:
-        model = merged(model, store.path / ADAPTER)
-    known = dict(model.network.named_parameters())
-    weights = {name: known[name] for name in work.directions[0]}
-    measure = measure_by(config, work.engine, model, weights, placed(work.directions, model.device))
-    score_pool(config, store, work, Scorer(encoder, measure, work.lines, config, model.device), world, Silent())
+    store, scorer = Store(config.out), scorer_of(config, work.directions, work.lines, work.engine)
+    score_pool(config, store, work, scorer, world, Silent())
     return Run(store.path)
 
 
-def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
+def scorer_of(config: ScoreConfig, directions: Sequence[Factored], lines: Lines, engine: str) -> Scorer:
+    """Like the leader's, in another process."""
+    model, encoder = load_model(config, Silent())
+    if config.warmup:
+        model = merged(model, Path(config.out) / ADAPTER)
+    known = dict(model.network.named_parameters())
+    weights = {name: known[name] for name in directions[0]}
+    measure = measure_by(config, engine, model, weights, placed(directions, model.device))
+    return Scorer(encoder, measure, lines, config, model.device)
+
+
+def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | None) -> Run | Plan:
     clock, store = Clock(), Store(config.out)
     with clock.step("read"):
         inputs = read_inputs(config, progress)
@@ -143,7 +151,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     directions, cut = reduced(config, model, aim, sample) if config.rank else (aim.directions, None)
     engine, checked = choose_engine(config, model, aim.weights, directions, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, aim, (sample, inputs.survey), clock, world.size)
+    plan = plan_run(config, engine, aim, (sample, inputs.survey), clock, crew.size if crew else world.size)
     if config.dry_run:
         return world.tell(plan)
     store.begin(config, inputs.fingerprints)
@@ -155,7 +163,9 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     work = Work(inputs, placed(directions, torch.device("cpu")), aim.lines, checked.engine, going_on(store, progress))
     world.tell(work)
     more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
-    scorer = Scorer(encoder, engine, aim.lines, config, model.device)
+    scorer: Scorer | Crew = Scorer(encoder, engine, aim.lines, config, model.device)
+    if crew:
+        scorer = crew.at_work(partial(scorer_of, crew.config, work.directions, work.lines, work.engine))
     with clock.step("score"):
         shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
@@ -462,31 +472,39 @@ def going_on(store: Store, progress: Progress) -> dict[int, Path]:
 
 
 def score_pool(
-    config: ScoreConfig, store: Store, work: Work, scorer: Scorer, world: World, progress: Progress
+    config: ScoreConfig, store: Store, work: Work, scorer: Scorer | Crew, world: World, progress: Progress
 ) -> list[Path]:
     """Every row of the pool, window by window; returns the shards, those of all processes. Stops as soon as there are
     too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
     run."""
     pool, rows = work.inputs.pool, work.inputs.survey.rows
-    found, bad = pool.rows(), list[BadRow]()
+    windows = bad = 0
+    first: tuple[int, BadRow] | None = None  # in the order of the pool, whatever that of the windows
     with progress.task("scoring", rows) as task:
-        for number in count():
-            if not (window := list(islice(found, WINDOW))):
-                break
-            shard = work.there.get(number)
-            table = scorer.table(number * WINDOW, window, task) if world.has(number) and not shard else None
-            task.advance(len(window) * (table is None))
-            pool.refuse_changes({raw.file for raw, _ in window})
-            if table:
-                shard = store.write_shard(number, table)
-            bad += bad_rows_of(shard) if shard else []
-            refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+        for window, table in scorer.tables(windows_of(work, world), task):
+            windows += 1
+            task.advance(len(window.rows) * (table is None))
+            pool.refuse_changes({raw.file for raw, _ in window.rows})
+            shard = store.write_shard(window.number, table) if table else work.there.get(window.number)
+            found = bad_rows_of(shard) if shard else []
+            bad += len(found)
+            if found and (first is None or window.number < first[0]):
+                first = window.number, found[0]
+            refuse_bad_rows(config, bad, rows, first and first[1])
     pool.refuse_changes()
-    sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
-    scorer.tokens, scorer.real, scorer.computed, scorer.repeated = sums
+    scorer.sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
     shards = store.present_shards()
     if world.size > 1:
-        bad = [row for shard in range(number) for row in bad_rows_of(shards[shard])]
-        refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+        every = [row for number in range(windows) for row in bad_rows_of(shards[number])]
+        refuse_bad_rows(config, len(every), rows, next(iter(every), None))
         world.gather(None)  # all have read the shards before the leader drops them
-    return [shards[done] for done in range(number)]
+    return [shards[number] for number in range(windows)]
+
+
+def windows_of(work: Work, world: World) -> Iterator[Window]:
+    """The whole pool, in windows; wanted are those that this process has to score, and that are not there already."""
+    found = work.inputs.pool.rows()
+    for number in count():
+        if not (rows := list(islice(found, WINDOW))):
+            return
+        yield Window(number, number * WINDOW, rows, world.has(number) and number not in work.there)

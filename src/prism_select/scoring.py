@@ -12,7 +12,7 @@ so that the halves add up to the score to the last bit.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,7 +33,7 @@ from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Lines", "Measure", "Scorer"]
+__all__ = ["Lines", "Measure", "Scorer", "Tally", "Window"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
@@ -73,24 +73,42 @@ class Lines:
         return np.take_along_axis(each, place, 1)[:, 0] if self.best else each.mean(1)
 
 
-class Scorer:
-    """Adds up, over its windows: the tokens of all rows; of those that were computed, all and the real ones; the rows
-    that needed no computing, since another of their window is the same."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows of the pool that are read, sorted by length, scored and written together, from row `start` on; `wanted`
+    unless they are another's to score, or scored already."""
 
-    def __init__(
-        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
-    ) -> None:
-        self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
-        self.tokens = self.real = self.computed = self.repeated = 0
+    number: int
+    start: int
+    rows: Sequence[tuple[Raw, Example | BadRow]]
+    wanted: bool
+
+
+class Tally:
+    """Adds up, over windows: the tokens of all rows; of those that were computed, all and the real ones; the rows that
+    needed no computing, since another of their window is the same."""
+
+    tokens = real = computed = repeated = 0
 
     @property
     def sums(self) -> tuple[int, int, int, int]:
         return self.tokens, self.real, self.computed, self.repeated
 
+    @sums.setter
+    def sums(self, values: Sequence[int]) -> None:
+        self.tokens, self.real, self.computed, self.repeated = values
+
     @property
     def padding(self) -> float:
         """Share of the computed tokens that were padding."""
         return 1 - self.real / self.computed if self.computed else 0.0
+
+
+class Scorer(Tally):
+    def __init__(
+        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
+    ) -> None:
+        self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
 
     @property
     def schema(self) -> pa.Schema:
@@ -104,6 +122,11 @@ class Scorer:
         if self.config.tokens:
             more += [pa.field("token_scores", pa.list_(pa.float32())), pa.field("token_texts", pa.list_(pa.string()))]
         return pa.schema([*SHARD, *more])
+
+    def tables(self, windows: Iterable[Window], task: Task) -> Iterator[tuple[Window, pa.Table | None]]:
+        """Each window, with its table where it is wanted."""
+        for window in windows:
+            yield window, self.table(window.start, window.rows, task) if window.wanted else None
 
     def table(self, start: int, window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
         reasons: dict[int, str] = {}
