@@ -24,7 +24,7 @@ from conftest import Outcome, jsonl, prism
 from prism_select import pipeline
 from prism_select.cluster import needs_of
 from prism_select.config import ScoreConfig
-from prism_select.errors import BadModel, Unreachable
+from prism_select.errors import Unreachable
 from prism_select.store import Store
 
 ROWS, WINDOW = 48, 5
@@ -141,14 +141,9 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
     assert desk.matches()
 
 
-class Odd(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (BadModel("--model M: no weights; save it"), 2, "prism: --model M: no weights; save it\n"),
         (Unreachable("reverse", ["a.b"], "never called"), 2, "prism: engine reverse cannot reach a.b: never called;"),
         (ArithmeticError("seven"), 1, "prism: a defect of prism: ArithmeticError: seven; add --debug"),
     ],
@@ -160,7 +155,7 @@ def test_what_goes_wrong_in_an_actor_is_the_line_that_it_would_be_here(
         raise error
 
     monkeypatch.setattr(pipeline, "scorer_of", made(fails))
-    done = desk.score(*RAY)
+    done = desk.score("--runtime", "ray", "--actors", "1")
     assert done.code == code and done.err.startswith(said) and done.err.count("\n") == 1
 
 
@@ -200,23 +195,38 @@ def apart(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run_also_when_that_is_stopped(
-    cluster: str, desk: Desk
-) -> None:
-    words = ["score", *desk.words, "--out", desk.out, "--runtime", "ray"]
-    with apart(*words, "--actors", "1") as process:
-        until = time.monotonic() + 240
-        while not list(desk.out.glob("shards/*.parquet")) and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
+def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What is there as soon as it is."""
+    end = time.monotonic() + 240
+    while not (found := there()) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+def actors(title: str = "ray::_Hand") -> list[Any]:
+    """Processes of the cluster that this one started."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if process.is_running() and "".join(process.cmdline()[:1]).startswith(title)]
+
+
+def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
+    with apart("score", *desk.words, "--out", desk.out, "--runtime", "ray", "--actors", "1") as process:
+        assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and said == "prism: interrupted; the same command goes on where it stopped\n"
-    assert len(started) > 2 and not psutil.wait_procs(started, timeout=30)[1]
-    with apart(*words, "--actors", "2", "--ray-address", cluster) as process:
+        said = process.communicate(timeout=120)
+    assert process.returncode == 130 and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
+    assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(cluster: str, desk: Desk) -> None:
+    with apart("score", *desk.words, "--out", desk.out, *RAY, "--ray-address", cluster, "--json") as process:
+        lost = until(lambda: actors("ray::_Hand."), process)  # at work
+        lost[0].kill()
         out, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and not err and "shards of 5 rows are there already" in out
-    assert ray.is_initialized() and ray.nodes()[0]["Alive"]
+    assert process.returncode == 0 and "Ray: 2 actors of CPU=1" in err and "(raylet)" not in err
+    assert json.loads(out)["counts"]["read"] == ROWS
+    assert ray.nodes()[0]["Alive"] and not psutil.wait_procs(actors(), timeout=30)[1]
     assert desk.matches()
 
 

@@ -34,18 +34,19 @@ from prism_select.world import alone
 
 __all__ = ["Crew", "hired"]
 
-PATIENCE = 60.0  # seconds without any actor, until that is told
 WORDS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # Ray's own; others are resources by their names
 
 
 class Crew(Tally):
     """`size` actors, who come when there is work. Raises BadOption where none could."""
 
+    patience = 60.0  # seconds in which nothing comes, until that is told; doubled each time
+
     def __init__(self, config: ScoreConfig, progress: Progress) -> None:
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.needs, self.hands, self.progress, self.early = needs_of(config, machines), list[Any](), progress, True
+        self.needs, self.hands, self.progress = needs_of(config, machines), list[Any](), progress
         room = sum(int(min(each.get(name, 0) / n for name, n in self.needs.items()) + 1e-6) for each in machines)
         self.size = config.actors or room
         if not room and not (config.actors and config.ray_address):
@@ -94,7 +95,7 @@ class Crew(Tally):
 
     def _done(self, pool: Any, given: dict[int, Window], task: Task) -> Iterator[tuple[Window, pa.Table]]:
         """The next window that is done; none where it is an actor that has come up."""
-        found, self.early = self._next(pool), False
+        found = self._next(pool)
         if found is not None:
             number, table, sums = found
             window, self.sums = given.pop(number), [a + b for a, b in zip(self.sums, sums, strict=True)]
@@ -106,18 +107,18 @@ class Crew(Tally):
 
         while True:
             try:
-                return pool.get_next_unordered(timeout=PATIENCE if self.early else None)
+                return pool.get_next_unordered(timeout=self.patience)
             except RayTaskError as error:
                 raise error.cause from (None if isinstance(error.cause, PrismError) else error)
             except RayActorError as error:
                 told = " ".join(str(error).split())[:300]
                 raise PeerLost(f"Ray gave an actor up: {told}; the same command goes on where it stopped") from error
             except TimeoutError:
-                self.early = False
-                wait = (
-                    f"no actor after {PATIENCE:.0f} s: Ray looks for room for {in_words(self.needs)}, or a model loads"
+                self.progress.say(
+                    f"nothing came from the actors for {self.patience:.0f} s: a model is loaded, a window is long, or "
+                    f"Ray finds no room for {in_words(self.needs)}"
                 )
-                self.progress.say(wait)
+                self.patience *= 2
 
     def dismiss(self) -> None:
         """Whatever they are at."""
@@ -179,6 +180,7 @@ def hired(config: ScoreConfig, progress: Progress) -> Iterator[Crew | None]:
         return
     if not alone():
         raise BadOption("--runtime ray: Ray starts processes of its own; start this one without torchrun")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # it would print among our lines what its log has too
     try:
         import ray
     except ImportError:
@@ -190,28 +192,33 @@ def hired(config: ScoreConfig, progress: Progress) -> Iterator[Crew | None]:
             _start(config.ray_address)
         yield (crew := Crew(config, progress))
     finally:
-        if crew:
-            crew.dismiss()
         if ours:
-            ray.shutdown()
+            ray.shutdown()  # the actors go with it
+        elif crew:
+            crew.dismiss()
 
 
 def _start(address: str) -> None:
     """Joins a cluster, or starts one on this machine, in silence. A polite kill keeps the answer that it had: Ray's own
     would end this process as if it had failed."""
     import ray
+    from ray.exceptions import RayError
 
-    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if address not in ("", "auto"):
-        _refuse_silence(address)
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    if named:
+        _refuse_silence(named)
     polite = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     except SystemExit:
         raise KeyboardInterrupt from None
-    except ConnectionError as error:
-        why = str(error).split(". ")[0]
-        raise BadOption(f"--ray-address {address}: {why}; give host:port, or leave it out to start one") from None
+    except (ConnectionError, RuntimeError, RayError) as error:
+        why = " ".join(str(error).split())[:300]
+        option = f"--ray-address {address}" if address else "--runtime ray"
+        raise BadOption(
+            f"{option}: {why}; check that a cluster of the same Ray runs there, and set RAY_AUTH_MODE=token in the "
+            "environment if it asks for a token"
+        ) from None
     finally:
         if polite and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, polite)
