@@ -3,9 +3,9 @@
     leader    reads the pool, gives each actor that is free a window, and writes the tables that come back as shards
     actor     makes its scorer once, from the options and the directions, and turns windows into tables
 
-    an actor takes    what it is told, or else a GPU and a processor, or without GPUs c processors of a machine: the
-                      most with which `--actors` of them find room, and all of the smallest machine's where that is 0
-    actors            as many as are told, or else as find room
+    an actor takes    what it is told; or a GPU and a processor; or where there are no GPUs c processors: the most with
+                      which as many actors as are told find room, but no more than the smallest machine has
+    actors            as many as are told, or as find room
 
 Choices made here: Ray restarts an actor that dies, sends its window again and waits for machines; nothing of the kind
 is done here. One window is with an actor at a time, and none with one that has not come up yet, so memory grows with
@@ -62,7 +62,8 @@ class Crew(Tally):
             out=config.out and os.path.abspath(config.out),
             device="auto" if "GPU" in self.needs else "cpu",
         )
-        progress.say(f"Ray: {self.size} actors of {in_words(self.needs)}")
+        short = f", {room} of which find room as the cluster is now" if room < self.size else ""
+        progress.say(f"Ray: {self.size} actors of {in_words(self.needs)}{short}")
 
     def at_work(self, make: Callable[[], Scorer]) -> "Crew":
         """With `make` where every actor finds it, also after a restart."""

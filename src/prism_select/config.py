@@ -237,7 +237,8 @@ class ScoreConfig(ModelConfig):
     ] = ""
     runtime: Annotated[
         Literal["local", "ray"],
-        "What scores the pool: this process (and those that torchrun started beside it), or actors of Ray.",
+        "What scores the pool: this process (and those that torchrun started beside it), or actors of Ray (with the "
+        "extra [ray]).",
     ] = "local"
     actors: Annotated[int, "Of Ray, each with a model of its own; 0: as many as find room."] = 0
     actor_resources: Annotated[
