@@ -656,9 +656,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     written: list[int] = []
     write_shard = Store.write_shard
 
-    def counted(store: Store, number: int, shard: pa.Table) -> Path:
+    def counted(store: Store, number: int, shard: pa.Table, kind: str) -> Path:
         written.append(number)
-        return write_shard(store, number, shard)
+        return write_shard(store, number, shard, kind)
 
     monkeypatch.setattr(Store, "write_shard", counted)
     again = place.call("repair", out)

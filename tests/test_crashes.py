@@ -61,10 +61,10 @@ def between(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
     """Just before shard `number` is written, something happens. Gives the numbers of the shards written."""
     written, write = list[int](), Store.write_shard
 
-    def watched(store: Store, at: int, table: pa.Table) -> Path:
+    def watched(store: Store, at: int, table: pa.Table, kind: str) -> Path:
         if at == number:
             act()
-        place = write(store, at, table)
+        place = write(store, at, table, kind)
         written.append(at)
         return place
 

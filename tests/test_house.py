@@ -33,6 +33,7 @@ LAYERS = [
     ["models", "store", "world", "planning", "adapters"],
     [
         "scoring",
+        "cluster",
         "targeting",
         "baselines",
         "choice",

@@ -23,12 +23,12 @@ from prism_select.scoring import Scorer
 from prism_select.store import Store
 pipeline.WINDOW = 5
 write = Store.write_shard
-def counted(store, number, table):
+def counted(store, number, table, kind):
     with open(os.environ["LOG"], "a") as log:
         log.write(f"{os.environ['RANK']} {number}\\n")
     if os.environ.get("DIES") == f"{os.environ['RANK']} {number}":
         os._exit(9)
-    return write(store, number, table)
+    return write(store, number, table, kind)
 Store.write_shard = counted
 read = pipeline.bad_rows_of
 def slowly(shard):

@@ -42,7 +42,10 @@ SETTLED = frozenset(  # what a saved direction has in it
     {"anchor", "combine", "common", "curvature", "curvature_from", "damping", "layers", "nearest", "target_by"}
     | {"save_curvature", "uncertainty", "warmup", "weighting"}
 )
-MENDABLE = frozenset({"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"})
+MENDABLE = frozenset(
+    {"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"}
+    | {"runtime", "actors", "actor_resources", "ray_address"}
+)
 
 
 ROW_BYTES = 1 << 24
@@ -52,6 +55,11 @@ def _share(text: str) -> float:
     """Of 5%, 0.05; NaN for what is no share."""
     found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
     return float(found[1]) / 100 if found else math.nan
+
+
+def _number(text: str) -> float:
+    """NaN for what is none, or without end."""
+    return float(text) if re.fullmatch(r"\s*\d{1,15}(\.\d{1,9})?\s*", text) else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +242,20 @@ class ScoreConfig(ModelConfig):
     warmup: Annotated[
         str, "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged; empty: no."
     ] = ""
+    runtime: Annotated[
+        Literal["local", "ray"],
+        "What scores the pool: this process (and those that torchrun started beside it), or actors of Ray (with the "
+        "extra [ray]).",
+    ] = "local"
+    actors: Annotated[int, "Of Ray, each with a model of its own; 0: as many as find room."] = 0
+    actor_resources: Annotated[
+        str,
+        "What an actor takes, in Ray's words, as in GPU=1,CPU=4; empty: a GPU, or where there is none its share of a "
+        "machine's processors.",
+    ] = ""
+    ray_address: Annotated[
+        str, "Ray cluster to use: host:port of its head, or auto for the one of this machine; empty: one for this run."
+    ] = ""
     dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
 
     def __post_init__(self) -> None:
@@ -246,6 +268,7 @@ class ScoreConfig(ModelConfig):
         self._check_curvature()
         self._check_ranking()
         self._check_cascade()
+        self._check_actors()
 
     def _check_needs(self) -> None:
         needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
@@ -317,6 +340,21 @@ class ScoreConfig(ModelConfig):
         for option, given in no.items():
             if given:
                 raise BadOption(f"--cascade and {option}: takes an exact score of every row; leave one out")
+
+    def _check_actors(self) -> None:
+        if self.actors < 0:
+            raise BadOption(f"--actors {self.actors}: must be at least 1, or 0 for as many as find room")
+        given = [name for name in ("actors", "actor_resources", "ray_address") if getattr(self, name)]
+        if given and self.runtime != "ray":
+            raise BadOption(f"--{given[0].replace('_', '-')}: only Ray has actors; give --runtime ray, or leave it out")
+        if self.actor_resources and not all(value > 0 for value in self.resources.values() or [0]):
+            raise BadOption(f"--actor-resources {self.actor_resources}: not NAME=NUMBER above 0; try GPU=1,CPU=4")
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """What an actor takes, by name; NaN for what is no number."""
+        parts = (part.partition("=") for part in self.actor_resources.split(",") if part.strip())
+        return {name.strip(): _number(value) for name, _, value in parts}
 
     @property
     def dampings(self) -> tuple[float, ...]:

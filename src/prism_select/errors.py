@@ -21,6 +21,7 @@ line alone catches them, once. Any other exception is a defect of ours: exit cod
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "BadFile",
@@ -44,6 +45,14 @@ __all__ = [
 class PrismError(Exception):
     """Root of the tree; its text is the one line that the user reads."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For its way to another process, whatever its constructor takes."""
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[PrismError], args: tuple[Any, ...]) -> PrismError:
+    return kind.__new__(kind, *args)
+
 
 class BadOption(PrismError):
     pass
@@ -66,9 +75,6 @@ class BadFile(PrismError):
         self.file, self.line, self.what, self.advice = file, line, what, advice
         place = file if line is None else f"{file}:{line}"
         super().__init__(f"{place}: {what}; {advice}")
-
-    def __reduce__(self) -> tuple[type["BadFile"], tuple[str, int | None, str, str]]:
-        return type(self), (self.file, self.line, self.what, self.advice)  # for its way to another process
 
 
 class BadRow(BadFile):

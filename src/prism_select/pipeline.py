@@ -3,7 +3,8 @@
     survey the pool → read the target → load the model → direction ÷ curvature → engine, checked → score, shard by shard
     → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
 
-Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard.
+Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard. With
+Ray the one process leads, and actors score for it.
 
 Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
 memory does not grow with the pool, and a run that was stopped goes on after its last whole shard. `repair` swaps
@@ -31,6 +32,7 @@ from prism_select.anatomy import anatomy_of
 from prism_select.cascade import Cascade, Looker
 from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
+from prism_select.cluster import Crew, hired
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Factored, Factors, Weights
@@ -39,7 +41,7 @@ from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets
 from prism_select.data.readers import find_files, readable
-from prism_select.data.records import Example, Pair, Raw
+from prism_select.data.records import Example, Pair
 from prism_select.errors import BadOption, BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
 from prism_select.norms import with_norms
@@ -48,7 +50,7 @@ from prism_select.preconditioning import Sharpened, curvature_file, reduced, sav
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
-from prism_select.scoring import Lines, Measure, Scorer
+from prism_select.scoring import Lines, Measure, Scorer, Window
 from prism_select.store import Run, Store, bad_rows_of
 from prism_select.surrogate import looking
 from prism_select.targeting import Aim, aim_at
@@ -100,21 +102,14 @@ class Work:
     kind: str = ""
     wanted: NDArray[np.bool_] | None = None
 
-    def windows(self) -> Iterator[tuple[int, list[int], list[tuple[Raw, Example | BadRow]]]]:
-        """Number, places in the pool, rows."""
-        rows = (
-            (row, each) for row, each in enumerate(self.inputs.pool.rows()) if self.wanted is None or self.wanted[row]
-        )
-        for number in count():
-            if not (window := list(islice(rows, WINDOW))):
-                return
-            yield number, [row for row, _ in window], [each for _, each in window]
-
 
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
-    with joined() as world:
-        done = follow(config, world) if world.rank else lead(config, progress or Silent(), world)
+    progress = progress or Silent()
+    with hired(config, progress) as crew, joined() as world:
+        if config.cascade and (crew or world.size > 1):
+            raise BadOption("--cascade: runs in one process; leave it out with Ray and under torchrun")
+        done = follow(config, world) if world.rank else lead(config, progress, world, crew)
         world.gather(None)  # nobody leaves before all files are there
         return done
 
@@ -126,21 +121,24 @@ def follow(config: ScoreConfig, world: World) -> Run | Plan:
         return cast("Run | Plan", work)
     if config.device == "auto" and torch.cuda.is_available():
         config = replace(config, device=f"cuda:{world.local}")
-    model, encoder = load_model(config, Silent())
-    store = Store(config.out)
-    if config.warmup:
-        model = merged(model, store.path / ADAPTER)
-    known = dict(model.network.named_parameters())
-    weights = {name: known[name] for name in work.directions[0]}
-    measure = measure_by(config, work.engine, model, weights, placed(work.directions, model.device))
-    score_pool(config, store, work, Scorer(encoder, measure, work.lines, config, model.device), world, Silent())
+    store, scorer = Store(config.out), scorer_of(config, work.directions, work.lines, work.engine)
+    score_pool(config, store, work, scorer, world, Silent())
     return Run(store.path)
 
 
-def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
+def scorer_of(config: ScoreConfig, directions: Sequence[Factored], lines: Lines, engine: str) -> Scorer:
+    """Like the leader's, in another process."""
+    model, encoder = load_model(config, Silent())
+    if config.warmup:
+        model = merged(model, Path(config.out) / ADAPTER)
+    known = dict(model.network.named_parameters())
+    weights = {name: known[name] for name in directions[0]}
+    measure = measure_by(config, engine, model, weights, placed(directions, model.device))
+    return Scorer(encoder, measure, lines, config, model.device)
+
+
+def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | None) -> Run | Plan:
     clock, store = Clock(), Store(config.out)
-    if config.cascade and world.size > 1:
-        raise BadOption("--cascade: runs in one process; leave it out under torchrun")
     with clock.step("read"):
         inputs = read_inputs(config, progress)
     if not config.dry_run:
@@ -160,7 +158,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     directions, cut = reduced(config, model, aim, sample) if config.rank else (aim.directions, None)
     engine, checked = choose_engine(config, model, aim.weights, directions, first_rows(inputs.pool, encoder))
     progress.say(f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows")
-    plan = plan_run(config, engine, aim, (sample, inputs.survey), clock, world.size)
+    plan = plan_run(config, engine, aim, (sample, inputs.survey), clock, crew.size if crew else world.size)
     if config.dry_run:
         return world.tell(plan)
     store.begin(config, inputs.fingerprints)
@@ -172,10 +170,13 @@ def lead(config: ScoreConfig, progress: Progress, world: World) -> Run | Plan:
     work = Work(inputs, placed(directions, torch.device("cpu")), aim.lines, checked.engine, going_on(store, progress))
     world.tell(work)
     more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
-    scorer = Scorer(encoder, engine, aim.lines, config, model.device)
+    own = Scorer(encoder, engine, aim.lines, config, model.device)
+    scorer: Scorer | Crew = own
+    if crew:
+        scorer = crew.at_work(partial(scorer_of, crew.config, work.directions, work.lines, work.engine))
     with clock.step("score"):
         if config.cascade:
-            shards, more["cascade"] = cascaded(config, store, work, scorer, (model, aim.weights), progress)
+            shards, more["cascade"] = cascaded(config, store, work, own, (model, aim.weights), progress)
         else:
             shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
@@ -504,35 +505,48 @@ def cascaded(
         return score_pool(config, store, part, scorer, World(), progress)
 
     shards, told = Cascade(config, store, through, looker, quick, scorer).run()
-    for name in ("tokens", "real", "computed", "repeated"):
-        setattr(scorer, name, getattr(looker, name))
+    scorer.sums = looker.sums
     return shards, {**told, "engine": checked.engine}
 
 
 def score_pool(
-    config: ScoreConfig, store: Store, work: Work, scorer: Scorer, world: World, progress: Progress
+    config: ScoreConfig, store: Store, work: Work, scorer: Scorer | Crew, world: World, progress: Progress
 ) -> list[Path]:
     """Every row that is wanted, window by window; returns the shards, those of all processes. Stops as soon as there
     are too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
     run."""
-    rows, bad, number = work.inputs.survey.rows, list[BadRow](), -1
+    pool, rows = work.inputs.pool, work.inputs.survey.rows
     wanted = rows if work.wanted is None else int(work.wanted.sum())
+    windows = bad = 0
+    first: tuple[int, BadRow] | None = None  # in the order of the pool, whatever that of the windows
     with progress.task(f"scoring {work.kind}".rstrip(), wanted) as task:
-        for number, numbers, window in work.windows():
-            shard = work.there.get(number)
-            table = scorer.table(numbers, window, task) if world.has(number) and not shard else None
-            task.advance(len(window) * (table is None))
-            work.inputs.pool.refuse_changes({raw.file for raw, _ in window})
-            if table:
-                shard = store.write_shard(number, table, work.kind)
-            bad += bad_rows_of(shard) if shard else []
-            refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
-    work.inputs.pool.refuse_changes()
-    sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
-    scorer.tokens, scorer.real, scorer.computed, scorer.repeated = sums
+        for window, table in scorer.tables(windows_of(work, world), task):
+            windows += 1
+            task.advance(len(window.rows) * (table is None))
+            pool.refuse_changes({raw.file for raw, _ in window.rows})
+            shard = store.write_shard(window.number, table, work.kind) if table else work.there.get(window.number)
+            found = bad_rows_of(shard) if shard else []
+            bad += len(found)
+            if found and (first is None or window.number < first[0]):
+                first = window.number, found[0]
+            refuse_bad_rows(config, bad, rows, first and first[1])
+    pool.refuse_changes()
+    scorer.sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
     shards = store.present_shards(work.kind)
     if world.size > 1:
-        bad = [row for shard in range(number + 1) for row in bad_rows_of(shards[shard])]
-        refuse_bad_rows(config, len(bad), rows, next(iter(bad), None))
+        every = [row for number in range(windows) for row in bad_rows_of(shards[number])]
+        refuse_bad_rows(config, len(every), rows, next(iter(every), None))
         world.gather(None)  # all have read the shards before the leader drops them
-    return [shards[done] for done in range(number + 1)]
+    return [shards[number] for number in range(windows)]
+
+
+def windows_of(work: Work, world: World) -> Iterator[Window]:
+    """The pool, or the part of it that is asked for, in windows; wanted are those that this process has to score, and
+    that are not there already."""
+    every, part = enumerate(work.inputs.pool.rows()), work.wanted
+    found = (each for each in every if part is None or part[each[0]])
+    for number in count():
+        if not (window := list(islice(found, WINDOW))):
+            return
+        places, rows = zip(*window, strict=True)
+        yield Window(number, places, rows, world.has(number) and number not in work.there)

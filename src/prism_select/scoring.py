@@ -12,7 +12,7 @@ so that the halves add up to the score to the last bit.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,7 +33,7 @@ from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Lines", "Measure", "Scorer"]
+__all__ = ["Lines", "Measure", "Scorer", "Tally", "Window"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
@@ -75,24 +75,42 @@ class Lines:
         return np.take_along_axis(each, place, 1)[:, 0] if self.best else each.mean(1)
 
 
-class Scorer:
-    """Adds up, over its windows: the tokens of all rows; of those that were computed, all and the real ones; the rows
-    that needed no computing, since another of their window is the same."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows of the pool, and their places in it, that are read, sorted by length, scored and written together; `wanted`
+    unless they are another's to score, or scored already."""
 
-    def __init__(
-        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
-    ) -> None:
-        self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
-        self.tokens = self.real = self.computed = self.repeated = 0
+    number: int
+    places: Sequence[int]
+    rows: Sequence[tuple[Raw, Example | BadRow]]
+    wanted: bool
+
+
+class Tally:
+    """Adds up, over windows: the tokens of all rows; of those that were computed, all and the real ones; the rows that
+    needed no computing, since another of their window is the same."""
+
+    tokens = real = computed = repeated = 0
 
     @property
     def sums(self) -> tuple[int, int, int, int]:
         return self.tokens, self.real, self.computed, self.repeated
 
+    @sums.setter
+    def sums(self, values: Sequence[int]) -> None:
+        self.tokens, self.real, self.computed, self.repeated = values
+
     @property
     def padding(self) -> float:
         """Share of the computed tokens that were padding."""
         return 1 - self.real / self.computed if self.computed else 0.0
+
+
+class Scorer(Tally):
+    def __init__(
+        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
+    ) -> None:
+        self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
 
     @property
     def schema(self) -> pa.Schema:
@@ -108,8 +126,13 @@ class Scorer:
         halves = () if self.lines.halves else ("score_chosen", "score_rejected")
         return pa.schema([*(part for part in SHARD if part.name not in halves), *more])
 
-    def table(self, numbers: Sequence[int], window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
-        """A line for each row of a window; `numbers` are their places in the pool."""
+    def tables(self, windows: Iterable[Window], task: Task) -> Iterator[tuple[Window, pa.Table | None]]:
+        """Each window, with its table where it is wanted."""
+        for window in windows:
+            yield window, self.table(window.places, window.rows, task) if window.wanted else None
+
+    def table(self, places: Sequence[int], window: Sequence[tuple[Raw, Example | BadRow]], task: Task) -> pa.Table:
+        """A line for each row of a window; `places` are theirs in the pool."""
         reasons: dict[int, str] = {}
         encoded: dict[int, Encoded] = {}
         for place, (_, example) in enumerate(window):
@@ -134,7 +157,7 @@ class Scorer:
             order += [groups[i] for i in few]
             parts.append(pa.table(columns))
             task.advance(sum(len(groups[i]) for i in few), sum(len(row.tokens) for row in rows))
-        return self._as_table(numbers, window, (pa.concat_tables(parts) if parts else None, order), reasons)
+        return self._as_table(places, window, (pa.concat_tables(parts) if parts else None, order), reasons)
 
     def _score(self, rows: Sequence[Encoded], batch: Batch) -> dict[str, Any]:
         (loglik, values, tokens), norms = self.measure(batch)
@@ -173,7 +196,7 @@ class Scorer:
 
     def _as_table(
         self,
-        numbers: Sequence[int],
+        places: Sequence[int],
         window: Sequence[tuple[Raw, Example | BadRow]],
         found: tuple[pa.Table | None, Sequence[Sequence[int]]],
         reasons: Mapping[int, str],
@@ -183,7 +206,7 @@ class Scorer:
         index = pa.array([at.get(place) for place in range(len(window))], pa.int64())
         good = [example if isinstance(example, Example) else None for _, example in window]
         told = {
-            "row": numbers,
+            "row": places,
             "id": [example and example.id for example in good],
             "source": [example and example.source for example in good],
             "file": [raw.file for raw, _ in window],

@@ -1,0 +1,303 @@
+"""Actors of Ray score as one process does, whatever becomes of them."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import Outcome, jsonl, prism
+
+from prism_select import pipeline
+from prism_select.cluster import needs_of
+from prism_select.config import ScoreConfig
+from prism_select.errors import Unreachable
+from prism_select.store import Store
+
+ROWS, WINDOW = 48, 5
+APART = f"import sys; from prism_select import cli, pipeline; pipeline.WINDOW = {WINDOW}; cli.main(sys.argv[1:])"
+RAY = ("--runtime", "ray", "--actors", "2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a small one that this process has joined."""
+    polite = signal.getsignal(signal.SIGTERM)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
+    signal.signal(signal.SIGTERM, polite)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+class Desk:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.out, self.whole = folder, folder / "run", folder / "whole"
+        rows: list[dict[str, object]] = [
+            {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)
+        ]
+        rows[17], rows[21] = {"prompt": "nothing"}, rows[20]  # a bad one, and one that repeats another
+        pairs = [{"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"}] * 2
+        pool, target = jsonl(folder / "pool.jsonl", rows), jsonl(folder / "pairs.jsonl", pairs)
+        self.words = ["--model", str(model), "--pool", pool, "--target", target, "--max-bad", "5%"]
+
+    def score(self, *words: object) -> Outcome:
+        return prism("score", *self.words, "--out", self.out, *words)
+
+    def matches(self) -> bool:
+        """Whether the run has the scores of a single process."""
+        assert prism("score", *self.words, "--out", self.whole).code == 0
+        return alike(self.out, self.whole)
+
+
+def alike(one: Path, other: Path) -> bool:
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (one, other))
+    assert ours.schema == theirs.schema and ours.num_rows == ROWS
+    for name in ours.column_names:
+        if ours.schema.field(name).type != "double":
+            assert ours[name].equals(theirs[name])
+            continue
+        a, b = (np.asarray(table[name].to_numpy(), dtype=np.float64) for table in (ours, theirs))
+        if not np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True):
+            return False
+    return True
+
+
+@pytest.fixture
+def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(pipeline, "WINDOW", WINDOW)
+    return Desk(tmp_path, plain_model)
+
+
+def test_two_actors_give_the_files_of_one_process(cluster: str, desk: Desk) -> None:
+    alone, both = desk.folder / "alone", desk.folder / "both"
+    for out, words in ((alone, ()), (both, RAY)):
+        done = prism("select", *desk.words, "--budget", "20%", "--out", out, *words)
+        assert done.code == 0 and not done.err, done.err
+    assert "Ray: 2 actors of CPU=1" in done.out and "1 rows repeat another" in done.out
+    assert alike(both, alone) and {path.name for path in both.iterdir()} == {path.name for path in alone.iterdir()}
+    for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
+        assert (both / name).read_bytes() == (alone / name).read_bytes()
+    told, then = (json.loads((out / "manifest.json").read_text()) for out in (both, alone))
+    assert told["counts"] == then["counts"] and told["actual"]["tokens"] == then["actual"]["tokens"]
+    assert told["padding"] == then["padding"]
+    again = prism("select", *desk.words, "--budget", "20%", "--out", both, *RAY)
+    assert again.code == 0 and "is complete already" in again.out
+
+
+def made(change: Callable[[Any], None]) -> Callable[..., Any]:
+    """A maker of scorers that are changed where an actor makes them."""
+    real = pipeline.scorer_of
+
+    def make(*given: Any) -> Any:
+        scorer = real(*given)
+        change(scorer)
+        return scorer
+
+    return make
+
+
+def test_an_actor_that_is_killed_in_the_middle_loses_nothing_and_one_without_room_holds_nothing_up(
+    cluster: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    alive = desk.folder / "alive"
+    alive.touch()
+
+    def mortal(scorer: Any) -> None:
+        table = scorer.table
+
+        def dies_once(places: Sequence[int], *rest: Any) -> Any:
+            if places[0] == 4 * WINDOW and alive.exists():
+                alive.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return table(places, *rest)
+
+        scorer.table = dies_once
+
+    written, write = list[int](), Store.write_shard
+
+    def counted(store: Store, number: int, table: pa.Table, kind: str) -> Path:
+        written.append(number)
+        return write(store, number, table, kind)
+
+    monkeypatch.setattr(pipeline, "scorer_of", made(mortal))
+    monkeypatch.setattr(Store, "write_shard", counted)
+    done = desk.score("--runtime", "ray", "--actors", "3", "--actor-resources", "CPU=1")
+    assert done.code == 0 and not done.err, done.err
+    assert "Ray: 3 actors of CPU=1, 2 of which find room as the cluster is now" in done.out
+    assert not alive.exists() and sorted(written) == list(range(10))
+    assert capfd.readouterr().err == ""
+    assert desk.matches()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Unreachable("reverse", ["a.b"], "never called"), 2, "prism: engine reverse cannot reach a.b: never called;"),
+        (ArithmeticError("seven"), 1, "prism: a defect of prism: ArithmeticError: seven; add --debug"),
+    ],
+)
+def test_what_goes_wrong_in_an_actor_is_the_line_that_it_would_be_here(
+    cluster: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def fails(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "scorer_of", made(fails))
+    done = desk.score("--runtime", "ray", "--actors", "1")
+    assert done.code == code and done.err.startswith(said) and done.err.count("\n") == 1
+
+
+def test_a_run_that_is_stopped_goes_on_with_another_runtime(
+    cluster: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Store.write_shard
+
+    def stops(store: Store, number: int, table: pa.Table, kind: str) -> Path:
+        if len(store.present_shards()) == 3:
+            raise KeyboardInterrupt
+        return write(store, number, table, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_shard", stops)
+        done = desk.score(*RAY)
+    assert done.code == 130 and done.err == "prism: interrupted; the same command goes on where it stopped\n"
+    done = desk.score("--dry-run", *RAY)
+    assert done.code == 0 and "for the whole run" in done.out
+    done = desk.score()
+    assert done.code == 0 and f"3 shards of {WINDOW} rows are there already" in done.out
+    assert desk.matches()
+
+
+def test_actors_score_with_an_adapter_of_the_run_and_find_a_folder_by_its_relative_name(
+    cluster: str, desk: Desk, plain_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_model.parent)
+    desk.words[1] = plain_model.name
+    assert prism("score", *desk.words, "--warmup", "20%", "--out", desk.whole).code == 0
+    assert desk.score("--warmup", "20%", *RAY).code == 0
+    assert alike(desk.out, desk.whole)
+
+
+def apart(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", APART, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What is there as soon as it is."""
+    end = time.monotonic() + 240
+    while not (found := there()) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+def actors(title: str = "ray::_Hand") -> list[Any]:
+    """Processes of the cluster that this one started."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if process.is_running() and "".join(process.cmdline()[:1]).startswith(title)]
+
+
+def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
+    with apart("score", *desk.words, "--out", desk.out, "--runtime", "ray", "--actors", "1") as process:
+        assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)
+    assert process.returncode == 130 and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
+    assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(cluster: str, desk: Desk) -> None:
+    with apart("score", *desk.words, "--out", desk.out, *RAY, "--ray-address", cluster, "--json") as process:
+        lost = until(lambda: actors("ray::_Hand."), process)  # at work
+        lost[0].kill()
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Ray: 2 actors of CPU=1" in err and "(raylet)" not in err
+    assert json.loads(out)["counts"]["read"] == ROWS
+    assert ray.nodes()[0]["Alive"] and not psutil.wait_procs(actors(), timeout=30)[1]
+    assert desk.matches()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--runtime", "spark"], "--runtime spark: unknown; try one of local, ray"),
+        (["--runtime", "ray", "--actors", "-1"], "--actors -1: must be at least 1, or 0 for as many as find room"),
+        (["--actors", "2"], "--actors: only Ray has actors; give --runtime ray, or leave it out"),
+        (["--ray-address", "a:1"], "--ray-address: only Ray has actors; give --runtime ray, or leave it out"),
+        *(
+            (["--runtime", "ray", "--actor-resources", given], f"--actor-resources {given}: not NAME=NUMBER above 0")
+            for given in ("CPU", "CPU=no", "CPU=0", "GPU=nan", ",")
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(desk: Desk, words: list[str], said: str) -> None:
+    done = desk.score(*words)
+    assert done.code == 2 and done.err.startswith(f"prism: {said}") and not desk.out.exists()
+
+
+def test_an_address_where_no_cluster_answers_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        silent = f"127.0.0.1:{free.getsockname()[1]}"
+        done = desk.score("--runtime", "ray", "--ray-address", silent)
+    assert done.code == 2 and done.err.startswith(f"prism: --ray-address {silent}: Connection refused; give host:port")
+    for odd in ("here", "127.0.0.1", "host:port", "http://host:8265/"):
+        done = desk.score("--runtime", "ray", "--ray-address", odd)
+        assert done.code == 2 and done.err.startswith(f"prism: --ray-address {odd}: not host:port; give host:port")
+
+
+def test_without_ray_and_under_torchrun_the_runtime_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        done = desk.score("--runtime", "ray")
+    assert done.code == 2
+    assert done.err == "prism: --runtime ray: Ray is not installed; pip install 'prism-select[ray]'\n"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("RANK", "0")
+    done = desk.score("--runtime", "ray")
+    assert done.code == 2
+    assert done.err == "prism: --runtime ray: Ray starts processes of its own; start this one without torchrun\n"
+
+
+def test_an_actor_for_which_no_machine_has_room_is_refused(cluster: str, desk: Desk) -> None:
+    done = desk.score("--runtime", "ray", "--actors", "1", "--actor-resources", "CPU=3,magic=1")
+    assert done.code == 2 and done.err.startswith(
+        "prism: --runtime ray: no machine has room for an actor of CPU=3,magic=1 (at most CPU=2,magic=0 in one); ask"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machines", "options", "needs"),
+    [
+        ([{"CPU": 8}], {}, {"CPU": 8}),
+        ([{"CPU": 8}], {"actors": 3}, {"CPU": 2}),
+        ([{"CPU": 8}], {"actors": 9}, {"CPU": 1}),
+        ([{"CPU": 8}, {"CPU": 6}, {}], {}, {"CPU": 6}),
+        ([{"CPU": 8}, {"CPU": 6}], {"actors": 3}, {"CPU": 4}),
+        ([], {"actors": 3}, {"CPU": 1}),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], {}, {"CPU": 1, "GPU": 1}),
+        ([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {"CPU": 8}),
+        ([{"CPU": 8, "GPU": 2}], {"actor_resources": "GPU=0.5, tpu = 1"}, {"GPU": 0.5, "tpu": 1}),
+    ],
+)
+def test_an_actor_takes_a_gpu_or_an_even_share_of_a_machine(
+    machines: list[dict[str, float]], options: dict[str, Any], needs: dict[str, float]
+) -> None:
+    config = ScoreConfig(model="m", pool="p", target="t", out="o", runtime="ray", **options)
+    assert needs_of(config, machines) == needs
