@@ -116,17 +116,16 @@ def guessed(features: Float[np.ndarray, "rows features"], exact: Floats, sample:
     centres = np.random.default_rng(seed).permutation((rows - middle) / spread)[:CENTRES]
     root = cholesky(_kernel(centres, centres) + JITTER * np.eye(len(centres)), lower=True)
 
-    def lifted(part: NDArray[Any]) -> Floats:
-        """[centre, row]: inner products of these are those of the kernel."""
-        return np.asarray(solve_triangular(root, _kernel(centres, (part - middle) / spread), lower=True))
+    def kernel(part: NDArray[Any]) -> Floats:
+        return _kernel(centres, (part - middle) / spread)
 
-    inputs, wanted = lifted(rows), (clipped - offset) / unit
+    inputs, wanted = solve_triangular(root, kernel(rows), lower=True), (clipped - offset) / unit
     factor = cho_factor(inputs @ inputs.T + RIDGE * np.eye(len(centres)), lower=True)
     slopes = cho_solve(factor, inputs @ wanted)
     leverage = np.square(solve_triangular(factor[0], inputs, lower=True)).sum(0)
     apart = wanted - (wanted - slopes @ inputs) / (1 - leverage)
-    parts = np.array_split(features, len(features) // MANY + 1)
-    every = np.concatenate([slopes @ lifted(part.astype(np.float64)) for part in parts])
+    parts, by_centre = np.array_split(features, len(features) // MANY + 1), solve_triangular(root.T, slopes)
+    every = np.concatenate([by_centre @ kernel(part.astype(np.float64)) for part in parts])
     places = np.searchsorted(known, sample)
     told = np.isin(sample, known)  # a row without a finite score is found by nobody
     return Guess(every * unit + offset, np.where(told, apart[places * told] * unit + offset, -np.inf))
