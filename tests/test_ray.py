@@ -25,6 +25,7 @@ from prism_select import pipeline
 from prism_select.cluster import needs_of
 from prism_select.config import ScoreConfig
 from prism_select.errors import Unreachable
+from prism_select.scoring import Window
 from prism_select.store import Store
 
 ROWS, WINDOW = 48, 5
@@ -132,12 +133,21 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing_and_one_without_roo
         written.append(number)
         return write(store, number, table, kind)
 
+    ahead, windows = list[int](), pipeline.windows_of
+
+    def watched(*given: Any) -> Iterator[Window]:
+        for window in windows(*given):
+            ahead.append(window.number - len(written))
+            yield window
+
+    monkeypatch.setattr(pipeline, "windows_of", watched)
     monkeypatch.setattr(pipeline, "scorer_of", made(mortal))
     monkeypatch.setattr(Store, "write_shard", counted)
     done = desk.score("--runtime", "ray", "--actors", "3", "--actor-resources", "CPU=1")
     assert done.code == 0 and not done.err, done.err
     assert "Ray: 3 actors of CPU=1, 2 of which find room as the cluster is now" in done.out
     assert not alive.exists() and sorted(written) == list(range(10))
+    assert max(ahead) == 2  # no more of the pool is in memory than two actors have, and the next
     assert capfd.readouterr().err == ""
     assert desk.matches()
 
@@ -189,6 +199,12 @@ def test_actors_score_with_an_adapter_of_the_run_and_find_a_folder_by_its_relati
     assert prism("score", *desk.words, "--warmup", "20%", "--out", desk.whole).code == 0
     assert desk.score("--warmup", "20%", *RAY).code == 0
     assert alike(desk.out, desk.whole)
+
+
+def test_an_actor_that_finds_no_room_holds_nothing_up(cluster: str, desk: Desk) -> None:
+    done = desk.score("--runtime", "ray", "--actors", "2", "--actor-resources", "CPU=2", "--ray-address", cluster)
+    assert done.code == 0 and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in done.out
+    assert desk.matches()
 
 
 def apart(*words: object) -> subprocess.Popen[str]:
@@ -275,11 +291,18 @@ def test_without_ray_and_under_torchrun_the_runtime_is_refused(desk: Desk, monke
     assert done.err == "prism: --runtime ray: Ray starts processes of its own; start this one without torchrun\n"
 
 
-def test_an_actor_for_which_no_machine_has_room_is_refused(cluster: str, desk: Desk) -> None:
-    done = desk.score("--runtime", "ray", "--actors", "1", "--actor-resources", "CPU=3,magic=1")
-    assert done.code == 2 and done.err.startswith(
-        "prism: --runtime ray: no machine has room for an actor of CPU=3,magic=1 (at most CPU=2,magic=0 in one); ask"
-    )
+@pytest.mark.parametrize(
+    ("count", "needs", "said"),
+    [
+        ("0", "CPU=3,magic=1", "0 actors of CPU=3,magic=1, with CPU=2,magic=0 in one machine at most; ask for less"),
+        ("3", "CPU=1", "2 actors of CPU=1 and not for 3, with CPU=2 in one machine at most; ask for less"),
+    ],
+)
+def test_actors_for_which_there_will_be_no_room_are_refused(
+    cluster: str, desk: Desk, count: str, needs: str, said: str
+) -> None:
+    done = desk.score("--runtime", "ray", "--actors", count, "--actor-resources", needs)
+    assert done.code == 2 and done.err.startswith(f"prism: --runtime ray: there is room for {said}")
 
 
 @pytest.mark.parametrize(

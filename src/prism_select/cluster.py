@@ -49,11 +49,14 @@ class Crew(Tally):
         self.needs, self.hands, self.progress = needs_of(config, machines), list[Any](), progress
         room = sum(int(min(each.get(name, 0) / n for name, n in self.needs.items()) + 1e-6) for each in machines)
         self.size = config.actors or room
-        if not room and not (config.actors and config.ray_address):
+        grows = config.actors and config.ray_address
+        if not grows and not 0 < self.size <= room:
             most = {name: max(each.get(name, 0) for each in machines) for name in self.needs}
+            asked = f" and not for {config.actors}" if config.actors else ""
             raise BadOption(
-                f"--runtime ray: no machine has room for an actor of {in_words(self.needs)} (at most {in_words(most)} "
-                "in one); ask for less with --actor-resources, or with --actors wait for a cluster that grows"
+                f"--runtime ray: there is room for {room} actors of {in_words(self.needs)}{asked}, with "
+                f"{in_words(most)} in one machine at most; ask for less with --actor-resources or --actors, or name a "
+                "cluster that grows with --ray-address, and --actors"
             )
         self.config = replace(
             config,
