@@ -1,17 +1,18 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
 # make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
 # make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
+# make cascade: how many rows must be scored exactly until most of the best are found?
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make reselect: choosing again during training against choosing once
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
 # make scale: thirty kills, odd input, endless lines, a choice among a hundred million rows (two hours, 30 GB of disk)
-# make bench: memory against pool size, and what a score costs (on a quiet machine)
+# make bench: memory against pool size, and what a score costs (on a quiet machine; make bench-cost: the latter alone)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test fuzz real pairs quality curvature reselect lds peers bench scale clean
+.PHONY: demo test fuzz real pairs quality curvature cascade reselect lds peers bench bench-cost scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -34,7 +35,7 @@ fuzz: $(STAMP)
 	FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py
 	$(BIN)/python tests/fuzz.py -max_total_time=600
 
-real pairs quality curvature: $(STAMP)
+real pairs quality curvature cascade: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),../shared/data)
 
@@ -56,8 +57,10 @@ peers: $(STAMP) $(PEERS)/installed
 reselect: $(STAMP)
 	$(BIN)/python benchmarks/reselect.py
 
-bench: $(STAMP)
+bench: $(STAMP) bench-cost
 	$(BIN)/python benchmarks/memory.py
+
+bench-cost: $(STAMP)
 	$(BIN)/python benchmarks/cost.py
 
 scale: $(STAMP)

@@ -164,7 +164,7 @@ def replayed(seed: int, exact: pa.Table, looks: list[Path]) -> Row:
         return looks if wanted is None else [store.write_shard(0, exact.filter(pa.array(wanted)), kind)]
 
     unused: Any = None
-    cascade = Cascade(config, store, through, unused, unused, unused)
+    cascade = Cascade(config, store, through, unused, unused, unused, unused)
     search = cascade.search(cascade.look())
     scores = exact["score"].to_numpy()
     best = np.argsort(-scores, kind="stable")[: search.best]

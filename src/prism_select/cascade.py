@@ -5,8 +5,8 @@
 
 Choices made here: rounds score half of what the sample says is still needed, since the guess that follows is better;
 where more than `WORTH` of the pool is needed, all of it is scored and nothing is guessed. What a round scores is
-written down before it starts, so that a run that was stopped goes on to the same end. Along the way rows are scored
-along one direction; only the best get their halves.
+written down before it starts, so that a run that was stopped goes on to the same end. Rows are scored along one
+direction; only the best along that of their chosen half too.
 """
 
 import math
@@ -98,6 +98,7 @@ class Cascade:
     through: Callable[[str, Scorer, Bools | None], list[Path]]
     looker: Looker
     quick: Scorer
+    half: Scorer
     full: Scorer
 
     def run(self) -> tuple[list[Path], dict[str, Any]]:
@@ -106,8 +107,8 @@ class Cascade:
         search = self.search(seen)
         best = np.zeros(len(seen.good), dtype=bool)
         best[np.argsort(-np.nan_to_num(search.exact, nan=-np.inf), kind="stable")[: search.best]] = True
-        layers = [_Shards(self.through("best", self.full, best)), _Shards(search.paths)]
-        shards = [self._joined(number, path, layers, search) for number, path in enumerate(seen.paths)]
+        halves, exact = _Shards(self.through("half", self.half, best)), _Shards(search.paths)
+        shards = [self._joined(number, path, halves, exact, search) for number, path in enumerate(seen.paths)]
         return shards, told_of(self.config, seen, search)
 
     def look(self) -> Seen:
@@ -168,7 +169,7 @@ class Cascade:
         )[self.config.ranking].to_numpy()
         search.paths += paths
 
-    def _joined(self, number: int, look: Path, layers: Sequence["_Shards"], search: Search) -> Path:
+    def _joined(self, number: int, look: Path, halves: "_Shards", exact: "_Shards", search: Search) -> Path:
         """The final shard of a window: exact scores where there are some, guesses elsewhere."""
         if (there := self.store.present_shards().get(number)) is not None:
             return there
@@ -179,11 +180,13 @@ class Cascade:
         both = (guess * tokens, guess) if self.config.normalize == "tokens" else (guess, guess / tokens)
         for name, values in zip(("score", "score_per_token"), both, strict=True):
             seen = seen.append_column(name, pa.array(values, pa.float64(), from_pandas=True))
-        tables = [*filter(None, (layer.at(rows) for layer in layers)), seen]
+        tables = [*filter(None, [exact.at(rows)]), seen]
+        if half := halves.at(rows):
+            chosen = half["score"]
+            told = {"score_chosen": chosen, "score_rejected": pc.subtract(chosen, tables[0]["score"])}
+            tables.insert(0, pa.table(told))
         columns = [
-            pc.coalesce(
-                *(table[part.name] for table in tables if part.name in table.column_names), pa.scalar(None, part.type)
-            )
+            pc.coalesce(*(t[part.name] for t in tables if part.name in t.column_names), pa.scalar(None, part.type))
             for part in self.full.schema
         ]
         columns.append(pa.array(np.isfinite(search.exact[rows])))

@@ -493,18 +493,23 @@ def cascaded(
     """In place of `score_pool`; and what the manifest says of it."""
     model, weights = loaded
     count, narrow = len(work.lines.targets), torch.finfo(model.dtype).bits < 32
-    directions, rows = placed(work.directions[:count], model.device), first_rows(work.inputs.pool, scorer.encoder)
+    directions, rows = placed(work.directions[: count + 1], model.device), first_rows(work.inputs.pool, scorer.encoder)
     plain = replace(config, engine="difference") if config.engine == "auto" and not narrow else config
-    measure, checked = choose_engine(plain, model, weights, directions, rows)
-    progress.say(f"cascade: on the way by engine {checked.engine}, off by {checked.disagreement:.1e}")
-    quick = Scorer(scorer.encoder, measure, replace(work.lines, halves=False), config, model.device)
+
+    def along(few: Sequence[Factored], lines: Lines) -> tuple[Scorer, Checked]:
+        measure, checked = choose_engine(plain, model, weights, few, rows)
+        return Scorer(scorer.encoder, measure, lines, config, model.device), checked
+
+    quick, checked = along(directions[:count], replace(work.lines, halves=False))
+    half, _ = along(directions[count:], Lines(halves=False))
+    progress.say(f"cascade: one direction at a time by engine {checked.engine}, off by {checked.disagreement:.1e}")
     looker = Looker(looking(model, config.seed), scorer)
 
     def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
         part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0])
         return score_pool(config, store, part, scorer, World(), progress)
 
-    shards, told = Cascade(config, store, through, looker, quick, scorer).run()
+    shards, told = Cascade(config, store, through, looker, quick, half, scorer).run()
     scorer.sums = looker.sums
     return shards, {**told, "engine": checked.engine}
 

@@ -117,7 +117,7 @@ def guessed(features: Float[np.ndarray, "rows features"], exact: Floats, sample:
     root = cholesky(_kernel(centres, centres) + JITTER * np.eye(len(centres)), lower=True)
 
     def kernel(part: NDArray[Any]) -> Floats:
-        return _kernel(centres, (part - middle) / spread)
+        return _kernel(centres, (part.astype(np.float64) - middle) / spread)
 
     inputs, wanted = solve_triangular(root, kernel(rows), lower=True), (clipped - offset) / unit
     factor = cho_factor(inputs @ inputs.T + RIDGE * np.eye(len(centres)), lower=True)
@@ -125,7 +125,7 @@ def guessed(features: Float[np.ndarray, "rows features"], exact: Floats, sample:
     leverage = np.square(solve_triangular(factor[0], inputs, lower=True)).sum(0)
     apart = wanted - (wanted - slopes @ inputs) / (1 - leverage)
     parts, by_centre = np.array_split(features, len(features) // MANY + 1), solve_triangular(root.T, slopes)
-    every = np.concatenate([by_centre @ kernel(part.astype(np.float64)) for part in parts])
+    every = np.concatenate([by_centre @ kernel(part) for part in parts])
     places = np.searchsorted(known, sample)
     told = np.isin(sample, known)  # a row without a finite score is found by nobody
     return Guess(every * unit + offset, np.where(told, apart[places * told] * unit + offset, -np.inf))
