@@ -1,8 +1,11 @@
 """The docs are held to the code: every command and option is there, and what is generated is up to date."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from prism_select.cli import app
 from prism_select.store import SHARD
@@ -46,3 +49,23 @@ def test_every_test_that_the_page_on_safety_names_is_there() -> None:
     assert len(named) > 30 and not [name for name in named if f"def {name}(" not in there]
     rows = [line for line in DOCS["safety.md"].splitlines() if re.match(r"\| (?!what|attack)\w", line)]
     assert all("`test_" in line for line in rows) and len(rows) > 25
+
+
+@pytest.mark.parametrize(
+    ("file", "figure", "line"),
+    [
+        ("cost", "difference, one direction", "a score along one direction, all weights, float32 | {:.1f} forwards"),
+        ("cost", "difference, one direction, late", "over the upper half of the blocks | {:.1f} forwards"),
+        ("cost", "reverse, one target (score and chosen half)", "`reverse` | {:.1f} forwards"),
+        ("cascade", "cost of a cascade, a row", "tiny model | {:.1f} forwards"),
+        ("quality", "gsm8k 5%: prism over random, gain", "random rows: GSM8K | {:.2f}"),
+        ("quality", "arc 5%: prism over random, gain", "accuracy is no better | {:.2f}"),
+        ("quality", "truthfulqa 5%: prism over random, gain", "no gain: TruthfulQA | {:.2f}"),
+        ("quality", "truthfulqa 5%: auroc of the truth, prism", "AUROC: TruthfulQA | {:.2f}"),
+        ("quality", "polite 5%: auroc of the truth, prism", "AUROC: rude answers | {:.2f}"),
+    ],
+)
+def test_the_readme_says_what_was_measured(file: str, figure: str, line: str) -> None:
+    told = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    value = next(each["value"] for each in told["figures"] if each["name"] == figure)
+    assert line.format(value) in (ROOT / "README.md").read_text(encoding="utf-8")
