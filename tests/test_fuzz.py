@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,21 @@ import zstandard
 from fuzz import ENDINGS, read_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_run import write_run
 
+from prism_select.report.writing import write_report
+
+NASTY = (
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "{{ 7 * 7 }}{% raw %}",
+    '" onload="alert(1)',
+    "javascript:alert(1)",
+    "\u202egnp.exe",
+    "\x1b[2J",
+    "]]>",
+    "\\u003c",
+)
 TRIES = int(os.environ.get("FUZZ", "150"))
 SHARED = settings(max_examples=TRIES, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -89,3 +104,51 @@ def test_the_files_that_are_damaged_are_good_before(tmp_path: Path, ending: str)
     path = tmp_path / f"pool.{ending}"
     path.write_bytes(sound(ending))
     assert read_all(path) == len(WHOLE)
+
+
+NUMBERS = st.floats(-1e9, 1e9) | st.just(float("nan"))
+TEXTS = st.text(max_size=40) | st.text(st.characters(), max_size=40) | st.sampled_from(NASTY)
+
+
+@settings(SHARED, max_examples=max(10, TRIES // 10))
+@given(
+    st.lists(st.tuples(TEXTS, TEXTS, TEXTS, TEXTS), min_size=3, max_size=6),
+    st.lists(st.floats(), min_size=6, max_size=6),
+)
+def test_no_text_of_a_pool_becomes_markup_of_the_page(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, ...]], scores: list[float]
+) -> None:
+    """The page of odd rows has the tags of a page of plain ones, and its data the texts as they are."""
+    folder = tmp_path_factory.mktemp("page")
+    names = ("id", "source", "prompt", "completion")
+    odd = [
+        dict(zip(names, ("a" + text.encode("utf-8", "replace").decode() for text in row), strict=True)) for row in rows
+    ]
+    page = write_report(str(write_run(folder / "run", odd, scores[: len(odd)]))).read_text(encoding="utf-8")
+    seen = Scripts()
+    seen.feed(page)
+    assert sorted(seen.kinds) == ["", "", "application/json"]  # Vega, the page's own, and the data
+    assert not seen.handlers and not seen.links
+    told = json.dumps(json.loads(seen.data), ensure_ascii=False)
+    if len(dict.fromkeys(row["id"] for row in odd)) == len(odd):  # rows whose id repeats are set aside
+        for row, score in zip(odd, scores, strict=False):
+            assert score != score or json.dumps(row["completion"], ensure_ascii=False)[1:-1] in told
+
+
+class Scripts(HTMLParser):
+    """Scripts of a page by their type, what stands in the one with data, and what could run or fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds, self.handlers, self.links, self.data = list[str](), list[str](), list[str](), ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = dict(attrs)
+        if tag == "script":
+            self.kinds.append(told.get("type") or "")
+        self.handlers += [name for name in told if name.startswith("on")]
+        self.links += [value for name in ("src", "href") if (value := told.get(name)) and not value.startswith("#")]
+
+    def handle_data(self, data: str) -> None:
+        if self.kinds and self.kinds[-1] == "application/json" and not self.data:
+            self.data = data
