@@ -298,6 +298,7 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "curvature_labels",
         "combine",
         "rank_by",
+        "runtime",
     } == names
 
 
