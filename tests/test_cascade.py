@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 import prism_select
+from prism_select import evaluation
 from prism_select.blocks import stack_of
-from prism_select.config import SelectConfig
+from prism_select.cascade import Cascade
+from prism_select.config import EvaluateConfig, SelectConfig
 from prism_select.core.likelihood import Batch
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
@@ -18,7 +21,8 @@ from prism_select.errors import BadOption
 from prism_select.models import load
 from prism_select.pipeline import run
 from prism_select.progress import Silent, Task
-from prism_select.surrogate import cut_for, guessed, looking, recall_of
+from prism_select.store import Store
+from prism_select.surrogate import FEATURES, cut_for, guessed, looking, recall_of
 
 ROWS, BEST = 1500, 75
 
@@ -83,6 +87,25 @@ def test_a_choice_made_again_takes_no_guess_before_an_exact_score(cascade: prism
     assert exact[chosen].all()
 
 
+def test_controls_ask_exact_scores_alone(cascade: prism_select.Run) -> None:
+    past = evaluation.opened(EvaluateConfig(run=str(cascade.path), holdout="unread"))
+    assert not past.exact.all() and past.exact[evaluation.sampled(past)].all()
+
+
+def test_states_too_large_for_what_keeps_them_stay_finite(tmp_path: Path) -> None:
+    config = SelectConfig(model="m", pool="p", target="t", cascade=True, out=str(tmp_path))
+    store, unused = Store(config.out), cast("Any", None)
+    store.shards.mkdir()
+    rows = [[1e30] * FEATURES, [float("nan")] * FEATURES, [0.5] * FEATURES, None]
+    features = pa.array(rows, pa.list_(pa.float32(), FEATURES))
+    columns = {"tokens": [1, 1, 1, None], "reason": [None, None, None, "bad"], "features": features}
+    path = store.write_shard(0, pa.table(columns), "look")
+    seen = Cascade(config, store, lambda *_: [path], unused, unused, unused, unused).look()
+    assert np.isfinite(seen.features).all()
+    assert seen.features[:, 0].tolist() == [np.finfo(np.float16).max, 0, 0.5, 0]
+    assert seen.good.tolist() == [True, True, True, False]
+
+
 class Stopping(Silent):
     """Stops at a row of a step that is counted."""
 
@@ -124,12 +147,22 @@ def test_a_cascade_that_was_stopped_goes_on_to_the_same_end(
     assert not (done.path / "shards").exists()
 
 
-def test_a_small_pool_is_scored_whole(files: dict[str, Any], tmp_path: Path) -> None:
+def test_a_small_pool_is_scored_whole_and_once(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, write = list[str](), Store.write_shard
+
+    def watched(store: Store, number: int, table: pa.Table, kind: str = "") -> Path:
+        scored.append(kind)
+        return write(store, number, table, kind)
+
+    monkeypatch.setattr(Store, "write_shard", watched)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(files["pool"]).read_text().splitlines(keepends=True)[:200]))
     done = prism_select.select(**{**files, "pool": str(few)}, cascade=True, out=str(tmp_path / "run"))
     assert done.manifest["cascade"]["guessed"] == 0
     assert done.manifest["cascade"]["recall"]["estimate"] == 1
+    assert "half" not in scored
     assert done.scores["exact"].to_numpy().all()
     assert np.isfinite(done.scores["score_chosen"].to_numpy()).all()
 

@@ -38,6 +38,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 Rows: TypeAlias = NDArray[np.int64]
 SAMPLE, LEAST, WORTH, STEP = 0.1, 500, 0.7, 0.02  # of the pool: the sample; rows of it; see above; a round at least
+LARGEST = float(np.finfo(np.float16).max)  # states of some models are larger
 NOTHING = Recall(0.0, 0.0, 0.0, 0.0)
 SEEN = ("row", "id", "source", "file", "line", "tokens", "length", "truncated", "reason")
 
@@ -78,11 +79,13 @@ class Seen:
 
 @dataclass
 class Search:
-    """How far it came: exact scores, NaN elsewhere, and a guess of each; `tried` rows that have none are bad."""
+    """How far it came: exact scores, NaN elsewhere, and a guess of each; `tried` rows that have none are bad; `halved`
+    rows have their halves already."""
 
     exact: Floats
     guess: Floats
     tried: Bools
+    halved: Bools
     best: int = 1  # how many rows are looked for
     recall: Recall = NOTHING
     rounds: list[dict[str, float]] = field(default_factory=list)
@@ -107,8 +110,10 @@ class Cascade:
         search = self.search(seen)
         best = np.zeros(len(seen.good), dtype=bool)
         best[np.argsort(-np.nan_to_num(search.exact, nan=-np.inf), kind="stable")[: search.best]] = True
-        halves, exact = _Shards(self.through("half", self.half, best)), _Shards(search.paths)
-        shards = [self._joined(number, path, halves, exact, search) for number, path in enumerate(seen.paths)]
+        halves, exact = _Shards(self.through("half", self.half, best & ~search.halved)), _Shards(search.paths)
+        there, shards = self.store.present_shards(), list[Path]()
+        for number, path in enumerate(seen.paths):
+            shards.append(there.get(number) or self._joined(number, path, halves, exact, search))
         return shards, told_of(self.config, seen, search)
 
     def look(self) -> Seen:
@@ -118,7 +123,7 @@ class Cascade:
         for path in paths:
             table = pq.read_table(path, columns=["tokens", "reason", "features"])
             values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False).reshape(-1, FEATURES)
-            features.append(np.where(np.asarray(table["reason"].is_null())[:, None], values, 0).astype(np.float16))
+            features.append(np.nan_to_num(values).clip(-LARGEST, LARGEST).astype(np.float16))  # bad rows: zeros
             parts.append(table.drop_columns("features"))
         whole = pa.concat_tables(parts)
         tokens = whole["tokens"].fill_null(0).to_numpy().astype(np.int64)
@@ -130,10 +135,11 @@ class Cascade:
         draw, size = np.random.default_rng(self.config.seed), max(LEAST, round(SAMPLE * len(good)))
         sample = np.sort(draw.choice(good, min(size, len(good)), replace=False))
         everything = len(sample) > WORTH * len(good)
-        search = Search(np.full(len(seen.good), np.nan), np.full(len(seen.good), np.nan), ~seen.good)
+        rows = len(seen.good)
+        search = Search(np.full(rows, np.nan), np.full(rows, np.nan), ~seen.good, np.zeros(rows, dtype=bool))
         found, wanted = np.zeros(len(sample), dtype=bool), good if everything else sample
         for number in count():
-            self._score(number, wanted, search, self.full if everything else self.quick)
+            self._score(number, wanted, search, everything)
             if number == 0:
                 search.best = best_of(self.config, search.exact[sample], seen, sample)
             known, left = np.flatnonzero(np.isfinite(search.exact)), np.flatnonzero(~search.tried)
@@ -155,15 +161,17 @@ class Cascade:
             found |= guess.sample >= guess.every[wanted[-1]]
         raise AssertionError("unreachable")
 
-    def _score(self, number: int, rows: Rows, search: Search, scorer: Scorer) -> None:
-        """A round, of the rows that were written down for it where it was begun before."""
+    def _score(self, number: int, rows: Rows, search: Search, everything: bool) -> None:
+        """A round, of the rows that were written down for it where it was begun before; one of everything, with its
+        halves."""
         begun, _ = self.store.sound_shards("wanted")
         path = begun.get(number) or self.store.write_shard(number, pa.table({"row": np.sort(rows)}), "wanted")
         rows = pq.read_table(path)["row"].to_numpy()
         wanted = np.zeros(len(search.exact), dtype=bool)
         wanted[rows] = True
         search.tried |= wanted
-        paths = self.through(f"exact{number}", scorer, wanted)
+        search.halved |= wanted & everything
+        paths = self.through(f"exact{number}", self.full if everything else self.quick, wanted)
         search.exact[rows] = pa.concat_tables(
             pq.read_table(path, columns=["row", self.config.ranking]) for path in paths
         )[self.config.ranking].to_numpy()
@@ -171,8 +179,6 @@ class Cascade:
 
     def _joined(self, number: int, look: Path, halves: "_Shards", exact: "_Shards", search: Search) -> Path:
         """The final shard of a window: exact scores where there are some, guesses elsewhere."""
-        if (there := self.store.present_shards().get(number)) is not None:
-            return there
         seen = pq.read_table(look).drop_columns("features")
         rows = seen["row"].to_numpy()
         guess = np.where(search.tried[rows], np.nan, search.guess[rows])

@@ -76,7 +76,7 @@ Rivals: TypeAlias = Mapping[str, Floats]
 class Past:
     """A complete run: `config` is what it scored with, `home` the folder of these scores; of each row of the pool the
     score and what the choice went by (NaN without one), its supervised tokens and its length in tokens, its source, and
-    whether training takes it."""
+    whether training takes it, and whether its score is exact."""
 
     run: Run
     manifest: Mapping[str, Any]
@@ -88,6 +88,7 @@ class Past:
     length: Rows
     source: Sequence[str]
     taken: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
 
     @property
     def repair(self) -> bool:
@@ -202,7 +203,8 @@ def opened(config: EvaluateConfig) -> Past:
     taken = np.isin(np.array(table["verdict"].to_pylist()), ["selected", "kept"])
     if not taken.any():
         raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
-    return Past(run, manifest, scored, home, score, ranking, tokens, length, source, taken)
+    exact = table["exact"].to_numpy() if "exact" in table.column_names else np.isfinite(score)
+    return Past(run, manifest, scored, home, score, ranking, tokens, length, source, taken, exact)
 
 
 def origin(run: Run) -> Path:
@@ -330,8 +332,9 @@ def encoded_rows(past: Past, places: Sequence[Rows], encoder: Encoder) -> dict[i
 
 
 def sampled(past: Past) -> Rows:
-    draw = np.random.default_rng(past.config.seed)
-    return np.sort(draw.choice(past.scored, min(SAMPLED, len(past.scored)), replace=False))
+    """Of the rows whose scores were taken: a guess says nothing of what a control asks."""
+    draw, rows = np.random.default_rng(past.config.seed), past.scored[past.exact[past.scored]]
+    return np.sort(draw.choice(rows, min(SAMPLED, len(rows)), replace=False))
 
 
 def checkpoint(past: Past, full: bool, layers: str, progress: Progress) -> tuple[CausalLM, Encoder]:

@@ -50,16 +50,16 @@ def looking(model: LanguageModel, seed: int) -> Callable[[Batch], Float[Tensor, 
     deep = max(1, round(DEPTH * len(blocks)))
     if deep >= len(blocks):
         raise BadModel("--cascade: the model has no stack of blocks to look at the lower part of; leave it out")
-    signs: dict[int, Tensor] = {}
+    projections: dict[int, Tensor] = {}
 
     def features(batch: Batch) -> Float[Tensor, "batch features"]:
         target, kept = torch.nn.functional.pad(batch.predicted, (1, 0))[:, :, None], []
         for state in _lower(model, batch, (blocks[0], blocks[deep])):
             width = state.shape[-1]
-            if width not in signs:
+            if width not in projections:
                 draw = torch.Generator().manual_seed(seed)
-                signs[width] = torch.randn(width, WIDTH, generator=draw).to(state.device) / width**0.5
-            kept.append((state.float() * target).sum(1) / target.sum(1) @ signs[width])
+                projections[width] = torch.randn(width, WIDTH, generator=draw).to(state.device) / width**0.5
+            kept.append((state.float() * target).sum(1) / target.sum(1) @ projections[width])
         sizes = torch.stack([batch.counts, batch.real.sum(1)], 1).to(kept[0]).log1p()
         return torch.cat([*kept, sizes], 1)
 
