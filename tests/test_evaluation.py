@@ -457,7 +457,13 @@ def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
     told = evaluate(config_of(place, tmp_path, against="length,uniform,random-priced", seeds=1, steps=1))
     assert set(told["labels"]) == {"prism", "length", "uniform"}
     assert told["labels"]["prism"] == pytest.approx(run.manifest["choice"]["labels"]["auroc"])
-    assert told["compute"] is None, "what is removed has no price"
+    ours, dear, price = told["methods"]["prism"], told["methods"]["random-priced"], told["compute"]["price"]
+    assert dear["rows"] == ours["rows"] and told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])
+    passes, past = told["compute"]["training"], evaluation.opened(config_of(place, tmp_path))
+    kept = evaluation.rows_of(past, evaluation.counted(past, "random", 0))
+    assert len(kept) == past.taken.sum() and dear["steps"] > 1
+    a_step = 3 * 8 * past.length[kept].mean() / past.length[past.scored].sum()
+    assert dear["steps"] == round((passes + price) / a_step)
 
 
 # ---------------------------------------------------------------- controls

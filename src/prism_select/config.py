@@ -501,8 +501,8 @@ class EvaluateConfig(Options):
         str,
         "Rivals, with commas between: random, random-by-source, length, bm25, loss-top, loss-mid, ifd, rds, less, "
         "uniform, hard, unpaired, contrast. In select each fills the same number of supervised tokens, in repair each "
-        "loses as many rows; everything is the whole pool, in as many steps; random-priced (select only) trains for as "
-        "much longer as scoring took.",
+        "loses as many rows; everything is the whole pool, in as many steps; random-priced trains for as much "
+        "longer as scoring took.",
     ] = "random,length,everything,random-priced"
     seeds: Annotated[int, "Trainings of each method: adapter, order of rows and random rows differ."] = 3
     epochs: Annotated[float, "Passes over the chosen rows; every method takes the steps that these make."] = 3.0

@@ -7,7 +7,7 @@
 
     predicted = Σ score / Σ supervised tokens of the rows trained on       realised = J after − J before
 
-    priced    random rows: more of them, for as many more steps as scoring would have paid for
+    priced    random rows for as many more steps as scoring would have paid for, and in select as many more rows
               price = forwards of the pool, pairs and curvature included;   a step costs 3 forwards of its rows
     LDS       rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
 
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     model, encoder = checkpoint(past, config.full, past.config.layers, progress)
     coded = encode_sides(held.pairs, encoder)
     ranks = {**ranked(config, past, (model, encoder), store, progress), **rivals}
-    price = price_of(past, (model, encoder), store, progress) if PRICED in config.rivals and not past.repair else None
+    price = price_of(past, (model, encoder), store, progress) if PRICED in config.rivals else None
     lots = lots_of(config, past, ranks, price)
     rows = encoded_rows(past, [sampled(past), *(lot.rows for lot in lots)], encoder)
     controls = controlled(past, store, (model, encoder), rows, progress)
@@ -289,7 +289,7 @@ def lots_of(config: EvaluateConfig, past: Past, ranks: Rivals, price: float | No
 
 def dearer(past: Past, lot: Lot, price: float) -> Lot:
     """Random rows in place of a lot, with the price of scoring spent on more of them and on more steps: what the lot
-    takes and the price, to half a step."""
+    takes and the price, to half a step. In repair no more rows are left to take."""
     spent = past.passes(lot) + price
     rows = rows_of(past, counted(past, "random", lot.course.seed), spent / past.passes(lot))
     a_step = past.passes(Lot(PRICED, rows, replace(lot.course, steps=1)))
