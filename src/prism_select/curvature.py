@@ -81,7 +81,7 @@ def diagonal(model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed
     total = {name: torch.zeros_like(w, dtype=_wide(w)) for name, w in weights.items()}
     for gradient in _gradients(model, weights, rows, seed):
         for name, value in gradient.items():
-            total[name] += value.square()
+            total[name].addcmul_(value, value)
     return {name: _by_number(value / sum(map(len, rows))) for name, value in total.items()}
 
 
@@ -98,7 +98,7 @@ def ekfac(model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: i
         for name, value in gradient.items():
             moved[name] = bases[name][0].mT @ value @ bases[name][1] if name in bases else value
         for name, value in moved.items():
-            total[name] += value.square() / sum(map(len, rows))
+            total[name].addcmul_(value, value, value=1 / sum(map(len, rows)))
         moved.clear()
     return {name: Block(value, *bases[name]) if name in bases else _by_number(value) for name, value in total.items()}
 
@@ -120,7 +120,8 @@ def _bases(
         before = factors.get(name, (0, 0))
         factors[name] = (before[0] + left.mT @ left, before[1] + right.mT @ right)
 
-    for gradient in _uses(model, weights, rows, seed, add):
+    based = {n: w for n, w in weights.items() if w.ndim == 3 or (w.ndim == 2 and max(w.shape) <= SIDE)}
+    for gradient in _uses(model, based, rows, seed, add) if based else ():
         for name, value in gradient.items():
             if value.ndim == 3:
                 add(name, value.mT, value)
