@@ -51,7 +51,7 @@ def anatomy_of(
     rows = [row for _, _, row in found]
     each = np.zeros((len(rows), len(parts)))
     with progress.task("what each layer adds", len(rows)) as task:
-        for few in plan_batches([len(row.tokens) for row in rows], config.batch_tokens):
+        for few in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
             batch = collate([rows[i] for i in few], model.device)
             each[few] = profile(model, aim.weights, aim.directions[0], [batch])
             task.advance(len(few))

@@ -62,7 +62,7 @@ class Material(Texts):
     rows: Sequence[Encoded]
     pairs: Coded
     prefix: Sequence[int] = ()
-    batch_tokens: int = 4096
+    batch_tokens: int = 512
 
     @property
     def device(self) -> torch.device:

@@ -135,7 +135,10 @@ class ModelConfig(Options):
         "Precision of the model; auto is that of its files (float32 for float16 files on a CPU).",
     ] = "auto"
     device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one."] = "auto"
-    batch_tokens: Annotated[int, "Tokens in a batch, padding included."] = 4096
+    batch_tokens: Annotated[
+        int,
+        "Tokens in a batch, padding included; 0: 512 on a CPU, where more take memory and no less time, else 4,096.",
+    ] = 0
     max_length: Annotated[int, "Longer rows are cut to this many tokens and marked truncated."] = 2048
     template: Annotated[
         Literal["auto", "chat", "plain"],
@@ -152,8 +155,8 @@ class ModelConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_tokens", "max_length"):
-            if getattr(self, name) < 2:
+        for name, free in (("batch_tokens", 0), ("max_length", 2)):
+            if getattr(self, name) < 2 and getattr(self, name) != free:
                 raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
         if not 2**10 <= self.max_row_bytes <= 2**30:
             raise BadOption(f"--max-row-bytes {self.max_row_bytes}: must be between {2**10} and {2**30}")
@@ -167,6 +170,10 @@ class ModelConfig(Options):
             raise BadOption("--layers adapter: there is none; give its folder with --adapter")
         if self.weighting == "unpaired" and self.common == "remove":
             raise BadOption("--common remove: unpaired answers have nothing in common with others; leave it out")
+
+    def tokens_on(self, device: str) -> int:
+        """In a batch on such a device."""
+        return self.batch_tokens or (512 if device == "cpu" else 4096)
 
     @property
     def allowed_bad(self) -> float:

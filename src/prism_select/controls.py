@@ -137,7 +137,7 @@ def scores_of(
             directions, blocks = list(done.aim.directions), done.blocks
         engine = ENGINES["reference" if config.engine == "reference" else "reverse"](model, weights, directions)
         scores = np.zeros((len(rows), len(few)))
-        for batch in plan_batches([len(row.tokens) for row in rows], config.batch_tokens):
+        for batch in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
             scores[batch] = engine(collate([rows[i] for i in batch], model.device)).values.double().cpu().numpy()
         yield from zip(names, scores.T, strict=True)
 
@@ -170,7 +170,7 @@ def direction_of(
     """The mean over targets, with the remedies of the run."""
     found = []
     for chosen, rejected in pairs:
-        sides = [as_side(rows, config.batch_tokens, model.device) for rows in (chosen, rejected)]
+        sides = [as_side(rows, config.tokens_on(model.device.type), model.device) for rows in (chosen, rejected)]
         target = target_gradient(model, weights, (sides[0], sides[1]), weighting, config.anchor)
         found.append((without_common(target) if config.common == "remove" else target).direction)
     return found[0] if len(found) == 1 else mean_of(found, [1] * len(found))

@@ -143,7 +143,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     controls = controlled(past, store, (model, encoder), rows, progress)
     if past.config.layers == "adapter":
         model, encoder = checkpoint(past, config.full, "all", progress)
-    sides = [as_side(side, past.config.batch_tokens, model.device) for side in coded]
+    sides = [as_side(side, past.config.tokens_on(model.device.type), model.device) for side in coded]
     made_of = [past.mark, fingerprint(find_files([config.holdout]))]
     bench = Bench(model, encoder, rows, sides, store, made_of, config.points, tuple(config.task_names))
     before = bench.look(0, math.nan, last=True)
@@ -376,7 +376,7 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])
-    plan = plan_batches([len(row.tokens) for row in rows], past.config.batch_tokens)
+    plan = plan_batches([len(row.tokens) for row in rows], past.config.tokens_on(model.device.type))
     batches = [collate([rows[i] for i in batch], model.device) for batch in plan]
     seconds = np.zeros((4, 2))
     with progress.task("price of scoring", None):

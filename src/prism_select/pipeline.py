@@ -410,7 +410,9 @@ def choose_engine(
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
         measure = measure_by(config, name, model, weights, directions)
         try:
-            return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
+            few = max(1, config.tokens_on(model.device.type) // batch.tokens.shape[1])
+            fast = in_parts(measure, few)
+            return measure, Checked(name, why, dtype, len(batch), *apart(name, fast, known, batch, model.dtype))
         except Unreachable as error:
             if name == order[-1]:
                 raise
@@ -418,9 +420,19 @@ def choose_engine(
     raise AssertionError("unreachable")
 
 
-def apart(name: str, measure: Measure, known: Scores, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
+def in_parts(measure: Measure, few: int) -> Engine:
+    """A few rows at a time, in no more memory than scoring takes."""
+
+    def scores(batch: Batch) -> Scores:
+        found = [measure(batch.rows(slice(i, i + few)))[0] for i in range(0, len(batch), few)]
+        return Scores(torch.cat([each.loglik for each in found]), torch.cat([each.values for each in found]))
+
+    return scores
+
+
+def apart(name: str, engine: Engine, known: Scores, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
     """Of an engine's scores from the definition's, and from themselves when taken twice. Raises what `check` does."""
-    found, again = (measure(batch)[0] for _ in range(2))
+    found, again = (engine(batch) for _ in range(2))
     return check(name, lambda _: found, lambda _: known, batch, dtype), disagreement(again.values, found.values)
 
 
@@ -466,7 +478,10 @@ def plan_run(
     device = next(iter(aim.weights.values())).device
     encode = clock.seconds["encode"] / max(1, len(survey.sample))
     other = clock.total()["total"] + 2 * clock.seconds["read"] + rows * encode
-    batches = [collate([sample[place] for place in few], device) for few in plan_batches(lengths, config.batch_tokens)]
+    batches = [
+        collate([sample[place] for place in few], device)
+        for few in plan_batches(lengths, config.tokens_on(device.type))
+    ]
     per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / size
     numbers = len(aim.directions) * sum(weight.numel() for weight in aim.weights.values())
     return make_plan(per_token, tokens, rows, numbers, other, device)

@@ -114,7 +114,7 @@ def reduced(
     rows = sample[:COMPARED]
     engine = reverse(model, aim.weights, [aim.directions[0], low[0].direction])
     pairs = np.zeros((len(rows), 2))
-    for few in plan_batches([len(row.tokens) for row in rows], config.batch_tokens):
+    for few in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
         pairs[few] = engine(collate([rows[i] for i in few], model.device)).values.double().cpu().numpy()
     told = {"rank": config.rank, "energy_kept": low[0].share, "rows": len(rows)}
     told["rank_correlation"] = rank_correlation(pairs[:, 0], pairs[:, 1])

@@ -67,7 +67,7 @@ def rankings(
         rows=rows,
         pairs=encode_sides(pairs, encoder),
         prefix=encoder.prefix,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=config.tokens_on(model.device.type),
     )
     found = {name: np.full(count, np.nan) for name in names}
     for name, numbers in rank(names, material).items():

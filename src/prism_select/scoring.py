@@ -149,7 +149,9 @@ class Scorer(Tally):
         groups, order, parts = list(alike.values()), list[list[int]](), list[pa.Table]()
         self.tokens += sum(len(row.tokens) for row in encoded.values())
         self.repeated += len(encoded) - len(groups)
-        for few in plan_batches([len(encoded[group[0]].tokens) for group in groups], self.config.batch_tokens):
+        for few in plan_batches(
+            [len(encoded[group[0]].tokens) for group in groups], self.config.tokens_on(self.device.type)
+        ):
             rows = [encoded[groups[i][0]] for i in few]
             columns = self._score(rows, collate(rows, self.device))
             told = zip(few, columns.pop("reason"), strict=True)

@@ -136,7 +136,9 @@ def gradients_of(
     total: Target | None = None
     kept: list[Direction] = []
     for members in groups:
-        batched = [as_side([rows[i] for i in members], config.batch_tokens, model.device) for rows in sides]
+        batched = [
+            as_side([rows[i] for i in members], config.tokens_on(model.device.type), model.device) for rows in sides
+        ]
         with sketcher.open() as observe:
             part = target_gradient(
                 model,
