@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     parser.add_argument("--only", default="", help="run some only: names of scenarios or models, with commas between")
+    parser.add_argument("--budget", default="", help="run one budget only, such as 5%%")
     parser.add_argument("--write", action="store_true", help="run nothing, write what is there")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
@@ -152,7 +153,7 @@ def main() -> None:
     wanted = given.only.split(",") if given.only else list(models)
     todo = [each for name, some in models.items() for each in some if name in wanted or each.name in wanted]
     for budget, rivals in [] if given.write else STAGES:
-        for scenario in todo:
+        for scenario in todo if given.budget in ("", budget) else ():
             evaluated(scenario, budget, rivals)
     save(every)
 

@@ -96,8 +96,8 @@ class Past:
 
     @property
     def mark(self) -> list[Any]:
-        """What makes its scores."""
-        return [self.manifest["fingerprints"], settings(self.config)]
+        """What makes its scores: not how many tokens were in a batch."""
+        return [self.manifest["fingerprints"], {k: v for k, v in settings(self.config).items() if k != "batch_tokens"}]
 
     @property
     def scored(self) -> Rows:
