@@ -326,7 +326,8 @@ def test_an_unknown_value_is_refused_with_those_that_are_known(
         (("--max-bad", "101%"), "--max-bad 101%: not a share; try 1%"),
         (("--max-bad", "-1%"), "--max-bad -1%: not a share; try 1%"),
         (("--fields", "prompt"), "--fields prompt: 'prompt' is not NAME=COLUMN; write prompt=question"),
-        (("--fields", "prompt=a,prompt=b"), "prompt is given twice; keep one"),
+        (("--fields", "prompt=a,prompt=a"), "prompt=a is given twice; keep one"),
+        (("--fields", "id=nowhere"), "--fields id=nowhere: no row of pool or target has such a column"),
         (("--fields", "promt=question"), "'promt' is no field of a format; known are"),
         (("--layers", "["), "--layers [: no weight matches; this model has 39 weights, for example model.embed"),
         (("--layers", "last:0"), "--layers last:0: no weight matches"),
@@ -504,6 +505,19 @@ def test_a_model_folder_that_is_not_there_is_refused(desk: Desk, name: str) -> N
     refused(prism("score", "--model", name, *words), "no such folder; check the path, or give a hub id", desk.out)
 
 
+def test_a_hub_model_without_a_hub_is_refused_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """As the hub's HTTP library calls it."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    words = ("--pool", desk.pool(GOOD), "--target", jsonl(desk.folder / "pairs.jsonl", PAIRS), "--out", desk.out)
+    told = refused(prism("score", "--model", "nobody/nothing", *words), "--model nobody/nothing: ", desk.out)
+    assert "no such folder here, and the hub cannot be reached; check the path, or the network" in told
+
+
 def test_a_file_that_is_no_model_is_refused(desk: Desk) -> None:
     file = Path(desk.pool(GOOD))
     Desk(desk.folder, file).refuses(f"--model {file}: a file that is not .gguf; give the model's folder")
@@ -589,12 +603,15 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_option_that_d
     differs("pool contents was ", pool=desk.pool(GOOD[:9]))
     differs("target contents was ", target=jsonl(desk.folder / "pairs.jsonl", PAIRS[:2]))
     differs("pool was ", pool=desk.pool(GOOD, "other.jsonl"))
+    long = ",".join(f"prompt=column{i}" for i in range(9))
+    differs('fields was "" there and is "prompt=column0,', "--fields", f"{long},prompt=prompt")
     assert {path.name: path.read_bytes() for path in desk.out.iterdir()} == before
     assert desk.call("--batch-tokens", "64", "--max-bad", "3%").code == 0  # may change: the scores do not
 
 
 def test_another_model_in_the_same_folder_is_another_run(copied: Desk) -> None:
     assert copied.call().code == 0
+    assert copied.call("--model", f"{copied.model}/../{copied.model.name}").code == 0, "the same, spelt otherwise"
     spoil(copied.model, "model.embed_tokens.weight", 5)
     refused(copied.call(), f"{copied.out} belongs to another run: model contents was ", None)
 

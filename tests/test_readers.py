@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from prism_select.data import readers
 from prism_select.data.formats import (
     Format,
+    Names,
     detect_pool,
     detect_target,
     explicit_id,
@@ -489,9 +490,12 @@ CHOICES = st.fixed_dictionaries({"text": st.lists(st.text()), "label": st.lists(
 CONTENT = VALUES | st.text(st.characters()) | st.lists(MESSAGE, max_size=3) | st.lists(st.text()) | CHOICES
 
 
-@given(st.dictionaries(FIELDS, CONTENT, max_size=8), st.dictionaries(FIELDS, FIELDS, max_size=2))
+@given(
+    st.dictionaries(FIELDS, CONTENT, max_size=8),
+    st.dictionaries(FIELDS, st.lists(FIELDS, min_size=1, max_size=2), max_size=2),
+)
 @settings(max_examples=300, deadline=None)
-def test_any_row_means_something_or_is_a_bad_row(fields: dict[str, Any], mapping: dict[str, str]) -> None:
+def test_any_row_means_something_or_is_a_bad_row(fields: dict[str, Any], mapping: Names) -> None:
     raw = Raw("dir/pool.v1.jsonl.gz", 7, "", fields)
     try:
         check(to_example(raw, detect_pool(fields, mapping), mapping))
@@ -522,12 +526,12 @@ def raw_of(**fields: Any) -> Raw:
     return Raw("dir/pool.v1.jsonl.gz", 7, "", fields)
 
 
-def example_of(mapping: dict[str, str] | None = None, **fields: Any) -> Example:
+def example_of(mapping: Names | None = None, **fields: Any) -> Example:
     raw = raw_of(**fields)
     return to_example(raw, detect_pool(fields, mapping or {}), mapping or {})
 
 
-def pairs_of(mapping: dict[str, str] | None = None, **fields: Any) -> list[Pair]:
+def pairs_of(mapping: Names | None = None, **fields: Any) -> list[Pair]:
     raw = raw_of(**fields)
     return to_pairs(raw, detect_target(fields, mapping or {}), mapping or {})
 
@@ -606,7 +610,7 @@ def test_ids_and_sources_are_the_row_s_own_or_made_of_its_place() -> None:
         None,
         None,
     ]
-    assert explicit_id(raw_of(uid=5), {"id": "uid"}) == "5"
+    assert explicit_id(raw_of(uid=5), {"id": ("uid",)}) == "5"
     assert explicit_id(Raw("f", 1, "", None, "broken")) is None
 
 
@@ -780,13 +784,14 @@ def test_bad_choices_say_what_was_found(choices: Any, answer: object, what: str)
 
 def test_fields_can_be_mapped() -> None:
     assert parse_fields(" prompt = question, completion=the response,") == {
-        "prompt": "question",
-        "completion": "the response",
+        "prompt": ("question",),
+        "completion": ("the response",),
     }
+    assert parse_fields("prompt=a,prompt=b") == {"prompt": ("a", "b")}
     assert parse_fields("") == {}
 
 
-@pytest.mark.parametrize("text", ["prompt", "prompt=", "=x", "colour=x", "prompt=a,prompt=b"])
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "=x", "colour=x", "prompt=a,prompt=a"])
 def test_a_bad_mapping_is_refused(text: str) -> None:
     with pytest.raises(BadOption, match="--fields"):
         parse_fields(text)
@@ -807,8 +812,32 @@ def test_a_mapping_for_other_columns_leaves_a_row_as_it_is() -> None:
     assert said(example_of(mapping, prompt="p", completion="c"))[0] == ["user: p", "assistant: c"]
 
 
+def test_a_field_may_have_a_column_in_each_file_and_within_an_object() -> None:
+    mapping = parse_fields(
+        "prompt=Frage,prompt=Aufgabe,completion=Antwort,source=meta.site.name,chosen=gut,rejected=falsch"
+    )
+    row = {"Frage": "q", "Antwort": "a", "meta": {"site": {"name": "s"}}, "Aufgabe": "not first"}
+    example = example_of(mapping, **row)
+    assert (said(example), example.source) == ((["user: q", "assistant: a"], 1), "s")
+    assert example_of(mapping, **{**row, "meta.site.name": "plain"}).source == "plain"
+    assert example_of(mapping, **{**row, "meta": {"site": "no object"}}).source == "pool.v1"
+    (pair,) = pairs_of(mapping, Aufgabe="x", gut="yes", falsch="no")
+    assert [turn.text for turn in pair.chosen.turns] == ["x", "yes"]
+
+
+def test_answers_whose_prompt_stands_in_a_column_without_a_name_are_refused() -> None:
+    mapping = parse_fields("prompt=Frage,chosen=gut,rejected=falsch")
+    with pytest.raises(BadRow, match="no column 'Frage' for prompt; not used are Aufgabe; name this file's own"):
+        pairs_of(mapping, Aufgabe="x", gut="It is good", falsch="It is bad")
+    (pair,) = pairs_of(mapping, gut="It is good", falsch="It is bad")  # nothing is left over: they begin alike
+    assert pair.chosen.turns[0].text == "It is "
+
+
 def test_one_column_may_serve_two_names() -> None:
-    assert example_of({"prompt": "x", "completion": "x"}, x="t").turns == (Turn("user", "t"), Turn("assistant", "t"))
+    assert example_of({"prompt": ["x"], "completion": ["x"]}, x="t").turns == (
+        Turn("user", "t"),
+        Turn("assistant", "t"),
+    )
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.csv"])

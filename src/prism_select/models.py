@@ -127,6 +127,20 @@ def _weights_of(folder: Path) -> str | None:
     raise BadModel(f"--model {folder}: {found}; save it with save_pretrained(folder), which writes model.safetensors")
 
 
+def refuse_unreachable(name: str) -> None:
+    """Raises BadModel at once where a hub model is not here and the hub cannot be asked: the hub's client would go on
+    trying for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of whichever HTTP library; what else there is to say comes later, from transformers
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"):
+            why = "no such folder here, and the hub cannot be reached"
+            raise BadModel(f"--model {name}: {why}; check the path, or the network") from error
+
+
 def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the folder."""
     import transformers
@@ -137,6 +151,8 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     path, packed = Path(name), None
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
+    if not path.exists():
+        refuse_unreachable(name)
     if path.exists():
         packed = _weights_of(path)
         path = path.parent if path.is_file() else path

@@ -13,7 +13,7 @@ every pair on reading: from there on, in columns too, `chosen` means the unwante
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,8 +38,8 @@ from prism_select.core.engines import ENGINES, Engine, Scores
 from prism_select.core.layers import Factored, Factors, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
-from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets
+from prism_select.data.formats import Names, parse_fields
+from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets, seen_in_target
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadOption, BadRow, TooManyBadRows, Unreachable
@@ -215,6 +215,11 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
         survey = pool.survey(config.seed, config.curvature_rows * (config.curvature != "flat"), task.advance)
     for file, name in survey.formats.items():
         progress.say(f"{file}: {name}")
+    columns = set(survey.columns)
+    for file, format, mapped, left in seen_in_target(config.target, mapping, config.target_by, config.max_row_bytes):
+        progress.say(f"{file}: {format.name}" + (f"; not used: {', '.join(left[:6])}" if left else ""))
+        columns |= mapped
+    refuse_columns(config, mapping, columns)
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
     early_refusals(config, survey.rows - survey.bad, pool)
     files = (
@@ -236,6 +241,14 @@ def refuse_another_pool(store: Store, inputs: Inputs) -> None:
     if fingerprint(inputs.pool.files) != inputs.fingerprints["pool"]:
         store.drop_shards()
         raise changed(inputs.pool.files)
+
+
+def refuse_columns(config: ScoreConfig, mapping: Names, there: Set[str]) -> None:
+    """Raises BadOption for a field of which no row has any column."""
+    for name, columns in mapping.items():
+        if not there & set(columns):
+            where = "pool or target has" if config.target else "the pool has"
+            raise BadOption(f"--fields {name}={columns[0]}: no row of {where} such a column; check the name")
 
 
 def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | None) -> None:

@@ -74,11 +74,15 @@ class Store:
             return
         now = _flat(self._config_text(config, inputs))
         then = {**{f.name: f.default for f in fields(config) if f.name not in then}, **then}  # of an older version
-        for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE)]:
+        # of a model the contents are compared, wherever it lies
+        for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE - {"model"})]:
             if then.get(name) != now.get(name):
+                was, here = _apart(
+                    *(json.dumps(each.get(name), default=str, ensure_ascii=False) for each in (then, now))
+                )
                 raise RunMismatch(
-                    f"{self.path} belongs to another run: {name} was {_short(then.get(name))} there and is "
-                    f"{_short(now.get(name))} here; use another --out, or --overwrite to start it afresh"
+                    f"{self.path} belongs to another run: {name} was {was} there and is {here} here; use another "
+                    "--out, or --overwrite to start it afresh"
                 )
 
     def _usable(self) -> list[str]:
@@ -299,6 +303,9 @@ def _flat(text: str) -> Mapping[str, Any]:
     return {**prints, **values} if isinstance(prints, dict) else values
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _apart(*texts: str) -> list[str]:
+    """Texts cut to where they differ."""
+    start = max(0, len(os.path.commonprefix(texts)) - 20)
+    start = 0 if max(map(len, texts)) <= 60 else start
+    shown = ["…" * (start > 0) + text[start:] for text in texts]
+    return [text if len(text) <= 60 else text[:59] + "…" for text in shown]

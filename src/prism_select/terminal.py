@@ -38,10 +38,11 @@ class _Plain:
     def __init__(self, console: Console, label: str, total: int | None) -> None:
         self.console, self.label, self.total = console, label, total
         self.started = self.told = time.monotonic()
-        self.rows = self.tokens = 0
+        self.rows = self.tokens = self.worked = 0
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+        self.worked += rows if tokens else 0  # what an earlier session has done took no time in this one
         if time.monotonic() - self.told > EVERY_SECONDS:
             self.tell()
 
@@ -53,8 +54,8 @@ class _Plain:
         parts = [f"{self.rows:,}{of}{unit}"] * bool(self.rows)
         parts += [f"{self.tokens / seconds:,.0f} tokens/s"] * bool(self.tokens)
         if self.total and 0 < self.rows < self.total:
-            parts.append(f"{seconds * (self.total - self.rows) / self.rows:,.0f} s left")
-        line = f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s'])}"
+            parts.append(f"about {seconds * (self.total - self.rows) / (self.worked or self.rows):,.0f} s left")
+        line = f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s so far'])}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -235,13 +236,17 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     extra = [f"{counts[name]:,} {name}" for name in ("quarantined", "truncated") if counts[name]]
     rows = {"read": ", ".join([f"{counts['read']:,} rows", *extra])}
     told = {name: counts[name] for name in counts if name not in ("read", "scored", "quarantined", "truncated")}
+    told = {name: count for name, count in told.items() if count or name not in ("near duplicate", "source cap")}
     rows["verdicts"] = ", ".join(f"{count:,} {name}" for name, count in told.items()) or f"{counts['scored']:,} scored"
     if "pairs" in target:
         rows |= target_lines(target, manifest["score"]["swapped"])
     rows |= several_lines(target)
     if len(choice["sources"]) > 1 and manifest["command"] != "score":
-        shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])[:6]
-        rows["chosen of"] = ", ".join(f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares)
+        shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])
+        told_of = [f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares[:6] if s["chosen"]]
+        left = sum(bool(s["chosen"]) for _, s in shares[6:])
+        taken = "removed of" if manifest["command"] == "repair" else "chosen of"
+        rows[taken] = ", ".join([*told_of, *[f"and {left} sources more"] * bool(left)]) or "no source"
     if labels := choice.get("labels"):
         rows["ranking"] = (
             f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per token), average precision "
@@ -249,7 +254,8 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         )
         share = _figure(labels["precision_at_removed"])
         rows["precision"] = (
-            f"{share} of the {labels['removed']:,} removed are bad; {labels['bad']:,} bad of {labels['rows']:,}"
+            f"{share} of the {labels['removed']:,} removed rows with a label are bad, as are {labels['bad']:,} of all "
+            f"{labels['rows']:,} with one"
         )
     by_length = choice["rank_correlation_with_tokens"].items()
     rows["length"] = "rank correlation with tokens " + ", ".join(
@@ -287,7 +293,7 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
     of = f" of {told['questions']} questions" if several else ""
     rows = {
         "pairs": f"{told['pairs']} held out{of}{left}",
-        "training": f"{told['steps']} steps at {told['rate']:g}, {kind}, {config.seeds} seeds",
+        "training": f"{told['steps']} steps at {told['rate']:g}, {kind}, {config.seeds} seed{'s' * (config.seeds > 1)}",
     }
     for name, each in told["methods"].items():
         size = f"; {sum(each['rows']) / len(each['rows']):,.0f} rows" if "rows" in each else ""

@@ -14,7 +14,7 @@ after it. Texts are kept to the letter: space is stripped only to find out what 
 import os.path
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from types import MappingProxyType
@@ -23,14 +23,27 @@ from typing import NoReturn, TypeAlias
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.errors import BadOption, BadRow
 
-__all__ = ["Format", "detect_pool", "detect_target", "explicit_id", "parse_fields", "to_example", "to_pairs"]
+__all__ = [
+    "Format",
+    "Names",
+    "columns_of",
+    "detect_pool",
+    "detect_target",
+    "explicit_id",
+    "parse_fields",
+    "to_example",
+    "to_pairs",
+    "unused",
+]
 
+Names: TypeAlias = Mapping[str, Sequence[str]]  # of each field, its columns: the first that a row has counts
 _Fields: TypeAlias = Mapping[str, object]
 _Turns: TypeAlias = tuple[Turn, ...]
 _Answered: TypeAlias = tuple[_Turns, _Turns]  # prompt, answer
 _Compared: TypeAlias = tuple[_Turns, _Turns, _Turns]  # prompt, chosen, rejected
 
-_AS_NAMED: Mapping[str, str] = MappingProxyType({})
+_AS_NAMED: Names = MappingProxyType({})
+_NOWHERE = object()
 _MEND = "mend the row or remove it"
 _RENAME = "name its columns with --fields, for example --fields prompt=question,completion=response"
 _ENDINGS = re.compile(r"\.(?:(?:jsonl|json|csv)(?:\.(?:gz|zst))?|parquet)$", re.IGNORECASE)
@@ -51,14 +64,28 @@ class Format:
     name: str
 
 
-def detect_pool(fields: _Fields, mapping: Mapping[str, str], file: str = "row", line: int | None = None) -> Format:
+def detect_pool(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
     """The format of a pool row; raises BadRow, at `file` and `line`, when none fits."""
     return _detect(_standard(fields, mapping), _POOL) or _unknown(fields, _POOL, file, line)
 
 
-def detect_target(fields: _Fields, mapping: Mapping[str, str], file: str = "row", line: int | None = None) -> Format:
-    """The format of a target row; raises BadRow, at `file` and `line`, when none fits."""
-    return _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, _TARGET, file, line)
+def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
+    """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
+    prompt may stand in a column that `mapping` does not name."""
+    format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, _TARGET, file, line)
+    missing = [name for name in ("prompt", "instruction", "question") if name in mapping]
+    if format.name == "chosen+rejected" and missing and (others := unused(fields, mapping, format)):
+        name, columns = missing[0], mapping[missing[0]]
+        what = f"no column {' or '.join(map(repr, columns))} for {name}; not used are {', '.join(others)}"
+        advice = f"name this file's own column as well: --fields {name}={columns[0]},{name}={others[0]},…"
+        raise BadRow(file, line, what, advice)
+    return format
+
+
+def unused(fields: _Fields, mapping: Names, format: Format) -> list[str]:
+    """The columns of a target row that its format does not ask for."""
+    asked = {*format.name.split("+"), "id", "source", "input", "answerKey"}
+    return [name for name in _standard(fields, mapping) if name not in asked]
 
 
 def _detect(named: _Fields, formats: Iterable[str]) -> Format | None:
@@ -76,45 +103,59 @@ def _unknown(fields: _Fields, formats: Iterable[str], file: str, line: int | Non
     raise BadRow(file, line, f"no known format: the fields are {found}; known are {', '.join(formats)}", advice)
 
 
-def parse_fields(text: str) -> dict[str, str]:
-    """`prompt=question,completion=response` → {"prompt": "question", "completion": "response"}."""
+def parse_fields(text: str) -> dict[str, tuple[str, ...]]:
+    """`prompt=ask,prompt=question,id=key` → {"prompt": ("ask", "question"), "id": ("key",)}."""
     known = sorted({"id", "source", "input"}.union(*(name.split("+") for name in (*_POOL, *_TARGET))))
-    mapping: dict[str, str] = {}
+    mapping: dict[str, tuple[str, ...]] = {}
     for part in filter(str.strip, text.split(",")):
         name, _, column = (side.strip() for side in part.partition("="))
         if not name or not column:
             raise BadOption(f"--fields {text}: {part.strip()!r} is not NAME=COLUMN; write prompt=question")
         if name not in known:
             raise BadOption(f"--fields {text}: {name!r} is no field of a format; known are {', '.join(known)}")
-        if name in mapping:
-            raise BadOption(f"--fields {text}: {name} is given twice; keep one")
-        mapping[name] = column
+        if column in mapping.get(name, ()):
+            raise BadOption(f"--fields {text}: {part.strip()} is given twice; keep one")
+        mapping[name] = (*mapping.get(name, ()), column)
     return mapping
 
 
-def _standard(fields: _Fields, mapping: Mapping[str, str]) -> dict[str, object]:
+def columns_of(fields: _Fields, mapping: Names) -> dict[str, str]:
+    """Of each field that is mapped to a column of this row, the column: `a.b` is b in the object a."""
+    found = {name: [c for c in columns if _at(fields, c) is not _NOWHERE] for name, columns in mapping.items()}
+    return {name: columns[0] for name, columns in found.items() if columns}
+
+
+def _at(fields: _Fields, column: str) -> object:
+    outer, dot, inner = column.partition(".")
+    if column in fields or not dot:
+        return fields.get(column, _NOWHERE)
+    held = fields.get(outer)
+    return _at(held, inner) if isinstance(held, Mapping) else _NOWHERE
+
+
+def _standard(fields: _Fields, mapping: Names) -> dict[str, object]:
     """The fields under their standard names; where a row lacks a mapped column, its names stay as they are."""
-    used = {name: column for name, column in mapping.items() if column in fields}
+    used = columns_of(fields, mapping) if mapping else {}
     named = {name: value for name, value in fields.items() if name not in used and name not in used.values()}
-    named.update((name, fields[column]) for name, column in used.items())
+    named.update((name, _at(fields, column)) for name, column in used.items())
     if "answer" not in named and "answerKey" in named:
         named["answer"] = named["answerKey"]
     return named
 
 
-def explicit_id(raw: Raw, mapping: Mapping[str, str] = _AS_NAMED) -> str | None:
+def explicit_id(raw: Raw, mapping: Names = _AS_NAMED) -> str | None:
     """The id that the row itself carries, if any: what must not occur twice in a pool."""
     value = _standard(raw.fields or {}, mapping).get("id")
     return str(value) if type(value) in (int, str) and str(value).strip() else None
 
 
-def to_example(raw: Raw, format: Format, mapping: Mapping[str, str]) -> Example:
+def to_example(raw: Raw, format: Format, mapping: Names) -> Example:
     """What a pool row says; raises BadRow where it says nothing that can be scored."""
     row = _Row(raw, mapping)
     return row.example(*_POOL[format.name](row))
 
 
-def to_pairs(raw: Raw, format: Format, mapping: Mapping[str, str]) -> list[Pair]:
+def to_pairs(raw: Raw, format: Format, mapping: Names) -> list[Pair]:
     """The pairs of a target row: one, or one for every wrong choice. Raises BadRow where there is none.
 
     All pairs of a row carry its id.
@@ -126,7 +167,7 @@ def to_pairs(raw: Raw, format: Format, mapping: Mapping[str, str]) -> list[Pair]
 class _Row:
     """One row under standard names. What cannot be read from it is raised as a BadRow."""
 
-    def __init__(self, raw: Raw, mapping: Mapping[str, str]) -> None:
+    def __init__(self, raw: Raw, mapping: Names) -> None:
         self._raw, self._mapping = raw, mapping
         if raw.fields is None:
             raise self.bad(raw.problem or "the row could not be read")
@@ -136,7 +177,8 @@ class _Row:
         return BadRow(self._raw.file, self._raw.line, what, advice)
 
     def label(self, name: str) -> str:
-        column = self._mapping.get(name, name)
+        columns = self._mapping.get(name, (name,))
+        column = columns_of(self._raw.fields or {}, self._mapping).get(name, columns[0])
         return name if column == name else f"{name} (column {column!r})"
 
     def value(self, name: str) -> object:

@@ -14,16 +14,26 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from prism_select.config import ROW_BYTES
-from prism_select.data.formats import Format, detect_pool, detect_target, explicit_id, to_example, to_pairs
+from prism_select.data.formats import (
+    Format,
+    Names,
+    columns_of,
+    detect_pool,
+    detect_target,
+    explicit_id,
+    to_example,
+    to_pairs,
+    unused,
+)
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
 from prism_select.errors import BadFile, BadOption, BadRow, EmptyInput
 
-__all__ = ["Pool", "Survey", "changed", "fingerprint", "named", "read_target", "read_targets"]
+__all__ = ["Pool", "Survey", "changed", "fingerprint", "named", "read_target", "read_targets", "seen_in_target"]
 
 SAMPLE = 256
 
@@ -31,7 +41,8 @@ SAMPLE = 256
 @dataclass(frozen=True)
 class Survey:
     """What one pass over the pool found. `sample` is a uniform sample of its good rows, the whole of them while they
-    are few; `conversation` is the first that needs a chat template."""
+    are few; `conversation` is the first that needs a chat template; `columns` are those of the mapping that some row
+    has."""
 
     rows: int
     bad: int
@@ -40,10 +51,11 @@ class Survey:
     sources: Counter[str]
     sample: Sequence[Example]
     conversation: Example | None
+    columns: Set[str] = frozenset()
 
 
 class Pool:
-    def __init__(self, patterns: Sequence[str], mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> None:
+    def __init__(self, patterns: Sequence[str], mapping: Names, row_bytes: int = ROW_BYTES) -> None:
         self.files, self.mapping, self.row_bytes = find_files(patterns), mapping, row_bytes
         self._stamps = stamps(self.files)
 
@@ -89,9 +101,12 @@ class Pool:
         rows = bad = 0
         first_bad: BadRow | None = None
         conversation: Example | None = None
+        columns, most = set[str](), {column for each in self.mapping.values() for column in each}
         for raw, example in self.rows():
             rows += 1
             advance(1)
+            if columns != most and raw.fields:
+                columns.update(columns_of(raw.fields, self.mapping).values())
             if isinstance(example, BadRow):
                 bad, first_bad = bad + 1, first_bad or example
                 continue
@@ -108,16 +123,16 @@ class Pool:
         if not sample and first_bad:
             what = f"{first_bad.what} (and none of the pool's {rows} rows is usable)"
             raise EmptyInput(first_bad.file, first_bad.line, what, first_bad.advice)
-        return Survey(rows, bad, first_bad, formats, sources, sample, conversation)
+        return Survey(rows, bad, first_bad, formats, sources, sample, conversation, columns)
 
 
-def read_target(file: str, mapping: Mapping[str, str], row_bytes: int = ROW_BYTES) -> list[Pair]:
+def read_target(file: str, mapping: Names, row_bytes: int = ROW_BYTES) -> list[Pair]:
     """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
     return [pair for _, pair in _target_rows(file, mapping, row_bytes)]
 
 
 def read_targets(
-    given: Sequence[str], mapping: Mapping[str, str], by: str = "", row_bytes: int = ROW_BYTES
+    given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
 ) -> dict[str, list[Pair]]:
     """The pairs of each target, by name; the name of a single file without one is empty. `by` is a column whose values
     are targets. Raises BadOption for a name that comes twice, and what `read_target` raises."""
@@ -146,7 +161,19 @@ def named(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
-def _target_rows(file: str, mapping: Mapping[str, str], row_bytes: int) -> list[tuple[Raw, Pair]]:
+def seen_in_target(
+    given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
+) -> Iterator[tuple[str, Format, set[str], list[str]]]:
+    """By the first row of each file: its format, the columns of --fields that it has, and those that nothing reads."""
+    for name in find_files([named(text)[1] for text in given]):
+        first = next((raw for raw in read_rows(name, row_bytes) if raw.fields is not None), None)
+        if first is not None and first.fields is not None:
+            format = detect_target(first.fields, mapping, first.file, first.line)
+            left = [column for column in unused(first.fields, mapping, format) if column != by]
+            yield name, format, set(columns_of(first.fields, mapping).values()), left
+
+
+def _target_rows(file: str, mapping: Names, row_bytes: int) -> list[tuple[Raw, Pair]]:
     rows: list[tuple[Raw, Pair]] = []
     format: Format | None = None
     for name in find_files([file]):

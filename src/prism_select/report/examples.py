@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_select.config import ROW_BYTES
-from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
+from prism_select.data.formats import Format, Names, detect_pool, parse_fields, to_example
 from prism_select.data.readers import read_rows, readable, rows_at
 from prism_select.data.records import Raw
 from prism_select.errors import BadFile, BadRow, PrismError
@@ -173,14 +173,14 @@ def texts_of(columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]
     return found
 
 
-def _format_of(file: str, mapping: Mapping[str, str], limit: int) -> Format:
+def _format_of(file: str, mapping: Names, limit: int) -> Format:
     for raw in read_rows(readable(file), limit):
         if raw.fields is not None:
             return detect_pool(raw.fields, mapping, raw.file, raw.line)
     return Format("text")
 
 
-def _text(raw: Raw, format: Format, mapping: Mapping[str, str], id: str) -> Text:
+def _text(raw: Raw, format: Format, mapping: Names, id: str) -> Text:
     try:
         example = to_example(raw, format, mapping)
     except BadRow as bad:
