@@ -15,6 +15,7 @@ STAMP := .venv/installed
 .PHONY: demo test fuzz real pairs quality curvature cascade reselect lds peers bench bench-cost scale clean
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv/: 2.5 GB, some minutes"
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

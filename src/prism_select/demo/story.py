@@ -45,23 +45,28 @@ def tell(out: str, progress: Progress) -> Figures:
         raise DiskTrouble(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
     progress.say(f"A tiny model knows {len(SKILLS)} skills, with mistakes. First: 5% of a pool for {DEMO_SKILL}.")
     share, chosen_share, choice = _select(folder, progress)
-    progress.say(f"\nNext: a fine-tuning set of {MIXTURE_ROWS} rows, 15% of them wrong. Which?")
+    progress.say("")
+    progress.say(f"Next: a fine-tuning set of {MIXTURE_ROWS:,} rows, 15% of them wrong. Which?")
     repaired = _repair(folder, progress)
     auroc = repaired.manifest["choice"]["labels"]["auroc"]
-    progress.say(f"\nLast: does training on the chosen 5% help? {SEEDS} short trainings on it, on random rows, on all.")
+    progress.say("")
+    progress.say(f"Last: does training on the chosen 5% help? {SEEDS} short trainings on it, on random rows, on all.")
     accuracy = _evaluate(folder, progress) if find_spec("trl") and find_spec("peft") else {}
-    progress.say(f"\n{DEMO_SKILL}: {share:.1%} of the pool and {chosen_share:.1%} of the chosen 5%")
+    progress.say("")
+    progress.say(f"{DEMO_SKILL}: {share:.1%} of the pool and {chosen_share:.1%} of the chosen 5%")
     progress.say(f"wrong answers: AUROC {auroc:.3f} of the repair ranking (0.5 is chance)")
     if accuracy:
         before, ours, random, everything = (accuracy[name] for name in ("none", "prism", "random", "everything"))
         progress.say(
-            f"accuracy on {DEMO_SKILL}, {before:.1%} before: {ours:.1%} after the chosen 5%, {random:.1%} after "
+            f"accuracy on {DEMO_SKILL}, {before:.1%} before: {ours:.1%} after the chosen 5%, {random:.1%} after as "
+            f"many random rows, {everything:.1%} after as many steps on all {POOL_ROWS:,}"
         )
-        progress.say(f"as many random rows, {everything:.1%} after as many steps on all {POOL_ROWS:,}")
     else:
         progress.say("no training was tried: PRISM is here without its extra [train]")
     for run, name in ((choice, "selected.jsonl"), (repaired, "removed.jsonl")):
         progress.say(f"look at {run.path / 'report.html'}, {run.path / name} and {run.path / 'scores.parquet'}")
+    progress.say("few pairs: the runs warn of noise, and the figures above tell what came of it all the same")
+    progress.say(f"to try your own options: the model is {MODEL}, files are in {folder / 'data'}")
     return Figures(share, chosen_share, auroc, accuracy)
 
 
