@@ -124,3 +124,23 @@ def test_the_version_and_the_shell_s_completion_are_there(monkeypatch: pytest.Mo
     assert prism("--version").out.startswith("prism, version ")
     monkeypatch.setenv("_PRISM_COMPLETE", "bash_source")
     assert "complete -o nosort" in prism_apart().out
+
+
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [("--engine re", "plain,reverse\nplain,reference\n"), ("--pool po", "file,po\n"), ("--see", "plain,--seed\n")],
+)
+def test_completion_knows_values_and_files(begun: str, offered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PRISM_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"prism select {begun}")
+    monkeypatch.setenv("COMP_CWORD", str(1 + len(begun.split())))
+    assert prism_apart().out == offered
+
+
+def test_help_shows_first_what_a_run_needs_and_an_example() -> None:
+    told = prism("select", "--help").out
+    needed, _, others = " ".join(told.split()).partition(" Options: ")
+    assert all(name in needed for name in ("--model", "--pool", "--target", "--out", "--budget"))
+    assert "--engine" in others and "One of prism, uniform" in others and "[default: prism]" in others
+    assert "For example: prism select --model MODEL --pool pool.jsonl --target pairs.jsonl" in " ".join(told.split())
+    assert "..." not in prism("--help").out

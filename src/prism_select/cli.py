@@ -7,6 +7,7 @@ line wins over --config; `--pool a b c` is read as three pools, as a shell's wil
 """
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,6 +17,7 @@ from dataclasses import asdict, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
 from prism_select.config import (
     EvaluateConfig,
@@ -34,6 +36,16 @@ from prism_select.world import alone, leads
 __all__ = ["ANYWHERE", "app", "main"]
 
 ANYWHERE = ("--debug", "--json", "--quiet")  # of all commands
+NEEDED = ("model", "pool", "target", "out", "budget", "remove", "holdout", "how")  # what help shows first
+FILES = ("model", "adapter", "pool", "target", "out", "holdout", "direction", "select_from", "curvature_from", "file")
+EXAMPLES = {
+    "score": "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run",
+    "select": "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run --budget 5%",
+    "repair": "--model MODEL --pool sft.jsonl --target pairs.jsonl --out run --remove 10%",
+    "pairs": "solutions.jsonl --how numbers --out pairs.jsonl",
+    "evaluate": "run --holdout held_out.jsonl",
+    "report": "run",
+}
 
 
 def option(name: str, hint: Any, default: Any) -> click.Option:
@@ -45,16 +57,34 @@ def option(name: str, hint: Any, default: Any) -> click.Option:
     )
     if kind is bool:
         return click.Option([flag, name], is_flag=True, default=None, help=text)
-    choices = f" One of {', '.join(map(str, get_args(kind)))}." if get_origin(kind) is Literal else ""
-    number = kind if kind in (int, float) else str
+    values = [str(value) for value in get_args(kind) if str(value)] if get_origin(kind) is Literal else []
+
+    def complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        if name in FILES:
+            return [CompletionItem(begun, type="file")]
+        return [CompletionItem(value) for value in values if value.startswith(begun)]
+
     return click.Option(
         [flag, name],
-        type=number,
+        type=kind if kind in (int, float) else str,
         default=None,
         multiple=kind == Sequence[str],
-        help=text + choices,
-        show_default=shown or False,
+        help=text + (f" One of {', '.join(values)}." if values else "") + (f"  [default: {shown}]" if shown else ""),
+        shell_complete=complete,
     )
+
+
+class _Command(click.Command):
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """What a run needs, then all the rest."""
+        parts: tuple[list[tuple[str, str]], ...] = ([], [])
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                parts[parameter.name not in NEEDED].append(record)
+        for title, records in zip(("What it needs", "Options"), parts, strict=True):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def command(kind: type[Options]) -> click.Command:
@@ -73,7 +103,10 @@ def command(kind: type[Options]) -> click.Command:
         values.update({name: value for name, value in given.items() if value is not None and value != ()})
         execute_and_tell(kind(**values), click.get_current_context().ensure_object(Terminal))
 
-    return click.Command(kind.command, params=params, callback=call, help=kind.__doc__)
+    example = f"For example: prism {kind.command} {EXAMPLES[kind.command]}"
+    told = " ".join((kind.__doc__ or "").split())
+    short = re.split(r"[.:](?:\s|$)|\s\(|(?<=\?)\s", told)[0]
+    return _Command(kind.command, params=params, callback=call, help=told, epilog=example, short_help=short)
 
 
 def execute_and_tell(config: Options, terminal: Terminal) -> None:
@@ -137,7 +170,7 @@ def app(context: click.Context, debug: bool, json: bool, quiet: bool) -> None:
     context.obj = Terminal(json, quiet, silent=not leads())
 
 
-@app.command()
+@app.command(short_help="Run the main jobs offline, on a bundled model")
 @click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
 @click.pass_obj
 def demo(terminal: Terminal, out: str) -> None:
