@@ -32,7 +32,7 @@ from prism_select.report.comparison import compared
 from prism_select.report.examples import BESIDE, BOTTOM, LETTERS, TOP, shown
 from prism_select.report.facts import facts_of, layers_of
 from prism_select.report.judgement import AGREEMENTS, checks_of, headline
-from prism_select.report.page import in_json, significant
+from prism_select.report.page import as_told, in_json, significant
 from prism_select.report.spread import spread_of
 from prism_select.report.writing import page_of, write_report
 
@@ -345,6 +345,9 @@ def test_the_same_folder_gives_the_same_page(run: Path) -> None:
 
 
 def test_a_number_is_written_with_the_digits_that_matter() -> None:
+    said = as_told("<b> --common remove or well-known --warmup, at -0.96 in run-2")
+    assert "&lt;b&gt;" in said and "at −0.96 in run-2" in said and "well-known" in said
+    assert said.count('<span class="option">--') == 2
     shown = [significant(value) for value in (0.123456, -12345.6, 0.0, None, math.nan, 1e-7)]
     assert shown == ["0.123", "−12,346", "0", "–", "–", "1e−07"]
 

@@ -597,9 +597,8 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadOption(
-            f"--config {path}: {error}; it must be a TOML file such as a run folder's config.toml"
-        ) from None
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise BadOption(f"--config {path}: {why}; it must be a TOML file such as a run folder's config.toml") from None
     values.pop("fingerprints", None)  # what a run folder's config.toml adds
     known = {field.name: field for field in fields(kind)}
     for name, value in values.items():

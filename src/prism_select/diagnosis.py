@@ -61,17 +61,17 @@ class Diagnosis:
 
     def in_words(self, sides: tuple[str, str] = ("chosen", "rejected")) -> list[str]:
         """What the user should know before believing the ranking; `sides` is what the two answers are called."""
-        told = [f"only {self.effective_pairs:.1f} pairs count"] if self.effective_pairs < 5 else []
+        told = [f"{self.pairs} pairs count as {self.effective_pairs:.1f}"] if self.effective_pairs < 5 else []
         if self.covered_share == 0:
             told.append("none of the counted weights is a matrix: whether the pairs agree is not known")
         agreement, pairs, half = self.split_half_agreement, self.pairs, self.pairs_for_half_of_direction
         if not math.isnan(agreement) and agreement < EVEN:
             more = self.pairs_for_half_agreement
-            advice = f"about {more:,} pairs like these" if more else "more pairs than these can tell"
+            wanted = f"about {more:,} pairs like these would bring that to 0.50; " if more else ""
             strength = "mostly noise" if agreement < NOISE else "more noise than signal"
             told.append(
-                f"two halves of your pairs agree at {agreement:.2f}: the direction is {strength}; {advice} would bring "
-                "that to 0.50, and nearer negatives, --common remove or --warmup may help"
+                f"two halves of your pairs agree at {agreement:.2f}: the direction is {strength}; "
+                f"{wanted}nearer negatives, --common remove or --warmup may help"
             )
         if half is not None and half <= 0.05 * pairs:
             first = ", ".join(f"{place + 1} ({self.shares[place]:.0%})" for place in self.dominant[:3])

@@ -182,6 +182,10 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     if scorer.repeated:
         progress.say(f"{scorer.repeated:,} rows repeat another to the last token and took its score")
+        if isinstance(config, SelectConfig) and not config.near_duplicates:
+            progress.say(
+                "where repeats are chosen, each takes its part of the budget; --near-duplicates 1 takes one of them"
+            )
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
         tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)

@@ -184,11 +184,9 @@ def several_lines(target: Mapping[str, Any]) -> dict[str, str]:
         return {}
     names = list(target["targets"])
     rows = {"targets": ", ".join(f"{name} {told['pairs']} pairs" for name, told in target["targets"].items())}
-    for name, cosines in zip(names[:8], target["cosines"], strict=False):
-        told = ", ".join(
-            f"{_figure(c, '+.2f')} {other}" for c, other in zip(cosines, names, strict=True) if other != name
-        )
-        rows[f"cosine {name}"] = told
+    for place, cosines in enumerate(target["cosines"][: min(8, len(names) - 1)]):
+        others = zip(cosines[place + 1 :], names[place + 1 :], strict=True)
+        rows[f"cosine {names[place]}"] = ", ".join(f"{_figure(c, '+.2f')} {other}" for c, other in others)
     return rows
 
 

@@ -112,7 +112,7 @@ def _length(facts: Facts) -> Check:
 
 def _rows(counts: Mapping[str, int]) -> Check:
     bad, cut = counts["quarantined"], counts["truncated"]
-    words = f"{bad:,} of {counts['read']:,} rows were set aside, {cut:,} were cut"
+    words = f"of {counts['read']:,} rows {bad:,} set aside, {cut:,} cut" + "; quarantine.jsonl says why" * bool(bad)
     return Check("rows", "look" if bad or cut > 0.05 * counts["read"] else "holds", words)
 
 

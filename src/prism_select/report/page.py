@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from prism_select.report.charts import Chart
 from prism_select.store import finite
@@ -46,6 +47,12 @@ def percent(value: float | None) -> str:
     return f"{value:.0%}" if 0.1 <= abs(value) < 0.995 else f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 
+def as_told(line: str) -> Markup:
+    """A sentence of the run: options are not broken at their hyphens, and a minus is one."""
+    safe = re.sub(r"(?<![\w.-])-(?=\d)", "−", str(escape(line)))
+    return Markup(re.sub(r"(?<![\w-])(--[a-z][a-z-]*)", r'<span class="option">\1</span>', safe))
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -55,7 +62,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sig": significant, "percent": percent, "count": lambda value: f"{value:,}"}
+    environment.filters |= {
+        "sig": significant,
+        "percent": percent,
+        "told": as_told,
+        "count": lambda value: f"{value:,}",
+    }
     return environment
 
 

@@ -29,8 +29,8 @@ def table_of(
     details = [
         ("score", "score", "score"),
         ("per_token", "score per token", "score"),
-        ("chosen", f"raises the {sides[0]}", "score"),
-        ("rejected", f"raises the {sides[1]}", "score"),
+        ("chosen", f"moves the {sides[0]}", "score"),
+        ("rejected", f"moves the {sides[1]}", "score"),
         ("loglik", "log-likelihood", "score"),
         ("source", "source", "name"),
         ("verdict", "verdict", "name"),

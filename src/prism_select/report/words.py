@@ -31,8 +31,8 @@ def sentence(facts: Facts) -> str:
     scored = counts["scored"]
     if command == "score":
         return f"{scored:,} rows were scored"
-    taken = counts[TAKEN[command]]
-    return f"{taken:,} of {scored:,} rows were {TAKEN[command]}, {percent(taken / max(1, scored))}"
+    taken, read = counts[TAKEN[command]], counts["read"]
+    return f"{taken:,} of {read:,} rows were {TAKEN[command]}, {percent(taken / max(1, read))}"
 
 
 def influence(facts: Facts) -> str:

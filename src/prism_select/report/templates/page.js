@@ -129,7 +129,7 @@
     const tools = make("div", "tools");
     const search = make("input");
     Object.assign(search, { type: "search", id: id("search"), autocomplete: "off", spellcheck: false });
-    const searching = make("label", "", "Search");
+    const searching = make("label", "", "Search these rows");
     searching.htmlFor = search.id;
     searching.append(search);
     tools.append(searching);
