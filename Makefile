@@ -6,7 +6,8 @@
 # make reselect: choosing again during training against choosing once
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
 # make scale: thirty kills, odd input, endless lines, a choice among a hundred million rows (two hours, 30 GB of disk)
-# make bench: memory against pool size, and what a score costs (on a quiet machine; make bench-cost: the latter alone)
+# make bench: memory against pool size, and what a score costs (on a quiet machine; make bench-cost: beside bergson and
+# kronfluence, and whether plans are right)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -61,8 +62,9 @@ reselect: $(STAMP)
 bench: $(STAMP) bench-cost
 	$(BIN)/python benchmarks/memory.py
 
-bench-cost: $(STAMP)
+bench-cost: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/plans.py
 
 scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

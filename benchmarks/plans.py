@@ -28,15 +28,16 @@ from prism_select.demo.story import MODEL
 Row = dict[str, Any]
 PAIRS, NUMBERS = 40, 34_000_000
 SCRIPT = """
-import json, resource, sys
+import json, sys, torch
 from prism_select.api import plan, select
 from prism_select.config import SelectConfig
+from prism_select.planning import peak_memory
 given = json.loads(sys.argv[2])
 if sys.argv[1] == "plan":
     print(json.dumps(vars(plan(SelectConfig(**given)))))
 else:
     print(json.dumps(select(**given).manifest))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory(torch.device("cpu")))
 """
 RUNS: Mapping[str, Row] = {
     "34M, all weights, float32": {"rows": 256, "words": 60, "options": {}},
