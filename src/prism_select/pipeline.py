@@ -181,11 +181,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
             shards = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     if scorer.repeated:
-        progress.say(f"{scorer.repeated:,} rows repeat another to the last token and took its score")
-        if isinstance(config, SelectConfig) and not config.near_duplicates:
-            progress.say(
-                "where repeats are chosen, each takes its part of the budget; --near-duplicates 1 takes one of them"
-            )
+        progress.say(about_repeats(config, scorer.repeated))
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
         tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
@@ -201,6 +197,13 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
         f"{plan.seconds:.1f} s and {plan.memory_bytes / 1e9:.2f} GB"
     )
     return Run(store.path)
+
+
+def about_repeats(config: ScoreConfig, rows: int) -> str:
+    line = f"{rows:,} rows repeat another to the last token and took its score"
+    if isinstance(config, SelectConfig) and not config.near_duplicates:
+        line += "; each chosen one takes its part of the budget, unless --near-duplicates 1 leaves repeats out"
+    return line
 
 
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
