@@ -7,7 +7,7 @@
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
 # make scale: thirty kills, odd input, endless lines, a choice among a hundred million rows (two hours, 30 GB of disk)
 # make bench: memory against pool size, and what a score costs (on a quiet machine; make bench-cost: beside bergson and
-# kronfluence, and whether plans are right)
+# kronfluence, and whether plans are right and how cost grows)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -65,6 +65,7 @@ bench: $(STAMP) bench-cost
 bench-cost: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/plans.py
+	$(BIN)/python benchmarks/growth.py
 
 scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py
