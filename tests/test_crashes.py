@@ -103,7 +103,7 @@ def test_a_damaged_shard_is_found_and_scored_again(desk: Desk, damage: str) -> N
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(desk: Desk, name: str) -> None:
     assert desk.call(out=desk.folder / "whole").code == 0
-    many = Path(jsonl(desk.folder / "many.jsonl", [desk.pool.read_text().splitlines()[0]] * 1500))
+    many = Path(jsonl(desk.folder / "many.jsonl", [desk.pool.read_text().splitlines()[0]] * 3000))
     words = ["score", *desk.words, "--pool", str(many), "--out", str(desk.out)]
     pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SMALL, *words], **pipes) as process:
@@ -114,10 +114,10 @@ def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(desk: 
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said == GO_ON
     left = desk.shards
-    assert 2 <= len(left) < 300 and left == [f"{number:08d}" for number in range(len(left))]
+    assert 2 <= len(left) < 600 and left == [f"{number:08d}" for number in range(len(left))]
     done = subprocess.run([sys.executable, "-c", SMALL, *words], capture_output=True, text=True, check=True)
     assert f"{len(left)} shards of {WINDOW} rows are there already" in done.stdout
-    assert scores(desk.out).num_rows == 1500
+    assert scores(desk.out).num_rows == 3000
 
 
 def test_a_device_that_is_full_while_scoring_is_one_line_and_the_run_goes_on_when_there_is_room(desk: Desk) -> None:

@@ -547,7 +547,7 @@ def test_the_command_tells_verdicts_and_controls(place: Path, tmp_path: Path) ->
     done = prism("evaluate", run, "--holdout", place / "held.jsonl", "--seeds", 1, "--steps", 1, "--against", "random")
     assert done.code == 0, done.err
     assert "over random shown" in done.out or "than random by" in done.out
-    assert "no training" in done.out and "scored again holds" in done.out
+    assert "no training" in done.out and "scored again: holds" in done.out
     assert str(run / "report.html") in done.out.replace("\n", "")
     assert "Not tried yet" not in (run / "report.html").read_text()
     assert "Not tried yet" in (place / "select" / "report.html").read_text()

@@ -70,7 +70,7 @@ class Control:
         low, high = (f"{bound:.2f}" for bound in (self.at_least, self.at_most))
         wanted = f"{low} or more" if self.at_most == np.inf else f"{high} or less"
         wanted = wanted if np.inf in (-self.at_least, self.at_most) else f"{low} to {high}"
-        return f"{'holds' if self.holds else 'FAILED'}, {self.name}: {self.measured} {self.value:.2f}, wanted {wanted}"
+        return f"{self.name}: {'holds' if self.holds else 'FAILED'}, {self.measured} {self.value:.2f}, wanted {wanted}"
 
 
 @dataclass(frozen=True)
