@@ -183,10 +183,15 @@ def beside_peers(network: Any, count: int, rounds: int) -> tuple[list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--only", default="", help="peers: leave out what has no peer")
     parser.add_argument("--peer-rows", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     model, batches = model_of(), batches_of(chosen.rows)
+    if PEERS.exists():
+        write("cost_peers.json", *beside_peers(model.network, chosen.peer_rows, chosen.rounds))
+    if chosen.only == "peers":
+        return
     ways = ways_of(model)
     for way in ways.values():
         way(batches[0])  # what is made once
@@ -212,9 +217,6 @@ def main() -> None:
     ends = float(further.min()), float(further.max())
     figures.append(figure("each further target", float(np.median(further)), "forwards", "", ends))
     rows = [{"way": name, "rows": chosen.rows, "seconds": found} for name, found in seconds.items()]
-    if PEERS.exists():
-        beside, more = beside_peers(model.network, chosen.peer_rows, chosen.rounds)
-        rows, figures = rows + beside, figures + more
     write("cost.json", rows, figures)
 
 
