@@ -102,7 +102,8 @@ def ours(way: str, folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     model = CausalLM(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
     weights = select_weights(model.network, layers)
     tokens = torch.tensor(rows)
-    whole = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones_like(tokens, dtype=torch.bool))
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    whole = Batch(tokens, every, every)
     with differentiable(weights):
         backward(model, whole.rows(slice(0, 1)), torch.ones(1))
         direction = {key: weight.grad.clone() for key, weight in weights.items() if weight.grad is not None}

@@ -4,7 +4,8 @@
 
 Rows: whole runs on the bundled model, short rows. Tokens and numbers: the engine alone, on random Llamas in float32,
 two directions as in a run. Choices made here: an exponent is the slope of a line through the logarithms of seconds and
-size, of the last three sizes, since a run's fixed seconds flatten the first; each point is the least of three.
+size, of the last three sizes, since a run's fixed seconds flatten the first; each point of the engine is the
+least of three.
 """
 
 import tempfile

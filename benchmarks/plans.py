@@ -61,7 +61,7 @@ def files(folder: Path, rows: int, words: int) -> dict[str, str]:
 
 
 def called(what: str, given: Row) -> list[Any]:
-    """What a process of its own printed: what was asked for, if anything, and its peak memory in bytes."""
+    """What a process of its own printed: the plan or the manifest, and its peak memory in bytes."""
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, what, json.dumps(given)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]

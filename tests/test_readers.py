@@ -829,6 +829,7 @@ def test_answers_whose_prompt_stands_in_a_column_without_a_name_are_refused() ->
     mapping = parse_fields("prompt=Frage,chosen=gut,rejected=falsch")
     with pytest.raises(BadRow, match="no column 'Frage' for prompt; not used are Aufgabe; name this file's own"):
         pairs_of(mapping, Aufgabe="x", gut="It is good", falsch="It is bad")
+    assert len(pairs_of(mapping, Frage=None, gut="It is good", falsch="It is bad")) == 1  # there, and empty in this row
     (pair,) = pairs_of(mapping, gut="It is good", falsch="It is bad")  # nothing is left over: they begin alike
     assert pair.chosen.turns[0].text == "It is "
 

@@ -37,7 +37,7 @@ __all__ = ["ANYWHERE", "app", "main"]
 
 ANYWHERE = ("--debug", "--json", "--quiet")  # of all commands
 NEEDED = ("model", "pool", "target", "out", "budget", "remove", "holdout", "how")  # what help shows first
-FILES = ("model", "adapter", "pool", "target", "out", "holdout", "direction", "select_from", "curvature_from", "file")
+FILES = ("model", "adapter", "pool", "target", "out", "holdout", "direction", "select_from", "curvature_from")
 EXAMPLES = {
     "score": "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run",
     "select": "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run --budget 5%",

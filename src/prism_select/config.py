@@ -155,9 +155,10 @@ class ModelConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, free in (("batch_tokens", 0), ("max_length", 2)):
-            if getattr(self, name) < 2 and getattr(self, name) != free:
-                raise BadOption(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
+        for name in ("batch_tokens", "max_length"):
+            value = getattr(self, name)
+            if value < 2 and (name, value) != ("batch_tokens", 0):
+                raise BadOption(f"--{name.replace('_', '-')} {value}: must be at least 2")
         if not 2**10 <= self.max_row_bytes <= 2**30:
             raise BadOption(f"--max-row-bytes {self.max_row_bytes}: must be between {2**10} and {2**30}")
         if not 0 <= self.allowed_bad <= 1:

@@ -151,11 +151,11 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     path, packed = Path(name), None
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
-    if not path.exists():
-        refuse_unreachable(name)
     if path.exists():
         packed = _weights_of(path)
         path = path.parent if path.is_file() else path
+    else:
+        refuse_unreachable(name)
     source = str(path) if path.exists() else name
     options: dict[str, Any] = {"gguf_file": packed} if packed else {"use_safetensors": True}
     precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)

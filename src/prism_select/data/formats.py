@@ -73,7 +73,8 @@ def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int 
     """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
     prompt may stand in a column that `mapping` does not name."""
     format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, _TARGET, file, line)
-    missing = [name for name in ("prompt", "instruction", "question") if name in mapping]
+    there = columns_of(fields, mapping)
+    missing = [name for name in ("prompt", "instruction", "question") if name in mapping and name not in there]
     if format.name == "chosen+rejected" and missing and (others := unused(fields, mapping, format)):
         name, columns = missing[0], mapping[missing[0]]
         what = f"no column {' or '.join(map(repr, columns))} for {name}; not used are {', '.join(others)}"

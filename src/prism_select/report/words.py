@@ -28,9 +28,8 @@ __all__ = [
 
 def sentence(facts: Facts) -> str:
     counts, command = facts.manifest["counts"], facts.manifest["command"]
-    scored = counts["scored"]
     if command == "score":
-        return f"{scored:,} rows were scored"
+        return f"{counts['scored']:,} rows were scored"
     taken, read = counts[TAKEN[command]], counts["read"]
     return f"{taken:,} of {read:,} rows were {TAKEN[command]}, {percent(taken / max(1, read))}"
 
