@@ -106,7 +106,8 @@ class Task:
         for row in self.parts[part][:count]:
             choices = self.answers(row)
             draw.shuffle(choices)
-            made.append({"question": row["prompt"], "choices": choices, "answer": choices.index(row["answer"])})
+            asked = {"question": row["prompt"], "choices": choices, "answer": choices.index(row["answer"])}
+            made.append({**asked, "wanted": row["answer"]})
         return made
 
 

@@ -10,11 +10,16 @@ import pytest
 import torch
 import transformers
 from conftest import Outcome, Row, build_network, jsonl, prism
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prism_select
-from prism_select import models, pipeline
+from prism_select import models, pipeline, targeting
+from prism_select.core.engines import Scores
 from prism_select.core.likelihood import Batch
+from prism_select.data.batches import Encoded, collate
+from prism_select.scoring import Fitting
 
 GOOD: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)]
 PAIRS: list[Row] = [
@@ -148,3 +153,65 @@ def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: py
     assert "the same rows scored twice differ by" in line
     told = json.loads((desk.out / "manifest.json").read_text())
     assert 1e-8 < told["engine"]["check"]["repeat"] < 1e-5
+
+
+def cramped(memory: int) -> Any:
+    """Engines on a device with room for so many tokens."""
+    plainly = pipeline.plainly
+
+    def few(engine: Any) -> Any:
+        def measure(batch: Batch) -> Any:
+            if batch.tokens.numel() > memory:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return plainly(engine)(batch)
+
+        return measure
+
+    return few
+
+
+def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_the_scores_are_the_same(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert desk.call("--batch-tokens", 60).code == 0
+    plain = desk.scores()
+    monkeypatch.setattr(pipeline, "plainly", cramped(60))
+    assert desk.call("--overwrite", "--batch-tokens", 4096).code == 0
+    assert desk.scores() == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_row_that_does_not_fit_by_itself_is_one_line_with_its_length(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "plainly", cramped(4))
+    outcome = desk.call()
+    assert outcome.code == 2
+    assert "tokens does not fit into the memory of cpu; give a smaller --max-length" in outcome.err
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 200), st.integers(1, 500))
+def test_every_row_of_a_batch_has_its_turn_however_little_fits(lengths: list[int], memory: int, tokens: int) -> None:
+    def measure(batch: Batch) -> tuple[Scores, torch.Tensor]:
+        if batch.tokens.numel() > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        first = batch.tokens[:, 0].double()
+        return Scores(first, first[:, None], batch.tokens[:, :, None].double()), first
+
+    rows = [Encoded([place + 1] * length, [True] * length, False) for place, length in enumerate(lengths)]
+    batch, fitting = collate(rows), Fitting(measure, tokens)
+    scores, norms = fitting(batch)
+    assert norms is not None
+    assert norms.tolist() == scores.loglik.tolist() == scores.values[:, 0].tolist() == list(range(1, len(rows) + 1))
+    assert scores.tokens is not None
+    assert torch.equal(scores.tokens[:, :, 0], batch.tokens.double())
+    assert fitting.tokens == tokens or fitting.tokens <= max(memory, tokens // 2)
+
+
+def test_no_room_for_the_direction_is_one_line_with_what_to_do(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+    monkeypatch.setattr(targeting, "target_gradient", full)
+    outcome = desk.call()
+    assert (outcome.code, len(outcome.err.strip().splitlines())) == (2, 1)
+    assert "Tried to allocate 2 GiB. Give --batch-tokens 512 or less" in outcome.err

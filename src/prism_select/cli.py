@@ -243,5 +243,7 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
         if debug:
             print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr)
         first = (str(error).splitlines() or [""])[0]
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch is not imported here
+            fail(f"{first} Give --batch-tokens 512 or less, --dtype bfloat16, or fewer --layers; {resumes}", 2)
         fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,6 +10,7 @@
     ├── BadModel                 no weights, no tokenizer, weights that cannot be loaded
     │   ├── MissingChatTemplate  conversations for a tokenizer that has no chat template
     │   └── Unreachable          an engine cannot reach a weight that has a direction
+    ├── TooLarge                 a row that a device has no memory for
     ├── NotFinite                NaN or infinity where a number was due
     ├── EnginesDisagree          the fast engine fails its check against the definition
     ├── RunMismatch              a run folder that belongs to another command
@@ -36,6 +37,7 @@ __all__ = [
     "PeerLost",
     "PrismError",
     "RunMismatch",
+    "TooLarge",
     "TooManyBadRows",
     "UnknownLayers",
     "Unreachable",
@@ -107,6 +109,12 @@ class Unreachable(BadModel):
             f"engine {engine} cannot reach {', '.join(names[:3])}{more}: {why}; "
             "try --engine difference, or leave these weights out with --layers"
         )
+
+
+class TooLarge(PrismError):
+    def __init__(self, what: str, device: str) -> None:
+        advice = "give a smaller --max-length, or --dtype bfloat16; the same command goes on where this one stopped"
+        super().__init__(f"{what} does not fit into the memory of {device}; {advice}")
 
 
 class NotFinite(PrismError):

@@ -50,7 +50,7 @@ from prism_select.preconditioning import Sharpened, curvature_file, reduced, sav
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
-from prism_select.scoring import Lines, Measure, Scorer, Window
+from prism_select.scoring import Fitting, Lines, Measure, Scorer, Window
 from prism_select.store import Run, Store, bad_rows_of
 from prism_select.surrogate import looking
 from prism_select.targeting import Aim, aim_at
@@ -430,9 +430,7 @@ def choose_engine(
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
         measure = measure_by(config, name, model, weights, directions)
         try:
-            few = max(1, config.tokens_on(model.device.type) // batch.tokens.shape[1])
-            fast = in_parts(measure, few)
-            return measure, Checked(name, why, dtype, len(batch), *apart(name, fast, known, batch, model.dtype))
+            return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
         except Unreachable as error:
             if name == order[-1]:
                 raise
@@ -440,19 +438,9 @@ def choose_engine(
     raise AssertionError("unreachable")
 
 
-def in_parts(measure: Measure, few: int) -> Engine:
-    """A few rows at a time, in no more memory than scoring takes."""
-
-    def scores(batch: Batch) -> Scores:
-        found = [measure(batch.rows(slice(i, i + few)))[0] for i in range(0, len(batch), few)]
-        return Scores(torch.cat([each.loglik for each in found]), torch.cat([each.values for each in found]))
-
-    return scores
-
-
-def apart(name: str, engine: Engine, known: Scores, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
+def apart(name: str, measure: Measure, known: Scores, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
     """Of an engine's scores from the definition's, and from themselves when taken twice. Raises what `check` does."""
-    found, again = (engine(batch) for _ in range(2))
+    (found, _), (again, _) = (measure(batch) for _ in range(2))
     return check(name, lambda _: found, lambda _: known, batch, dtype), disagreement(again.values, found.values)
 
 
@@ -470,9 +458,9 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
 def measure_by(
     config: ScoreConfig, engine: str, model: models.CausalLM, weights: Weights, directions: Sequence[Factored]
 ) -> Measure:
-    if config.normalize == "norm":
-        return with_norms(model, weights, directions)
-    return plainly(ENGINES[engine](model, weights, directions))
+    cosines = config.normalize == "norm"
+    plain = with_norms(model, weights, directions) if cosines else plainly(ENGINES[engine](model, weights, directions))
+    return Fitting(plain, config.tokens_on(model.device.type))
 
 
 def placed(directions: Sequence[Factored], device: torch.device) -> list[Factored]:

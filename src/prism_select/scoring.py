@@ -8,13 +8,13 @@
 
 Choices made here: a row that cannot be encoded, or whose score is not finite, gets a reason and no numbers, and harms
 no other row; rows of a window that are the same to the last token are scored once; the rejected half is a difference,
-so that the halves add up to the score to the last bit.
+so that the halves add up to the score to the last bit; a batch that a device has no memory for is tried in halves.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +28,12 @@ from prism_select.core.engines import Scores
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Example, Raw
-from prism_select.errors import BadRow
+from prism_select.errors import BadRow, TooLarge
 from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Lines", "Measure", "Scorer", "Tally", "Window"]
+__all__ = ["Fitting", "Lines", "Measure", "Scorer", "Tally", "Window"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
@@ -73,6 +73,32 @@ class Lines:
 
     def _joined(self, each: Floats, place: NDArray[np.int64]) -> Floats:
         return np.take_along_axis(each, place, 1)[:, 0] if self.best else each.mean(1)
+
+
+class Fitting:
+    """A measure that takes as many rows of a batch together as fit: at most so many tokens, padding included, until
+    that once was more than the device has memory for; then half, here and ever after. Raises TooLarge for a row that
+    does not fit by itself."""
+
+    def __init__(self, measure: Measure, tokens: int) -> None:
+        self.measure, self.tokens = measure, tokens
+
+    def __call__(self, batch: Batch) -> tuple[Scores, Float[Tensor, " batch"] | None]:
+        parts, done, width = list[tuple[Scores, Tensor | None]](), 0, batch.tokens.shape[1]
+        while done < len(batch):
+            few = batch.rows(slice(done, done + max(1, self.tokens // width)))
+            try:
+                parts.append(self.measure(few))
+                done += len(few)
+            except torch.OutOfMemoryError:
+                if len(few) == 1:
+                    raise TooLarge(f"a row of {width} tokens", str(few.tokens.device)) from None
+                self.tokens = few.tokens.numel() // 2
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*((*scores, norms) for scores, norms in parts), strict=True)
+        loglik, values, tokens, norms = (None if part[0] is None else torch.cat(part) for part in columns)
+        return Scores(cast("Tensor", loglik), cast("Tensor", values), tokens), norms
 
 
 @dataclass(frozen=True, slots=True)
