@@ -3,7 +3,7 @@
     python benchmarks/cascade.py --data DIR        half an hour on two cores; may be stopped, goes on where it was
 
 Pool: 10,540 short rows, worked math among general instructions. Target: 40 worked solutions and the same with other
-numbers. Model: a Llama of 4.2M numbers, trained here from nothing on the same rows for some minutes; float32.
+numbers. Model: a Llama of 13M numbers, trained here from nothing on the same rows for some minutes; float32.
 
 Choices made here: every row is scored once, and ten cascades look scores up, so that their recall is known; one more is
 run, and its scoring is put beside a forward pass over the pool before and after it.
@@ -43,7 +43,7 @@ from prism_select.surrogate import looking
 
 Row = dict[str, Any]
 FOLDER = WORK / "cascade"
-VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 256, 4, 160
+VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 320, 8, 160
 STEPS, BATCH, MOST = 300, 16, 600
 WISH, SEEDS = 0.95, 10
 

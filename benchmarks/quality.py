@@ -148,7 +148,8 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     (WORK / "babi").mkdir(parents=True, exist_ok=True)
-    models = {"babi": babi.scenarios(given.data, WORK / "babi"), "gemma": gemma.scenarios(given.data)}
+    tiny = babi.scenarios(given.data, WORK / "babi")
+    models = {"babi": [*tiny, *babi.by_kind(tiny)], "gemma": gemma.scenarios(given.data)}
     every = [scenario for scenarios in models.values() for scenario in scenarios]
     wanted = given.only.split(",") if given.only else list(models)
     todo = [each for name, some in models.items() for each in some if name in wanted or each.name in wanted]

@@ -1,10 +1,14 @@
 """Evaluation: equal budgets, honest intervals, nothing trained twice, and controls that fail when they should."""
 
 import json
+import math
 import random
 import shutil
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 import torch
 from conftest import jsonl, prism
 from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl.trainer.sft_trainer import SFTTrainer
 
 import prism_select
@@ -84,6 +89,52 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
     monkeypatch.setattr(Bench, "trained", counted)
     monkeypatch.setattr(evaluation, "run_controls", lambda *_: [])
     return made
+
+
+# ---------------------------------------------------------------- boards
+
+
+SHORT: dict[str, Any] = {"against": "random,length,everything", "steps": 10, "rate": 2e-3}  # the trainings of `told`
+
+
+def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Path, told: dict[str, Any]) -> None:
+    for _ in range(2):
+        evaluate(config_of(place, board="tensorboard", **SHORT))
+    board = place / "select" / "evaluation" / "tensorboard"
+    trainings = {f"{method}-{seed}" for method in ("prism", "random", "length", "everything") for seed in (0, 1)}
+    assert {folder.name for folder in board.iterdir()} == trainings
+    shown = EventAccumulator(str(board / "prism-1")).Reload()
+    assert shown.Tags()["scalars"] == ["gain", "gap", "win_rate", "accuracy", "loglik_chosen", "loss"]
+    curves = pq.read_table(place / "select" / "evaluation" / "curves.parquet").to_pylist()
+    for name in ("gain", "loss"):
+        expected = [(row["step"], row[name]) for row in curves if (row["method"], row["seed"]) == ("prism", 1)]
+        expected = [(step, value) for step, value in expected if math.isfinite(value)]  # no loss before the first step
+        assert [point.step for point in shown.Scalars(name)] == [step for step, _ in expected]
+        assert [point.value for point in shown.Scalars(name)] == pytest.approx([value for _, value in expected])
+
+
+def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
+    place: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged, begun = list[tuple[str, int, float]](), list[dict[str, Any]]()
+
+    def init(**options: Any) -> SimpleNamespace:  # in place of a service on the network
+        begun.append(options)
+        log = lambda values, step: logged.append((options["name"], step, values["gain"]))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
+    evaluate(config_of(place, board="wandb", **SHORT))
+    assert {(each["project"], each["group"]) for each in begun} == {("prism", "select")}
+    assert [name for name, _, _ in logged] == [each["name"] for each in begun for _ in range(2)]
+    last = {name: gain for name, step, gain in logged if step == 10}
+    assert np.mean([last["prism-0"], last["prism-1"]]) == pytest.approx(told["methods"]["prism"]["gain"])
+
+
+def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(place: Path, trainings: list[Course]) -> None:
+    with pytest.raises(BadOption, match="--board wandb: not installed; pip install wandb"):
+        evaluate(config_of(place, board="wandb", steps=3))
+    assert not trainings
 
 
 # ---------------------------------------------------------------- what is compared

@@ -48,7 +48,7 @@ LAYERS = [
         "generation",
         "warmup",
     ],
-    ["tasks", "rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
+    ["tasks", "boards", "rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
     [
         "report.columns",
         "report.spread",

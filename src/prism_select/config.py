@@ -526,6 +526,11 @@ class EvaluateConfig(Options):
         "Tasks of lm-eval, with commas between, before and after each training; a folder among them defines tasks of "
         "your own. Needs the extra [tasks].",
     ] = ""
+    board: Annotated[
+        Literal["", "tensorboard", "wandb"],
+        "Also write the learning curves for TensorBoard (RUN/evaluation/tensorboard) or Weights & Biases (project "
+        "prism), where it is installed.",
+    ] = ""
     seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
 
     def __post_init__(self) -> None:

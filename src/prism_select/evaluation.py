@@ -36,6 +36,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prism_select.baselines import COUNT_RIVALS, RIVALS, Texts
+from prism_select.boards import BOARDS, known_board
 from prism_select.choice import labels_of
 from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig, settings
 from prism_select.controls import Sample, run_controls
@@ -130,6 +131,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     refuse_rivals("--against", config.rivals, bool(past.config.target), own)
     if config.task_names:
         known_tasks(tuple(config.task_names))
+    known_board(config.board)
     held = held_out(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
@@ -169,6 +171,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     }
     told: dict[str, Any] = finite(everything)
     store.write_json("evaluation.json", told)
+    BOARDS[config.board](past.run.path)
     return told
 
 

@@ -1,0 +1,64 @@
+"""Boards: the curves of an evaluation for TensorBoard or Weights & Biases, where one of them is installed.
+
+    tensorboard    RUN/evaluation/tensorboard/METHOD-SEED        tensorboard --logdir RUN/evaluation/tensorboard
+    wandb          a run METHOD-SEED in project `prism`, in a group of the run folder's name
+
+Choices made here: what is shown is curves.parquet, one board run for each training; it is written when all trainings
+are there, so that a resumed evaluation shows each of them once.
+"""
+
+import importlib.util
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from prism_select.errors import BadOption
+
+__all__ = ["BOARDS", "known_board"]
+
+Curves = Mapping[str, Iterable[tuple[int, Mapping[str, float]]]]  # of each training: steps, and what was measured there
+
+
+def known_board(name: str) -> None:
+    """Raises BadOption where it is not installed."""
+    if name and importlib.util.find_spec(name) is None:
+        raise BadOption(f"--board {name}: not installed; pip install {name}, or leave it out")
+
+
+def curves_of(run: Path) -> Curves:
+    curves = defaultdict[str, list[tuple[int, Mapping[str, float]]]](list)
+    for row in pq.read_table(run / "evaluation" / "curves.parquet").to_pylist():
+        training, step = f"{row.pop('method')}-{row.pop('seed')}", row.pop("step")
+        curves[training].append((step, {name: value for name, value in row.items() if math.isfinite(value)}))
+    return curves
+
+
+def tensorboard(run: Path) -> None:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    folder = run / "evaluation" / "tensorboard"
+    shutil.rmtree(folder, ignore_errors=True)
+    for training, points in curves_of(run).items():
+        writer: Any = SummaryWriter(str(folder / training))
+        for step, values in points:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        writer.close()
+
+
+def wandb(run: Path) -> None:
+    from wandb import init
+
+    for training, points in curves_of(run).items():
+        board = init(project="prism", group=run.resolve().name, name=training, dir=str(run / "evaluation"))
+        for step, values in points:
+            board.log(values, step=step)
+        board.finish()
+
+
+BOARDS: Mapping[str, Callable[[Path], None]] = {"": lambda _: None, "tensorboard": tensorboard, "wandb": wandb}
