@@ -31,7 +31,7 @@ LAYERS = [
         "profile",
         "surrogate",
     ],
-    ["data.records", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
+    ["data.records", "data.remote", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
     ["models", "store", "world", "planning", "adapters"],
     [
         "scoring",

@@ -31,6 +31,7 @@ from prism_select.data.formats import (
 )
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.records import Example, Pair, Raw
+from prism_select.data.remote import local
 from prism_select.errors import BadFile, BadOption, BadRow, EmptyInput
 
 __all__ = ["Pool", "Survey", "changed", "fingerprint", "named", "read_target", "read_targets", "seen_in_target"]
@@ -203,6 +204,6 @@ def fingerprint(files: Sequence[str]) -> str:
     for file in files:
         whole.update(file.rpartition("/")[2].encode() + b"\0")
         if not file.startswith("hub:"):
-            with open(file, "rb") as stream:
+            with open(local(file), "rb") as stream:
                 whole.update(hashlib.file_digest(stream, "blake2b").digest())
     return whole.hexdigest()

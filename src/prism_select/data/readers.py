@@ -1,6 +1,6 @@
 """Readers: files to rows as they came, one at a time.
 
-    find_files   patterns → files   folders, globs and hub names; each file once
+    find_files   patterns → files   folders, globs, addresses and hub names; each file once
     readable     a file → itself    or what is wrong with it
     read_rows    a file → its rows  with file and line; a row that cannot be read says why
     read_texts   the same rows      as they came, for copying
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from prism_select.config import ROW_BYTES
 from prism_select.data.records import Raw, is_text
+from prism_select.data.remote import addresses, is_remote, local
 from prism_select.errors import BadFile, BadOption
 
 __all__ = ["find_files", "read_rows", "read_texts", "readable", "rows_at"]
@@ -58,6 +59,10 @@ def find_files(patterns: Sequence[str]) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        if usable := sorted(file for file in addresses(pattern) if _SUPPORTED.search(file)):
+            return usable
+        raise BadFile(pattern, None, "no file there, or none with an ending that can be read", _ADVICE)
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     if not paths:
         raise BadFile(pattern, None, "no such file or folder, and no file matches", "check the path")
@@ -73,6 +78,8 @@ def _matches(pattern: str) -> list[str]:
 
 def readable(file: str) -> str:
     """`file` itself. Raises BadFile where it is no file that can be read."""
+    if is_remote(file):
+        return file
     if not os.path.isfile(file):
         raise BadFile(file, None, "no such file", "check the path")
     if not os.access(file, os.R_OK):
@@ -188,9 +195,9 @@ def _opened(file: str) -> Iterator[io.BufferedReader]:
     """The decompressed bytes after a byte order mark."""
     packing = {"gz": "gzip", "zst": "zstd"}.get(file.lower().rpartition(".")[2])
     with _reading(file, OSError, _DAMAGED):
-        if packing and os.path.getsize(file) == 0:
+        if packing and os.path.getsize(local(file)) == 0:
             raise OSError("the archive is empty")
-        with io.BufferedReader(pa.input_stream(file, compression=packing), _CHUNK) as stream:
+        with io.BufferedReader(pa.input_stream(local(file), compression=packing), _CHUNK) as stream:
             head = stream.peek(3)[:3]
             if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or head[:2].count(0) == 1:
                 raise BadFile(file, None, "the text is UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8")
@@ -378,7 +385,7 @@ def _csv_cells(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, str
 def _parquet(file: str) -> Iterator[pq.ParquetFile]:
     with (
         _reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), _DAMAGED),
-        pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False) as table,  # which would hold the whole file
+        pq.ParquetFile(local(file), buffer_size=_CHUNK, pre_buffer=False) as table,  # which would hold the whole file
     ):
         yield table
 

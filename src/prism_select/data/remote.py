@@ -1,0 +1,73 @@
+"""Remote: files of an object store or a web server, by their addresses.
+
+    s3://bucket/pool.jsonl     gs://bucket/folder/     https://host/*.parquet     any protocol that fsspec knows
+
+Choices made here: a file is copied to a temporary folder when it is first read, and stays there as long as the process
+does; so it is read as often as needed, at the speed of a disk, and cannot change while it is. Credentials are where
+the protocol's own package looks for them.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from prism_select.errors import BadFile
+
+__all__ = ["addresses", "is_remote", "local"]
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def is_remote(file: str) -> bool:
+    return _ADDRESS.match(file) is not None
+
+
+def addresses(pattern: str) -> list[str]:
+    """Files that it reaches: itself, all below a folder but hidden ones, or what a glob finds. Raises BadFile."""
+    with _asked(pattern):
+        system, path = _system(pattern)
+        if system.isfile(path):
+            return [pattern]
+        found = system.glob(path) if re.search(r"[*?\[]", path) else system.find(path)
+        shown = [name for name in found if "/." not in name.removeprefix(path) and system.isfile(name)]
+        return [str(system.unstrip_protocol(name)) for name in shown]
+
+
+@cache
+def local(file: str) -> str:
+    """The place of a file on this machine; of an address, that of its copy. Raises BadFile."""
+    if not is_remote(file):
+        return file
+    with _asked(file):
+        system, path = _system(file)
+        place = f"{_folder().name}/{len(_copies)}-{path.rstrip('/').rpartition('/')[2]}"
+        system.get_file(path, place)
+        _copies.append(file)
+    return place
+
+
+_copies: list[str] = []
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="prism-remote-")
+
+
+def _system(address: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(address)
+    return system, str(path)
+
+
+@contextmanager
+def _asked(address: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every protocol has its own, and its own ways to fail
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadFile(address, None, f"cannot be reached: {what}", "check the address, access and network") from None

@@ -1,0 +1,141 @@
+"""Files at an address: the same run as from a folder, and one line for what cannot be reached."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Row, jsonl, prism
+
+from prism_select.data.readers import find_files, read_rows
+from prism_select.data.remote import local
+from prism_select.errors import BadFile
+
+ROWS: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(20)]
+PAIRS: list[Row] = [
+    {"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"},
+    {"prompt": "Zurich?", "chosen": "Please: in France.", "rejected": "go away"},
+]
+
+
+def text(rows: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """An object store in memory."""
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/pool/a.jsonl", text(ROWS[:8]))
+    store.pipe("/bucket/pool/deep/b.jsonl.gz", gzip.compress(text(ROWS[8:])))
+    store.pipe("/bucket/pool/.hidden/c.jsonl", text(ROWS))
+    store.pipe("/bucket/pool/notes.txt", b"no rows")
+    store.pipe("/bucket/pairs.jsonl", text(PAIRS))
+    yield store
+    store.rm("/bucket", recursive=True)
+    local.cache_clear()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the address at which a web server shows it."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as serving:
+        Thread(target=serving.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+    local.cache_clear()
+
+
+def prompts(*patterns: str) -> list[object]:
+    return [(raw.fields or {}).get("prompt") for file in find_files(patterns) for raw in read_rows(file)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows"),
+    [
+        ("memory://bucket/pool/a.jsonl", ROWS[:8]),
+        ("memory://bucket/pool", ROWS),
+        ("memory://bucket/pool/", ROWS),
+        ("memory://bucket/pool/*.jsonl", ROWS[:8]),
+        ("memory://bucket/**/*.gz", ROWS[8:]),
+    ],
+)
+def test_a_file_a_folder_and_a_glob_at_an_address_give_their_rows(bucket: Any, pattern: str, rows: list[Row]) -> None:
+    assert prompts(pattern) == [row["prompt"] for row in rows]
+    assert prompts(pattern, pattern) == prompts(pattern)
+
+
+def test_a_run_from_addresses_is_that_from_files(bucket: Any, tmp_path: Path, plain_model: Path) -> None:
+    whole, target = jsonl(tmp_path / "pool.jsonl", ROWS), jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    told = {}
+    for name, pool, pairs in (
+        ("here", whole, target),
+        ("there", "memory://bucket/pool", "memory://bucket/pairs.jsonl"),
+    ):
+        words = ["--model", plain_model, "--pool", pool, "--target", pairs, "--out", tmp_path / name]
+        outcome = prism("select", *words, "--budget", "25%")
+        assert outcome.code == 0, outcome.err
+        told[name] = (
+            pq.read_table(tmp_path / name / "scores.parquet"),
+            (tmp_path / name / "selected.jsonl").read_bytes(),
+        )
+    assert told["here"][0]["score"].to_pylist() == pytest.approx(told["there"][0]["score"].to_pylist(), rel=1e-5)
+    assert told["here"][1] == told["there"][1]
+
+
+def test_a_pool_that_changed_at_its_address_is_another_run(bucket: Any, tmp_path: Path, plain_model: Path) -> None:
+    words = ["--model", plain_model, "--pool", "memory://bucket/pool/a.jsonl", "--out", tmp_path / "run"]
+    words += ["--target", "memory://bucket/pairs.jsonl"]
+    assert prism("score", *words).code == 0
+    local.cache_clear()  # as in another process
+    bucket.pipe("/bucket/pool/a.jsonl", text(ROWS[:7]))
+    outcome = prism("score", *words)
+    assert outcome.code == 2
+    assert "pool" in outcome.err and len(outcome.err.strip().splitlines()) == 1
+
+
+def test_files_of_a_web_server_are_read_whatever_their_format(server: tuple[Path, str]) -> None:
+    folder, address = server
+    jsonl(folder / "rows.jsonl", ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet")
+    expected = [row["prompt"] for row in ROWS]
+    assert prompts(f"{address}/rows.jsonl") == prompts(f"{address}/rows.parquet") == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [
+        ("memory://bucket/nothing.jsonl", "no file there, or none with an ending that can be read"),
+        ("memory://bucket/pool/notes.txt", "no file there, or none with an ending that can be read"),
+        ("bogus://bucket/pool.jsonl", "cannot be reached: Protocol not known: bogus"),
+        ("s3://bucket/pool.jsonl", "cannot be reached: Install s3fs"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(bucket: Any, pattern: str, what: str) -> None:
+    with pytest.raises(BadFile) as error:
+        find_files([pattern])
+    assert str(error.value).startswith(f"{pattern}: {what}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_goes_before_it_is_read_is_one_line(bucket: Any) -> None:
+    (file,) = find_files(["memory://bucket/pairs.jsonl"])
+    bucket.rm("/bucket/pairs.jsonl")
+    with pytest.raises(BadFile, match=r"memory://bucket/pairs.jsonl: cannot be reached: .*check the address"):
+        list(read_rows(file))
+    bucket.pipe("/bucket/pairs.jsonl", b"")
