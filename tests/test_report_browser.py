@@ -185,6 +185,7 @@ def test_a_search_narrows_and_says_how_far(opened: Opened) -> None:
     assert count.text_content() == "1 of 60 shown"
     search.fill("nobody wrote this")
     assert opened.page.locator("[data-table=examples] tr.row").count() == 0
+    assert opened.page.locator("[data-table=examples] tbody").inner_text() == "No row here holds all of these words."
     search.fill("")
     opened.page.locator("#examples-group").select_option("top")
     assert opened.page.locator("[data-table=examples] tr.row").count() == 20

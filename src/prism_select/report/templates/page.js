@@ -215,6 +215,13 @@
       }
       return node;
     };
+    const drawNone = () => {
+      const node = make("tr");
+      const cell = make("td", "", "No row here holds all of these words.");
+      cell.colSpan = table.columns.length;
+      node.append(cell);
+      return node;
+    };
     const show = () => {
       const words = letters(state.words).split(/\s+/).filter(Boolean);
       const found = table.rows.filter(row => (!state.group || row.group === state.group) && words.every(word => row.haystack.includes(word)));
@@ -228,7 +235,7 @@
         if (cell.dataset.key === state.by) cell.setAttribute("aria-sort", state.falling ? "descending" : "ascending");
         else cell.removeAttribute("aria-sort");
       }
-      body.replaceChildren(...found.map(drawRow));
+      body.replaceChildren(...(found.length ? found.map(drawRow) : [drawNone()]));
       count.textContent = `${write.count(found.length)} of ${write.count(table.rows.length)} shown`;
     };
     search.addEventListener("input", () => { state.words = search.value; show(); });
