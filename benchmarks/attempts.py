@@ -52,7 +52,6 @@ REMEDIES: Mapping[str, Row] = {
     "as it is": {},
     "warm-up on 30%": {"warmup": "30%"},
     "nearest 50%": {"nearest": "50%"},
-    "skip-end": {"skip_end": True},
 }
 LAYERS = {"truthfulqa": "all", "polite": "last:6"}
 

@@ -270,7 +270,10 @@ def by_kind(scenarios: Sequence[Scenario]) -> list[Scenario]:
 
 
 def save(path: Path, rows: Iterable[Row]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """A file that is so already is left as it is: another study may be reading it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
     return str(path)
 
 

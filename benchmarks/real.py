@@ -56,8 +56,11 @@ def lines(path: Path) -> list[Row]:
 
 
 def save(name: str, rows: Iterable[Row]) -> str:
+    """A file that is so already is left as it is: another study may be reading it."""
     WORK.mkdir(exist_ok=True)
-    (WORK / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not (WORK / name).exists() or (WORK / name).read_text(encoding="utf-8") != text:
+        (WORK / name).write_text(text, encoding="utf-8")
     return str(WORK / name)
 
 

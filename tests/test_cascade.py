@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prism_select
-from prism_select import evaluation
+from prism_select import evaluation, surrogate
 from prism_select.blocks import stack_of
 from prism_select.cascade import Cascade
 from prism_select.config import EvaluateConfig, SelectConfig
@@ -85,6 +85,12 @@ def test_a_choice_made_again_takes_no_guess_before_an_exact_score(cascade: prism
     exact, chosen = again["exact"].to_numpy(), np.array(again["verdict"].to_pylist()) == "selected"
     assert chosen.sum() == 0.3 * ROWS
     assert exact[chosen].all()
+    more = prism_select.select(select_from=str(cascade.path), budget="90%", out=str(tmp_path / "more")).scores
+    chosen, score = np.array(more["verdict"].to_pylist()) == "selected", more["score"].to_numpy()
+    assert exact.sum() < chosen.sum()
+    assert score[chosen & ~exact].min() >= score[~chosen & ~exact].max()  # the best guesses, not the first
+    with pytest.raises(BadOption, match="guesses have no sure sign"):
+        prism_select.select(select_from=str(cascade.path), budget="positive", out=str(tmp_path / "positive"))
 
 
 def test_controls_ask_exact_scores_alone(cascade: prism_select.Run) -> None:
@@ -254,6 +260,16 @@ def test_leaving_a_row_out_is_fitting_without_it() -> None:
         without[row] = np.nan
         slow.append(guessed(features, without, np.arange(1), 0).every[row])
     np.testing.assert_allclose(told.sample[:20], slow, atol=0.1 * exact.std())
+
+
+def test_rows_that_are_learned_from_a_few_at_a_time_teach_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(2)
+    features, exact = draw.standard_normal((300, 258)).astype(np.float16), draw.standard_normal(300)
+    whole = guessed(features, exact, np.arange(300), 0)
+    monkeypatch.setattr(surrogate, "MANY", 32)
+    parts = guessed(features, exact, np.arange(300), 0)
+    np.testing.assert_allclose(parts.every, whole.every, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(parts.sample, whole.sample, rtol=1e-6, atol=1e-9)
 
 
 def test_features_need_the_lower_blocks_alone_and_know_no_padding() -> None:

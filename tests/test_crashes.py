@@ -269,3 +269,27 @@ def test_what_a_killed_process_left_half_written_is_cleared(desk: Desk) -> None:
     assert desk.call().code == 0
     assert not list(desk.out.rglob("*.part"))
     assert json.loads((desk.out / "manifest.json").read_text())["counts"]["scored"] == ROWS
+
+
+def test_a_run_that_began_with_overwrite_goes_on_without_it(desk: Desk, tmp_path: Path) -> None:
+    assert desk.call().code == 0
+    words = [*desk.words, "--pool", desk.pool, "--out", desk.out]
+    with between(2, stop):
+        stopped = prism("score", *words, "--overwrite")
+    assert stopped.code == 130
+    assert stopped.err == "prism: interrupted; the same command, without --overwrite, goes on where it stopped\n"
+    assert len(desk.shards) == 2
+    with between(99, stop) as written:
+        assert desk.call().code == 0
+    assert written == [2, 3, 4]
+
+
+def test_a_folder_that_was_half_cleared_for_a_new_start_is_still_a_runs(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert desk.call().code == 0
+    words = [*desk.words, "--pool", desk.pool, "--out", desk.out, "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: stop())
+        assert prism("score", *words).code == 130
+    assert prism("score", *words).code == 0

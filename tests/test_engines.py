@@ -12,10 +12,12 @@ from tiny import Tiny, batch_of, pairs_of
 
 from prism_select.check import check, disagreement
 from prism_select.common import common_of
+from prism_select.core import engines
+from prism_select.core import layers as core_layers
 from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
 from prism_select.core.layers import Weights
-from prism_select.core.likelihood import Batch, LanguageModel
+from prism_select.core.likelihood import Batch, LanguageModel, token_logliks
 from prism_select.errors import BadOption, EnginesDisagree, Unreachable
 from prism_select.models import CausalLM
 from prism_select.statistics import rank_correlation
@@ -268,3 +270,40 @@ def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(kind: 
     exact = reference(model, weights, directions)(batch)
     assert disagreement(fast.values, exact.values) < 1e-4
     assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_memory_that_runs_out_in_a_modules_own_derivative_is_no_weight_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = network_of("llama")
+    weights = select_weights(model.network, "norm")
+    engine = reverse(model, weights, [target_of(model, weights).direction])
+    monkeypatch.setattr(core_layers, "tangent_of", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(batch_of(3, 16, seed=3, vocabulary=V))
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network_of("llama")
+    weights = select_weights(model.network, "late")
+    target = target_of(model, weights)
+    directions, batch, calls = [target.direction, target.chosen], batch_of(3, 16, seed=3, vocabulary=V), list[int]()
+
+    def cramped(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_logliks(*given)
+
+    engine, whole = (difference(model, weights, directions) for _ in range(2))
+    expected = whole(batch).values
+    monkeypatch.setattr(engines, "token_logliks", cramped)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(batch)
+    assert torch.equal(engine(batch).values, expected)

@@ -23,6 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import prism_select
 from prism_select import controls, evaluation, warmup
+from prism_select.api import execute_evaluation
 from prism_select.config import EvaluateConfig, ScoreConfig
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.inputs import Pool, read_target
@@ -99,7 +100,7 @@ SHORT: dict[str, Any] = {"against": "random,length,everything", "steps": 10, "ra
 
 def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Path, told: dict[str, Any]) -> None:
     for _ in range(2):
-        evaluate(config_of(place, board="tensorboard", **SHORT))
+        execute_evaluation(config_of(place, board="tensorboard", **SHORT))
     board = place / "select" / "evaluation" / "tensorboard"
     trainings = {f"{method}-{seed}" for method in ("prism", "random", "length", "everything") for seed in (0, 1)}
     assert {folder.name for folder in board.iterdir()} == trainings
@@ -124,11 +125,28 @@ def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
         return SimpleNamespace(log=log, finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
-    evaluate(config_of(place, board="wandb", **SHORT))
+    execute_evaluation(config_of(place, board="wandb", **SHORT))
     assert {(each["project"], each["group"]) for each in begun} == {("prism", "select")}
     assert [name for name, _, _ in logged] == [each["name"] for each in begun for _ in range(2)]
+    ids = [each["id"] for each in begun]
+    execute_evaluation(config_of(place, board="wandb", **SHORT))
+    assert len(set(ids)) == len(ids) and [each["id"] for each in begun] == ids * 2
     last = {name: gain for name, step, gain in logged if step == 10}
     assert np.mean([last["prism-0"], last["prism-1"]]) == pytest.approx(told["methods"]["prism"]["gain"])
+
+
+def test_a_board_that_fails_is_one_line_and_the_evaluation_is_there(
+    place: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
+    page = place / "select" / "report.html"
+    page.unlink(missing_ok=True)
+    with pytest.raises(BadOption, match="--board wandb: no API key configured; the evaluation is complete"):
+        execute_evaluation(config_of(place, board="wandb", **SHORT))
+    assert page.exists()
 
 
 def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(place: Path, trainings: list[Course]) -> None:
@@ -393,6 +411,13 @@ def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: 
     assert told["compute"]["curve"][0] == [0, pytest.approx(told["methods"]["random"]["gain"])]
     assert told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])
     assert "random-priced" in told["against"] and told["forecast"]["trainings"] == 2
+
+
+def test_the_price_of_scoring_after_a_warm_up_is_told(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
+    shared: dict[str, Any] = {"model": str(MODEL), "target": place / "target.jsonl", "pool": place / "pool.jsonl"}
+    run = prism_select.select(**shared, out=str(tmp_path / "run"), budget="20", warmup="10%")
+    told = evaluate(config_of(place, run.path, against="random,random-priced"))
+    assert told["compute"]["price"] > 0
 
 
 def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(place: Path, tmp_path: Path) -> None:

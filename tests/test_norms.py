@@ -7,6 +7,7 @@ from test_engines import ARCHITECTURES, V, network_of, target_of
 from tiny import Tiny, batch_of
 from torch import Tensor, nn
 
+from prism_select import norms
 from prism_select.core.direction import differentiable
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Weights
@@ -127,3 +128,12 @@ def test_the_norms_are_autograds_in_bfloat16(name: str) -> None:
     model, batch = CausalLM(low.bfloat16()), batch_of(16, 16, seed=5, vocabulary=V)
     weights = select_weights(model.network, "all")
     assert apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch)) < 5e-3
+
+
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+@pytest.mark.parametrize("time", [3, 40])
+def test_squares_leave_the_range_of_float16_and_are_right_all_the_same(size: float, time: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = ((torch.randn(2, time, 16, generator=draw) * size).half() for _ in range(2))
+    expected = torch.stack([(a.double().T @ b.double()).square().sum() for a, b in zip(left, right, strict=True)])
+    assert torch.allclose(norms._squares(left, right).double(), expected, rtol=1e-3)

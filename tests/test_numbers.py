@@ -19,7 +19,7 @@ from prism_select import models, pipeline, targeting
 from prism_select.core.engines import Scores
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, collate
-from prism_select.scoring import Fitting
+from prism_select.scoring import Fitting, plainly
 
 GOOD: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)]
 PAIRS: list[Row] = [
@@ -135,7 +135,6 @@ def test_a_network_in_training_mode_with_dropout_is_scored_without_it() -> None:
 
 def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.Generator().manual_seed(0)
-    plainly = pipeline.plainly
 
     def restless(engine: Any) -> Any:
         measure = plainly(engine)
@@ -157,7 +156,6 @@ def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: py
 
 def cramped(memory: int) -> Any:
     """Engines on a device with room for so many tokens."""
-    plainly = pipeline.plainly
 
     def few(engine: Any) -> Any:
         def measure(batch: Batch) -> Any:

@@ -1,5 +1,6 @@
 """Files at an address: the same run as from a folder, and one line for what cannot be reached."""
 
+import errno
 import gzip
 import json
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -15,9 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Row, jsonl, prism
 
+from prism_select.config import ScoreConfig
+from prism_select.data.inputs import Pool
 from prism_select.data.readers import find_files, read_rows
 from prism_select.data.remote import local
 from prism_select.errors import BadFile
+from prism_select.pipeline import Inputs, Work, follow
 
 ROWS: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(20)]
 PAIRS: list[Row] = [
@@ -120,7 +125,9 @@ def test_files_of_a_web_server_are_read_whatever_their_format(server: tuple[Path
 @pytest.mark.parametrize(
     ("pattern", "what"),
     [
-        ("memory://bucket/nothing.jsonl", "no file there, or none with an ending that can be read"),
+        ("memory://bucket/nothing.jsonl", "nothing there; check the address and the network"),
+        ("http://127.0.0.1:9/pool.jsonl", "nothing there (Cannot connect to host 127.0.0.1:9"),
+        ("https://host/pool.jsonl?key=1", ": an address with a question mark"),
         ("memory://bucket/pool/notes.txt", "no file there, or none with an ending that can be read"),
         ("bogus://bucket/pool.jsonl", "cannot be reached: Protocol not known: bogus"),
         ("s3://bucket/pool.jsonl", "cannot be reached: Install s3fs"),
@@ -129,13 +136,43 @@ def test_files_of_a_web_server_are_read_whatever_their_format(server: tuple[Path
 def test_what_cannot_be_reached_is_one_line(bucket: Any, pattern: str, what: str) -> None:
     with pytest.raises(BadFile) as error:
         find_files([pattern])
-    assert str(error.value).startswith(f"{pattern}: {what}")
+    assert str(error.value).startswith(f"{pattern.partition('?')[0]}: {what.removeprefix(': ')}")
+    assert "key=1" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_goes_before_it_is_read_is_one_line(bucket: Any) -> None:
     (file,) = find_files(["memory://bucket/pairs.jsonl"])
     bucket.rm("/bucket/pairs.jsonl")
-    with pytest.raises(BadFile, match=r"memory://bucket/pairs.jsonl: cannot be reached: .*check the address"):
+    with pytest.raises(BadFile, match=r"memory://bucket/pairs.jsonl: nothing there; check the address and the network"):
         list(read_rows(file))
     bucket.pipe("/bucket/pairs.jsonl", b"")
+
+
+def test_no_room_for_a_copy_is_one_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(bucket), "get_file", full)
+    with pytest.raises(BadFile, match=r"pairs.jsonl: no room for a copy in .*; set TMPDIR to a folder with room"):
+        local("memory://bucket/pairs.jsonl")
+
+
+def test_a_direction_at_an_address_scores_as_its_file(bucket: Any, tmp_path: Path, plain_model: Path) -> None:
+    pool, target = jsonl(tmp_path / "pool.jsonl", ROWS), jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    words = ["--model", plain_model, "--pool", pool]
+    assert prism("score", *words, "--target", target, "--out", tmp_path / "one").code == 0
+    bucket.pipe("/bucket/direction.safetensors", (tmp_path / "one" / "direction.safetensors").read_bytes())
+    outcome = prism("score", *words, "--direction", "memory://bucket/direction.safetensors", "--out", tmp_path / "two")
+    assert outcome.code == 0, outcome.err
+    one, two = (pq.read_table(tmp_path / name / "scores.parquet")["score"].to_pylist() for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_process_whose_copy_is_not_the_leaders_scores_nothing(bucket: Any, plain_model: Path) -> None:
+    address, unused = "memory://bucket/pool/a.jsonl", cast("Any", None)
+    inputs = Inputs(Pool([address], {}), unused, {}, {"pool": "that of the leader's copy"})
+    world: Any = SimpleNamespace(hear=lambda: Work(inputs, unused, unused, "", {}), local=1)
+    config = ScoreConfig(model=str(plain_model), pool=address, target="memory://bucket/pairs.jsonl", out="run")
+    with pytest.raises(BadFile, match=r"a.jsonl: changed while the run was reading it"):
+        follow(config, world)

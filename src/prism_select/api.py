@@ -92,10 +92,12 @@ def execute_pairs(
 
 def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
     """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can mend."""
-    from prism_select import evaluation
+    from prism_select import boards, evaluation
 
     told = evaluation.evaluate(config, progress or Silent())
     _write_page(config.run, progress or Silent())
+    if config.board:
+        boards.show(config.board, config.run)
     return told
 
 

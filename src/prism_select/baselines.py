@@ -32,6 +32,7 @@ from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 from prism_select.data.batches import Encoded, collate, plan_batches
 from prism_select.norms import with_norms
+from prism_select.scoring import Fitting, plainly
 from prism_select.selection import round_robin
 from prism_select.targeting import Coded, as_side
 
@@ -94,16 +95,19 @@ class Material(Texts):
 
     def along(self, directions: Sequence[Direction]) -> Floats:
         """[row, direction]: ∇loglik · direction."""
-        engine, found = reverse(self.model, self.weights, directions), np.zeros((len(self.rows), len(directions)))
+        measure = Fitting(plainly(reverse(self.model, self.weights, directions)), self.batch_tokens)
+        found = np.zeros((len(self.rows), len(directions)))
         for places, batch in self.batches(self.rows):
-            found[places] = engine(batch).values.double().cpu().numpy()
+            found[places] = measure(batch)[0].values.double().cpu().numpy()
         return found
 
     def cosines(self, direction: Direction) -> Floats:
         """Of ∇loglik and the direction; 0 for a row without a gradient."""
-        measure, found = with_norms(self.model, self.weights, [direction]), np.zeros(len(self.rows))
+        measure = Fitting(with_norms(self.model, self.weights, [direction]), self.batch_tokens)
+        found = np.zeros(len(self.rows))
         for places, batch in self.batches(self.rows):
             scores, norms = measure(batch)
+            assert norms is not None
             cosines = scores.values[:, 0] / norms.where(norms > 0, 1) / norm(direction)
             found[places] = cosines.double().cpu().numpy()
         return found

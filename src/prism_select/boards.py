@@ -3,10 +3,11 @@
     tensorboard    RUN/evaluation/tensorboard/METHOD-SEED        tensorboard --logdir RUN/evaluation/tensorboard
     wandb          a run METHOD-SEED in project `prism`, in a group of the run folder's name
 
-Choices made here: what is shown is curves.parquet, one board run for each training; it is written when all trainings
-are there, so that a resumed evaluation shows each of them once.
+Choices made here: what is shown is curves.parquet, one board run for each training. It is written last of all, so that
+nothing is lost where a board fails, and again by the same command; curves that are there already stay as they are.
 """
 
+import hashlib
 import importlib.util
 import math
 import shutil
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from prism_select.errors import BadOption
 
-__all__ = ["BOARDS", "known_board"]
+__all__ = ["known_board", "show"]
 
 Curves = Mapping[str, Iterable[tuple[int, Mapping[str, float]]]]  # of each training: steps, and what was measured there
 
@@ -54,11 +55,23 @@ def tensorboard(run: Path) -> None:
 def wandb(run: Path) -> None:
     from wandb import init
 
+    shared: dict[str, Any] = {"project": "prism", "group": run.resolve().name, "dir": str(run / "evaluation")}
     for training, points in curves_of(run).items():
-        board = init(project="prism", group=run.resolve().name, name=training, dir=str(run / "evaluation"))
+        once = hashlib.blake2b(f"{run.resolve()} {training} {points}".encode(), digest_size=8).hexdigest()
+        board = init(**shared, name=training, id=once, resume="allow")
         for step, values in points:
             board.log(values, step=step)
         board.finish()
 
 
-BOARDS: Mapping[str, Callable[[Path], None]] = {"": lambda _: None, "tensorboard": tensorboard, "wandb": wandb}
+BOARDS: Mapping[str, Callable[[Path], None]] = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def show(name: str, run: str) -> None:
+    """Raises BadOption with what the board says where it fails."""
+    try:
+        BOARDS[name](Path(run))
+    except Exception as error:  # every board has its own ways to fail
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        advice = "the evaluation is complete, and the same command tries the board again"
+        raise BadOption(f"--board {name}: {what}; {advice}") from None

@@ -185,6 +185,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         raise BadOption(f"--select-from {old.path}: the pool's files have changed since; score them again")
     if manifest["command"] == "repair":
         raise BadOption(f"--select-from {old.path}: a repair run, whose scores point to the unwanted answers")
+    if manifest.get("cascade") and config.budget.strip() == "positive":
+        raise BadOption(f"--select-from {old.path}: its guesses have no sure sign; give the budget as a share, 5% say")
     store.refuse_others(config, manifest["fingerprints"])
     if store.complete and not config.overwrite:
         progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
@@ -297,12 +299,20 @@ def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> 
     if "rank_by" in whole:
         return last_where_unknown(whole["rank_by"], whole["score"])
     if "exact" in whole:
-        return last_where_unknown(np.where(whole["exact"] > 0, whole[config.ranking], np.nan), whole["score"])
+        return guesses_last(whole[config.ranking], whole["exact"] > 0)
     if config.combine == "round-robin" and len(targets) > 1:
         tokens = whole["tokens"]
         unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
         return round_robin(np.column_stack([whole[name] / unit for name in targets]))
     return whole[config.ranking]
+
+
+def guesses_last(ranking: NDArray[np.float64], exact: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Exact numbers as they are, and guesses below them all, in their own order."""
+    guess = ranking[~exact & np.isfinite(ranking)]
+    sure = ranking[exact & np.isfinite(ranking)]
+    apart = guess.max(initial=-np.inf) - sure.min(initial=np.inf)
+    return ranking if not (len(guess) and len(sure)) else np.where(exact, ranking, ranking - apart - 1)
 
 
 def last_where_unknown(ranking: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.float64]:

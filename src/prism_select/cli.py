@@ -217,9 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
     command = [word for word in spread(words) if word not in ANYWHERE]
     rest = [word for word in ANYWHERE if word in words] + command
-    resumes = (
-        "nothing was written" if command[:1] in (["pairs"], ["report"]) else "the same command goes on where it stopped"
-    )
+    again = "the same command, without --overwrite," if "--overwrite" in command else "the same command"
+    resumes = "nothing was written" if command[:1] in (["pairs"], ["report"]) else f"{again} goes on where it stopped"
     guarded(lambda: app.main(rest, prog_name="prism", standalone_mode=False), debug, resumes)
 
 
@@ -244,6 +243,6 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
             print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr)
         first = (str(error).splitlines() or [""])[0]
         if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch is not imported here
-            fail(f"{first} Give --batch-tokens 512 or less, --dtype bfloat16, or fewer --layers; {resumes}", 2)
+            fail(f"{first} Free memory on the device, or take fewer --batch-tokens; {resumes}", 2)
         fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

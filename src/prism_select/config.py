@@ -134,7 +134,7 @@ class ModelConfig(Options):
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         "Precision of the model; auto is that of its files (float32 for float16 files on a CPU).",
     ] = "auto"
-    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes a GPU when there is one."] = "auto"
+    device: Annotated[str, "cpu, cuda or cuda:1; auto takes a GPU when there is one."] = "auto"
     batch_tokens: Annotated[
         int,
         "Tokens in a batch, padding included; 0: 512 on a CPU, where more take memory and no less time, else 4,096.",

@@ -38,7 +38,7 @@ from prism_select.data.records import Pair
 from prism_select.models import CausalLM
 from prism_select.preconditioning import sharpened
 from prism_select.progress import Progress
-from prism_select.scoring import Lines
+from prism_select.scoring import Fitting, Lines, plainly
 from prism_select.statistics import overlap_of_best, rank_correlation
 from prism_select.targeting import Aim, Coded, as_side, encode_sides, mean_of
 from prism_select.weights import select_weights
@@ -136,9 +136,11 @@ def scores_of(
             done = sharpened(single, model, plain, drawn, progress, blocks)
             directions, blocks = list(done.aim.directions), done.blocks
         engine = ENGINES["reference" if config.engine == "reference" else "reverse"](model, weights, directions)
+        tokens = config.tokens_on(model.device.type)
+        measure = Fitting(plainly(engine), tokens)
         scores = np.zeros((len(rows), len(few)))
-        for batch in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
-            scores[batch] = engine(collate([rows[i] for i in batch], model.device)).values.double().cpu().numpy()
+        for batch in plan_batches([len(row.tokens) for row in rows], tokens):
+            scores[batch] = measure(collate([rows[i] for i in batch], model.device))[0].values.double().cpu().numpy()
         yield from zip(names, scores.T, strict=True)
 
 

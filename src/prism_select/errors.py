@@ -113,7 +113,7 @@ class Unreachable(BadModel):
 
 class TooLarge(PrismError):
     def __init__(self, what: str, device: str) -> None:
-        advice = "give a smaller --max-length, or --dtype bfloat16; the same command goes on where this one stopped"
+        advice = "start afresh with a smaller --max-length or --dtype bfloat16, and --overwrite or another --out"
         super().__init__(f"{what} does not fit into the memory of {device}; {advice}")
 
 

@@ -36,7 +36,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prism_select.baselines import COUNT_RIVALS, RIVALS, Texts
-from prism_select.boards import BOARDS, known_board
+from prism_select.boards import known_board
 from prism_select.choice import labels_of
 from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig, settings
 from prism_select.controls import Sample, run_controls
@@ -171,7 +171,6 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     }
     told: dict[str, Any] = finite(everything)
     store.write_json("evaluation.json", told)
-    BOARDS[config.board](past.run.path)
     return told
 
 
@@ -376,7 +375,8 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     model, encoder = loaded
     places = sampled(past)
     rows = list(encoded_rows(past, [places[:: math.ceil(len(places) / TIMED)]], encoder).values())
-    aim = load_direction(str(past.home / "direction.safetensors"), model, towards(past.config))
+    saved = str(past.home / "direction.safetensors")
+    aim = load_direction(saved, model, towards(past.config), bool(past.config.warmup))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])
     plan = plan_batches([len(row.tokens) for row in rows], past.config.tokens_on(model.device.type))

@@ -98,14 +98,14 @@ def _answering(body: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadOption(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from None
+    if device.type == "mps":
+        raise BadOption(f"--device {name}: scores add up in double precision, which it lacks; try cpu")
     return device
 
 

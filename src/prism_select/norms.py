@@ -293,7 +293,9 @@ class _Observer:
             signs = (torch.randint(0, 2, weight.shape, generator=draw) * 2 - 1).to(weight)
             try:
                 one, other = (tangent_of(owner, {name: d}, *call)[place] for d in (torch.ones_like(signs), signs))
-            except (RuntimeError, NotImplementedError):  # no forward-mode derivative
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # no forward-mode derivative
                 one = None
             self.diagonal[mark] = one is not None and _near(other, one * signs)
         return self.diagonal[mark]
@@ -326,6 +328,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
 def _squares(left: Float[Tensor, "batch time a"], right: Float[Tensor, "batch time b"]) -> Float[Tensor, " batch"]:
     """‖Σ_t l_t r_tᵀ‖² of each example."""
     (size, time, a), b, wide = left.shape, right.shape[2], _wide(left)
+    if left.dtype == torch.float16:  # squares leave its range
+        left, right = left.to(wide), right.to(wide)
     if time * (a + b) <= a * b:
         return ((left @ left.mT).to(wide) * (right @ right.mT).to(wide)).sum((1, 2))
     few = max(1, FORMED // (a * b))

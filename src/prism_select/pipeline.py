@@ -34,7 +34,7 @@ from prism_select.check import check, disagreement
 from prism_select.choice import choose_and_write, early_refusals, refuse_budget, with_ranking
 from prism_select.cluster import Crew, hired
 from prism_select.config import Amount, ModelConfig, RepairConfig, ScoreConfig, SelectConfig
-from prism_select.core.engines import ENGINES, Engine, Scores
+from prism_select.core.engines import ENGINES, Scores
 from prism_select.core.layers import Factored, Factors, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
@@ -42,6 +42,7 @@ from prism_select.data.formats import Names, parse_fields
 from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets, seen_in_target
 from prism_select.data.readers import find_files, readable
 from prism_select.data.records import Example, Pair
+from prism_select.data.remote import is_remote
 from prism_select.errors import BadOption, BadRow, TooManyBadRows, Unreachable
 from prism_select.manifest import Checked, Facts, manifest_of
 from prism_select.norms import with_norms
@@ -50,7 +51,7 @@ from prism_select.preconditioning import Sharpened, curvature_file, reduced, sav
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
 from prism_select.saving import load_direction, save_direction, towards
-from prism_select.scoring import Fitting, Lines, Measure, Scorer, Window
+from prism_select.scoring import Fitting, Lines, Measure, Scorer, Window, plainly
 from prism_select.store import Run, Store, bad_rows_of
 from prism_select.surrogate import looking
 from prism_select.targeting import Aim, aim_at
@@ -121,6 +122,10 @@ def follow(config: ScoreConfig, world: World) -> Run | Plan:
         return cast("Run | Plan", work)
     if config.device == "auto" and torch.cuda.is_available():
         config = replace(config, device=f"cuda:{world.local}")
+    files = work.inputs.pool.files
+    copied = any(map(is_remote, files))  # by each process for itself
+    if copied and fingerprint(files) != work.inputs.fingerprints["pool"]:
+        raise changed(files)
     store, scorer = Store(config.out), scorer_of(config, work.directions, work.lines, work.engine)
     score_pool(config, store, work, scorer, world, Silent())
     return Run(store.path)
@@ -470,10 +475,6 @@ def placed(directions: Sequence[Factored], device: torch.device) -> list[Factore
         return Factors(*(part.to(device) for part in value))
 
     return [{name: moved(value) for name, value in direction.items()} for direction in directions]
-
-
-def plainly(engine: Engine) -> Measure:
-    return lambda batch: (engine(batch), None)
 
 
 def plan_run(

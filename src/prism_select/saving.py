@@ -19,6 +19,7 @@ from torch import Tensor
 from prism_select.config import ScoreConfig, sides_of
 from prism_select.core.direction import norm
 from prism_select.core.layers import Direction
+from prism_select.data.remote import local
 from prism_select.errors import BadFile, BadModel, BadOption
 from prism_select.models import CausalLM
 from prism_select.scoring import Lines
@@ -72,10 +73,10 @@ def table_of(name: str, said: Said) -> pa.Table:
     )
 
 
-def load_direction(file: str, model: CausalLM, side: str) -> Aim:
+def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) -> Aim:
     """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another model, and BadOption
-    when it points towards the other side than `side`."""
-    saved = read(file, side)
+    when it points towards the other side than `side`, or was taken after a warm-up and the model is not `warmed`."""
+    saved = read(file, side, warmed)
     known = dict(model.network.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in saved.items():
@@ -101,18 +102,18 @@ def load_direction(file: str, model: CausalLM, side: str) -> Aim:
     return Aim({name: known[name] for name in weights}, directions, lines, {})
 
 
-def read(file: str, side: str) -> dict[str, Tensor]:
+def read(file: str, side: str, warmed: bool) -> dict[str, Tensor]:
     try:
-        saved = load_file(file)
-        with safe_open(file, "pt") as opened:
+        saved = load_file(local(file))
+        with safe_open(local(file), "pt") as opened:
             there = (opened.metadata() or {}).get("towards", side)
     except (OSError, SafetensorError) as error:
         raise BadFile(file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors") from None
-    if there.endswith(WARMED):
+    if there.endswith(WARMED) and not warmed:
         raise BadOption(
             f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give --target"
         )
-    if there != side:
+    if there.removesuffix(WARMED) != side:
         raise BadOption(
             f"--direction {file}: it points towards the {there} answers, and this command needs the {side} ones; "
             "repair takes the direction of a repair run, score and select take that of score or select"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_select.config import ScoreConfig
-from prism_select.core.engines import Scores
+from prism_select.core.engines import Engine, Scores
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Example, Raw
@@ -33,7 +33,7 @@ from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Fitting", "Lines", "Measure", "Scorer", "Tally", "Window"]
+__all__ = ["Fitting", "Lines", "Measure", "Scorer", "Tally", "Window", "plainly"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
@@ -73,6 +73,10 @@ class Lines:
 
     def _joined(self, each: Floats, place: NDArray[np.int64]) -> Floats:
         return np.take_along_axis(each, place, 1)[:, 0] if self.best else each.mean(1)
+
+
+def plainly(engine: Engine) -> Measure:
+    return lambda batch: (engine(batch), None)
 
 
 class Fitting:
@@ -192,10 +196,12 @@ class Scorer(Tally):
         self.real += sum(len(row.tokens) for row in rows)
         self.computed += batch.tokens.numel()
         along, likelihood = values.double().cpu().numpy(), loglik.double().cpu().numpy()
-        columns: dict[str, Any] = self.lines.columns(along, None if norms is None else norms.double().cpu().numpy())
+        lengths = None if norms is None else norms.double().cpu().numpy()
+        columns: dict[str, Any] = self.lines.columns(along, lengths)
         if self.config.tokens and tokens is not None:
             columns |= self._by_token(batch, tokens.double().cpu().numpy(), along)
-        finite = np.isfinite(np.column_stack([along, likelihood])).all(1)
+        numbers = [along, likelihood] if lengths is None else [along, likelihood, lengths]
+        finite = np.isfinite(np.column_stack(numbers)).all(1)
         return columns | {
             "loglik": likelihood,
             "tokens": (counted := np.array([row.targets for row in rows])),

@@ -113,8 +113,8 @@ class Store:
         """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
         with self._disk():
             if config.overwrite and self.path.exists():
-                for name in (
-                    *FILES,
+                for name in (  # config.toml goes last: it tells whose folder this is
+                    *(name for name in FILES if name != "config.toml"),
                     "removed.jsonl",
                     "quarantine.jsonl",
                     "report.html",
@@ -125,6 +125,7 @@ class Store:
                     (self.path / name).unlink(missing_ok=True)
                 for name in ("shards", "adapter", "evaluation"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
+                (self.path / "config.toml").unlink(missing_ok=True)
             self.shards.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():
             self.write("config.toml", self._config_text(config, inputs).encode())

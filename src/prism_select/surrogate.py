@@ -11,7 +11,7 @@ leverage), so that it stands for the rows that nobody scored; what was found is 
 (Clopper and Pearson 1934) is that of what was missed alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ WIDTH = 128  # numbers that are kept of each average
 FEATURES = 2 * WIDTH + 2
 GAMMA, RIDGE, CENTRES = 0.5, 0.1, 1024  # of the kernel, over the number of features; its penalty; rows it is made of
 JITTER, TINY = 1e-6, 1e-12
-MANY = 1 << 14  # rows guessed at a time
+MANY = 1 << 12  # rows learned from or guessed at a time
 
 
 class _Enough(Exception):
@@ -119,11 +119,19 @@ def guessed(features: Float[np.ndarray, "rows features"], exact: Floats, sample:
     def kernel(part: NDArray[Any]) -> Floats:
         return _kernel(centres, (part.astype(np.float64) - middle) / spread)
 
-    inputs, wanted = solve_triangular(root, kernel(rows), lower=True), (clipped - offset) / unit
-    factor = cho_factor(inputs @ inputs.T + RIDGE * np.eye(len(centres)), lower=True)
-    slopes = cho_solve(factor, inputs @ wanted)
-    leverage = np.square(solve_triangular(factor[0], inputs, lower=True)).sum(0)
-    apart = wanted - (wanted - slopes @ inputs) / (1 - leverage)
+    def blocks() -> Iterator[tuple[Floats, Floats]]:  # of so many rows that they take little memory
+        for few in np.array_split(np.arange(len(rows)), len(rows) // MANY + 1):
+            yield solve_triangular(root, kernel(rows[few]), lower=True), (clipped[few] - offset) / unit
+
+    gram, moment = RIDGE * np.eye(len(centres)), np.zeros(len(centres))
+    for inputs, wanted in blocks():
+        gram, moment = gram + inputs @ inputs.T, moment + inputs @ wanted
+    factor = cho_factor(gram, lower=True)
+    slopes, left_out = cho_solve(factor, moment), list[Floats]()
+    for inputs, wanted in blocks():
+        leverage = np.square(solve_triangular(factor[0], inputs, lower=True)).sum(0)
+        left_out.append(wanted - (wanted - slopes @ inputs) / (1 - leverage))
+    apart = np.concatenate(left_out)
     parts, by_centre = np.array_split(features, len(features) // MANY + 1), solve_triangular(root.T, slopes)
     every = np.concatenate([by_centre @ kernel(part) for part in parts])
     places = np.searchsorted(known, sample)

@@ -7,10 +7,9 @@
     difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes per direction, no graph, any architecture
     reference   the definition: one example at a time, autograd, dot product
 
-Choices made here: every engine scores several directions at once; directions are scaled to unit length before they meet
-the model's dtype and the scores are scaled back, so no dtype under- or overflows; dot products add up in float64
-where the device has it; a weight that a direction lacks stays where it is. `difference` needs float32 or better, since
-a small step is lost in the rounding of bfloat16.
+Choices made here: every engine scores several directions at once, scaled to unit length before they meet the model's
+dtype and back after, so that none under- or overflows; dot products add up in float64; a weight that a direction lacks
+stays where it is. `difference` needs float32 or better, since bfloat16 rounds a small step away.
 """
 
 import math
@@ -63,7 +62,7 @@ def _unit(weights: Weights, directions: Sequence[Factored]) -> tuple[list[Factor
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)
     ]
-    return unit, torch.tensor(lengths, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return unit, torch.tensor(lengths, dtype=torch.float64, device=device)
 
 
 def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
@@ -134,8 +133,7 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Factore
 def difference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
     """Each direction's step is the smallest whose rounding noise, measured on the first batch, is below 3√ε of the
     scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does. The log-likelihood
-    is the mean of both passes; blocks below all weights run once. Raises BadOption below float32.
-    """
+    is the mean of both passes; blocks below all weights run once. Raises BadOption below float32."""
     if narrow := {str(w.dtype).removeprefix("torch.") for w in weights.values() if torch.finfo(w.dtype).bits < 32}:
         raise BadOption(f"--engine difference needs float32 or better, not {narrow.pop()}; try --dtype float32")
     holders = owners(model.network, weights)
@@ -154,12 +152,14 @@ def difference(model: LanguageModel, weights: Weights, directions: Sequence[Fact
         return torch.stack(found)
 
     def get_ready(batch: Batch) -> None:
+        found = []
         for direction in unit:
             near, far = (both(batch, direction, n * least).diff(dim=0).sum((0, 2)) / n for n in (1, 2))
             noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
-            steps.append(least * min(max(1.0, noise / (3 * root)), 2**14))
-        if not same_when_run_once(below, lambda: both(batch, unit[0], steps[0])):
+            found.append(least * min(max(1.0, noise / (3 * root)), 2**14))
+        if not same_when_run_once(below, lambda: both(batch, unit[0], found[0])):
             below.clear()
+        steps.extend(found)
 
     def scores(batch: Batch) -> Scores:
         if not steps:

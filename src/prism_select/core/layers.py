@@ -142,7 +142,9 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
         busy = True
         try:
             kept = [] if is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
-        except (RuntimeError, NotImplementedError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
             why = f"no forward-mode derivative ({str(error).splitlines()[0]})"
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
         finally:
@@ -185,8 +187,7 @@ def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tenso
 def weight_gradients(
     owner: Owner, inputs: Inputs, gradient: Gradient, size: int
 ) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
-    """Each example's own gradient of a matrix, a few examples at a time; None where the module holds anything else, or
-    has no slice per example."""
+    """Each example's own gradient of a matrix, a few at a time; None for other modules, or without a slice for each."""
     if gradient.ndim != 3 or len(gradient) != size or not is_matrix(owner) or len(owner.weights) > 1:
         return None
     left, right = sides(owner, inputs, gradient)

@@ -25,8 +25,7 @@ HEAD_LOGITS = 2**25  # logits alive at a time: 128 MB in float32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on the
-    tokens whose likelihood counts."""
+    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on what counts."""
 
     tokens: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]

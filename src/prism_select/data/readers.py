@@ -79,6 +79,7 @@ def _matches(pattern: str) -> list[str]:
 def readable(file: str) -> str:
     """`file` itself. Raises BadFile where it is no file that can be read."""
     if is_remote(file):
+        local(file)
         return file
     if not os.path.isfile(file):
         raise BadFile(file, None, "no such file", "check the path")

@@ -7,6 +7,7 @@ does; so it is read as often as needed, at the speed of a disk, and cannot chang
 the protocol's own package looks for them.
 """
 
+import errno
 import re
 import tempfile
 from collections.abc import Iterator
@@ -27,11 +28,16 @@ def is_remote(file: str) -> bool:
 
 def addresses(pattern: str) -> list[str]:
     """Files that it reaches: itself, all below a folder but hidden ones, or what a glob finds. Raises BadFile."""
+    if "?" in pattern and pattern.lower().startswith("http"):
+        what = "an address with a question mark, whose keys would stand in the run folder"
+        raise BadFile(pattern.partition("?")[0], None, what, "download the file, or give its plain address")
     with _asked(pattern):
         system, path = _system(pattern)
         if system.isfile(path):
             return [pattern]
         found = system.glob(path) if re.search(r"[*?\[]", path) else system.find(path)
+        if not found:
+            system.info(path)  # says why, where nothing can be reached
         shown = [name for name in found if "/." not in name.removeprefix(path) and system.isfile(name)]
         return [str(system.unstrip_protocol(name)) for name in shown]
 
@@ -68,6 +74,12 @@ def _system(address: str) -> tuple[Any, str]:
 def _asked(address: str) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:
+        what = "nothing there" + (f" ({' '.join(str(error.__cause__).split())[:300]})" if error.__cause__ else "")
+        raise BadFile(address, None, what, "check the address and the network") from None
     except Exception as error:  # every protocol has its own, and its own ways to fail
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            what = f"no room for a copy in {tempfile.gettempdir()}"
+            raise BadFile(address, None, what, "set TMPDIR to a folder with room") from None
         what = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadFile(address, None, f"cannot be reached: {what}", "check the address, access and network") from None
