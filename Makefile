@@ -1,6 +1,7 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
 # make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
 # make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
+# make attempts: what was tried where the choice falls short (hours)
 # make cascade: how many rows must be scored exactly until most of the best are found?
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make reselect: choosing again during training against choosing once
@@ -13,7 +14,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test fuzz real pairs quality curvature cascade reselect lds peers bench bench-cost scale clean
+.PHONY: demo test fuzz real pairs quality attempts curvature cascade reselect lds peers bench bench-cost scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv/: 2.5 GB, some minutes"
@@ -37,7 +38,7 @@ fuzz: $(STAMP)
 	FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py
 	$(BIN)/python tests/fuzz.py -max_total_time=600
 
-real pairs quality curvature cascade: $(STAMP)
+real pairs quality attempts curvature cascade: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),../shared/data)
 

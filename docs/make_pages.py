@@ -1,5 +1,5 @@
-"""Writes docs/options.md from the configs and docs/measurements.md from benchmarks/results, so that neither a help text
-nor a figure stands in two places."""
+"""Writes docs/options.md from the configs, docs/measurements.md and plots from benchmarks/results, so that neither a
+help text nor a figure stands in two places."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import altair as alt
 import click
+import vl_convert
 
 from prism_select.cli import ANYWHERE, app
 from prism_select.config import (
@@ -80,6 +82,7 @@ def measurements_page() -> str:
         "{{curvature}}": curvature_table,
         "{{lds}}": lds_table,
         "{{quality}}": quality_table,
+        "{{attempts}}": attempts_table,
     }
     return (
         "\n".join(tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x for x in lines) + "\n"
@@ -201,6 +204,40 @@ def minus(row: dict[str, Any], measure: str) -> str:
     return "" if apart is None else f"{apart['difference']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
 
 
+def attempts_table() -> str:
+    """A line for each attempt, a column for each scenario: prism minus random; and AUROCs of the repairs."""
+    place = RESULTS / "attempts.json"
+    if not place.exists():
+        return "*Not measured yet.*"
+    result = json.loads(place.read_text(encoding="utf-8"))
+    cells = {(row["scenario"], row["attempt"]): "" for row in result["rows"]}
+    for scenario, attempt in cells:
+        told = [
+            x
+            for x in result["figures"]
+            if x["name"].startswith((f"{scenario}, {attempt}:", f"{scenario} repair, {attempt},"))
+        ]
+        signed = ":" in told[0]["name"]
+        cells[scenario, attempt] = " / ".join(
+            f"{line['value']:+.2f}" if signed else f"{line['value']:.3f}" for line in told
+        )
+    lines = list[str]()
+    for tiny in (True, False):
+        scenarios = [name for name in dict.fromkeys(s for s, _ in cells) if name.startswith("babi") is tiny]
+        attempts = list(dict.fromkeys(attempt for scenario, attempt in cells if scenario in scenarios))
+        what = "gain / win rate, less random's" if tiny else "AUROC, summed / per token"
+        lines += [
+            "| attempt | " + " | ".join(f"{name}: {what}" for name in scenarios) + " |",
+            "|---" * (1 + len(scenarios)) + "|",
+        ]
+        lines += [
+            f"| {attempt} | " + " | ".join(cells.get((name, attempt), "") for name in scenarios) + " |"
+            for attempt in attempts
+        ]
+        lines.append("")
+    return "\n".join([*lines, f"{result['date']}."])
+
+
 def lds_table() -> str:
     """LDS of each curvature in each regime, with what it is more than flat."""
     place = RESULTS / "lds.json"
@@ -243,7 +280,53 @@ def figures(name: str) -> str:
     return "\n".join([*lines, "", f"{result['date']}, {machine['cores']} cores ({machine['processor']}), {versions}."])
 
 
-PAGES = {"options.md": options_page, "measurements.md": measurements_page}
+def drawn(chart: Any) -> str:
+    """As SVG on white, which a dark page shows, too."""
+    plain = chart.configure(background="white", padding=12, font="sans-serif").configure_axis(grid=False)
+    return str(vl_convert.vegalite_to_svg(plain.to_dict())) + "\n"
+
+
+def cost_plot() -> str:
+    """Forwards of each way to the same scores, PRISM's darker, with the least and the most of its rounds."""
+    result = json.loads((RESULTS / "cost_peers.json").read_text(encoding="utf-8"))
+    ways = {
+        "forward all": "forward pass: the unit",
+        "difference late": "PRISM, upper half of the blocks",
+        "difference all": "PRISM, all weights",
+        "kronfluence": "kronfluence",
+        "bergson": "bergson",
+        "reference all": "row by row",
+    }
+    found = {line["name"].removeprefix("beside peers: "): line for line in result["figures"]}
+    rows = [
+        {"way": title, "forwards": line["value"], "low": line["interval"][0], "high": line["interval"][1]}
+        for name, title in ways.items()
+        for line in [found[name]]
+    ]
+    base = alt.Chart(alt.Data(values=rows)).encode(y=alt.Y("way:N", sort=None, title=None))
+    ours = alt.condition("substring(datum.way, 0, 5) == 'PRISM'", alt.value("#0b5394"), alt.value("#9aa5b1"))
+    bars = base.mark_bar(height=16).encode(x=alt.X("forwards:Q", title="forward passes over the pool"), color=ours)
+    spread = base.mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
+    return drawn((bars + spread).properties(width=420, height=170))
+
+
+def growth_plot() -> str:
+    """Seconds against each size, both by powers of ten."""
+    rows = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))["rows"]
+    panels = []
+    for of in dict.fromkeys(row["of"] for row in rows):
+        points = alt.Chart(alt.Data(values=[row for row in rows if row["of"] == of])).mark_line(point=True)
+        panels.append(
+            points.encode(
+                x=alt.X("size:Q", title=of, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4, format="~s")),
+                y=alt.Y("seconds:Q", title="seconds", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+                color=alt.value("#0b5394"),
+            ).properties(width=150, height=150)
+        )
+    return drawn(alt.hconcat(*panels))
+
+
+PAGES = {"options.md": options_page, "measurements.md": measurements_page, "cost.svg": cost_plot}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():

@@ -98,15 +98,21 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
 SHORT: dict[str, Any] = {"against": "random,length,everything", "steps": 10, "rate": 2e-3}  # the trainings of `told`
 
 
-def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Path, told: dict[str, Any]) -> None:
+@pytest.fixture
+def run(place: Path, told: dict[str, Any], tmp_path: Path) -> Path:
+    """One whose trainings are there already."""
+    return Path(shutil.copytree(place / "select", tmp_path / "run"))
+
+
+def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Path, run: Path) -> None:
     for _ in range(2):
-        execute_evaluation(config_of(place, board="tensorboard", **SHORT))
-    board = place / "select" / "evaluation" / "tensorboard"
+        execute_evaluation(config_of(place, run, board="tensorboard", **SHORT))
+    board = run / "evaluation" / "tensorboard"
     trainings = {f"{method}-{seed}" for method in ("prism", "random", "length", "everything") for seed in (0, 1)}
     assert {folder.name for folder in board.iterdir()} == trainings
     shown = EventAccumulator(str(board / "prism-1")).Reload()
     assert shown.Tags()["scalars"] == ["gain", "gap", "win_rate", "accuracy", "loglik_chosen", "loss"]
-    curves = pq.read_table(place / "select" / "evaluation" / "curves.parquet").to_pylist()
+    curves = pq.read_table(run / "evaluation" / "curves.parquet").to_pylist()
     for name in ("gain", "loss"):
         expected = [(row["step"], row[name]) for row in curves if (row["method"], row["seed"]) == ("prism", 1)]
         expected = [(step, value) for step, value in expected if math.isfinite(value)]  # no loss before the first step
@@ -115,7 +121,7 @@ def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Pat
 
 
 def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
-    place: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    place: Path, run: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged, begun = list[tuple[str, int, float]](), list[dict[str, Any]]()
 
@@ -125,27 +131,27 @@ def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
         return SimpleNamespace(log=log, finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
-    execute_evaluation(config_of(place, board="wandb", **SHORT))
-    assert {(each["project"], each["group"]) for each in begun} == {("prism", "select")}
+    execute_evaluation(config_of(place, run, board="wandb", **SHORT))
+    assert {(each["project"], each["group"]) for each in begun} == {("prism", "run")}
     assert [name for name, _, _ in logged] == [each["name"] for each in begun for _ in range(2)]
     ids = [each["id"] for each in begun]
-    execute_evaluation(config_of(place, board="wandb", **SHORT))
+    execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert len(set(ids)) == len(ids) and [each["id"] for each in begun] == ids * 2
     last = {name: gain for name, step, gain in logged if step == 10}
     assert np.mean([last["prism-0"], last["prism-1"]]) == pytest.approx(told["methods"]["prism"]["gain"])
 
 
 def test_a_board_that_fails_is_one_line_and_the_evaluation_is_there(
-    place: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**_: object) -> None:
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
-    page = place / "select" / "report.html"
+    page = run / "report.html"
     page.unlink(missing_ok=True)
     with pytest.raises(BadOption, match="--board wandb: no API key configured; the evaluation is complete"):
-        execute_evaluation(config_of(place, board="wandb", **SHORT))
+        execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert page.exists()
 
 

@@ -184,7 +184,7 @@ def test_a_row_that_does_not_fit_by_itself_is_one_line_with_its_length(
     monkeypatch.setattr(pipeline, "plainly", cramped(4))
     outcome = desk.call()
     assert outcome.code == 2
-    assert "tokens does not fit into the memory of cpu; give a smaller --max-length" in outcome.err
+    assert "tokens does not fit into the memory of cpu; start afresh with a smaller --max-length" in outcome.err
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 200), st.integers(1, 500))
@@ -212,4 +212,4 @@ def test_no_room_for_the_direction_is_one_line_with_what_to_do(desk: Desk, monke
     monkeypatch.setattr(targeting, "target_gradient", full)
     outcome = desk.call()
     assert (outcome.code, len(outcome.err.strip().splitlines())) == (2, 1)
-    assert "Tried to allocate 2 GiB. Give --batch-tokens 512 or less" in outcome.err
+    assert "Tried to allocate 2 GiB. Free memory on the device, or take fewer --batch-tokens" in outcome.err

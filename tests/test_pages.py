@@ -18,6 +18,7 @@ from prism_select.demo.world import FACTS, mixture, pairs, pool
 ROOT = Path(__file__).parent.parent
 THEIRS = {
     "--constraint",
+    "--logdir",
     "--check",
     "--fix",
     "--no-isolation",
