@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_sides import ROWS_A_BATCH, ours
+from cost_sides import ours, rows_a_batch
 from results_file import figure, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -53,10 +53,10 @@ def model_of() -> CausalLM:
     return CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=8192, **size)))
 
 
-def batches_of(rows: int) -> list[Batch]:
+def batches_of(rows: int, size: int = 4) -> list[Batch]:
     tokens = torch.randint(3, 8192, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     every = torch.ones_like(tokens, dtype=torch.bool)
-    return [Batch(tokens, every, every).rows(slice(i, i + ROWS_A_BATCH)) for i in range(0, rows, ROWS_A_BATCH)]
+    return [Batch(tokens, every, every).rows(slice(i, i + size)) for i in range(0, rows, size)]
 
 
 def directions_of(weights: Weights, count: int) -> list[Direction]:
@@ -187,19 +187,19 @@ def main() -> None:
     parser.add_argument("--peer-rows", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
-    model, batches = model_of(), batches_of(chosen.rows)
+    model, batches = model_of(), {size: batches_of(chosen.rows, size) for size in (4, 16)}
     if PEERS.exists():
         write("cost_peers.json", *beside_peers(model.network, chosen.peer_rows, chosen.rounds))
     if chosen.only == "peers":
         return
     ways = ways_of(model)
     for way in ways.values():
-        way(batches[0])  # what is made once
+        way(batches[4][0])  # what is made once
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(chosen.rounds):
         for name, way in ways.items():
             start = time.perf_counter()
-            for batch in batches:
+            for batch in batches[rows_a_batch(name)]:
                 way(batch)
             seconds[name].append(time.perf_counter() - start)
     ratios = {name: np.array(found) / np.array(seconds["forward"]) for name, found in seconds.items()}
@@ -213,7 +213,7 @@ def main() -> None:
     ends = float(faster.min()), float(faster.max())
     figures.append(figure("float32 over bfloat16, reverse", float(np.median(faster)), "times the cost", "≥ 1.8", ends))
     further = (ratios["reverse, ten targets"] - ratios["reverse, two targets"]) / 8
-    figures += agreements(model, ways, batches[0])
+    figures += agreements(model, ways, batches[4][0])
     ends = float(further.min()), float(further.max())
     figures.append(figure("each further target", float(np.median(further)), "forwards", "", ends))
     rows = [{"way": name, "rows": chosen.rows, "seconds": found} for name, found in seconds.items()]

@@ -405,9 +405,10 @@ def test_an_unknown_command_is_refused_and_none_shows_the_help() -> None:
         ([*GOOD, {**GOOD[0], "bad": "perhaps"}], "pool.jsonl:11 has 'perhaps', neither true nor false"),
         ([*GOOD, {**GOOD[0], "bad": [1]}], "pool.jsonl:11 has [1], neither true nor false"),
         ([{**row, "bad": 7} for row in GOOD], "pool.jsonl:1 has 7, neither true nor false; use true/false"),
-        ([{k: v for k, v in row.items() if k != "bad"} for row in GOOD], "no row of the pool has such a field"),
+        ([{k: v for k, v in row.items() if k != "bad"} for row in GOOD], "no row of the pool has such a label"),
+        ([{**row, "bad": None} for row in GOOD], "no row of the pool has such a label"),
     ],
-    ids=["late", "list", "number", "none"],
+    ids=["late", "list", "number", "none", "empty"],
 )
 def test_labels_that_are_none_are_refused_before_anything_is_scored(desk: Desk, rows: list[Row], says: str) -> None:
     desk.refuses(f"--label-field bad: {says}".replace("bad: pool", f"bad: {desk.folder}/pool"), "--label-field", "bad",

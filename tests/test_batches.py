@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CHATML, build_network, build_tokenizer
+from conftest import CHATML, WORDS, build_network, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +173,26 @@ THINKING = (  # as reasoning models have it: the last answer alone gets an empty
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
+THOUGHTS = (  # the prompt begins a thought, rendered answers have none, and one that an answer brings is dropped
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{{ m['content'].split('</think>')[-1] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+LAST_THOUGHT = THOUGHTS.replace(  # the last answer alone has what the prompt begins
+    "{{ m['content']",
+    "{{ ('<think>\\n\\n</think>' if loop.last and m['role'] == 'assistant' else '') + m['content']",
+)
+TWO_ENDS = (  # the last turn ends in another token
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '</s>' if loop.last and not add_generation_prompt else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+COLON = (  # the prompt ends in a space, which the first word of an answer takes
+    "{% for m in messages %}{{ ('A: ' if m['role'] == 'assistant' else 'Q: ') + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+
 
 def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
     tokenizer = build_tokenizer(BOS_TEMPLATE)
@@ -188,13 +208,34 @@ def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
         (TRIMMING, [f"Two.{END}", f"a{END}"]),
         (SPACED, [f" Two.  {END}", f"  a {END}"]),
         (THINKING, [f"Two. {END}", f"(think)\n\n a{END}"]),
+        (NO_PROMPT, [f"Two. {END}", f" a{END}"]),
+        (THOUGHTS, [f"Two. {END}", f" a{END}"]),
+        (LAST_THOUGHT, [f"Two. {END}", f"\n</think> a{END}"]),
+        (TWO_ENDS, [f"Two. {END}", f" a{EOS}"]),
+        (COLON, [f"Two. {END}", f" a{END}"]),
     ],
-    ids=["trims", "spaces", "thinks"],
+    ids=["trims", "spaces", "thinks", "no prompt", "thought in the prompt", "last thought", "two ends", "colon"],
 )
 def test_templates_of_other_habits_are_followed(template: str, expected: list[str]) -> None:
     tokenizer = build_tokenizer(template)
     turns = example(("user", "One?"), ("assistant", "Two. "), ("user", "a?"), ("assistant", " a"))
     assert learned(tokenizer, encoder(tokenizer).encode(turns)) == expected
+
+
+def test_an_answer_whose_thought_a_template_drops_is_learned_without_it() -> None:
+    tokenizer = build_tokenizer(THOUGHTS)
+    turns = example(("user", "One?"), ("assistant", "<think>hm</think> So."), ("user", "a?"), ("assistant", "b"))
+    assert learned(tokenizer, encoder(tokenizer).encode(turns)) == [f" So.{END}", f"b{END}"]
+    first = example(("assistant", "<b>"), ("user", "Why?"), ("assistant", "So."))
+    tokenizer = build_tokenizer(LAST_THOUGHT)
+    assert learned(tokenizer, encoder(tokenizer).encode(first)) == [f"<b>{END}", f"\n</think>So.{END}"]
+
+
+def test_a_word_that_takes_the_space_of_its_prompt_is_learned() -> None:
+    tokenizer = build_tokenizer(COLON)
+    word = next(w for w in WORDS.split() if len(tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1)
+    got = encoder(tokenizer).encode(asked("One?", word))
+    assert learned(tokenizer, got) == [f" {word}{END}"] and got.targets == 2
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_the_chosen_are_exact_and_have_both_halves(cascade: prism_select.Run) ->
     assert any("are guesses" in line for line in cascade.manifest["warnings"])
 
 
+def test_where_few_of_many_best_are_wanted_no_guess_has_halves(files: dict[str, Any], tmp_path: Path) -> None:
+    run = prism_select.select(**files, cascade=True, recall=0.5, budget="60%", out=str(tmp_path / "run"))
+    exact = run.scores["exact"].to_numpy()
+    assert exact.sum() < 0.6 * ROWS
+    for half in ("score_chosen", "score_rejected"):
+        assert not run.scores[half].is_valid().to_numpy()[~exact].any()
+
+
 def test_the_page_shows_a_run_with_guesses(cascade: prism_select.Run) -> None:
     assert "are guesses" in (cascade.path / "report.html").read_text(encoding="utf-8")
 

@@ -568,6 +568,18 @@ def test_label_figures_are_those_of_scikit_learn(repaired: Path) -> None:
     assert (told["rows"], told["bad"], told["removed"]) == (len(POOL), labels.sum(), 6)
 
 
+def test_rows_without_a_label_take_no_part_whatever_says_so(place: Place) -> None:
+    told = []
+    for name, unknown in (("missing", {}), ("null", {"bad": None}), ("empty", {"bad": " "}), ("nan", {"bad": "NaN"})):
+        rows = [{**{k: v for k, v in row.items() if k != "bad"}, **unknown} for row in POOL]
+        rows[:6] = [{**row, "bad": float(bool(row["bad"]))} for row in POOL[:6]]  # 1.0 and 0.0, as a table has them
+        pool = jsonl(place.folder / f"{name}.jsonl", rows)
+        done = place.call("repair", f"unlabelled-{name}", "--label-field", "bad", "--remove", "6", pool=pool)
+        assert done.code == 0, done.err
+        told.append(manifest(place.folder / f"unlabelled-{name}")["choice"]["labels"])
+    assert told[0]["rows"] == 6 and all(each == told[0] for each in told)
+
+
 def test_figures_without_a_value_are_null_and_say_so(place: Place) -> None:
     rows: list[Row] = [{"prompt": "Water?", "completion": "no way", "bad": "no"}] * 9
     pool = jsonl(place.folder / "alike.jsonl", rows)

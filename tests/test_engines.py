@@ -1,5 +1,6 @@
 """Every engine against the definition, on our own float64 transformer and on the architectures that people use."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -62,6 +63,7 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         max_position_embeddings=64,
         word_embed_proj_dim=16,
     ),
+    "falcon": lambda: transformers.FalconConfig(**PLAIN, multi_query=True, parallel_attn=True),  # adds up in place
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**PLAIN),
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, **MIXTURE),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
@@ -127,6 +129,44 @@ def test_engines_agree_in_float32_on_every_architecture(name: str, layers: str) 
     assert disagreement(differences, exact) < 1e-2
     for k in range(2):
         assert rank_correlation(differences[:, k].numpy(), exact[:, k].numpy()) > 0.999
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gemma3"])
+def test_a_word_that_pads_and_stands_in_the_text_counts_as_torch_counts_it(name: str) -> None:
+    model = network_of(name)
+    weights = select_weights(model.network, "all")
+    target, batch = target_of(model, weights), batch_of(32, 16, seed=9, vocabulary=V)
+    batch.tokens[:, 3:6] = 0
+    directions = [target.direction, target.chosen]
+    assert target.direction[next(iter(weights))][0].any()  # through the head
+    exact = reference(model, weights, directions)(batch).values
+    for engine, allowed in {reverse: 1e-4, forward: 1e-4, difference: 2e-3}.items():
+        assert disagreement(engine(model, weights, directions)(batch).values, exact) < allowed, engine.__name__
+
+
+def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
+    torch.manual_seed(0)
+    sight = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config=ARCHITECTURES["gemma3"]().to_dict(),
+        vision_config={**sight, "image_size": 28, "patch_size": 14},
+        **dict(mm_tokens_per_image=4, image_token_index=7, boi_token_index=8, eoi_token_index=9),
+    )
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
+    every, late = select_weights(model.network, "all"), select_weights(model.network, "late")
+    assert {name for name, _ in model.network.named_parameters() if "language_model" in name} == set(every)
+    assert {name for name in every if re.search(r"layers\.[23]\.", name)} == set(late)
+    directions, batch = [target_of(model, every).direction], batch_of(8, 16, seed=9, vocabulary=V)
+    exact = reference(model, every, directions)(batch).values
+    assert disagreement(reverse(model, every, directions)(batch).values, exact) < 1e-4
+
+
+def test_a_network_that_names_itself_its_decoder_is_split_at_its_model() -> None:
+    network = transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**SMALL, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
+    )
+    assert network.get_decoder() is network
+    assert CausalLM(network).body is network.model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

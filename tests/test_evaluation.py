@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import jsonl, prism
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl.trainer.sft_trainer import SFTTrainer
@@ -24,23 +27,26 @@ from trl.trainer.sft_trainer import SFTTrainer
 import prism_select
 from prism_select import controls, evaluation, warmup
 from prism_select.api import execute_evaluation
+from prism_select.boards import known_board
 from prism_select.config import EvaluateConfig, ScoreConfig
+from prism_select.core.engines import ENGINES
 from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.inputs import Pool, read_target
 from prism_select.data.records import Example, Turn
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
-from prism_select.errors import BadOption
+from prism_select.errors import BadOption, Unreachable
 from prism_select.evaluation import evaluate, filled
 from prism_select.models import load
 from prism_select.pipeline import load_model
 from prism_select.progress import Silent
-from prism_select.retraining import Bench, Lot, Point, digest
+from prism_select.retraining import Bench, Lot, Point, Tried, digest
 from prism_select.statistics import halves, paired_interval, rank_correlation
 from prism_select.store import Run, Store
 from prism_select.targeting import as_side
-from prism_select.verdicts import break_even, in_words
-from prism_select.warmup import Course, train
+from prism_select.tasks import fingerprints_of
+from prism_select.verdicts import break_even, break_even_of, in_words
+from prism_select.warmup import Course, refuse_many_gpus, train
 
 BUDGET = 20
 
@@ -130,7 +136,9 @@ def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
         log = lambda values, step: logged.append((options["name"], step, values["gain"]))  # noqa: E731
         return SimpleNamespace(log=log, finish=lambda: None)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there"))
+    )
     execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert {(each["project"], each["group"]) for each in begun} == {("prism", "run")}
     assert [name for name, _, _ in logged] == [each["name"] for each in begun for _ in range(2)]
@@ -147,12 +155,21 @@ def test_a_board_that_fails_is_one_line_and_the_evaluation_is_there(
     def init(**_: object) -> None:
         raise RuntimeError("no API key\nconfigured")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there"))
+    )
     page = run / "report.html"
     page.unlink(missing_ok=True)
     with pytest.raises(BadOption, match="--board wandb: no API key configured; the evaluation is complete"):
         execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert page.exists()
+
+
+def test_a_folder_of_its_name_is_no_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadOption, match="--board wandb: not installed"):
+        known_board("wandb")
 
 
 def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(place: Path, trainings: list[Course]) -> None:
@@ -263,6 +280,17 @@ def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
     assert [low, high] == pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.05 * spread)
 
 
+def test_a_dear_training_of_fewer_points_than_another_has_a_curve() -> None:
+    def tried(method: str, seed: int, *steps: int) -> Tried:
+        points = [Point(step, 0.0, np.zeros(2), np.zeros(2)) for step in steps]
+        return Lot(method, np.arange(3), Course(seed, steps[-1])), points
+
+    found = [tried("prism", 0, 4), tried("prism", 1, 4), tried("random", 0, 4), tried("random", 1, 4)]
+    found += [tried("random-priced", 0, 5, 9, 10), tried("random-priced", 1, 5, 9)]
+    told = break_even_of(lambda lot: lot.course.steps, 1.0, found, np.arange(2))
+    assert [more for more, _ in told["curve"]] == [0, 1, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
@@ -279,6 +307,25 @@ def test_a_verdict_claims_only_what_its_interval_shows(figures: tuple[float, ...
 
 
 # ---------------------------------------------------------------- training
+
+
+def test_no_training_is_told_to_anyone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    started = list[bool]()
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: started.append(True))
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", Queue())
+    model, encoder = load_model(ScoreConfig(model=str(MODEL), pool=["pool"], target=["pairs"], out="run"), Silent())
+    row = encoder.encode(Example((Turn("user", "1 + 1"), Turn("assistant", "2")), "", "", "", 1))
+    train(model, encoder.tokenizer, [row], Course(0, 1))
+    assert not started
+
+
+def test_several_gpus_are_refused_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refuse_many_gpus(torch.device("cpu"))
+    with pytest.raises(BadOption, match="several are visible; name one in CUDA_VISIBLE_DEVICES"):
+        refuse_many_gpus(torch.device("cuda", 1))
 
 
 def test_what_is_finished_is_not_trained_again(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
@@ -437,6 +484,28 @@ def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(place: Path, 
     )
 
 
+@pytest.mark.parametrize("scored", [1.0, 0.01, 0.0])
+def test_the_price_of_a_run_that_was_stopped_is_that_of_the_whole(
+    place: Path, tmp_path: Path, trainings: list[Course], monkeypatch: pytest.MonkeyPatch, scored: float
+) -> None:
+    """A manifest's time of scoring is that of the last start, which may have scored a part."""
+    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["timings"] |= {"target": 50.0, "curvature": 0.0, "score": 100 * scored + 1e-9}
+    manifest["actual"]["tokens"] *= scored
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    tokens, sample = manifest["actual"]["tokens"], list[int]()
+
+    def timed(_: object, batch: Any) -> float:
+        sample.append(int(batch.real.sum()))
+        return 1e-3 * sample[-1]
+
+    monkeypatch.setattr(evaluation, "timed", timed)
+    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"]
+    total = np.nansum(Run(run).scores["length"].to_numpy())
+    assert price == pytest.approx(1.5 if tokens else 1 + 50 / (1e-3 * total), rel=1e-6)
+
+
 @pytest.mark.parametrize("against", ["random,random-priced", "random-priced"])
 def test_a_price_that_buys_no_forward_is_told_all_the_same(
     place: Path, tmp_path: Path, trainings: list[Course], against: str
@@ -533,6 +602,14 @@ def test_tasks_of_ones_own_are_run_before_and_after(
         evaluate(config_of(place, run, tasks="nothing"))
 
 
+def test_a_task_that_was_edited_is_another(tmp_path: Path) -> None:
+    (tmp_path / "quiz.yaml").write_text("task: quiz")
+    before = fingerprints_of(("quiz", str(tmp_path)))
+    assert fingerprints_of(("quiz", str(tmp_path))) == before
+    (tmp_path / "quiz.yaml").write_text("task: quiz\noutput_type: generate_until")
+    assert fingerprints_of(("quiz", str(tmp_path))) != before and fingerprints_of(()) == []
+
+
 def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
     given = {"model": str(MODEL), "pool": str(place / "mixture.jsonl"), "target": str(place / "target.jsonl")}
     run = prism_select.repair(**given, out=str(tmp_path), remove="15%", label_field="is_bad")  # type: ignore[arg-type]
@@ -621,6 +698,30 @@ def test_half_of_the_pairs_is_swapped() -> None:
         assert {tuple(one.tokens), tuple(other.tokens)} == {(0, pair), (1, pair)}
 
 
+def test_scores_of_the_best_of_opposed_targets_are_found_again(place: Path, tmp_path: Path) -> None:
+    held = [json.loads(line) for line in (place / "target.jsonl").read_text().splitlines()]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held[:10]]
+    targets = [f"one={place / 'target.jsonl'}", f"other={jsonl(tmp_path / 'swapped.jsonl', swapped)}"]
+    shared: dict[str, Any] = {"model": str(MODEL), "target": targets, "pool": str(place / "pool.jsonl")}
+    run = prism_select.select(**shared, combine="max", out=str(tmp_path / "run"), budget="20")
+    told = evaluate(config_of(place, run.path, against="random", seeds=1, steps=1))
+    assert {each["name"]: each["holds"] for each in told["controls"]}["scored again"]
+
+
+def test_what_one_engine_cannot_reach_is_evaluated_by_that_of_the_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: dict[str, Any] = {"model": str(MODEL), "target": place / "target.jsonl", "pool": place / "pool.jsonl"}
+    run = prism_select.select(**shared, engine="difference", out=str(tmp_path / "run"), budget="20")
+
+    def unreachable(*_: object) -> None:
+        raise Unreachable("reverse", ["some.weight"], "no derivative")
+
+    monkeypatch.setitem(ENGINES, "reverse", unreachable)
+    told = evaluate(config_of(place, run.path, against="random,uniform", seeds=1, steps=1))
+    assert {each["name"]: each["holds"] for each in told["controls"]}["scored again"]
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -663,7 +764,8 @@ def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, 
     manifest = json.loads((run / "manifest.json").read_text())
     for change, said in (
         ({"command": "score"}, "has chosen nothing"),
-        ({"fingerprints": {"pool": "x"}}, "has changed"),
+        ({"fingerprints": {**manifest["fingerprints"], "pool": "x"}}, "its pool has changed"),
+        ({"fingerprints": {**manifest["fingerprints"], "target": "x"}}, "its target has changed"),
     ):
         (run / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(BadOption, match=said):

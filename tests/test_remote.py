@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
+from zipfile import ZipFile
 
 import fsspec
 import pyarrow as pa
@@ -43,6 +44,7 @@ def bucket() -> Iterator[Any]:
     store.pipe("/bucket/pool/deep/b.jsonl.gz", gzip.compress(text(ROWS[8:])))
     store.pipe("/bucket/pool/.hidden/c.jsonl", text(ROWS))
     store.pipe("/bucket/pool/notes.txt", b"no rows")
+    store.pipe("/bucket/.data/c.jsonl", text(ROWS[:5]))
     store.pipe("/bucket/pairs.jsonl", text(PAIRS))
     yield store
     store.rm("/bucket", recursive=True)
@@ -78,6 +80,7 @@ def prompts(*patterns: str) -> list[object]:
         ("memory://bucket/pool/", ROWS),
         ("memory://bucket/pool/*.jsonl", ROWS[:8]),
         ("memory://bucket/**/*.gz", ROWS[8:]),
+        ("memory://bucket/.data/*.jsonl", ROWS[:5]),
     ],
 )
 def test_a_file_a_folder_and_a_glob_at_an_address_give_their_rows(bucket: Any, pattern: str, rows: list[Row]) -> None:
@@ -127,7 +130,8 @@ def test_files_of_a_web_server_are_read_whatever_their_format(server: tuple[Path
     [
         ("memory://bucket/nothing.jsonl", "nothing there; check the address and the network"),
         ("http://127.0.0.1:9/pool.jsonl", "nothing there (Cannot connect to host 127.0.0.1:9"),
-        ("https://host/pool.jsonl?key=1", ": an address with a question mark"),
+        ("https://host/pool.jsonl?key=1", "…: an address with a key in it"),
+        ("ftp://user:key=1@host/pool.jsonl", "…host/pool.jsonl: an address with a key in it"),
         ("memory://bucket/pool/notes.txt", "no file there, or none with an ending that can be read"),
         ("bogus://bucket/pool.jsonl", "cannot be reached: Protocol not known: bogus"),
         ("s3://bucket/pool.jsonl", "cannot be reached: Install s3fs"),
@@ -136,9 +140,23 @@ def test_files_of_a_web_server_are_read_whatever_their_format(server: tuple[Path
 def test_what_cannot_be_reached_is_one_line(bucket: Any, pattern: str, what: str) -> None:
     with pytest.raises(BadFile) as error:
         find_files([pattern])
-    assert str(error.value).startswith(f"{pattern.partition('?')[0]}: {what.removeprefix(': ')}")
+    assert what in str(error.value) and str(error.value).startswith(pattern[:6])
     assert "key=1" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_pattern_in_an_archive_is_refused(tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "pool.zip", "w") as archive:
+        archive.writestr("a.jsonl", text(ROWS))
+    with pytest.raises(BadFile, match="a pattern of a protocol whose paths do not say all; name its files"):
+        find_files([f"zip://*.jsonl::{tmp_path}/pool.zip"])
+
+
+def test_a_key_in_the_address_of_a_direction_stands_nowhere(tmp_path: Path, plain_model: Path) -> None:
+    pool, secret = jsonl(tmp_path / "pool.jsonl", ROWS), "https://host/direction.safetensors?key=1"
+    outcome = prism("score", "--model", plain_model, "--pool", pool, "--direction", secret, "--out", tmp_path / "run")
+    assert outcome.code == 2 and "an address with a key in it" in outcome.err and "key=1" not in outcome.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_that_goes_before_it_is_read_is_one_line(bucket: Any) -> None:

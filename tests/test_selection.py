@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prism_select import selection
-from prism_select.choice import Columns, hidden_sources
+from prism_select.choice import Columns, guesses_last, hidden_sources
 from prism_select.config import Amount, ScoreConfig
 from prism_select.errors import BadOption
 from prism_select.selection import OUTCOMES, NearDuplicates, Rules, UnreadText, best_first, limit_of
@@ -174,6 +174,13 @@ def test_a_choice_of_many_rows_in_bands_is_that_of_a_plain_walk(budget: str, cap
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 TEXTS = [WORDS, WORDS.upper(), f"{WORDS} seventeen", "the capital of France is Paris", "", "no"]
+
+
+def test_guesses_come_after_every_exact_score_and_each_in_their_own_order() -> None:
+    ranking, exact = np.array([2e-17, -1e300, np.nan, 3e-17, 1.0, 2e-17]), np.array([0, 1, 1, 0, 1, 0], dtype=bool)
+    places = guesses_last(ranking, exact)
+    assert np.isnan(places[2])
+    assert np.argsort(-places, kind="stable").tolist() == [4, 1, 3, 0, 5, 2]
 
 
 @settings(max_examples=40, deadline=None)

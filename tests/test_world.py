@@ -130,6 +130,11 @@ def test_a_command_that_one_process_does_is_refused_for_several(desk: Desk) -> N
     assert done.code != 0 and "prism pairs: here one process does it all; start it without torchrun" in done.err
 
 
+def test_a_warm_up_is_refused_for_several(desk: Desk) -> None:
+    done = desk.together("score", *desk.words, "--warmup", "50%", "--out", desk.folder / "run")
+    assert done.code != 0 and done.err.count("--warmup: trains in one process; start the same command without") == 1
+
+
 def test_a_world_of_one_has_nothing_to_send() -> None:
     world = World()
     assert alone() and leads() and all(world.has(number) for number in range(5))

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_select.core.direction import differentiable, minus, norm, target_gradient
-from prism_select.core.engines import reverse
+from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 from prism_select.data.batches import Encoded, collate, plan_batches
 from prism_select.norms import with_norms
-from prism_select.scoring import Fitting, plainly
+from prism_select.scoring import Fitting, of_rows, plainly
 from prism_select.selection import round_robin
 from prism_select.targeting import Coded, as_side
 
@@ -64,6 +64,7 @@ class Material(Texts):
     pairs: Coded
     prefix: Sequence[int] = ()
     batch_tokens: int = 512
+    engine: str = "reverse"
 
     @property
     def device(self) -> torch.device:
@@ -95,22 +96,15 @@ class Material(Texts):
 
     def along(self, directions: Sequence[Direction]) -> Floats:
         """[row, direction]: ∇loglik · direction."""
-        measure = Fitting(plainly(reverse(self.model, self.weights, directions)), self.batch_tokens)
-        found = np.zeros((len(self.rows), len(directions)))
-        for places, batch in self.batches(self.rows):
-            found[places] = measure(batch)[0].values.double().cpu().numpy()
-        return found
+        engine = ENGINES[self.engine](self.model, self.weights, directions)
+        return of_rows(Fitting(plainly(engine), self.batch_tokens), self.rows, self.device)[0]
 
     def cosines(self, direction: Direction) -> Floats:
         """Of ∇loglik and the direction; 0 for a row without a gradient."""
         measure = Fitting(with_norms(self.model, self.weights, [direction]), self.batch_tokens)
-        found = np.zeros(len(self.rows))
-        for places, batch in self.batches(self.rows):
-            scores, norms = measure(batch)
-            assert norms is not None
-            cosines = scores.values[:, 0] / norms.where(norms > 0, 1) / norm(direction)
-            found[places] = cosines.double().cpu().numpy()
-        return found
+        scores, norms = of_rows(measure, self.rows, self.device)
+        assert norms is not None
+        return np.asarray(scores[:, 0] / np.where(norms > 0, norms, 1) / norm(direction))
 
 
 class _Pooling:

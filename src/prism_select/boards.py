@@ -26,8 +26,9 @@ Curves = Mapping[str, Iterable[tuple[int, Mapping[str, float]]]]  # of each trai
 
 
 def known_board(name: str) -> None:
-    """Raises BadOption where it is not installed."""
-    if name and importlib.util.find_spec(name) is None:
+    """Raises BadOption where it is not installed: a folder of that name is no package."""
+    spec = importlib.util.find_spec(name) if name else None
+    if name and (spec is None or spec.origin is None):
         raise BadOption(f"--board {name}: not installed; pip install {name}, or leave it out")
 
 

@@ -110,6 +110,7 @@ class Cascade:
         search = self.search(seen)
         best = np.zeros(len(seen.good), dtype=bool)
         best[np.argsort(-np.nan_to_num(search.exact, nan=-np.inf), kind="stable")[: search.best]] = True
+        best &= np.isfinite(search.exact)  # fewer than that may have been scored
         halves, exact = _Shards(self.through("half", self.half, best & ~search.halved)), _Shards(search.paths)
         there, shards = self.store.present_shards(), list[Path]()
         for number, path in enumerate(seen.paths):
@@ -119,15 +120,17 @@ class Cascade:
     def look(self) -> Seen:
         """Every row of the pool."""
         paths = self.through("look", self.looker, None)
-        parts, features = list[pa.Table](), list[NDArray[np.float16]]()
+        parts, start = list[pa.Table](), 0
+        features = np.empty((sum(pq.read_metadata(path).num_rows for path in paths), FEATURES), dtype=np.float16)
         for path in paths:
             table = pq.read_table(path, columns=["tokens", "reason", "features"])
             values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False).reshape(-1, FEATURES)
-            features.append(np.nan_to_num(values).clip(-LARGEST, LARGEST).astype(np.float16))  # bad rows: zeros
+            features[start : start + len(table)] = np.nan_to_num(values).clip(-LARGEST, LARGEST)  # bad rows: zeros
+            start += len(table)
             parts.append(table.drop_columns("features"))
         whole = pa.concat_tables(parts)
         tokens = whole["tokens"].fill_null(0).to_numpy().astype(np.int64)
-        return Seen(paths, np.asarray(whole["reason"].is_null()), tokens, np.concatenate(features))
+        return Seen(paths, np.asarray(whole["reason"].is_null()), tokens, features)
 
     def search(self, seen: Seen) -> Search:
         """Round after round, until enough of the best rows are found."""

@@ -71,7 +71,8 @@ VERDICTS = {
 ENOUGH = 10
 MANY = 1_000_000
 GROUP, GROUP_BYTES = 1 << 16, 1 << 26
-_TRUE, _FALSE = {"true", "1", "yes", "bad"}, {"false", "0", "no", "good", "", "none", "null"}
+_TRUE, _FALSE = {"true", "1", "1.0", "yes", "bad"}, {"false", "0", "0.0", "no", "good"}
+_UNKNOWN = {"", "none", "null", "nan"}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
         return Run(store.path)
     reasons = {(row["file"], row["line"]): row["reason"] for row in old.quarantine}
-    ranking = drawn_again(config, old.scores) if config.rank_by else None
+    ranking = drawn_again(config, old.columns("source", "tokens")) if config.rank_by else None
 
     def tables() -> Iterator[pa.Table]:
         for group in pq.ParquetFile(old.path / "scores.parquet", pre_buffer=False).iter_batches():
@@ -308,11 +309,11 @@ def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> 
 
 
 def guesses_last(ranking: NDArray[np.float64], exact: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Exact numbers as they are, and guesses below them all, in their own order."""
-    guess = ranking[~exact & np.isfinite(ranking)]
-    sure = ranking[exact & np.isfinite(ranking)]
-    apart = guess.max(initial=-np.inf) - sure.min(initial=np.inf)
-    return ranking if not (len(guess) and len(sure)) else np.where(exact, ranking, ranking - apart - 1)
+    """Places, counted down from 0: exact numbers by their order, then guesses by theirs; NaN where there is neither."""
+    order, known = np.lexsort((-ranking, ~exact)), np.isfinite(ranking)
+    places = np.empty(len(ranking))
+    places[order] = -np.arange(len(ranking))
+    return np.where(known, places, np.nan)
 
 
 def last_where_unknown(ranking: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -421,19 +422,18 @@ def copy_rows(pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], r
 
 def labels_of(field: str, pool: Pool) -> list[bool | None]:
     """Whether each row is known to be bad; None where it does not say. Raises BadOption for what is neither true nor
-    false, and where no row has such a column."""
+    false, and where no row says."""
     labels = list[bool | None]()
     for raw in pool.raw():
-        fields = raw.fields or {}
-        text = str(fields[field]).strip().lower() if field in fields else None
-        if text not in _TRUE | _FALSE | {None}:
-            found = reprlib.repr(fields[field])
+        text = str((raw.fields or {}).get(field)).strip().lower()
+        if text not in _TRUE | _FALSE | _UNKNOWN:
+            found = reprlib.repr((raw.fields or {})[field])
             raise BadOption(
                 f"--label-field {field}: {raw.file}:{raw.line} has {found}, neither true nor false; use true/false"
             )
-        labels.append(None if text is None else text in _TRUE)
+        labels.append(None if text in _UNKNOWN else text in _TRUE)
     if not any(label is not None for label in labels):
-        raise BadOption(f"--label-field {field}: no row of the pool has such a field; check its name")
+        raise BadOption(f"--label-field {field}: no row of the pool has such a label; check its name")
     return labels
 
 

@@ -32,13 +32,13 @@ from prism_select.config import ScoreConfig
 from prism_select.core.direction import norm, target_gradient
 from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Direction, Weights
-from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.batches import Encoded, Encoder
 from prism_select.data.pairing import most_alike
 from prism_select.data.records import Pair
 from prism_select.models import CausalLM
 from prism_select.preconditioning import sharpened
 from prism_select.progress import Progress
-from prism_select.scoring import Fitting, Lines, plainly
+from prism_select.scoring import Fitting, Lines, of_rows, plainly
 from prism_select.statistics import overlap_of_best, rank_correlation
 from prism_select.targeting import Aim, Coded, as_side, encode_sides, mean_of
 from prism_select.weights import select_weights
@@ -135,12 +135,8 @@ def scores_of(
             single = replace(config, damping=f"{config.dampings[0]:g}")
             done = sharpened(single, model, plain, drawn, progress, blocks)
             directions, blocks = list(done.aim.directions), done.blocks
-        engine = ENGINES["reference" if config.engine == "reference" else "reverse"](model, weights, directions)
-        tokens = config.tokens_on(model.device.type)
-        measure = Fitting(plainly(engine), tokens)
-        scores = np.zeros((len(rows), len(few)))
-        for batch in plan_batches([len(row.tokens) for row in rows], tokens):
-            scores[batch] = measure(collate([rows[i] for i in batch], model.device))[0].values.double().cpu().numpy()
+        engine = ENGINES[config.first_engine](model, weights, directions)
+        scores, _ = of_rows(Fitting(plainly(engine), config.tokens_on(model.device.type)), rows, model.device)
         yield from zip(names, scores.T, strict=True)
 
 

@@ -23,7 +23,7 @@ RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,15 +40,16 @@ from prism_select.boards import known_board
 from prism_select.choice import labels_of
 from prism_select.config import EvaluateConfig, RepairConfig, ScoreConfig, SelectConfig, settings
 from prism_select.controls import Sample, run_controls
-from prism_select.core.likelihood import Batch, mean_logliks
+from prism_select.core.likelihood import mean_logliks
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, fingerprint, read_target, read_targets
+from prism_select.data.inputs import Pool, fingerprint, named, read_target, read_targets
 from prism_select.data.readers import find_files
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadOption, BadRow
-from prism_select.models import CausalLM
+from prism_select.models import CausalLM, resolve_device
 from prism_select.pipeline import CHECKED_ROWS, choose_engine, fingerprint_of, load_model
+from prism_select.planning import timed
 from prism_select.preconditioning import reduced
 from prism_select.progress import Progress, Silent
 from prism_select.rankings import rankings, refuse_rivals
@@ -57,9 +58,9 @@ from prism_select.saving import load_direction, towards
 from prism_select.statistics import auroc, halves, lds
 from prism_select.store import Run, Store, finite
 from prism_select.targeting import as_side, encode_sides
-from prism_select.tasks import known_tasks
+from prism_select.tasks import fingerprints_of, known_tasks
 from prism_select.verdicts import PRICED, break_even_of, figures, write_tables
-from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged
+from prism_select.warmup import ADAPTER, RATE, ROWS_A_STEP, Course, has_adapter, merged, refuse_many_gpus
 
 __all__ = ["evaluate", "filled"]
 
@@ -101,6 +102,11 @@ class Past:
         return [self.manifest["fingerprints"], {k: v for k, v in settings(self.config).items() if k != "batch_tokens"}]
 
     @property
+    def reachable(self) -> ScoreConfig:
+        """With the engine that reached all weights."""
+        return replace(self.config, engine=self.manifest["engine"]["name"])
+
+    @property
     def scored(self) -> Rows:
         return np.flatnonzero(np.isfinite(self.score))
 
@@ -132,6 +138,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     if config.task_names:
         known_tasks(tuple(config.task_names))
     known_board(config.board)
+    refuse_many_gpus(resolve_device(past.config.device))
     held = held_out(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
@@ -146,7 +153,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None, rivals: R
     if past.config.layers == "adapter":
         model, encoder = checkpoint(past, config.full, "all", progress)
     sides = [as_side(side, past.config.tokens_on(model.device.type), model.device) for side in coded]
-    made_of = [past.mark, fingerprint(find_files([config.holdout]))]
+    made_of = [past.mark, fingerprint(find_files([config.holdout])), *fingerprints_of(tuple(config.task_names))]
     bench = Bench(model, encoder, rows, sides, store, made_of, config.points, tuple(config.task_names))
     before = bench.look(0, math.nan, last=True)
     found: list[Tried] = []
@@ -189,20 +196,19 @@ def opened(config: EvaluateConfig) -> Past:
     scored = kind(**given)
     home = origin(run)
     now = {"pool": fingerprint(pool_of(scored).files), "model": fingerprint_of(scored)}
+    if scored.target:
+        now["target"] = fingerprint([file for text in scored.target for file in find_files([named(text)[1]])])
     for name, value in now.items():
         if value != manifest["fingerprints"][name]:
             raise BadOption(f"{run.path}: its {name} has changed since; make the run again")
     if scored.warmup and not has_adapter(home / ADAPTER):
         raise BadOption(f"{home}: the adapter of its warm-up is gone; make the run again")
-    table = run.scores
     by = (RepairConfig if manifest["command"] == "repair" else SelectConfig)(**manifest["config"]).ranking
-    score, ranking = (np.array(table[name].to_pylist(), dtype=np.float64) for name in ("score", by))
-    tokens, length = (
-        np.nan_to_num(np.array(table[name].to_pylist(), dtype=np.float64)).astype(np.int64)
-        for name in ("tokens", "length")
-    )
+    table = run.columns("score", by, "tokens", "length", "source", "verdict", "exact")
+    score, ranking = (table[name].to_numpy().astype(np.float64) for name in ("score", by))
+    tokens, length = (np.nan_to_num(table[name].to_numpy()).astype(np.int64) for name in ("tokens", "length"))
     source = [name or "" for name in table["source"].to_pylist()]
-    taken = np.isin(np.array(table["verdict"].to_pylist()), ["selected", "kept"])
+    taken = np.isin(table["verdict"].to_numpy(), ["selected", "kept"])
     if not taken.any():
         raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
     exact = table["exact"].to_numpy() if "exact" in table.column_names else np.isfinite(score)
@@ -223,7 +229,7 @@ def pool_of(config: ScoreConfig) -> Pool:
 
 def held_out(config: EvaluateConfig, past: Past) -> Held:
     """The pairs whose prompt is in no target pair of the run. Raises BadOption where there are none."""
-    pairs = read_target(config.holdout, parse_fields(past.config.fields))
+    pairs = read_target(config.holdout, parse_fields(past.config.fields), past.config.max_row_bytes)
     seen = {prompt_of(pair) for each in target_pairs(past).values() for pair in each}
     held = [pair for pair in pairs if prompt_of(pair) not in seen]
     if not held:
@@ -242,7 +248,9 @@ def prompt_of(pair: Pair) -> tuple[Any, ...]:
 def target_pairs(past: Past) -> dict[str, list[Pair]]:
     """As the run had them: in repair exchanged."""
     config = past.config
-    found = read_targets(config.target, parse_fields(config.fields), config.target_by) if config.target else {}
+    found = dict[str, list[Pair]]()
+    if config.target:
+        found = read_targets(config.target, parse_fields(config.fields), config.target_by, config.max_row_bytes)
     if past.repair:
         return {name: [pair.swapped for pair in pairs] for name, pairs in found.items()}
     return found
@@ -260,7 +268,7 @@ def ranked(
     there |= {name: counted(past, name, past.config.seed) for name in missing if name in COUNT_RIVALS}
     if costly := [name for name in missing if name not in COUNT_RIVALS]:
         with progress.task(f"rankings of {len(costly)} rivals", None):
-            there |= rankings(costly, past.config, loaded, pool_of(past.config), target_pairs(past))
+            there |= rankings(costly, past.reachable, loaded, pool_of(past.config), target_pairs(past))
     if missing:
         store.write_table("rankings.parquet", pa.table(there).replace_schema_metadata({"of": mark}))
     return {name: there[name] for name in names}
@@ -313,13 +321,6 @@ def filled(tokens: Rows, budget: int) -> int:
     return max(1, int(np.abs(total - budget).argmin()))
 
 
-def seconds_of(run: Callable[[Batch], object], batches: Sequence[Batch]) -> float:
-    started = time.perf_counter()
-    for batch in batches:
-        run(batch)
-    return time.perf_counter() - started
-
-
 def encoded_rows(past: Past, places: Sequence[Rows], encoder: Encoder) -> dict[int, Encoded]:
     """The rows of the pool in any of `places`, by their place. Raises BadOption where one cannot be read any more."""
     wanted = {row for each in places for row in each.tolist()}
@@ -356,8 +357,10 @@ def controlled(
         return list(there["controls"])
     targets = target_pairs(past)
     taken = float(past.taken.sum() / len(past.scored))
-    sample = Sample([rows[i] for i in places], past.score[places], 1 - taken if past.repair else taken)
-    controls = [control.told() for control in run_controls(past.config, loaded, targets, sample, progress)]
+    each = past.run.columns(*(f"score:{name}" for name in targets)).columns
+    score = np.mean(each, axis=0) if each else past.score  # that of the mean direction, whatever the choice went by
+    sample = Sample([rows[i] for i in places], score[places], 1 - taken if past.repair else taken)
+    controls = [control.told() for control in run_controls(past.reachable, loaded, targets, sample, progress)]
     store.write_json("controls.json", {"of": mark, "controls": controls})
     return controls
 
@@ -379,15 +382,17 @@ def price_of(past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progres
     aim = load_direction(saved, model, towards(past.config), bool(past.config.warmup))
     directions = reduced(past.config, model, aim, rows)[0] if past.config.rank else aim.directions
     engine, _ = choose_engine(past.config, model, aim.weights, directions, rows[:CHECKED_ROWS])
-    plan = plan_batches([len(row.tokens) for row in rows], past.config.tokens_on(model.device.type))
+    plan = plan_batches([len(row.tokens) for row in rows], engine.tokens)
     batches = [collate([rows[i] for i in batch], model.device) for batch in plan]
     seconds = np.zeros((4, 2))
     with progress.task("price of scoring", None):
         for times in seconds:
-            times[0] = seconds_of(engine, batches)
-            times[1] = seconds_of(partial(mean_logliks, model), batches)
+            times[:] = [sum(map(partial(timed, way), batches)) for way in (engine, partial(mean_logliks, model))]
     score, forward = np.median(seconds[1:], axis=0)
-    price = float(score / forward * (took["target"] + took["curvature"] + took["score"]) / took["score"])
+    every = past.length[past.scored].sum()
+    share = Run(past.home).manifest["actual"]["tokens"] / every  # what the last start scored: less after a resume
+    whole = took["score"] / share if share else score * every / sum(len(row.tokens) for row in rows)
+    price = float(score / forward * (1 + (took["target"] + took["curvature"]) / whole))
     store.write_json("price.json", {"of": mark, "price": price})
     return price
 

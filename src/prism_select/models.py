@@ -21,6 +21,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prism_select.blocks import decoder_of
 from prism_select.core.likelihood import Batch
 from prism_select.errors import BadModel, BadOption
 
@@ -32,7 +33,9 @@ class CausalLM:
 
     def __init__(self, network: Any) -> None:
         self.network: nn.Module = network.eval().requires_grad_(False)
-        self.body: nn.Module = network.get_decoder()
+        self.body: nn.Module = decoder_of(network)[1]
+        if self.body is network:
+            raise BadModel(f"{type(network).__name__}: its body and head are one; try another architecture")
         self.vocabulary: int = network.get_output_embeddings().weight.shape[0]
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._prove_split()

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from prism_select.blocks import watched, without_padding
 from prism_select.core.engines import Scores, reverse
 from prism_select.core.layers import (
     Direction,
@@ -95,8 +96,7 @@ class _Observer:
         self.every: Tensor = torch.arange(len(batch), device=device).repeat_interleave(batch.tokens.shape[1])
         self.rows, self.ahead = self.every, batch.predicted.nonzero()[:, 0].tolist()
         self.totals: list[int] = batch.counts.tolist()
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.squares = torch.zeros(len(batch), dtype=wide, device=device)
+        self.squares = torch.zeros(len(batch), dtype=torch.float64, device=device)
         self.sums: dict[str, Tensor] = {}  # gradients of small weights, over all their uses
         self.used: dict[str, set[int]] = {}  # when the others were used: in which chunk of the head, or -1
         self.crossed: dict[str, Tensor] = {}  # Σ_s p_s[x_t] h_s
@@ -200,9 +200,7 @@ class _Observer:
             raise Unreachable("reverse", [name], "the output head looks up words")
         self._once(name, tied=True)
         words, moved = words.reshape(size, -1), gradient.reshape(size, -1, width).to(_wide(gradient))
-        padding: Any = owner.module.padding_idx
-        if padding is not None:  # this word's gradient is none, by torch's own rule
-            moved = moved.masked_fill(words.eq(padding)[..., None], 0)
+        (moved,) = without_padding(owner.module, (words,), (moved,))
         examples = torch.arange(size, device=words.device)[:, None]
         keys, place = (examples * len(self.weights[name]) + words).unique(return_inverse=True)
         own = moved.new_zeros(len(keys), width).index_add_(0, place.flatten(), moved.flatten(0, 1))
@@ -220,7 +218,8 @@ class _Observer:
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                tensors[place] = _watched(tensor, partial(self._rest, owner, call, place))
+                alone = len(tensors) == 1 and all(tensor is not each for each in args)
+                tensors[place] = watched(tensor, partial(self._rest, owner, call, place), alone)
         return tree_unflatten(tensors, shape)
 
     def _rest(self, owner: Owner, call: Call, place: int, gradient: Tensor) -> None:
@@ -355,10 +354,3 @@ def _again(owner: Owner, values: Direction, call: Call, place: int) -> Tensor:
     with torch.enable_grad(), _quiet(owner.module), swapped([owner], values):
         output: Tensor = tree_flatten(owner.module.forward(*call[0], **call[1]))[0][place]
     return output
-
-
-def _watched(tensor: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
-    """`tensor` as a node of its own, whose gradient is shown to `visit`, as `watching` has it."""
-    tensor = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
-    tensor.register_hook(lambda gradient: visit(gradient))  # returns None: what a hook returns replaces the gradient
-    return tensor

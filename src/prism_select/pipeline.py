@@ -108,8 +108,6 @@ def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
     """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
     progress = progress or Silent()
     with hired(config, progress) as crew, joined() as world:
-        if config.cascade and (crew or world.size > 1):
-            raise BadOption("--cascade: runs in one process; leave it out with Ray and under torchrun")
         done = follow(config, world) if world.rank else lead(config, progress, world, crew)
         world.gather(None)  # nobody leaves before all files are there
         return done
@@ -142,7 +140,17 @@ def scorer_of(config: ScoreConfig, directions: Sequence[Factored], lines: Lines,
     return Scorer(encoder, measure, lines, config, model.device)
 
 
+def refuse_several(config: ScoreConfig, world: World, crew: Crew | None) -> None:
+    """Raises BadOption for what one process alone can do."""
+    if config.cascade and (crew or world.size > 1):
+        raise BadOption("--cascade: runs in one process; leave it out with Ray and under torchrun")
+    if config.warmup and world.size > 1 and (config.overwrite or not has_adapter(Path(config.out) / ADAPTER)):
+        what = "trains in one process; start the same command without torchrun, and go on with it once it scores"
+        raise BadOption(f"--warmup: {what}")
+
+
 def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | None) -> Run | Plan:
+    refuse_several(config, world, crew)
     clock, store = Clock(), Store(config.out)
     with clock.step("read"):
         inputs = read_inputs(config, progress)
@@ -418,7 +426,7 @@ def choose_engine(
     weights: Weights,
     directions: Sequence[Factored],
     rows: Sequence[Encoded],
-) -> tuple[Measure, Checked]:
+) -> tuple[Fitting, Checked]:
     """The engine asked for, or the cheapest that reaches every weight and tells what is asked; checked against the
     definition either way, on those of `rows` that have a score."""
     order = engines_for(config, torch.finfo(model.dtype).bits < 32)
@@ -437,6 +445,10 @@ def choose_engine(
         try:
             return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
         except Unreachable as error:
+            if name == order[-1] and config.normalize == "norm":
+                raise BadOption(
+                    f"--normalize norm: {str(error).partition('; try')[0]}; try --normalize tokens"
+                ) from error
             if name == order[-1]:
                 raise
             why = str(error).partition("; try")[0]
@@ -462,10 +474,10 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
 
 def measure_by(
     config: ScoreConfig, engine: str, model: models.CausalLM, weights: Weights, directions: Sequence[Factored]
-) -> Measure:
+) -> Fitting:
     cosines = config.normalize == "norm"
     plain = with_norms(model, weights, directions) if cosines else plainly(ENGINES[engine](model, weights, directions))
-    return Fitting(plain, config.tokens_on(model.device.type))
+    return Fitting(plain, config.tokens_on(model.device.type, graph=engine != "difference"))
 
 
 def placed(directions: Sequence[Factored], device: torch.device) -> list[Factored]:
@@ -478,7 +490,7 @@ def placed(directions: Sequence[Factored], device: torch.device) -> list[Factore
 
 
 def plan_run(
-    config: ScoreConfig, engine: Measure, aim: Aim, sampled: tuple[Sequence[Encoded], Survey], clock: Clock, size: int
+    config: ScoreConfig, engine: Fitting, aim: Aim, sampled: tuple[Sequence[Encoded], Survey], clock: Clock, size: int
 ) -> Plan:
     """For `size` processes: a plan takes a few seconds, a run a fiftieth of its scoring."""
     sample, survey = sampled
@@ -487,10 +499,7 @@ def plan_run(
     device = next(iter(aim.weights.values())).device
     encode = clock.seconds["encode"] / max(1, len(survey.sample))
     other = clock.total()["total"] + 2 * clock.seconds["read"] + rows * encode
-    batches = [
-        collate([sample[place] for place in few], device)
-        for few in plan_batches(lengths, config.tokens_on(device.type))
-    ]
+    batches = [collate([sample[place] for place in few], device) for few in plan_batches(lengths, engine.tokens)]
     per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / size
     numbers = len(aim.directions) * sum(weight.numel() for weight in aim.weights.values())
     return make_plan(per_token, tokens, rows, numbers, other, device)

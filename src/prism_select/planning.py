@@ -20,7 +20,7 @@ import torch
 
 from prism_select.core.likelihood import Batch
 
-__all__ = ["Plan", "make_plan", "peak_memory", "seconds_per_token"]
+__all__ = ["Plan", "make_plan", "peak_memory", "seconds_per_token", "timed"]
 
 BYTES_PER_ROW = 120  # of scores.parquet, measured on short ids
 TIMED, SHARE = 4.0, 0.02
@@ -49,25 +49,30 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def timed(way: Callable[[Batch], object], batch: Batch) -> float:
+    """Seconds, until a GPU is done with it, too."""
+    start = time.perf_counter()
+    way(batch)
+    if batch.tokens.is_cuda:
+        torch.cuda.synchronize(batch.tokens.device)
+    return time.perf_counter() - start
+
+
 def seconds_per_token(
     engine: Callable[[Batch], object], batches: Sequence[Batch], tokens: int, thorough: bool
 ) -> float:
     """Of an engine, by batches of a sample, the longest first, for a pool of so many tokens."""
 
-    def timed(batch: Batch) -> tuple[float, int]:
-        start = time.perf_counter()
-        engine(batch)
-        if batch.tokens.is_cuda:
-            torch.cuda.synchronize(batch.tokens.device)
-        return time.perf_counter() - start, int(batch.real.sum())
+    def measured(batch: Batch) -> tuple[float, int]:
+        return timed(engine, batch), int(batch.real.sum())
 
-    first = timed(batches[0])
+    first = measured(batches[0])
     left = TIMED if thorough else min(TIMED, SHARE * first[0] / first[1] * tokens)
     found, middle = list[tuple[float, int]](), max(1, len(batches) // 2)
     for batch in [*batches[middle:], *batches[1:middle]]:  # the usual lengths before the long
         if left < first[0] * (not thorough):
             break
-        found.append(timed(batch))
+        found.append(measured(batch))
         left -= found[-1][0]
     seconds, real = (sum(part) for part in zip(*(found or [first]), strict=True))
     return float(seconds / real)

@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from prism_select.config import ScoreConfig
 from prism_select.core.direction import dot, norm
-from prism_select.core.engines import reverse
+from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Direction, Factored, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.curvature import Block, Blocks, GaussNewton, diagonal, ekfac, solve
-from prism_select.data.batches import Encoded, collate, plan_batches
+from prism_select.data.batches import Encoded, collate
 from prism_select.errors import BadFile, BadModel, NotFinite
 from prism_select.lowrank import factor
 from prism_select.models import CausalLM
 from prism_select.progress import Progress
+from prism_select.scoring import Fitting, of_rows, plainly
 from prism_select.statistics import rank_correlation
 from prism_select.store import Store
 from prism_select.targeting import Aim, mean_of
@@ -112,10 +112,9 @@ def reduced(
     rank correlation of its scores before and after on up to `COMPARED` rows of the sample."""
     low = [factor(model.network, direction, config.rank) for direction in aim.directions]
     rows = sample[:COMPARED]
-    engine = reverse(model, aim.weights, [aim.directions[0], low[0].direction])
-    pairs = np.zeros((len(rows), 2))
-    for few in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
-        pairs[few] = engine(collate([rows[i] for i in few], model.device)).values.double().cpu().numpy()
+    make = ENGINES[config.first_engine]
+    engine = make(model, aim.weights, [aim.directions[0], low[0].direction])
+    pairs, _ = of_rows(Fitting(plainly(engine), config.tokens_on(model.device.type)), rows, model.device)
     told = {"rank": config.rank, "energy_kept": low[0].share, "rows": len(rows)}
     told["rank_correlation"] = rank_correlation(pairs[:, 0], pairs[:, 1])
     return [each.direction for each in low], told

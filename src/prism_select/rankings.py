@@ -68,6 +68,7 @@ def rankings(
         pairs=encode_sides(pairs, encoder),
         prefix=encoder.prefix,
         batch_tokens=config.tokens_on(model.device.type),
+        engine=config.first_engine,
     )
     found = {name: np.full(count, np.nan) for name in names}
     for name, numbers in rank(names, material).items():

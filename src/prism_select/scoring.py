@@ -33,7 +33,7 @@ from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
 
-__all__ = ["Fitting", "Lines", "Measure", "Scorer", "Tally", "Window", "plainly"]
+__all__ = ["Fitting", "Lines", "Measure", "Scorer", "Tally", "Window", "of_rows", "plainly"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Measure: TypeAlias = Callable[[Batch], tuple[Scores, Float[Tensor, " batch"] | None]]  # scores, and gradient norms
@@ -105,6 +105,18 @@ class Fitting:
         return Scores(cast("Tensor", loglik), cast("Tensor", values), tokens), norms
 
 
+def of_rows(measure: Fitting, rows: Sequence[Encoded], device: torch.device) -> tuple[Floats, Floats | None]:
+    """Of each row the scores [row, direction], and the gradient's norm where it is measured."""
+    order, found, lengths = list[int](), list[Floats](), list[Floats]()
+    for few in plan_batches([len(row.tokens) for row in rows], measure.tokens):
+        scores, norms = measure(collate([rows[i] for i in few], device))
+        order += few
+        found.append(scores.values.double().cpu().numpy())
+        lengths += [] if norms is None else [norms.double().cpu().numpy()]
+    back = np.argsort(order)
+    return np.concatenate(found)[back], np.concatenate(lengths)[back] if lengths else None
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Rows of the pool, and their places in it, that are read, sorted by length, scored and written together; `wanted`
@@ -138,7 +150,7 @@ class Tally:
 
 class Scorer(Tally):
     def __init__(
-        self, encoder: Encoder, measure: Measure, lines: Lines, config: ScoreConfig, device: torch.device
+        self, encoder: Encoder, measure: Fitting, lines: Lines, config: ScoreConfig, device: torch.device
     ) -> None:
         self.encoder, self.measure, self.lines, self.config, self.device = encoder, measure, lines, config, device
 
@@ -179,9 +191,7 @@ class Scorer(Tally):
         groups, order, parts = list(alike.values()), list[list[int]](), list[pa.Table]()
         self.tokens += sum(len(row.tokens) for row in encoded.values())
         self.repeated += len(encoded) - len(groups)
-        for few in plan_batches(
-            [len(encoded[group[0]].tokens) for group in groups], self.config.tokens_on(self.device.type)
-        ):
+        for few in plan_batches([len(encoded[group[0]].tokens) for group in groups], self.measure.tokens):
             rows = [encoded[groups[i][0]] for i in few]
             columns = self._score(rows, collate(rows, self.device))
             told = zip(few, columns.pop("reason"), strict=True)

@@ -241,6 +241,11 @@ class Run:
         """One row per row of the pool; the columns are described in the docs under "The run folder"."""
         return pq.read_table(self.path / "scores.parquet")
 
+    def columns(self, *names: str) -> pa.Table:
+        """Those of the scores that are there."""
+        there = pq.read_schema(self.path / "scores.parquet").names
+        return pq.read_table(self.path / "scores.parquet", columns=[n for n in dict.fromkeys(names) if n in there])
+
     @property
     def pairs(self) -> pa.Table:
         return pq.read_table(self.path / "pairs.parquet")

@@ -108,12 +108,12 @@ class Recall:
 def guessed(features: Float[np.ndarray, "rows features"], exact: Floats, sample: NDArray[np.int64], seed: int) -> Guess:
     """From the rows whose `exact` score is not NaN; `sample` are the places of those drawn at random."""
     known = np.flatnonzero(np.isfinite(exact))
-    rows = features[known].astype(np.float64)
-    middle, spread = rows.mean(0), rows.std(0) + TINY
+    rows = features[known]
+    middle, spread = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64) + TINY
     low, high = np.quantile(exact[known], [0.005, 0.995])  # a few rows of huge scores would be all that it learns
     clipped = exact[known].clip(low, high)
     offset, unit = clipped.mean(), clipped.std() + TINY
-    centres = np.random.default_rng(seed).permutation((rows - middle) / spread)[:CENTRES]
+    centres = (rows[np.random.default_rng(seed).permutation(len(rows))[:CENTRES]] - middle) / spread
     root = cholesky(_kernel(centres, centres) + JITTER * np.eye(len(centres)), lower=True)
 
     def kernel(part: NDArray[Any]) -> Floats:

@@ -32,7 +32,7 @@ from prism_select.models import CausalLM
 from prism_select.progress import Progress
 from prism_select.scoring import Lines
 from prism_select.sketching import Sketcher
-from prism_select.weights import select_weights
+from prism_select.weights import beside_text, select_weights
 
 __all__ = ["Aim", "Coded", "Said", "aim_at", "answers", "as_side", "encode_sides", "joined"]
 
@@ -78,6 +78,8 @@ def aim_at(config: ModelConfig, model: CausalLM, encoder: Encoder, targets: Targ
     weights = select_weights(model.network, config.layers)
     numbers = sum(weight.numel() for weight in weights.values())
     progress.say(f"counted: {len(weights)} weights, {numbers:,} numbers ({config.layers})")
+    if beside := sum(map(beside_text(model.network), dict(model.network.named_parameters()))):
+        progress.say(f"not counted, since no text passes them: {beside} weights beside the decoder")
     if config.nearest_share < 1:
         targets = {name: most_alike(pairs, config.nearest_share) for name, pairs in targets.items()}
     coded = {name: encode_sides(pairs, encoder) for name, pairs in targets.items()}

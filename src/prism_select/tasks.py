@@ -9,13 +9,15 @@ defined, as lm-eval's --include_path. The network is given as it is in memory, s
 import io
 from contextlib import redirect_stderr
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from prism_select.data.inputs import fingerprint
 from prism_select.errors import BadOption
 from prism_select.models import CausalLM
 
-__all__ = ["known_tasks", "task_figures"]
+__all__ = ["fingerprints_of", "known_tasks", "task_figures"]
 
 ROWS = 8
 _INSTALL = "--tasks needs lm-eval; install PRISM with its extra [tasks]"
@@ -37,6 +39,13 @@ def known_tasks(given: tuple[str, ...]) -> tuple[list[str], Any]:
         if not manager.match_tasks([name]):
             raise BadOption(f"--tasks {name}: lm-eval knows no such task; give the folder that defines it as well")
     return names, manager
+
+
+def fingerprints_of(given: tuple[str, ...]) -> list[str]:
+    """What their figures depend on beside the model: lm-eval's version, and what defines tasks in folders; not the data
+    that these name."""
+    files = [str(path) for name in given for path in sorted(Path(name).rglob("*")) if path.suffix in (".yaml", ".py")]
+    return [version("lm_eval"), fingerprint(files)] if given else []
 
 
 def task_figures(model: CausalLM, tokenizer: Any, given: tuple[str, ...]) -> dict[str, float]:

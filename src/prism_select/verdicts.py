@@ -120,7 +120,7 @@ def break_even_of(
     )
 
     def gain(each: Sequence[Tried], place: int) -> float:
-        return float(means_of([points[place] for _, points in each], question)["gain"])
+        return float(means_of([points[min(place, len(points) - 1)] for _, points in each], question)["gain"])
 
     spent, most = passes(ours[0][0]), passes(dear[0][0])
     curve, last = [(0.0, gain(plain, -1))] if plain else [], dear[0][1][-1]

@@ -64,6 +64,12 @@ def drawn(examples: Iterable[Example | BadRow], encoder: Encoder, share: float, 
     return rows
 
 
+def refuse_many_gpus(device: torch.device) -> None:
+    """Raises BadOption where TRL would spread a training over all GPUs that it sees."""
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise BadOption("training takes one GPU, and several are visible; name one in CUDA_VISIBLE_DEVICES")
+
+
 def has_adapter(folder: Path) -> bool:
     return (folder / WEIGHTS).exists()
 
@@ -98,14 +104,17 @@ def train(
     """The network of the model, changed in place, with an adapter on it (or whole), trained on the supervised tokens of
     `rows`: PEFT's model (or the network itself). `on_step` is told the number of each step that was made, from 1, and
     its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
+    refuse_many_gpus(model.device)
     try:
         from datasets import Dataset, disable_progress_bars
+        from huggingface_hub import constants
         from peft import LoraConfig, get_peft_model
         from transformers import PrinterCallback
         from trl.trainer.sft_config import SFTConfig
     except ImportError:
         raise BadOption(_INSTALL) from None
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would tell the hub of every training
     disable_progress_bars()
     torch.manual_seed(course.seed)
     network: Any = model.network

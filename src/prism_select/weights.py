@@ -1,20 +1,22 @@
 """Weights: which of a network's weights count.
 
-Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head included; `late` and
+Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head included, but not those
+of what reads pictures or sound beside a decoder; `late` and
 `last:N` mean weights of the upper blocks alone; `adapter` means those that PEFT's LoRA adds; anything else is a regular
 expression searched for in weight names.
 """
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from prism_select.blocks import stack_of
+from prism_select.blocks import decoder_of, stack_of
 from prism_select.core.layers import Weights
 from prism_select.errors import UnknownLayers
 
-__all__ = ["blocks_of", "select_weights", "upper"]
+__all__ = ["beside_text", "blocks_of", "select_weights", "upper"]
 
 ADAPTER = r"\.(lora_\w+|modules_to_save)\."
 
@@ -37,10 +39,21 @@ def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
     return lambda name: number(name) in upper(count, wanted)
 
 
+def beside_text(network: nn.Module) -> Callable[[str], bool]:
+    """Whether a weight is in a part that text does not pass: beside the decoder, in what holds it but not the head."""
+    start, _ = decoder_of(network)
+    head: Any = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None  # type: ignore[operator]
+    outer = [(name, part) for name, part in network.named_modules() if name and f"{name}." != start]
+    outer = [(name, part) for name, part in outer if start.startswith(f"{name}.")]
+    apart = [f"{name}." for name, part in outer if all(each is not head for each in part.modules())]
+    return lambda name: bool(apart) and name.startswith(apart[0]) and not name.startswith(start)
+
+
 def select_weights(network: nn.Module, wanted: str) -> Weights:
     """The weights that `wanted` names: all, late (upper half of the blocks), last:N, adapter, or a regular
     expression searched for in weight names. Raises UnknownLayers when none is left or the expression is malformed."""
-    known = {name: weight for name, weight in network.named_parameters() if weight.is_floating_point()}
+    beside = beside_text(network)
+    known = {n: weight for n, weight in network.named_parameters() if weight.is_floating_point() and not beside(n)}
     if wanted == "all":
         return known
     pattern = ADAPTER if wanted == "adapter" else wanted

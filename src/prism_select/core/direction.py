@@ -106,10 +106,8 @@ def target_gradient(
     """
     means = [pair_logliks(model, side) for side in sides]
     slope = slopes(weighting, means[0], means[1], anchor)
-    up, down = (
-        {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
-        for _ in sides
-    )
+    wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+    up, down = ({n: torch.zeros_like(w, dtype=wide[n]) for n, w in weights.items()} for _ in sides)
     with differentiable(weights):
         for side, each, total, name in zip(sides, slope, (up, down), ("chosen", "rejected"), strict=True):
             for batch, pairs in side if each.any() else ():

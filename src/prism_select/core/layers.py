@@ -10,6 +10,7 @@ Choices made here: a tied weight is one weight, wherever it is used. A module th
 cannot be told apart by example, is reported by name and never skipped.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from prism_select.blocks import padding_still, watched, without_padding
 from prism_select.errors import Unreachable
 
 __all__ = [
@@ -91,9 +93,12 @@ def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
 def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
     """Other tensors in place of the weights, dual numbers included, for the length of the block."""
     saved = [(owner, dict(owner.module._parameters)) for owner in holders]
+    uses = Counter(name for owner in holders for name in owner.weights.values())
     try:
-        for owner, _ in saved:
-            owner.module._parameters.update({k: values[n] for k, n in owner.weights.items() if n in values})  # type: ignore[misc]
+        for owner, before in saved:
+            new: dict[str, Any] = {k: values[n] for k, n in owner.weights.items() if n in values}
+            tied = any(uses[name] > 1 for name in owner.weights.values())
+            owner.module._parameters.update(padding_still(owner.module, new, before) if tied else new)
         yield
     finally:
         for owner, parameters in saved:
@@ -109,9 +114,7 @@ def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named
     """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
     own: dict[str, Any] = {key: direction[name] for key, name in owner.weights.items() if name in direction}
     module: Any = owner.module
-    if type(module) is nn.Embedding:
-        return [functional.embedding(inputs[0], own["weight"])]
-    if is_closed(module):
+    if is_closed(module) and type(module) is not nn.Embedding:
         matrix, moved = own.get("weight", torch.zeros_like(module.weight)), inputs[0]
         steps = matrix if isinstance(matrix, Factors) else [matrix]
         for step in reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]:
@@ -121,7 +124,8 @@ def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named
         duals = {owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d) for k, d in own.items()}
         with swapped([owner], duals):
             outputs = tree_flatten(module.forward(*inputs, **named))[0] if own else []
-        return [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
+        found = [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
+    return without_padding(module, inputs, found)
 
 
 @contextmanager
@@ -154,10 +158,8 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
         for place, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor) or (kept and not any(k and k[place] is not None for k in kept)):
                 continue
-            # A node of its own: the gradient has no part of later outputs; the hook's None leaves it as it is
-            node = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_().clone()
-            node.register_hook(lambda g, place=place: visit(owner, inputs, lambda n: tangents(n)[place], g))
-            tensors[place] = node
+            show = partial(lambda place, g: visit(owner, inputs, lambda n: tangents(n)[place], g), place)
+            tensors[place] = watched(tensor, show, len(tensors) == 1 and all(tensor is not each for each in args))
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:

@@ -11,9 +11,11 @@ tokens in the text and out of what is supervised; long rows lose their end; batc
 filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,7 +122,8 @@ class Encoder:
             if turn.role == "assistant" and place >= example.prompt_turns
         ]
         coded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [any(a <= start < b for a, b in spans) and end > start for start, end in coded.offset_mapping]
+        # a token of which a part is inside, since a word may begin with a space that is still the prompt's
+        inside = [any(start < b and end > a for a, b in spans) and end > start for start, end in coded.offset_mapping]
         return list(coded.input_ids), inside
 
     def _span(self, example: Example, place: int, whole: str) -> tuple[int, int]:
@@ -129,17 +132,41 @@ class Encoder:
         stand-in for it, since a short answer may also occur there."""
         earlier, content = example.turns[:place], example.turns[place].text.strip()
         head, there, tail = self._render(example, (*earlier, Turn("assistant", STAND_IN))).rpartition(STAND_IN)
-        before = self._render(example, earlier, prompt=True) if earlier else head
-        found = whole.find(content, len(head if whole.startswith(head) else before))
-        if not there or not whole.startswith(before) or found < 0:
+        before = self._render(example, earlier, prompt=True) if earlier and self._prompts else head.rstrip(" ")
+        start = next((len(text) for text in (before, head) if whole.startswith(text)), None)
+        since = len(head) if whole.startswith(head) else start or 0
+        if (other := start is None) and whole.startswith(plain := self._render(example, earlier) if earlier else ""):
+            since = len(plain)  # a prompt that goes on otherwise in a conversation
+            start = max(since, len(os.path.commonprefix([whole, before])))
+        answers = (content, content.rpartition("</think>")[2].strip())  # some templates drop what was thought before it
+        found = next(((at, at + len(text)) for text in answers if (at := whole.find(text, since)) >= 0), None)
+        if not there or start is None or found is None:
             raise _bad(
                 example, f"the chat template changes turn {place + 1} beyond recognition", "try --template plain"
             )
-        end = found + len(content)
+        start, end = min(start, found[0]) if other else start, found[1]
         if self.skip_end:
-            return len(before), end
+            return start, end
         closing = re.compile(r"\s*" + re.escape(tail.strip()) if tail.strip() else re.escape(tail)).match(whole, end)
-        return len(before), closing.end() if closing else end
+        if not closing and place + 1 < len(example.turns):
+            header = before[len(self._render(example, earlier)) :] if earlier else head
+            ends = [token for token in self._special if token not in header]
+            closing = re.compile(r"\s*(?:" + "|".join(map(re.escape, ends)) + ")").match(whole, end) if ends else None
+        return start, closing.end() if closing else end
+
+    @cached_property
+    def _prompts(self) -> bool:
+        """Whether the chat template knows a generation prompt."""
+        asked = Example((Turn("user", STAND_IN),), "", "", "", 0)
+        try:
+            return self._render(asked, asked.turns, prompt=True) != self._render(asked, asked.turns)
+        except BadRow:
+            return True
+
+    @cached_property
+    def _special(self) -> list[str]:
+        known = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in known if token.special and token.content != self.tokenizer.bos_token]
 
 
 def _gap(turns: Sequence[Turn]) -> str:
