@@ -28,7 +28,7 @@ from results_file import figure, write
 
 from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Direction, is_matrix, owners, watching, weight_gradients
+from prism_select.core.layers import Direction, is_matrix, owners, sides, watching
 from prism_select.core.likelihood import Batch, backward
 from prism_select.curvature import Blocks, diagonal, ekfac, solve
 from prism_select.data.batches import Encoded, collate, plan_batches
@@ -108,8 +108,11 @@ def squared_norms(study: Study, batch: Batch, part: Mapping[str, int]) -> np.nda
     total = np.zeros((len(batch), 1 + max(part.values())))
 
     def visit(owner: Any, inputs: Any, _: object, gradient: torch.Tensor) -> None:
-        for few, own in weight_gradients(owner, inputs, gradient, len(batch)) or ():
-            total[few, part[owner.weights["weight"]]] += own.float().square().sum(1).numpy()
+        if gradient.ndim == 3 and len(gradient) == len(batch):
+            left, right = sides(owner, inputs, gradient)
+            for row in range(len(batch)):
+                own = (left[row].T @ right[row]).float()
+                total[row, part[owner.weights["weight"]]] += float(own.square().sum())
 
     holders = [owner for owner in owners(study.model.network, study.weights) if is_matrix(owner)]
     with watching(holders, [], visit):

@@ -31,10 +31,10 @@ from prism_select.core.layers import (
     Weights,
     by_example,
     dense,
+    own_products,
     owners,
     swapped,
     watching,
-    weight_gradients,
 )
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
 from prism_select.errors import BadOption, Unreachable
@@ -82,11 +82,9 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
 
         def visit(owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor) -> None:
             names = list(owner.weights.values())
-            found = weight_gradients(owner, inputs, gradient, len(batch)) if names[0] in several else None
-            if found is not None:
-                for few, own in found:  # from two directions on, an example's gradient costs less than its tangents
-                    products = torch.stack([own @ flat for flat in several[names[0]]], dim=1)
-                    total[few, moving[names[0]]] += products.to(total.dtype)
+            flats = several.get(names[0])
+            if flats and (found := own_products(owner, inputs, gradient, len(batch), flats)) is not None:
+                total[:, moving[names[0]]] += found.to(total)  # from two directions on, cheaper than their tangents
                 return
             place = by_example(places[-1], len(batch), gradient)
             if place is None:
@@ -94,8 +92,8 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
                 raise Unreachable("reverse", names, why)
             rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(place), -1)
             for k in sorted({k for name in names for k in moving[name]}):
-                products = rows[:, None] @ tangent(k).to(rows.dtype).reshape(rows.shape)[:, :, None]
-                total[:, k].index_add_(0, place, products.flatten().to(total.dtype))
+                products = (rows * tangent(k).to(rows.dtype).reshape(rows.shape)).sum(1)
+                total[:, k].index_add_(0, place, products.to(total.dtype))
 
         with watching(holders, unit, visit) as called:
             loglik = backward(model, batch, lengths.new_ones(len(batch)), places.append)

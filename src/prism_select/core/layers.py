@@ -37,11 +37,11 @@ __all__ = [
     "dense",
     "is_closed",
     "is_matrix",
+    "own_products",
     "owners",
     "sides",
     "swapped",
     "watching",
-    "weight_gradients",
 ]
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
@@ -115,7 +115,8 @@ def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named
     own: dict[str, Any] = {key: direction[name] for key, name in owner.weights.items() if name in direction}
     module: Any = owner.module
     if is_closed(module) and type(module) is not nn.Embedding:
-        matrix, moved = own.get("weight", torch.zeros_like(module.weight)), inputs[0]
+        matrix = own["weight"] if "weight" in own else torch.zeros_like(module.weight)
+        moved = inputs[0]
         steps = matrix if isinstance(matrix, Factors) else [matrix]
         for step in reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]:
             moved = functional.linear(moved, step)
@@ -186,13 +187,14 @@ def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tenso
     return (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
 
 
-def weight_gradients(
-    owner: Owner, inputs: Inputs, gradient: Gradient, size: int
-) -> Iterator[tuple[slice, Float[Tensor, "few numbers"]]] | None:
-    """Each example's own gradient of a matrix, a few at a time; None for other modules, or without a slice for each."""
+def own_products(owner: Owner, inputs: Inputs, gradient: Gradient, size: int, flats: Sequence[Tensor]) -> Tensor | None:
+    """[example, direction]: each example's own gradient of a matrix, as much as a cache holds at a time, times each of
+    `flats`; None for other modules, or without a slice for each example."""
     if gradient.ndim != 3 or len(gradient) != size or not is_matrix(owner) or len(owner.weights) > 1:
         return None
     left, right = sides(owner, inputs, gradient)
-    few = max(1, 2**21 // (left.shape[-1] * right.shape[-1]))  # what a cache holds
-    parts = (slice(start, start + few) for start in range(0, size, few))
-    return ((part, (left[part].transpose(1, 2) @ right[part]).flatten(1)) for part in parts)
+    few, total = max(1, 2**20 // (size * right.shape[-1])), left.new_zeros(size, len(flats), dtype=torch.float64)
+    for part, *some in zip(left.split(few, 2), *(f.split(few * right.shape[-1]) for f in flats), strict=True):
+        own = (part.transpose(1, 2) @ right).flatten(1)
+        total += torch.stack([own @ flat for flat in some], dim=1)
+    return total
