@@ -27,7 +27,7 @@ from prism_select.choice import budget_of
 from prism_select.config import ScoreConfig
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded
-from prism_select.scoring import Lines, Scorer
+from prism_select.scoring import Fitting, Lines, Scorer
 from prism_select.selection import limit_of
 from prism_select.store import SHARD, Store
 from prism_select.surrogate import FEATURES, Recall, cut_for, guessed, recall_of
@@ -47,7 +47,8 @@ class Looker(Scorer):
     """Features in place of scores, of what another scorer would score."""
 
     def __init__(self, look: Callable[[Batch], Tensor], scorer: Scorer) -> None:
-        super().__init__(scorer.encoder, scorer.measure, Lines(), scorer.config, scorer.device)
+        fitting = Fitting(scorer.measure.measure, scorer.config.tokens_on(scorer.device.type, graph=False))
+        super().__init__(scorer.encoder, fitting, Lines(), scorer.config, scorer.device)
         self.look = look
 
     @property

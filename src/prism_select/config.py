@@ -137,7 +137,7 @@ class ModelConfig(Options):
     device: Annotated[str, "cpu, cuda or cuda:1; auto takes a GPU when there is one."] = "auto"
     batch_tokens: Annotated[
         int,
-        "Tokens in a batch, padding included; 0: 4,096, and on a CPU 512, or 2,048 by engine difference (no graph).",
+        "Tokens in a batch, padding included; 0: 4,096, and on a CPU 512, or 2,048 where no graph is kept.",
     ] = 0
     max_length: Annotated[int, "Longer rows are cut to this many tokens and marked truncated."] = 2048
     template: Annotated[
