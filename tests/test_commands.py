@@ -25,6 +25,7 @@ import torch
 import transformers
 from conftest import Outcome, Row, jsonl, prism, prism_apart
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional
 
@@ -609,6 +610,20 @@ def test_a_saved_direction_gives_the_scores_again(place: Place, scored: Path, re
     saved_by_repair = repaired / "direction.safetensors"
     done = prism("repair", *words, "--direction", saved_by_repair, "--out", other, "--remove", "6")
     assert done.code == 0 and column(other, "verdict") == column(repaired, "verdict")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_direction_of_another_precision_is_scored_along_and_saved_as_it_came(
+    place: Place, scored: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    cast = {name: value.to(dtype) for name, value in load_file(scored / "direction.safetensors").items()}
+    save_file(cast, tmp_path / "cast.safetensors", metadata={"towards": "chosen"})
+    words = ["--model", place.model, "--pool", place.pool, "--direction", tmp_path / "cast.safetensors"]
+    done = prism("score", *words, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert apart(scores(tmp_path / "run"), scores(scored)) < 1e-2
+    saved = load_file(tmp_path / "run" / "direction.safetensors")
+    assert saved.keys() == cast.keys() and all(torch.equal(saved[name], cast[name]) for name in cast)
 
 
 # ---------------------------------------------------------------- resume

@@ -33,7 +33,7 @@ from prism_select.targeting import Aim, Said
 __all__ = ["load_direction", "save_direction", "towards"]
 
 WARMED = ", after a warm-up"
-DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # a direction is never narrower
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def towards(config: ScoreConfig) -> str:
