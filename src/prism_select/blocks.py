@@ -78,12 +78,15 @@ def same_when_run_once(blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -
     return shared.equal(run())
 
 
-def watched(tensor: Tensor, show: Callable[[Tensor], None], alone: bool) -> Tensor:
-    """A module's output, whose gradient is shown: of several, or an input, as a node of its own, so that the gradient
-    has no part of the others'; `alone` as it is, since a view that is changed in place later loses its hook."""
+def watched(
+    tensor: Tensor, show: Callable[[Tensor], None], outputs: Sequence[Any], inputs: Mapping[Any, Any]
+) -> Tensor:
+    """One of a module's outputs, whose gradient is shown: of several, or an input itself, as a node of its own, so that
+    the gradient has no part of the others'; alone as it is, since a view that is changed in place later loses its
+    hook."""
     if not tensor.requires_grad:
         tensor = tensor.detach().requires_grad_().clone()
-    elif not alone:
+    elif len(outputs) > 1 or any(tensor is each for each in inputs.values()):
         tensor = tensor.view_as(tensor)
     tensor.register_hook(show)  # returns None: what a hook returns replaces the gradient
     return tensor
@@ -107,4 +110,4 @@ def padding_still(module: Any, moved: dict[str, Any], before: Mapping[str, Any])
     if not pads(module) or "weight" not in moved:
         return moved
     row = torch.tensor([module.padding_idx], device=before["weight"].device)
-    return {"weight": moved["weight"].index_copy(0, row, before["weight"].detach()[row])}
+    return {**moved, "weight": moved["weight"].index_copy(0, row, before["weight"].detach()[row])}

@@ -43,7 +43,7 @@ from prism_select.controls import Sample, run_controls
 from prism_select.core.likelihood import mean_logliks
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import Pool, fingerprint, named, read_target, read_targets
+from prism_select.data.inputs import Pool, fingerprint, read_target, read_targets, target_files
 from prism_select.data.readers import find_files
 from prism_select.data.records import Example, Pair
 from prism_select.errors import BadOption, BadRow
@@ -197,7 +197,7 @@ def opened(config: EvaluateConfig) -> Past:
     home = origin(run)
     now = {"pool": fingerprint(pool_of(scored).files), "model": fingerprint_of(scored)}
     if scored.target:
-        now["target"] = fingerprint([file for text in scored.target for file in find_files([named(text)[1]])])
+        now["target"] = fingerprint(target_files(scored.target))
     for name, value in now.items():
         if value != manifest["fingerprints"][name]:
             raise BadOption(f"{run.path}: its {name} has changed since; make the run again")

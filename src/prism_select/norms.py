@@ -218,8 +218,8 @@ class _Observer:
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                alone = len(tensors) == 1 and all(tensor is not each for each in args)
-                tensors[place] = watched(tensor, partial(self._rest, owner, call, place), alone)
+                show = partial(self._rest, owner, call, place)
+                tensors[place] = watched(tensor, show, tensors, {**dict(enumerate(args)), **named})
         return tree_unflatten(tensors, shape)
 
     def _rest(self, owner: Owner, call: Call, place: int, gradient: Tensor) -> None:

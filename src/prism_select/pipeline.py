@@ -39,8 +39,8 @@ from prism_select.core.layers import Factored, Factors, Weights
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.formats import Names, parse_fields
-from prism_select.data.inputs import Pool, Survey, changed, fingerprint, named, read_targets, seen_in_target
-from prism_select.data.readers import find_files, readable
+from prism_select.data.inputs import Pool, Survey, changed, fingerprint, read_targets, seen_in_target, target_files
+from prism_select.data.readers import readable
 from prism_select.data.records import Example, Pair
 from prism_select.data.remote import is_remote
 from prism_select.errors import BadOption, BadRow, TooManyBadRows, Unreachable
@@ -242,11 +242,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     refuse_columns(config, mapping, columns)
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
     early_refusals(config, survey.rows - survey.bad, pool)
-    files = (
-        [file for text in config.target for file in find_files([named(text)[1]])]
-        if config.target
-        else [readable(config.direction)]
-    )
+    files = target_files(config.target) if config.target else [readable(config.direction)]
     prints = {"pool": fingerprint(pool.files), "target": fingerprint(files), "model": fingerprint_of(config)}
     return Inputs(pool, survey, targets, prints)
 
@@ -445,13 +441,11 @@ def choose_engine(
         try:
             return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
         except Unreachable as error:
+            why = str(error).partition("; try")[0]
             if name == order[-1] and config.normalize == "norm":
-                raise BadOption(
-                    f"--normalize norm: {str(error).partition('; try')[0]}; try --normalize tokens"
-                ) from error
+                raise BadOption(f"--normalize norm: {why}; try --normalize tokens") from error
             if name == order[-1]:
                 raise
-            why = str(error).partition("; try")[0]
     raise AssertionError("unreachable")
 
 

@@ -82,8 +82,7 @@ def differentiable(weights: Weights) -> Iterator[None]:
         yield
     finally:
         for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
+            weight.requires_grad_(False).grad = None
 
 
 def pair_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:

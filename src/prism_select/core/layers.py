@@ -114,9 +114,10 @@ def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named
     """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
     own: dict[str, Any] = {key: direction[name] for key, name in owner.weights.items() if name in direction}
     module: Any = owner.module
-    if is_closed(module) and type(module) is not nn.Embedding:
-        matrix = own["weight"] if "weight" in own else torch.zeros_like(module.weight)
-        moved = inputs[0]
+    if type(module) is nn.Embedding:
+        return without_padding(module, inputs, [functional.embedding(inputs[0], own["weight"])])
+    if is_closed(module):
+        matrix, moved = own["weight"] if "weight" in own else torch.zeros_like(module.weight), inputs[0]
         steps = matrix if isinstance(matrix, Factors) else [matrix]
         for step in reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]:
             moved = functional.linear(moved, step)
@@ -160,7 +161,7 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
             if not isinstance(tensor, Tensor) or (kept and not any(k and k[place] is not None for k in kept)):
                 continue
             show = partial(lambda place, g: visit(owner, inputs, lambda n: tangents(n)[place], g), place)
-            tensors[place] = watched(tensor, show, len(tensors) == 1 and all(tensor is not each for each in args))
+            tensors[place] = watched(tensor, show, tensors, {**dict(enumerate(args)), **named})
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:

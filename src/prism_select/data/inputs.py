@@ -156,6 +156,11 @@ def read_targets(
     return found
 
 
+def target_files(given: Sequence[str]) -> list[str]:
+    """Of all targets, without their names."""
+    return [file for text in given for file in find_files([named(text)[1]])]
+
+
 def named(text: str) -> tuple[str, str]:
     """Name and file of NAME=FILE; a file may have a = in its own name."""
     found = None if os.path.exists(text) else re.fullmatch(r"([\w .-]+)=(.+)", text)
