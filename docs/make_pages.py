@@ -310,7 +310,28 @@ def cost_plot() -> str:
     return drawn((bars + spread).properties(width=420, height=170))
 
 
-PAGES = {"options.md": options_page, "measurements.md": measurements_page, "cost.svg": cost_plot}
+def growth_plot() -> str:
+    """Seconds against each size, both by powers of ten."""
+    rows = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))["rows"]
+    panels = []
+    for of in dict.fromkeys(row["of"] for row in rows):
+        points = alt.Chart(alt.Data(values=[row for row in rows if row["of"] == of])).mark_line(point=True)
+        panels.append(
+            points.encode(
+                x=alt.X("size:Q", title=of, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4, format="~s")),
+                y=alt.Y("seconds:Q", title="seconds", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+                color=alt.value("#0b5394"),
+            ).properties(width=150, height=150)
+        )
+    return drawn(alt.hconcat(*panels))
+
+
+PAGES = {
+    "options.md": options_page,
+    "measurements.md": measurements_page,
+    "cost.svg": cost_plot,
+    "growth.svg": growth_plot,
+}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -612,11 +613,14 @@ def test_a_saved_direction_gives_the_scores_again(place: Place, scored: Path, re
     assert done.code == 0 and column(other, "verdict") == column(repaired, "verdict")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtypes", [[torch.bfloat16], [torch.float16], [torch.float64], [torch.bfloat16, torch.float64, torch.float32]]
+)
 def test_a_direction_of_another_precision_is_scored_along_and_saved_as_it_came(
-    place: Place, scored: Path, tmp_path: Path, dtype: torch.dtype
+    place: Place, scored: Path, tmp_path: Path, dtypes: list[torch.dtype]
 ) -> None:
-    cast = {name: value.to(dtype) for name, value in load_file(scored / "direction.safetensors").items()}
+    saved_before = load_file(scored / "direction.safetensors")
+    cast = {name: saved_before[name].to(dtype) for name, dtype in zip(saved_before, cycle(dtypes), strict=False)}
     save_file(cast, tmp_path / "cast.safetensors", metadata={"towards": "chosen"})
     words = ["--model", place.model, "--pool", place.pool, "--direction", tmp_path / "cast.safetensors"]
     done = prism("score", *words, "--out", tmp_path / "run")

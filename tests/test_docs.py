@@ -52,20 +52,25 @@ def test_every_test_that_the_page_on_safety_names_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "figure", "line"),
+    ("page", "file", "figure", "line"),
     [
-        ("cost", "difference, one direction", "a score along one direction, all weights, float32 | {:.1f} forwards"),
-        ("cost", "difference, one direction, late", "over the upper half of the blocks | {:.1f} forwards"),
-        ("cost", "reverse, one target (score and chosen half)", "`reverse` | {:.1f} forwards"),
-        ("cascade", "cost of a cascade, a row", "tiny model | {:.1f} forwards"),
-        ("quality", "gsm8k 5%: prism over random, gain", "random rows: GSM8K | {:.2f}"),
-        ("quality", "arc 5%: prism over random, gain", "accuracy is no better | {:.2f}"),
-        ("quality", "truthfulqa 5%: prism over random, gain", "no gain: TruthfulQA | {:.2f}"),
-        ("quality", "truthfulqa 5%: auroc of the truth, prism", "AUROC: TruthfulQA | {:.2f}"),
-        ("quality", "polite 5%: auroc of the truth, prism", "AUROC: rude answers | {:.2f}"),
+        ("README", "cost", "difference, one direction", "all weights, float32 | {:.1f} forwards"),
+        ("README", "cost", "difference, one direction, late", "over the upper half of the blocks | {:.1f} forwards"),
+        ("README", "cost", "reverse, one target (score and chosen half)", "`reverse` | {:.1f} forwards"),
+        ("README", "cascade", "cost of a cascade, a row", "tiny model | {:.1f} forwards"),
+        ("README", "quality", "gsm8k 5%: prism over random, gain", "random rows: GSM8K | {:.2f}"),
+        ("README", "quality", "arc 5%: prism over random, gain", "accuracy is no better | {:.2f}"),
+        ("README", "quality", "truthfulqa 5%: prism over random, gain", "no gain: TruthfulQA | {:.2f}"),
+        ("README", "quality", "truthfulqa 5%: auroc of the truth, prism", "AUROC: TruthfulQA | {:.2f}"),
+        ("README", "quality", "polite 5%: auroc of the truth, prism", "AUROC: rude answers | {:.2f}"),
+        ("docs/comparison", "cost_peers", "beside peers: difference all", "`difference` {:.1f}"),
+        ("docs/comparison", "cost_peers", "beside peers: reverse all", "`reverse` {:.1f}"),
+        ("docs/comparison", "cost_peers", "beside peers: bergson", "bergson {:.1f},"),
+        ("docs/comparison", "cost_peers", "beside peers: kronfluence", "kronfluence {:.1f},"),
+        ("docs/comparison", "cost_peers", "beside peers: reference all", "row by row {:.1f};"),
     ],
 )
-def test_the_readme_says_what_was_measured(file: str, figure: str, line: str) -> None:
+def test_pages_say_what_was_measured(page: str, file: str, figure: str, line: str) -> None:
     told = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
     value = next(each["value"] for each in told["figures"] if each["name"] == figure)
-    assert line.format(value) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert line.format(value) in (ROOT / f"{page}.md").read_text(encoding="utf-8")

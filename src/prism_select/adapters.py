@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -54,7 +53,7 @@ def save_adapter(network: nn.Module, direction: Direction, rank: int, folder: Pa
         lacking = rank - len(right)
         parts = {"A": functional.pad(right, (0, 0, 0, lacking)), "B": functional.pad(left, (0, lacking))}
         for part, padded in parts.items():
-            tensors[f"base_model.model.{used[name].name}.lora_{part}.weight"] = padded.float().cpu().contiguous()
+            tensors[f"base_model.model.{used[name].name}.lora_{part}.weight"] = padded.float()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,7 +68,7 @@ def save_adapter(network: nn.Module, direction: Direction, rank: int, folder: Pa
     }
     store = Store(str(folder))
     store.make()
-    store.write(WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    store.write_tensors(WEIGHTS, tensors, {"format": "pt"})
     store.write_json(CONFIG, config)
     whole = {name: norm({name: value}) for name, value in direction.items()}
     kept = {name: (lengths.get(name, 0.0) / size) ** 2 if size else 1.0 for name, size in whole.items()}

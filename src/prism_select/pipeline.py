@@ -437,6 +437,8 @@ def choose_engine(
     for name in order:
         if config.engine == "auto" and name == "reverse":
             why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
+        if config.engine == "auto" and config.cascade and name == "difference":
+            why = f"the cheapest along one direction at a time, {dtype}"
         measure = measure_by(config, name, model, weights, directions)
         try:
             return measure, Checked(name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype))
@@ -463,6 +465,8 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
         return ["forward"] if narrow else ["forward", "difference"]
     if config.normalize == "norm":
         return ["reverse"]
+    if config.cascade and not narrow:
+        return ["difference"]
     return ["reverse", "forward" if narrow else "difference", "reference"]
 
 
@@ -519,17 +523,15 @@ def cascaded(
 ) -> tuple[list[Path], dict[str, Any]]:
     """In place of `score_pool`; and what the manifest says of it."""
     model, weights = loaded
-    count, narrow = len(work.lines.targets), torch.finfo(model.dtype).bits < 32
-    directions, rows = placed(work.directions[: count + 1], model.device), first_rows(work.inputs.pool, scorer.encoder)
-    plain = replace(config, engine="difference") if config.engine == "auto" and not narrow else config
+    targets = len(work.lines.targets)
+    directions = placed(work.directions[: targets + 1], model.device)
 
-    def along(few: Sequence[Factored], lines: Lines) -> tuple[Scorer, Checked]:
-        measure, checked = choose_engine(plain, model, weights, few, rows)
-        return Scorer(scorer.encoder, measure, lines, config, model.device), checked
+    def along(few: Sequence[Factored], lines: Lines) -> Scorer:
+        measure = measure_by(config, work.engine, model, weights, few)
+        return Scorer(scorer.encoder, measure, lines, config, model.device)
 
-    quick, checked = along(directions[:count], replace(work.lines, halves=False))
-    half, _ = along(directions[count:], Lines(halves=False))
-    progress.say(f"cascade: one direction at a time by engine {checked.engine}, off by {checked.disagreement:.1e}")
+    quick = along(directions[:targets], replace(work.lines, halves=False))
+    half = along(directions[targets:], Lines(halves=False))
     looker = Looker(looking(model, config.seed), scorer)
 
     def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
@@ -538,7 +540,7 @@ def cascaded(
 
     shards, told = Cascade(config, store, through, looker, quick, half, scorer).run()
     scorer.sums = looker.sums
-    return shards, {**told, "engine": checked.engine}
+    return shards, told
 
 
 def score_pool(
@@ -575,8 +577,9 @@ def score_pool(
 def windows_of(work: Work, world: World) -> Iterator[Window]:
     """The pool, or the part of it that is asked for, in windows; wanted are those that this process has to score, and
     that are not there already."""
-    every, part = enumerate(work.inputs.pool.rows()), work.wanted
-    found = (each for each in every if part is None or part[each[0]])
+    part = work.wanted
+    asked = count() if part is None else np.flatnonzero(part).tolist()
+    found = zip(asked, work.inputs.pool.rows(part), strict=False)
     for number in count():
         if not (window := list(islice(found, WINDOW))):
             return

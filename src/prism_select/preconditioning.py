@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prism_select.config import ScoreConfig
@@ -152,5 +152,5 @@ def save_curvature(store: Store, blocks: Blocks) -> None:
         for part in ("eigenvalues", "left", "right"):
             value = getattr(block, part)
             if value is not None:
-                tensors[f"{name}/{part}"] = value.cpu().contiguous()
-    store.write(CURVATURE, save(tensors))
+                tensors[f"{name}/{part}"] = value
+    store.write_tensors(CURVATURE, tensors, {})

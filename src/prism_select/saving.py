@@ -9,13 +9,9 @@ Choices made here: what is saved is what rows are scored along, with curvature a
 rank; groups of pairs and other dampings are not.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow as pa
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +29,6 @@ from prism_select.targeting import Aim, Said
 __all__ = ["load_direction", "save_direction", "towards"]
 
 WARMED = ", after a warm-up"
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def towards(config: ScoreConfig) -> str:
@@ -49,30 +44,15 @@ def labels_of(lines: Lines) -> list[str]:
 
 def save_direction(store: Store, config: ScoreConfig, aim: Aim) -> None:
     tensors = {
-        f"{label}/{name}".lstrip("/"): value.cpu().contiguous()
+        f"{label}/{name}".lstrip("/"): value
         for label, direction in zip(labels_of(aim.lines), aim.directions, strict=False)
         for name, value in direction.items()
     }
     metadata = {"towards": towards(config) + WARMED * bool(config.warmup)}
-    with store.writing("direction.safetensors") as file:
-        write_tensors(file, tensors, metadata)
+    store.write_tensors("direction.safetensors", tensors, metadata)
     if aim.said:
         parts = [table_of(name, said) for name, said in aim.said.items()]
         store.write_table("pairs.parquet", pa.concat_tables(parts))
-
-
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """As safetensors.torch.save, which holds two more copies of all of them."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, value in tensors.items():
-        end, start = end + value.numel() * value.element_size(), end
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for value in tensors.values():
-        file.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def table_of(name: str, said: Said) -> pa.Table:

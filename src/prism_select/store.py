@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,9 +27,13 @@ import pyarrow.parquet as pq
 from prism_select.config import MENDABLE, ScoreConfig, to_toml
 from prism_select.errors import BadOption, BadRow, DiskTrouble, RunMismatch
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["FILES", "SHARD", "Run", "Store", "bad_rows_of", "finite", "json_line"]
 
 FILES = ("config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet", "selected.jsonl")
+DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 SHARD = pa.schema(
     [
         ("row", pa.int64()),
@@ -195,6 +199,22 @@ class Store:
     def write_table(self, name: str, table: pa.Table) -> None:
         with self.writing(name) as file:
             pq.write_table(table, file)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+        """As safetensors.torch.save, which holds two more copies of all of them; the widest first, as it wants them."""
+        import torch
+
+        ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+        header, end = dict[str, Any]({"__metadata__": dict(metadata)}), 0
+        for key, value in ordered:
+            end, start = end + value.numel() * value.element_size(), end
+            header[key] = {"dtype": DTYPES[str(value.dtype)], "shape": list(value.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with self.writing(name) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, value in ordered:
+                file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def table_of(self, name: str, mark: str) -> pa.Table | None:
         """A table that was written with this mark as its metadata `of`; None for none, or another one."""

@@ -16,6 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prism_select.config import ROW_BYTES
 from prism_select.data.formats import (
@@ -71,18 +75,22 @@ class Pool:
         for file in self.files:
             yield from read_rows(file, self.row_bytes)
 
-    def rows(self) -> Iterator[tuple[Raw, Example | BadRow]]:
-        """The memory taken is that of a hash for each id that a row carries itself."""
-        seen: set[int] = set()
+    def rows(self, wanted: NDArray[np.bool_] | None = None) -> Iterator[tuple[Raw, Example | BadRow]]:
+        """All, or those at the places where `wanted` is True, which are known to be good. The memory taken is that of a
+        hash for each id that a row carries itself."""
+        seen, places = set[int](), count()
         for file in self.files:
             format: Format | None = None
-            for raw in read_rows(file, self.row_bytes):
+            for raw, place in zip(read_rows(file, self.row_bytes), places, strict=False):
+                asked = wanted is None or wanted[place]
                 try:
                     if format is None and raw.fields is not None:
                         format = detect_pool(raw.fields, self.mapping, raw.file, raw.line)
-                    yield raw, self._example(raw, format, seen)
+                    if asked:
+                        yield raw, self._example(raw, format, seen)
                 except BadRow as bad:
-                    yield raw, bad
+                    if asked:
+                        yield raw, bad
 
     def _example(self, raw: Raw, format: Format | None, seen: set[int]) -> Example:
         example = to_example(raw, format or Format("text"), self.mapping)
