@@ -58,9 +58,9 @@ import sys
 from prism_select import cli
 from prism_select.scoring import Scorer
 log, table = open(sys.argv[1], "ab", buffering=0), Scorer.table
-def begun(self, start, *rest):
-    log.write(b"%d\\n" % (start // {WINDOW}))
-    return table(self, start, *rest)
+def begun(self, places, *rest):
+    log.write(b"%d\\n" % (places[0] // {WINDOW}))
+    return table(self, places, *rest)
 Scorer.table = begun
 cli.main(sys.argv[2:])
 """

@@ -113,7 +113,7 @@ def test_a_bad_row_stops_a_small_pool_with_file_line_and_reason(desk: Desk, name
     line, reason = BAD_ROWS[name]
     pool = desk.pool([NAMED, *GOOD[1:5], line, *GOOD[5:]])
     said = desk.refuses(f"{pool}:6: {reason}", "--max-length", "150", pool=pool)
-    assert "the first of 1 bad rows found among 11, and --max-bad allows 1%" in said
+    assert "the first of 1 bad rows found among 11, and --max-bad allows 1%" in said and "with --max-bad 10%" in said
     said = desk.refuses(
         f"{pool}:6: {reason}", "--max-length", "150", "--bad-rows", "stop", "--max-bad", "90%", pool=pool
     )
@@ -230,6 +230,26 @@ def test_an_empty_target_is_refused(desk: Desk) -> None:
 def test_a_pool_given_as_target_is_refused_with_the_formats_that_are_known(desk: Desk) -> None:
     said = desk.refuses("pool.jsonl:1: no known format", target=desk.pool(GOOD))
     assert "the fields are 'prompt', 'completion'" in said and "prompt+chosen+rejected" in said
+
+
+def test_a_mapped_column_that_is_not_there_is_named_with_one_that_is_near(desk: Desk) -> None:
+    pool = desk.pool([{"q_text": "a", "reply": "b"}] * 3)
+    said = desk.refuses(
+        f"{pool}:1: no column 'replyy' for completion; the fields are 'q_text', 'reply'",
+        "--fields",
+        "prompt=q_text,completion=replyy",
+        "--max-bad",
+        "100%",
+        pool=pool,
+    )
+    assert "check --fields: completion=reply, perhaps" in said
+    said = desk.refuses("no column 'zzz' for prompt", "--fields", "prompt=zzz", pool=pool)
+    assert "prompt=its own column" in said
+
+
+def test_a_model_that_is_not_there_is_told_before_the_pool_is_read(desk: Desk) -> None:
+    words = ["--pool", desk.pool(["{"]), "--target", "t.jsonl", "--out", desk.out]
+    refused(prism("score", "--model", "/no/where", *words), "--model /no/where: no such folder", desk.out)
 
 
 # ---------------------------------------------------------------- files
@@ -648,6 +668,7 @@ def test_choosing_again_is_refused_where_it_cannot_be_done(desk: Desk) -> None:
     refuses("more than the pool's 10 rows", *again, "--budget", "11")
     refuses("more than the pool's", *again, "--budget", "99999tok")
     refuses("leave out --model", *again, "--model", "m")
+    refuses("leave out --layers, --curvature", *again, "--layers", "late", "--curvature", "ekfac", "--seed", "3")
     before = {path.name: path.read_bytes() for path in desk.out.iterdir()}
     refuses("it holds the scores to choose from; give another folder", *again, "--overwrite", out=desk.out)
     assert {path.name: path.read_bytes() for path in desk.out.iterdir()} == before

@@ -45,7 +45,7 @@ from prism_select.statistics import halves, paired_interval, rank_correlation
 from prism_select.store import Run, Store
 from prism_select.targeting import as_side
 from prism_select.tasks import fingerprints_of
-from prism_select.verdicts import break_even, break_even_of, in_words
+from prism_select.verdicts import break_even, break_even_of, forecasts, in_words
 from prism_select.warmup import Course, refuse_many_gpus, train
 
 BUDGET = 20
@@ -770,3 +770,8 @@ def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, 
         (run / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(BadOption, match=said):
             evaluate(config_of(place, run))
+
+
+def test_few_trainings_tell_no_forecast() -> None:
+    up = np.arange(5.0)
+    assert np.isnan(forecasts(up[:4], up[:4])) and forecasts(up, up) == 1

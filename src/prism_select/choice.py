@@ -71,7 +71,7 @@ VERDICTS = {
 ENOUGH = 10
 MANY = 1_000_000
 GROUP, GROUP_BYTES = 1 << 16, 1 << 26
-_TRUE, _FALSE = {"true", "1", "1.0", "yes", "bad"}, {"false", "0", "0.0", "no", "good"}
+_TRUE, _FALSE = {"true", "t", "1", "1.0", "yes", "y", "bad"}, {"false", "f", "0", "0.0", "no", "n", "good"}
 _UNKNOWN = {"", "none", "null", "nan"}
 
 
@@ -429,7 +429,8 @@ def labels_of(field: str, pool: Pool) -> list[bool | None]:
         if text not in _TRUE | _FALSE | _UNKNOWN:
             found = reprlib.repr((raw.fields or {})[field])
             raise BadOption(
-                f"--label-field {field}: {raw.file}:{raw.line} has {found}, neither true nor false; use true/false"
+                f"--label-field {field}: {raw.file}:{raw.line} has {found}, neither true nor false; use true/false, "
+                "yes/no, 1/0 or bad/good"
             )
         labels.append(None if text in _UNKNOWN else text in _TRUE)
     if not any(label is not None for label in labels):

@@ -138,7 +138,7 @@ def execute_and_tell(config: Options, terminal: Terminal) -> None:
     plan = {
         "tokens": f"{done.tokens:,}",
         "time": f"{done.seconds:,.0f} s for the whole run, on this machine as it is now",
-        "memory": f"{done.memory_bytes / 2**30:.2f} GiB at the highest",
+        "memory": f"{done.memory_bytes / 1e9:.2f} GB at the highest",
         "disk": f"{done.disk_bytes / 2**20:.1f} MiB in the run folder",
     }
     terminal.end(asdict(done), plan)

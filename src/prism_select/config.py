@@ -21,6 +21,7 @@ from prism_select.errors import BadOption
 
 __all__ = [
     "MENDABLE",
+    "OF_CHOICE",
     "ROW_BYTES",
     "Amount",
     "Config",
@@ -41,6 +42,10 @@ __all__ = [
 SETTLED = frozenset(  # what a saved direction has in it
     {"anchor", "combine", "common", "curvature", "curvature_from", "damping", "layers", "nearest", "target_by"}
     | {"save_curvature", "uncertainty", "warmup", "weighting"}
+)
+OF_CHOICE = frozenset(  # what a choice from scores that are there goes by
+    {"budget", "combine", "near_duplicates", "normalize", "out", "overwrite", "per_source", "rank_by", "seed"}
+    | {"select_from"}
 )
 MENDABLE = frozenset(
     {"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"}
@@ -429,11 +434,11 @@ class SelectConfig(ScoreConfig):
     def _check_needs(self) -> None:
         if not self.select_from:
             return super()._check_needs()
-        given = [name for name in ("model", "pool", "target", "direction") if getattr(self, name)]
-        if given:
-            raise BadOption(f"--select-from takes scores as they are: leave out {', '.join('--' + n for n in given)}")
         if self.dry_run:
             raise BadOption("--select-from takes seconds and has no plan: leave out --dry-run")
+        others = [f for f in fields(self) if f.name not in OF_CHOICE and getattr(self, f.name) != f.default]
+        if given := ", ".join(f"--{f.name.replace('_', '-')}" for f in others):
+            raise BadOption(f"--select-from takes scores as they are: leave out {given}")
         if not self.out:
             raise BadOption("--out is missing: the folder for the new choice")
 

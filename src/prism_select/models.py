@@ -25,7 +25,7 @@ from prism_select.blocks import decoder_of
 from prism_select.core.likelihood import Batch
 from prism_select.errors import BadModel, BadOption
 
-__all__ = ["CausalLM", "fingerprint", "load", "resolve_device"]
+__all__ = ["CausalLM", "fingerprint", "load", "refuse_missing", "resolve_device"]
 
 
 class CausalLM:
@@ -144,6 +144,15 @@ def refuse_unreachable(name: str) -> None:
             raise BadModel(f"--model {name}: {why}; check the path, or the network") from error
 
 
+def refuse_missing(name: str) -> None:
+    """Raises BadModel for a path where nothing is, or no weights; what else may be wrong, `load` finds."""
+    path = Path(name)
+    if path.exists():
+        _weights_of(path)
+    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
+
+
 def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the folder."""
     import transformers
@@ -152,8 +161,7 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path, packed = Path(name), None
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
+    refuse_missing(name)
     if path.exists():
         packed = _weights_of(path)
         path = path.parent if path.is_file() else path

@@ -11,6 +11,7 @@ memory does not grow with the pool, and a run that was stopped goes on after its
 every pair on reading: from there on, in columns too, `chosen` means the unwanted answer.
 """
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -221,6 +222,7 @@ def about_repeats(config: ScoreConfig, rows: int) -> str:
 
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
+    models.refuse_missing(config.model)
     mapping = parse_fields(config.fields)
     targets = read_targets(config.target, mapping, config.target_by, config.max_row_bytes) if config.target else {}
     if isinstance(config, RepairConfig):
@@ -274,11 +276,12 @@ def refuse_bad_rows(config: ModelConfig, bad: int, rows: int, first: BadRow | No
     if config.bad_rows == "stop":
         raise first
     if bad > round(config.allowed_bad * rows, 6):  # 29% of 100 is 29
+        enough = f"--max-bad {math.ceil(100 * bad / rows)}%"
         raise TooManyBadRows(
             first.file,
             first.line,
             f"{first.what} (the first of {bad} bad rows found among {rows}, and --max-bad allows {config.max_bad})",
-            f"{first.advice}, or raise --max-bad",
+            f"{first.advice}; or set such rows aside, in quarantine.jsonl, with {enough}",
         )
 
 

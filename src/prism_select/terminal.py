@@ -306,8 +306,10 @@ def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[
         rows[f"verdict {place + 1}"] = f"prism is {each['words']}" if "no gain" not in each["words"] else each["words"]
     forecast = told["forecast"]
     rows["forecast"] = (
-        f"rank correlation {_figure(forecast['rank_correlation'], '+.2f')} between predicted and realised change of "
-        f"the gain, over {forecast['trainings']} trainings"
+        f"none told from {forecast['trainings']} trainings: too few, or all alike"
+        if forecast["rank_correlation"] is None
+        else f"rank correlation {forecast['rank_correlation']:+.2f} between predicted and realised change of the gain, "
+        f"over {forecast['trainings']} trainings"
     )
     if spent := told["compute"]:
         rows["compute"] = spent["words"]

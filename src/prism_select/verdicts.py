@@ -19,9 +19,10 @@ from prism_select.retraining import MEASURES, Lot, Point, Tried
 from prism_select.statistics import paired_interval, rank_correlation
 from prism_select.store import Store
 
-__all__ = ["PRICED", "break_even", "break_even_of", "figures", "in_words", "write_tables"]
+__all__ = ["PRICED", "break_even", "break_even_of", "figures", "forecasts", "in_words", "write_tables"]
 
 PRICED = "random-priced"
+TOLD = 5  # trainings, from which a forecast is told
 Rows: TypeAlias = NDArray[np.int64]
 
 
@@ -69,8 +70,13 @@ def figures(
     return {
         "methods": methods,
         "against": against,
-        "forecast": {"rank_correlation": rank_correlation(*map(np.array, both)), "trainings": len(both[0])},
+        "forecast": {"rank_correlation": forecasts(*map(np.array, both)), "trainings": len(both[0])},
     }
+
+
+def forecasts(predicted: NDArray[np.float64], realised: NDArray[np.float64]) -> float:
+    """Their rank correlation; NaN of fewer than `TOLD`, which could hardly come out otherwise than high or low."""
+    return rank_correlation(predicted, realised) if len(predicted) >= TOLD else float("nan")
 
 
 def means_of(each: Sequence[Point], question: Rows) -> dict[str, Any]:

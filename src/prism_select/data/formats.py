@@ -16,6 +16,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import NoReturn, TypeAlias
@@ -66,13 +67,13 @@ class Format:
 
 def detect_pool(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
     """The format of a pool row; raises BadRow, at `file` and `line`, when none fits."""
-    return _detect(_standard(fields, mapping), _POOL) or _unknown(fields, _POOL, file, line)
+    return _detect(_standard(fields, mapping), _POOL) or _unknown(fields, mapping, _POOL, file, line)
 
 
 def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
     """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
     prompt may stand in a column that `mapping` does not name."""
-    format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, _TARGET, file, line)
+    format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, mapping, _TARGET, file, line)
     there = columns_of(fields, mapping)
     missing = [name for name in ("prompt", "instruction", "question") if name in mapping and name not in there]
     if format.name == "chosen+rejected" and missing and (others := unused(fields, mapping, format)):
@@ -98,8 +99,14 @@ def _detect(named: _Fields, formats: Iterable[str]) -> Format | None:
     return None
 
 
-def _unknown(fields: _Fields, formats: Iterable[str], file: str, line: int | None) -> NoReturn:
+def _unknown(fields: _Fields, mapping: Names, formats: Iterable[str], file: str, line: int | None) -> NoReturn:
     found = ", ".join(map(reprlib.repr, islice(fields, 12))) or "none"
+    there, needed = columns_of(fields, mapping), {name for format in formats for name in format.split("+")}
+    if missing := [name for name in mapping if name not in there and name in needed]:
+        wrong = mapping[missing[0]]
+        near = get_close_matches(wrong[0], fields, 1)
+        what = f"no column {' or '.join(map(repr, wrong))} for {missing[0]}; the fields are {found}"
+        raise BadRow(file, line, what, f"check --fields: {missing[0]}={near[0] if near else 'its own column'}, perhaps")
     advice = _RENAME if "text" in formats else _RENAME.replace("completion=response", "chosen=good,rejected=bad")
     raise BadRow(file, line, f"no known format: the fields are {found}; known are {', '.join(formats)}", advice)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_select.config import ROW_BYTES
+from prism_select.config import OF_CHOICE, ROW_BYTES
 from prism_select.data.formats import parse_fields
 from prism_select.data.inputs import read_targets
 from prism_select.data.records import Pair as Answers
@@ -32,7 +32,6 @@ from prism_select.store import Run
 __all__ = ["Facts", "Pair", "Share", "Target", "facts_of", "opened", "options_of"]
 
 PAIRS = 200
-OF_CHOICE = {"budget", "combine", "near_duplicates", "normalize", "out", "per_source", "rank_by", "seed", "select_from"}
 READ = 4 * 2**30
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _INSIDE = ("weight", "bias", "default", "base_layer", "lora_A", "lora_B")  # of a module, or of its adapter

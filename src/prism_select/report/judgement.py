@@ -20,6 +20,7 @@ State: TypeAlias = Literal["holds", "look", "failed", "not tried"]
 AGREEMENTS = ((0.1, "mostly noise"), (1 / 3, "more noise than signal"), (0.7, "more signal than noise"))
 BY_LENGTH = 0.7
 FEW = 5  # effective pairs
+MOST = 0.25  # of the direction that one pair may make
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:
         words = f"two halves agree at {agreement:.2f}: {agreement_in_words(agreement)}{more}"
         yield Check("agreement of the pairs", state, words)
     effective = target["effective_pairs"]
-    state = "holds" if effective >= FEW else "look"
-    yield Check(
-        "effective pairs", state, f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones"
-    )
+    first = next(iter(target["dominant_pairs"]), {"pair": 1, "share": 0.0})
+    state = "holds" if effective >= FEW and first["share"] <= MOST else "look"
+    words = f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones"
+    if first["share"] > MOST:
+        words += f"; pair {first['pair']} alone makes {first['share']:.0%} of the direction"
+    yield Check("effective pairs", state, words)
     longer = target["chosen_longer_share"]
     if target["pairs"] >= 10:
         sides = sides_of(manifest["score"]["swapped"])

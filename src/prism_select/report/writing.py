@@ -195,7 +195,7 @@ def made(facts: Facts) -> dict[str, Any]:
     given = [(name, value) for name, value in config.items() if value != defaults.get(name)]
     cost = [
         ("seconds", significant(plan["seconds"]), significant(actual["seconds"])),
-        ("memory, GiB", significant(plan["memory_bytes"] / 2**30), significant(actual["memory_bytes"] / 2**30)),
+        ("memory, GB", significant(plan["memory_bytes"] / 1e9), significant(actual["memory_bytes"] / 1e9)),
         ("tokens", f"{plan['tokens']:,.0f}", f"{actual['tokens']:,.0f}"),
     ]
     model = m["model"]
