@@ -774,4 +774,4 @@ def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, 
 
 def test_few_trainings_tell_no_forecast() -> None:
     up = np.arange(5.0)
-    assert np.isnan(forecasts(up[:4], up[:4])) and forecasts(up, up) == 1
+    assert np.isnan(forecasts(up[:4], up[:4])) and forecasts(up, up) > 0.999
