@@ -54,7 +54,12 @@ def test_every_test_that_the_page_on_safety_names_is_there() -> None:
 @pytest.mark.parametrize(
     ("page", "file", "figure", "line"),
     [
-        ("README", "cost", "difference, one direction", "all weights, float32 | {:.1f} forwards"),
+        (
+            "README",
+            "cost",
+            "difference, one direction",
+            "a score along one direction, all weights, float32 | {:.1f} forwards",
+        ),
         ("README", "cost", "difference, one direction, late", "over the upper half of the blocks | {:.1f} forwards"),
         ("README", "cost", "reverse, one target (score and chosen half)", "`reverse` | {:.1f} forwards"),
         ("README", "cascade", "cost of a cascade, a row", "tiny model | {:.1f} forwards"),

@@ -297,12 +297,16 @@ class ScoreConfig(ModelConfig):
             raise BadOption("give either --target PAIRS or --direction FILE" + (", not both" if self.target else ""))
         if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
             raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         if self.warmup and self.adapter:
             raise BadOption("--warmup makes an adapter of its own: leave out --adapter, or save the model merged")
-        if self.direction and (settled := sorted(given & SETTLED)):
+        if self.direction and (settled := sorted(SETTLED.intersection(self.given))):
             option = settled[0].replace("_", "-")
             raise BadOption(f"--{option}: a saved direction has that in it; leave it out, or give --target")
+
+    @property
+    def given(self) -> list[str]:
+        """The options that are not at their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     def _check_curvature(self) -> None:
         if self.curvature_from and self.curvature in ("flat", "cg"):
@@ -436,9 +440,8 @@ class SelectConfig(ScoreConfig):
             return super()._check_needs()
         if self.dry_run:
             raise BadOption("--select-from takes seconds and has no plan: leave out --dry-run")
-        others = [f for f in fields(self) if f.name not in OF_CHOICE and getattr(self, f.name) != f.default]
-        if given := ", ".join(f"--{f.name.replace('_', '-')}" for f in others):
-            raise BadOption(f"--select-from takes scores as they are: leave out {given}")
+        if others := [f"--{name.replace('_', '-')}" for name in self.given if name not in OF_CHOICE]:
+            raise BadOption(f"--select-from takes scores as they are: leave out {', '.join(others)}")
         if not self.out:
             raise BadOption("--out is missing: the folder for the new choice")
 

@@ -25,7 +25,7 @@ from prism_select.blocks import decoder_of
 from prism_select.core.likelihood import Batch
 from prism_select.errors import BadModel, BadOption
 
-__all__ = ["CausalLM", "fingerprint", "load", "refuse_missing", "resolve_device"]
+__all__ = ["CausalLM", "fingerprint", "load", "resolve_device", "weights_of"]
 
 
 class CausalLM:
@@ -112,8 +112,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _weights_of(folder: Path) -> str | None:
-    """The GGUF file to load, or None for safetensors. Raises BadModel where there is neither."""
+def weights_of(name: str) -> str | None:
+    """The GGUF file to load, or None for safetensors or a hub id. Raises BadModel for a path with neither file."""
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
+        return None
     if folder.is_file():
         if folder.suffix != ".gguf":
             raise BadModel(f"--model {folder}: a file that is not .gguf; give the model's folder")
@@ -144,15 +149,6 @@ def refuse_unreachable(name: str) -> None:
             raise BadModel(f"--model {name}: {why}; check the path, or the network") from error
 
 
-def refuse_missing(name: str) -> None:
-    """Raises BadModel for a path where nothing is, or no weights; what else may be wrong, `load` finds."""
-    path = Path(name)
-    if path.exists():
-        _weights_of(path)
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
-
-
 def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the folder."""
     import transformers
@@ -160,10 +156,8 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    path, packed = Path(name), None
-    refuse_missing(name)
+    path, packed = Path(name), weights_of(name)
     if path.exists():
-        packed = _weights_of(path)
         path = path.parent if path.is_file() else path
     else:
         refuse_unreachable(name)

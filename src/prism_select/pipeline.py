@@ -222,7 +222,7 @@ def about_repeats(config: ScoreConfig, rows: int) -> str:
 
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
-    models.refuse_missing(config.model)
+    models.weights_of(config.model)  # raises where there are none
     mapping = parse_fields(config.fields)
     targets = read_targets(config.target, mapping, config.target_by, config.max_row_bytes) if config.target else {}
     if isinstance(config, RepairConfig):

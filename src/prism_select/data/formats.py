@@ -74,14 +74,19 @@ def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int 
     """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
     prompt may stand in a column that `mapping` does not name."""
     format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, mapping, _TARGET, file, line)
-    there = columns_of(fields, mapping)
-    missing = [name for name in ("prompt", "instruction", "question") if name in mapping and name not in there]
-    if format.name == "chosen+rejected" and missing and (others := unused(fields, mapping, format)):
-        name, columns = missing[0], mapping[missing[0]]
-        what = f"no column {' or '.join(map(repr, columns))} for {name}; not used are {', '.join(others)}"
-        advice = f"name this file's own column as well: --fields {name}={columns[0]},{name}={others[0]},…"
-        raise BadRow(file, line, what, advice)
+    lacking = _lacking(fields, mapping, ("prompt", "instruction", "question"))
+    if format.name == "chosen+rejected" and lacking and (others := unused(fields, mapping, format)):
+        name, what = lacking
+        advice = f"name this file's own column as well: --fields {name}={mapping[name][0]},{name}={others[0]},…"
+        raise BadRow(file, line, f"{what}; not used are {', '.join(others)}", advice)
     return format
+
+
+def _lacking(fields: _Fields, mapping: Names, names: Iterable[str]) -> tuple[str, str] | None:
+    """The first of `names` that is mapped to columns of which this row has none, and that in words."""
+    there = columns_of(fields, mapping)
+    name = next((name for name in names if name in mapping and name not in there), None)
+    return (name, f"no column {' or '.join(map(repr, mapping[name]))} for {name}") if name else None
 
 
 def unused(fields: _Fields, mapping: Names, format: Format) -> list[str]:
@@ -101,12 +106,10 @@ def _detect(named: _Fields, formats: Iterable[str]) -> Format | None:
 
 def _unknown(fields: _Fields, mapping: Names, formats: Iterable[str], file: str, line: int | None) -> NoReturn:
     found = ", ".join(map(reprlib.repr, islice(fields, 12))) or "none"
-    there, needed = columns_of(fields, mapping), {name for format in formats for name in format.split("+")}
-    if missing := [name for name in mapping if name not in there and name in needed]:
-        wrong = mapping[missing[0]]
-        near = get_close_matches(wrong[0], fields, 1)
-        what = f"no column {' or '.join(map(repr, wrong))} for {missing[0]}; the fields are {found}"
-        raise BadRow(file, line, what, f"check --fields: {missing[0]}={near[0] if near else 'its own column'}, perhaps")
+    if lacking := _lacking(fields, mapping, "+".join(formats).split("+")):
+        name, what = lacking
+        near = get_close_matches(mapping[name][0], fields, 1) or ["its own column"]
+        raise BadRow(file, line, f"{what}; the fields are {found}", f"check --fields: {name}={near[0]}, perhaps")
     advice = _RENAME if "text" in formats else _RENAME.replace("completion=response", "chosen=good,rejected=bad")
     raise BadRow(file, line, f"no known format: the fields are {found}; known are {', '.join(formats)}", advice)
 
