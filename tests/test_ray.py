@@ -219,10 +219,16 @@ def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     return found
 
 
-def actors(title: str = "ray::_Hand") -> list[Any]:
+def title(process: psutil.Process) -> str:
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:  # it ended since it was listed, or nobody has waited for it yet
+        return ""
+
+
+def actors(begins: str = "ray::_Hand") -> list[psutil.Process]:
     """Processes of the cluster that this one started."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if process.is_running() and "".join(process.cmdline()[:1]).startswith(title)]
+    return [process for process in psutil.Process().children(recursive=True) if title(process).startswith(begins)]
 
 
 def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
