@@ -102,6 +102,13 @@ def save_model(folder: Path, chat_template: str | None = None) -> Path:
     return folder
 
 
+def without_memory() -> list[Exception]:
+    """What torch raises on a GPU, as it writes it, and what it raises here."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    return [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."), caught.value]
+
+
 def jsonl(path: Path, rows: Iterable[Row | str | bytes]) -> str:
     """One row a line; a text, or bytes, is a line as it is."""
     with path.open("wb") as file:

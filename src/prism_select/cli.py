@@ -29,7 +29,7 @@ from prism_select.config import (
     SelectConfig,
     from_toml,
 )
-from prism_select.errors import BadOption, PeerLost, PrismError
+from prism_select.errors import BadOption, PeerLost, PrismError, out_of_memory
 from prism_select.terminal import Terminal, evaluation_summary, failed, pairs_summary, printable, summary
 from prism_select.world import alone, leads
 
@@ -242,7 +242,8 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
         if debug:
             print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr)
         first = (str(error).splitlines() or [""])[0]
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch is not imported here
-            fail(f"{first} Free memory on the device, or take fewer --batch-tokens; {resumes}", 2)
+        if out_of_memory(error):
+            advice = "free memory on the device, or take fewer --batch-tokens"
+            fail(f"{first.removesuffix('.') or 'out of memory'}; {advice}; {resumes}", 2)
         fail(f"a defect of prism: {type(error).__name__}: {first}; add --debug for the traceback and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

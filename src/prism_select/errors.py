@@ -41,6 +41,7 @@ __all__ = [
     "TooManyBadRows",
     "UnknownLayers",
     "Unreachable",
+    "out_of_memory",
 ]
 
 
@@ -135,3 +136,9 @@ class PeerLost(PrismError):
 
 class DiskTrouble(PrismError):
     pass
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """On whatever device: torch has a class of its own for every one but the CPU."""
+    named = type(error).__name__ == "OutOfMemoryError"  # not imported: torch takes long
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

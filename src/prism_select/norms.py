@@ -42,7 +42,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel
-from prism_select.errors import BadOption, Unreachable
+from prism_select.errors import BadOption, Unreachable, out_of_memory
 
 __all__ = ["with_norms"]
 
@@ -292,10 +292,10 @@ class _Observer:
             signs = (torch.randint(0, 2, weight.shape, generator=draw) * 2 - 1).to(weight)
             try:
                 one, other = (tangent_of(owner, {name: d}, *call)[place] for d in (torch.ones_like(signs), signs))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # no forward-mode derivative
-                one = None
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                one = None  # no forward-mode derivative
             self.diagonal[mark] = one is not None and _near(other, one * signs)
         return self.diagonal[mark]
 

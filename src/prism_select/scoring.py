@@ -28,7 +28,7 @@ from prism_select.core.engines import Engine, Scores
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
 from prism_select.data.records import Example, Raw
-from prism_select.errors import BadRow, TooLarge
+from prism_select.errors import BadRow, TooLarge, out_of_memory
 from prism_select.progress import Task
 from prism_select.statistics import standard_error
 from prism_select.store import SHARD
@@ -94,7 +94,9 @@ class Fitting:
             try:
                 parts.append(self.measure(few))
                 done += len(few)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 if len(few) == 1:
                     raise TooLarge(f"a row of {width} tokens", str(few.tokens.device)) from None
                 self.tokens = few.tokens.numel() // 2

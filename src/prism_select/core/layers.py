@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from prism_select.blocks import padding_still, watched, without_padding
-from prism_select.errors import Unreachable
+from prism_select.errors import Unreachable, out_of_memory
 
 __all__ = [
     "Direction",
@@ -148,9 +148,9 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
         busy = True
         try:
             kept = [] if is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             why = f"no forward-mode derivative ({str(error).splitlines()[0]})"
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
         finally:
