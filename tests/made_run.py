@@ -143,7 +143,7 @@ def write_rest(folder: Path, manifest: Mapping[str, Any]) -> None:
         "loglik_rejected": np.full(len(PAIRS), -2.0),
         "gap": gap,
         "weight": 1 / (1 + np.exp(-gap)),
-        "share": np.full(len(PAIRS), 1 / len(PAIRS)),
+        "share": np.arange(1, 13) / 78,
         "line": range(1, len(PAIRS) + 1),
     }
     pq.write_table(pa.table(pairs), folder / "pairs.parquet")

@@ -20,7 +20,7 @@ import torch
 from conftest import Row, jsonl, prism, prism_apart
 from hypothesis import given
 from hypothesis import strategies as st
-from made_run import CONTROLS, TARGET, change, write_evaluation, write_run
+from made_run import CONTROLS, PAIRS, TARGET, change, write_evaluation, write_run
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
@@ -190,6 +190,7 @@ def test_pairs_are_shown_with_their_answers_as_the_target_file_has_them(run: Pat
     for pair in target.pairs:
         assert pair.chosen[0].text.startswith("Right") and pair.rejected[0].text.startswith("Wrong")
         assert pair.preference == pytest.approx(1 / (1 + math.exp(-pair.gap)))
+        assert pair.prompt == PAIRS[pair.number - 1]["prompt"]  # as a warning counts them
     jsonl(run.parent / "pairs.jsonl", [{"prompt": "Other?", "chosen": "a", "rejected": "b"}])
     changed = facts_of(str(run)).target
     assert changed and changed.without_answers and not changed.pairs[0].chosen

@@ -40,9 +40,10 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of the target; answers are called as in the target file. `share` is its part in the direction, NaN where
-    that is not known."""
+    """A pair of the target, counted from 1; answers are called as in the target file. `share` is its part in the
+    direction, NaN where that is not known."""
 
+    number: int
     target: str
     prompt: str
     preference: float
@@ -168,6 +169,7 @@ def target_of(path: Path, scored_by: Mapping[str, Any]) -> Target | None:
     first = np.argsort(-np.abs(np.nan_to_num(shares)), kind="stable")[:PAIRS]
     pairs = [
         Pair(
+            number=i + 1,
             target=rows[i]["target"],
             prompt=rows[i]["prompt"],
             preference=float(preferences[i]),

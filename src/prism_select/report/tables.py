@@ -64,6 +64,7 @@ def examples_table(facts: Facts) -> dict[str, Any]:
 def pairs_table(facts: Facts) -> dict[str, Any]:
     side = sides_of(facts.swapped)[0]
     columns = [
+        ("number", "pair", "count"),
         ("share", "share", "share"),
         ("preference", f"π for {side}", "share"),
         ("gap", "gap", "score"),
