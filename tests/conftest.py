@@ -134,7 +134,7 @@ def prism(*words: object) -> Outcome:
 def prism_apart(*words: object, cwd: Path | None = None, module: bool = True) -> Outcome:
     """The command as a process of its own; without `module`, words for Python itself."""
     command = [sys.executable, *(["-m", "prism_select"] if module else []), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -107,11 +107,11 @@ def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(desk: 
     words = ["score", *desk.words, "--pool", str(many), "--out", str(desk.out)]
     pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SMALL, *words], **pipes) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while len(list(desk.out.glob("shards/*.parquet"))) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=240)[1]
     assert process.returncode == 130 and said == GO_ON
     left = desk.shards
     assert 2 <= len(left) < 600 and left == [f"{number:08d}" for number in range(len(left))]

@@ -397,7 +397,7 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_line(desk: Desk) -> No
     command = [sys.executable, "-m", "prism_select", *map(str, words)]
     env = {**os.environ, **dict.fromkeys(names, secret)}
     for expected in (0, 2):
-        done = subprocess.run(command, capture_output=True, env=env, timeout=120)
+        done = subprocess.run(command, capture_output=True, env=env, timeout=300)
         assert done.returncode == expected, done.stderr
         assert secret.encode() not in done.stdout + done.stderr
         jsonl(desk.folder / "pool.jsonl", GOOD[:3])

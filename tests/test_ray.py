@@ -236,9 +236,9 @@ def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> Non
         assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)
+        said = process.communicate(timeout=240)
     assert process.returncode == 130 and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
-    assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=30)[1]
+    assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=120)[1]
 
 
 def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(cluster: str, desk: Desk) -> None:
@@ -248,7 +248,7 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(clust
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "Ray: 2 actors of CPU=1" in err and "(raylet)" not in err
     assert json.loads(out)["counts"]["read"] == ROWS
-    assert ray.nodes()[0]["Alive"] and not psutil.wait_procs(actors(), timeout=30)[1]
+    assert ray.nodes()[0]["Alive"] and not psutil.wait_procs(actors(), timeout=120)[1]
     assert desk.matches()
 
 
