@@ -40,7 +40,7 @@ fuzz: $(STAMP)
 
 real pairs quality attempts curvature cascade: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
-	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),../shared/data)
+	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),$(error give DATA=folder of the public data: CONTRIBUTING.md names its files))
 
 PEERS := benchmarks/work/peers
 

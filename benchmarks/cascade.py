@@ -37,7 +37,7 @@ from prism_select.data.records import Example
 from prism_select.models import load
 from prism_select.pipeline import WINDOW
 from prism_select.progress import Silent
-from prism_select.scoring import Lines, Scorer
+from prism_select.scoring import Fitting, Lines, Scorer
 from prism_select.store import Store
 from prism_select.surrogate import looking
 
@@ -143,7 +143,7 @@ def looked() -> list[Path]:
         model, tokenizer = load(str(FOLDER / "model"), "float32", torch.device("cpu"))
         config = ScoreConfig(**shared(), out=str(store.path))
         encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
-        looker = Looker(looking(model, 0), Scorer(encoder, unused, Lines(), config, model.device))
+        looker = Looker(looking(model, 0), Scorer(encoder, Fitting(unused, 1), Lines(), config, model.device))
         rows = list(Pool(config.pool, {}).rows())
         with Silent().task("", None) as task:
             for start in range(0, len(rows), WINDOW):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -322,14 +323,26 @@ def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
 # ---------------------------------------------------------------- layers and adapters in a run
 
 
-def test_the_parts_of_a_score_add_up_to_it(desk: Desk) -> None:
-    words = ["--layer-profile", "pool", "--label-field", "bad"]
-    run = desk.done("layers", *words, command="repair")
+def add_up(run: prism_select.Run, score: str) -> pa.Table:
+    """The parts, once it is seen that they do."""
     table = pq.read_table(run.path / "layers.parquet")
     parts = [name for name in table.column_names if name not in ("row", "label")]
     assert parts == ["embeddings", *(f"block {i}" for i in range(4)), "norm", "head"]
     total = np.column_stack([table[name].to_numpy() for name in parts]).sum(1)
-    assert apart(total, column(run, "score")[table["row"].to_numpy()]) < 1e-5
+    assert apart(total, column(run, score)[table["row"].to_numpy()]) < 1e-5
+    return table
+
+
+def test_the_parts_of_a_score_of_several_targets_add_up_to_it(desk: Desk) -> None:
+    words = ["--layer-profile", "pool", *desk.named]
+    add_up(desk.done("mean", *words), "score")
+    add_up(desk.done("max", *words, "--combine", "max"), "score:x")
+
+
+def test_the_parts_of_a_score_add_up_to_it(desk: Desk) -> None:
+    words = ["--layer-profile", "pool", "--label-field", "bad"]
+    run = desk.done("layers", *words, command="repair")
+    table = add_up(run, "score")
     assert table["label"].to_pylist() == [row["bad"] for row in POOL]
     told = run.manifest["layers"]
     assert told["suggestion"] == told["cuts"][0]["name"] and sum(told["share"].values()) == pytest.approx(1)

@@ -44,16 +44,17 @@ class Anatomy:
 def anatomy_of(
     config: ScoreConfig, model: CausalLM, aim: Aim, pooled: tuple[Pool, Encoder, int], progress: Progress
 ) -> Anatomy:
-    """`pooled` is the pool, the encoder and the pool's number of rows; the direction is the first target's."""
+    """`pooled` is the pool, the encoder and the pool's number of rows."""
     pool, encoder, count = pooled
     found = list(of_pool(config, pool, encoder, count) if config.layer_profile == "pool" else of_pairs(config, encoder))
     parts = list(dict.fromkeys(parts_of(model.network, aim.weights).values()))
     rows = [row for _, _, row in found]
     each = np.zeros((len(rows), len(parts)))
+    direction = aim.direction
     with progress.task("what each layer adds", len(rows)) as task:
         for few in plan_batches([len(row.tokens) for row in rows], config.tokens_on(model.device.type)):
             batch = collate([rows[i] for i in few], model.device)
-            each[few] = profile(model, aim.weights, aim.directions[0], [batch])
+            each[few] = profile(model, aim.weights, direction, [batch])
             task.advance(len(few))
     labels = [label for _, label, _ in found]
     told: dict[str, Any] = {"rows": len(rows), "share": dict(zip(parts, shares_of(each), strict=True))}

@@ -144,7 +144,9 @@ class ModelConfig(Options):
         int,
         "Tokens in a batch, padding included; 0: 4,096, and on a CPU 512, or 2,048 where no graph is kept.",
     ] = 0
-    max_length: Annotated[int, "Longer rows are cut to this many tokens and marked truncated."] = 2048
+    max_length: Annotated[
+        int, "Rows of more tokens than this, or than the model takes, are cut and marked truncated."
+    ] = 2048
     template: Annotated[
         Literal["auto", "chat", "plain"],
         "How turns become text: the tokenizer's chat template, or as they are; auto is chat where there is one.",
@@ -401,7 +403,7 @@ class SelectConfig(ScoreConfig):
     budget: Annotated[str, "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive."] = "5%"
     per_source: Annotated[str, "Most that one source may take of the budget, as in 30%; empty: no cap."] = ""
     near_duplicates: Annotated[
-        float, "MinHash similarity (0 to 1) above which only the best-scored row stays; 0: rows are not compared."
+        float, "MinHash similarity (0 to 1) from which on only the best-scored row stays; 0: rows are not compared."
     ] = 0.0
     rank_by: Annotated[
         Literal[

@@ -363,7 +363,7 @@ def extras(
     """The files that were asked for beside the choice, and what the manifest says of them."""
     told: dict[str, Any] = {}
     if config.save_adapter:
-        kept = save_adapter(model.network, aim.directions[0], config.rank or 16, Path(config.save_adapter))
+        kept = save_adapter(model.network, aim.direction, config.rank or 16, Path(config.save_adapter))
         told["adapter"] = {"folder": config.save_adapter, "energy_kept": kept["total"], "by_weight": dict(kept)}
         progress.say(f"adapter in {config.save_adapter}: {kept['total']:.0%} of the direction's energy")
     if config.layer_profile:

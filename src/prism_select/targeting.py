@@ -60,6 +60,12 @@ class Aim:
     said: Mapping[str, Said]
     whole: Said | None = None
 
+    @property
+    def direction(self) -> Direction:
+        """Along which the score lies: the mean of the targets' own; where the best one counts, the first's."""
+        few = self.directions[: 1 if self.lines.best else len(self.lines.targets)]
+        return few[0] if len(few) == 1 else {name: torch.stack([each[name] for each in few]).mean(0) for name in few[0]}
+
     @cached_property
     def without_gradient(self) -> list[str]:
         """Weights that count and are zero in every direction of a target: no pair has reached them."""

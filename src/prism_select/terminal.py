@@ -42,7 +42,7 @@ class _Plain:
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
-        self.worked += rows if tokens else 0  # what an earlier session has done took no time in this one
+        self.worked += rows if tokens else 0  # what an earlier start has done took no time in this one
         if time.monotonic() - self.told > EVERY_SECONDS:
             self.tell()
 

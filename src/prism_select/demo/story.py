@@ -58,8 +58,8 @@ def tell(out: str, progress: Progress) -> Figures:
     if accuracy:
         before, ours, random, everything = (accuracy[name] for name in ("none", "prism", "random", "everything"))
         progress.say(
-            f"accuracy on {DEMO_SKILL}, {before:.1%} before: {ours:.1%} after the chosen 5%, {random:.1%} after as "
-            f"many random rows, {everything:.1%} after as many steps on all {POOL_ROWS:,}"
+            f"accuracy on {DEMO_SKILL}, {before:.1%} before: {ours:.1%} after the chosen 5%, {random:.1%} after "
+            f"random rows of as many tokens, {everything:.1%} after as many steps on all {POOL_ROWS:,}"
         )
     else:
         progress.say("no training was tried: PRISM is here without its extra [train]")

@@ -3,8 +3,8 @@
     holds      what was asked is so              look        it may be well, and is worth a look
     failed     do not trust the choice yet       not tried   nobody has looked
 
-Choices made here: the worst state is the headline; bounds are those of the diagnosis and of the controls, so the page
-says nothing that a run or an evaluation would not.
+Choices made here: the worst state is the headline; bounds are those of the diagnosis and of the controls; one
+more is for a pair that makes much of the direction.
 """
 
 from collections.abc import Iterator, Mapping
