@@ -1,18 +1,21 @@
-"""The cascade on a mixed pool: how many rows must be scored exactly until most of the best ones are found?
+"""The cascade on two mixed pools: how many rows must be scored exactly until most of the best ones are found?
 
-    python benchmarks/cascade.py --data DIR        half an hour on two cores; may be stopped, goes on where it was
+    python benchmarks/cascade.py --data DIR        an hour on two cores; may be stopped, goes on where it was
 
-Pool: 10,540 short rows, worked math among general instructions. Target: 40 worked solutions and the same with other
-numbers. Model: a Llama of 13M numbers, trained here from nothing on the same rows for some minutes; float32.
+Pools: 10,540 short rows among which are worked math (`cascade`), or right answers to science questions
+(`cascade-choices`). Targets: 40 worked solutions and the same with other numbers; 40 questions of ARC, all choices.
+Model: a Llama of 13M numbers, trained here from nothing on the same rows for some minutes; float32.
 
-Choices made here: every row is scored once, and ten cascades look scores up, so that their recall is known; two more
-are run, and the scoring of each is put beside forward passes over the pool before and after it.
+Choices made here: every row is scored once, and ten cascades look scores up, so that their recall is known; on the
+first pool, on which the cascade was made, two more are run, and the scoring of each is put beside forward passes over
+the pool before and after it.
 """
 
 import argparse
 import random
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from gemma import general, row, short
-from real import WORK, lines, pair, save
+from real import WORK, asked, lines, pair, said, save
 from results_file import figure, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -42,13 +45,13 @@ from prism_select.store import Store
 from prism_select.surrogate import looking
 
 Row = dict[str, Any]
-FOLDER = WORK / "cascade"
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 320, 8, 160
 STEPS, BATCH, MOST = 300, 16, 600
 WISH, SEEDS, ROUNDS = 0.95, 10, 2
 
 
-def pool_of(data: Path, draw: random.Random) -> list[Row]:
+def solutions(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
+    """Pool and target."""
     train = short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")], MOST)
     words = [(f"{r['instruction']} {r['input']}", r["output"]) for r in lines(data / "math_word_problems.json")]
     words = short(words, MOST)
@@ -56,12 +59,32 @@ def pool_of(data: Path, draw: random.Random) -> list[Row]:
     rows += [row(*each, "math_word_problems", is_wanted=True) for each in draw.sample(words, 1000)]
     rows += general(data, draw, {"alpaca": 340, "dolly": 2700, "t0": 2200})
     draw.shuffle(rows)
-    return rows
-
-
-def pairs_of(data: Path, draw: random.Random) -> list[Row]:
     solved = [(r["prompt"], r["chosen"]) for r in lines(data / "gsm8k_model_pairs.jsonl")]
-    return [pair(q, right, change_numbers(right, draw)) for q, right in draw.sample(solved, 40)]
+    return rows, [pair(q, right, change_numbers(right, draw)) for q, right in draw.sample(solved, 40)]
+
+
+def choices(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
+    """Pool and target."""
+
+    def right(questions: Sequence[Row]) -> list[tuple[str, str]]:
+        return short([(r["question"], r["choices"][r["answer"]]) for r in questions], MOST)
+
+    facts = draw.sample(right(lines(data / "openbookqa_train.jsonl")), 4300)
+    rows = [row(*each, "openbookqa", is_wanted=True) for each in facts]
+    rows += general(data, draw, {"alpaca": 340, "dolly": 2700, "t0": 2200})
+    quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 150]
+    quiz = [r for r in quiz if max(map(len, r["choices"])) <= 60]
+    draw.shuffle(quiz)
+    rows += [row(*each, "arc", is_wanted=True) for each in right(quiz[40:])[:1000]]
+    draw.shuffle(rows)
+    asks = [{**r, "question": asked(r["question"]), "choices": [said(c) for c in r["choices"]]} for r in quiz[:40]]
+    return rows, asks
+
+
+POOLS: Mapping[str, Callable[[Path, random.Random], tuple[list[Row], list[Row]]]] = {
+    "cascade": solutions,
+    "cascade-choices": choices,
+}
 
 
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -107,21 +130,21 @@ def trained(rows: list[Row], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def exact_run() -> prism_select.Run:
+def exact_run(folder: Path) -> prism_select.Run:
     """Every row scored, which takes longest: kept."""
-    return prism_select.score(**shared(), engine="difference", out=str(FOLDER / "exact"))
+    return prism_select.score(**shared(folder), engine="difference", out=str(folder / "exact"))
 
 
-def shared() -> Row:
+def shared(folder: Path) -> Row:
     files = {"model": "model", "pool": "pool.jsonl", "target": "pairs.jsonl"}
-    return {**{option: str(FOLDER / name) for option, name in files.items()}, "max_length": LENGTH}
+    return {**{option: str(folder / name) for option, name in files.items()}, "max_length": LENGTH}
 
 
-def forward_seconds() -> float:
+def forward_seconds(folder: Path) -> float:
     """One pass over the pool without a graph, for log-likelihoods alone."""
-    model, tokenizer = load(str(FOLDER / "model"), "float32", torch.device("cpu"))
+    model, tokenizer = load(str(folder / "model"), "float32", torch.device("cpu"))
     encoder = Encoder(tokenizer, "auto", LENGTH, model.vocabulary)
-    every = [example for _, example in Pool([str(FOLDER / "pool.jsonl")], {}).rows()]
+    every = [example for _, example in Pool([str(folder / "pool.jsonl")], {}).rows()]
     rows = [encoder.encode(example) for example in every if isinstance(example, Example)]
     start = time.perf_counter()
     with torch.no_grad():
@@ -130,18 +153,18 @@ def forward_seconds() -> float:
     return time.perf_counter() - start
 
 
-def cascaded() -> prism_select.Run:
+def cascaded(folder: Path) -> prism_select.Run:
     """A real one, from nothing."""
-    return prism_select.select(**shared(), cascade=True, recall=WISH, out=str(FOLDER / "cascade"), overwrite=True)
+    return prism_select.select(**shared(folder), cascade=True, recall=WISH, out=str(folder / "cascade"), overwrite=True)
 
 
-def looked() -> list[Path]:
+def looked(folder: Path) -> list[Path]:
     """A look at every row, kept."""
-    store = Store(str(FOLDER / "looks"))
+    store = Store(str(folder / "looks"))
     if not (there := store.present_shards("look")):
         store.shards.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load(str(FOLDER / "model"), "float32", torch.device("cpu"))
-        config = ScoreConfig(**shared(), out=str(store.path))
+        model, tokenizer = load(str(folder / "model"), "float32", torch.device("cpu"))
+        config = ScoreConfig(**shared(folder), out=str(store.path))
         encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
         looker = Looker(looking(model, 0), Scorer(encoder, Fitting(unused, 1), Lines(), config, model.device))
         rows = list(Pool(config.pool, {}).rows())
@@ -153,9 +176,9 @@ def looked() -> list[Path]:
     return list(there.values())
 
 
-def replayed(seed: int, exact: pa.Table, looks: list[Path]) -> Row:
+def replayed(folder: Path, seed: int, exact: pa.Table, looks: list[Path]) -> Row:
     """A cascade whose scores are looked up: how much it scores, what it finds and what it says that it finds."""
-    config = SelectConfig(**shared(), cascade=True, recall=WISH, seed=seed, out=str(FOLDER / "replay"))
+    config = SelectConfig(**shared(folder), cascade=True, recall=WISH, seed=seed, out=str(folder / "replay"))
     store = Store(config.out)
     shutil.rmtree(store.path, ignore_errors=True)
     store.shards.mkdir(parents=True)
@@ -179,37 +202,45 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     parser.add_argument("--replay", action="store_true", help="look scores up alone, and write nothing")
     given = parser.parse_args()
-    draw = random.Random(0)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    rows, pairs = pool_of(given.data, draw), pairs_of(given.data, draw)
-    save("cascade/pool.jsonl", rows), save("cascade/pairs.jsonl", pairs)
-    if not (FOLDER / "model" / "model.safetensors").exists():
-        trained(rows, FOLDER / "model")
-    exact = exact_run().scores
-    looks = looked()
-    replays = list[Row]()
-    for seed in range(SEEDS):
-        replays.append(replayed(seed, exact, looks))
-        print(replays[-1], flush=True)
+    found = {name: replays(WORK / name, *make(given.data, random.Random(0))) for name, make in POOLS.items()}
     if given.replay:
         return
-    forwards, took = [forward_seconds()], list[float]()
+    folder = WORK / "cascade"
+    forwards, took = [forward_seconds(folder)], list[float]()
     for _ in range(ROUNDS):
-        run = cascaded()
+        run = cascaded(folder)
         took.append(run.manifest["timings"]["score"])
-        forwards.append(forward_seconds())
+        forwards.append(forward_seconds(folder))
     costs = [2 * each / (before + after) for each, before, after in zip(took, forwards, forwards[1:], strict=False)]
-    share = float(np.mean([each["exact share"] for each in replays]))
-    recalls = [each["recall"] for each in replays]
-    held = sum(each["low"] <= each["recall"] <= each["high"] for each in replays)
-    figures = [
-        figure("cost of a cascade, a row", float(np.mean(costs)), "forwards", "≤ 0.8", spread(costs)),
-        figure("rows scored exactly", share, "share", "", spread([each["exact share"] for each in replays])),
-        figure("recall of the best 5%, lowest of 10 seeds", min(recalls), "share", "≥ 0.9", spread(recalls)),
-        figure("seeds whose stated interval holds the true recall", held, "of 10", "≥ 9"),
+    figures = [figure("cost of a cascade, a row", float(np.mean(costs)), "forwards", "≤ 0.8", spread(costs))]
+    figures += [each for name, told in found.items() for each in figures_of(told, "" if name == "cascade" else name)]
+    rows = [{"run": run.manifest["cascade"], "seconds": took, "forward seconds": forwards}]
+    write("cascade.json", rows + [{"pool": name, **each} for name, told in found.items() for each in told], figures)
+
+
+def replays(folder: Path, pool: list[Row], target: list[Row]) -> list[Row]:
+    folder.mkdir(parents=True, exist_ok=True)
+    save(f"{folder.name}/pool.jsonl", pool), save(f"{folder.name}/pairs.jsonl", target)
+    if not (folder / "model" / "model.safetensors").exists():
+        trained(pool, folder / "model")
+    exact, looks, found = exact_run(folder).scores, looked(folder), list[Row]()
+    for seed in range(SEEDS):
+        found.append(replayed(folder, seed, exact, looks))
+        print(folder.name, found[-1], flush=True)
+    return found
+
+
+def figures_of(told: list[Row], pool: str) -> list[Row]:
+    """Bars are for the first pool alone, whose name is empty."""
+    recalls, shares = ([each[key] for each in told] for key in ("recall", "exact share"))
+    held = sum(each["low"] <= each["recall"] <= each["high"] for each in told)
+    bars = ("", "") if pool else ("≥ 0.9", "≥ 9")
+    of = f"{pool}: " if pool else ""
+    return [
+        figure(f"{of}rows scored exactly", float(np.mean(shares)), "share", "", spread(shares)),
+        figure(f"{of}recall of the best 5%, lowest of 10 seeds", min(recalls), "share", bars[0], spread(recalls)),
+        figure(f"{of}seeds whose stated interval holds the true recall", held, "of 10", bars[1]),
     ]
-    rows = [{"run": run.manifest["cascade"], "seconds": took, "forward seconds": forwards}, *replays]
-    write("cascade.json", rows, figures)
 
 
 def spread(values: list[float]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from prism_select.models import load
 from prism_select.pipeline import run
 from prism_select.progress import Silent, Task
 from prism_select.store import Store
-from prism_select.surrogate import FEATURES, cut_for, guessed, looking, recall_of
+from prism_select.surrogate import FEATURES, Guess, cut_for, guessed, looking, recall_of
 
 ROWS, BEST = 1500, 75
 
@@ -179,6 +179,25 @@ def test_a_small_pool_is_scored_whole_and_once(
     assert "half" not in scored
     assert done.scores["exact"].to_numpy().all()
     assert np.isfinite(done.scores["score_chosen"].to_numpy()).all()
+
+
+@pytest.mark.parametrize("poor", [1, 2, 99])
+def test_a_guess_that_stays_poor_ends_the_guessing_and_one_that_mends_does_not(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poor: int
+) -> None:
+    calls = list[int]()
+
+    def guess(features: Any, exact: Any, sample: Any, seed: int) -> Guess:
+        calls.append(1)
+        if len(calls) > poor:
+            return guessed(features, exact, sample, seed)
+        noise = np.random.default_rng(len(calls)).standard_normal(len(exact))
+        return Guess(noise, noise[sample])
+
+    monkeypatch.setattr("prism_select.cascade.guessed", guess)
+    told = prism_select.select(**files, cascade=True, out=str(tmp_path / "run")).manifest["cascade"]
+    assert (told["guessed"] == 0) == (poor == 99) and told["recall"]["estimate"] >= 0.95
+    assert max(each["rows"] for each in told["rounds"][1:3]) <= ROWS / 10
 
 
 def test_bad_rows_are_set_aside(files: dict[str, Any], tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
     → guess again, until the recall of the best m rows, as the sample tells it, reaches `--recall`
 
 Choices made here: rounds score half of what the sample says is still needed, since the guess that follows is better;
-where more than `WORTH` of the pool is needed, all of it is scored and nothing is guessed. What a round scores is
-written down before it starts, so that a run that was stopped goes on to the same end. Rows are scored along one
-direction; only the best along that of their chosen half too.
+where that is more than `WORTH` of the pool `PATIENCE` times in a row, all of it is scored and nothing is guessed (a
+first guess learns from few rows). What a round scores is written down before it starts, so that a run that was stopped
+goes on to the same end. Rows are scored along one direction; only the best along that of their chosen half too.
 """
 
 import math
@@ -37,7 +37,9 @@ __all__ = ["Cascade", "Looker"]
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 Rows: TypeAlias = NDArray[np.int64]
-SAMPLE, LEAST, WORTH, STEP = 0.07, 500, 0.7, 0.02  # of the pool: the sample; rows of it; see above; a round at least
+SAMPLE, LEAST = 0.07, 500  # of the pool, and rows of it at least
+WORTH, PATIENCE = 0.7, 3  # see above
+STEP, LEAP = 0.02, 0.1  # of the pool: a round at least, and at most
 LARGEST = float(np.finfo(np.float16).max)  # states of some models are larger
 NOTHING = Recall(0.0, 0.0, 0.0, 0.0)
 SEEN = ("row", "id", "source", "file", "line", "tokens", "length", "truncated", "reason")
@@ -139,7 +141,7 @@ class Cascade:
         draw, size = np.random.default_rng(self.config.seed), max(LEAST, round(SAMPLE * len(good)))
         sample = np.sort(draw.choice(good, min(size, len(good)), replace=False))
         everything = len(sample) > WORTH * len(good)
-        rows = len(seen.good)
+        rows, poor = len(seen.good), 0  # rounds in a row after which too much was still needed
         search = Search(np.full(rows, np.nan), np.full(rows, np.nan), ~seen.good, np.zeros(rows, dtype=bool))
         found, wanted = np.zeros(len(sample), dtype=bool), good if everything else sample
         for number in count():
@@ -160,8 +162,10 @@ class Cascade:
             missable = int((1 - self.config.recall) * search.best * (~found).sum() / len(left))
             left = left[np.argsort(-guess.every[left], kind="stable")]
             need = int((guess.every[left] >= cut_for(guess.sample, reaches, missable)).sum())
-            everything = len(known) + need > WORTH * len(good)
-            wanted = left if everything else left[: max(need // 2, math.ceil(STEP * len(good)))]
+            poor = poor + 1 if len(known) + need > WORTH * len(good) else 0
+            everything = poor == PATIENCE
+            least, most = (math.ceil(share * len(good)) for share in (STEP, LEAP))
+            wanted = left if everything else left[: min(max(need // 2, least), most)]
             found |= guess.sample >= guess.every[wanted[-1]]
         raise AssertionError("unreachable")
 
