@@ -14,17 +14,19 @@ from prism_select import evaluation, surrogate
 from prism_select.blocks import stack_of
 from prism_select.cascade import Cascade
 from prism_select.config import EvaluateConfig, SelectConfig
+from prism_select.core.engines import ENGINES
 from prism_select.core.likelihood import Batch
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
-from prism_select.errors import BadOption
+from prism_select.errors import BadOption, TooManyBadRows
 from prism_select.models import load
 from prism_select.pipeline import run
 from prism_select.progress import Silent, Task
-from prism_select.store import Store
+from prism_select.store import Run, Store
 from prism_select.surrogate import FEATURES, Guess, cut_for, guessed, looking, recall_of
 
 ROWS, BEST = 1500, 75
+BLIND = {"pool": "pool.jsonl", "target": "pairs.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,71 @@ def test_a_choice_made_again_takes_no_guess_before_an_exact_score(cascade: prism
     chosen, score = np.array(more["verdict"].to_pylist()) == "selected", more["score"].to_numpy()
     assert exact.sum() < chosen.sum()
     assert score[chosen & ~exact].min() >= score[~chosen & ~exact].max()  # the best guesses, not the first
+    warned = [
+        any("looked for" in line for line in Run(tmp_path / name).manifest["warnings"]) for name in ("again", "more")
+    ]
+    assert warned == [True, True] and not any("looked for" in line for line in cascade.manifest["warnings"])
     with pytest.raises(BadOption, match="guesses have no sure sign"):
         prism_select.select(select_from=str(cascade.path), budget="positive", out=str(tmp_path / "positive"))
+
+
+def test_a_cap_that_takes_rows_from_below_those_looked_for_is_told(files: dict[str, Any], tmp_path: Path) -> None:
+    run = prism_select.select(**files, cascade=True, per_source="40%", budget="3%", out=str(tmp_path / "run"))
+    assert run.manifest["counts"]["source cap"]
+    assert any("not among the best 45" in line for line in run.manifest["warnings"])
+
+
+def test_every_engine_of_a_cascade_sees_the_same_rows_first(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, make = list[Any](), ENGINES["difference"]
+
+    def watched(*given: Any) -> Any:
+        engine, seen = make(*given), list[Any]()
+
+        def scores(batch: Batch) -> Any:
+            first.extend([batch.tokens.tolist()] * (not seen))
+            seen.append(1)
+            return engine(batch)
+
+        return scores
+
+    monkeypatch.setattr("prism_select.pipeline.ENGINES", {**ENGINES, "difference": watched})
+    prism_select.select(**files, cascade=True, out=str(tmp_path / "run"))
+    assert len(first) >= 3 and all(rows == first[0] for rows in first)
+
+
+@pytest.fixture
+def blind(files: dict[str, Any], tmp_path: Path, plain_model: Path) -> dict[str, Any]:
+    """A model that knows no Z, which stands in 6 of 900 rows; 6 others have no answer."""
+    model, tokenizer = load(str(plain_model), "float32", torch.device("cpu"))
+    (known,) = tokenizer("Z", add_special_tokens=False).input_ids
+    network: Any = model.network
+    network.get_input_embeddings().weight.data[known] = float("nan")
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{'Z' * (i % 150 == 50)}{i}?", "completion": f"{i % 7}" * (i % 150 != 60)} for i in range(900)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a?", "chosen": "3", "rejected": "no"}\n' * 3)
+    return {"model": str(tmp_path / "model"), **{n: str(tmp_path / f) for n, f in BLIND.items()}, "layers": "late"}
+
+
+def test_rows_that_have_no_score_are_bad_rows_and_no_guesses(blind: dict[str, Any], tmp_path: Path) -> None:
+    found = prism_select.select(**blind, cascade=True, max_bad="2%", out=str(tmp_path / "run"))
+    told, table = found.manifest["cascade"], found.scores
+    tried = told["exact"] + sum(row["reason"].startswith("its score is not finite") for row in found.quarantine)
+    assert told["exact"] + told["guessed"] + found.manifest["counts"]["quarantined"] == 900
+    assert told["guessed"] == 900 - 6 - tried
+    bad = np.array(table["verdict"].to_pylist()) == "quarantined"
+    assert 6 < bad.sum() <= 12
+    for name in ("tokens", "length", "truncated", "loglik", "score", "score_chosen"):
+        assert not table[name].is_valid().to_numpy()[bad].any()
+
+
+def test_bad_rows_of_all_passes_count_together(blind: dict[str, Any], tmp_path: Path) -> None:
+    for cascade in (False, True):
+        with pytest.raises(TooManyBadRows, match="bad rows found"):
+            prism_select.select(**blind, cascade=cascade, max_bad="0.75%", out=str(tmp_path / f"run-{cascade}"))
 
 
 def test_controls_ask_exact_scores_alone(cascade: prism_select.Run) -> None:

@@ -328,6 +328,19 @@ def test_memory_that_runs_out_in_a_modules_own_derivative_is_no_weight_out_of_re
         engine(batch_of(3, 16, seed=3, vocabulary=V))
 
 
+def test_a_head_that_answers_in_less_than_the_body_s_precision_is_one_that_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network_of("llama")
+    model.network.double()
+    weights = select_weights(model.network, "all")
+    target, batch, head = target_of(model, weights), batch_of(3, 16, seed=3, vocabulary=V), model.logits
+    exact = reference(model, weights, [target.direction])(batch).values
+    monkeypatch.setattr(model, "logits", lambda hidden: head(hidden).float())
+    for engine in (reference, reverse):
+        assert disagreement(engine(model, weights, [target_of(model, weights).direction])(batch).values, exact) < 1e-5
+
+
 @pytest.mark.parametrize("call", range(1, 9))
 def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again(
     call: int, monkeypatch: pytest.MonkeyPatch

@@ -42,7 +42,8 @@ WORTH, PATIENCE = 0.7, 3  # see above
 STEP, LEAP = 0.02, 0.1  # of the pool: a round at least, and at most
 LARGEST = float(np.finfo(np.float16).max)  # states of some models are larger
 NOTHING = Recall(0.0, 0.0, 0.0, 0.0)
-SEEN = ("row", "id", "source", "file", "line", "tokens", "length", "truncated", "reason")
+PLACED = ("row", "id", "source", "file", "line", "reason")
+SEEN = (*PLACED, "tokens", "length", "truncated")
 
 
 class Looker(Scorer):
@@ -203,6 +204,10 @@ class Cascade:
             pc.coalesce(*(t[part.name] for t in tables if part.name in t.column_names), pa.scalar(None, part.type))
             for part in self.full.schema
         ]
+        bad = pc.is_valid(columns[self.full.schema.get_field_index("reason")])
+        for place, part in enumerate(self.full.schema):
+            if part.name not in PLACED:  # a bad row has no numbers
+                columns[place] = pc.if_else(bad, pa.scalar(None, part.type), columns[place])
         columns.append(pa.array(np.isfinite(search.exact[rows])))
         return self.store.write_shard(number, pa.table(columns, names=[*self.full.schema.names, "exact"]))
 
@@ -240,12 +245,12 @@ def best_of(config: ScoreConfig, exact: Floats, seen: Seen, sample: Rows) -> int
 
 
 def told_of(config: ScoreConfig, seen: Seen, search: Search) -> dict[str, Any]:
-    exact, good = int(np.isfinite(search.exact).sum()), int(seen.good.sum())
+    exact, left = int(np.isfinite(search.exact).sum()), int((~search.tried).sum())
     recall = {"wanted": config.recall, "estimate": search.recall.estimate}
     return {
         "best": search.best,
         "exact": exact,
-        "guessed": good - exact,
+        "guessed": left,
         "rounds": search.rounds,
         "recall": {**recall, "low": search.recall.low, "high": search.recall.high},
     }

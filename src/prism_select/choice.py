@@ -154,8 +154,10 @@ def choose_and_write(
     tables: Callable[[], Iterable[pa.Table]],
     pool: Pool,
     columns: Columns | None = None,
+    searched: int | None = None,
 ) -> Chosen:
-    """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them."""
+    """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them. A cascade has
+    `searched` for so many of the best rows."""
     columns = columns or columns_of(config, tables())
     verdicts = decide(config, columns, pool)
     figures: dict[str, Any] = summary_figures(config, columns, verdicts)
@@ -169,7 +171,20 @@ def choose_and_write(
         **{name: verdict_counts[name] for name in VERDICTS[config.command]},
     }
     counts["scored"] = counts["read"] - counts["quarantined"]
-    return Chosen(counts, figures, [] if config.command == "repair" else hidden_sources(config, columns))
+    warnings = [] if config.command == "repair" else hidden_sources(config, columns)
+    return Chosen(counts, figures, [*warnings, *beyond(searched, columns, verdicts)])
+
+
+def beyond(searched: int | None, columns: Columns, verdicts: Verdicts) -> list[str]:
+    """A warning where more than a few rows are taken that a cascade has not searched for."""
+    taken = columns.ranking[verdicts.among("selected", "removed")]  # places, counted down from 0
+    below = 0 if searched is None else int((taken <= -searched).sum())
+    if below <= 0.05 * len(taken):
+        return []
+    return [
+        f"{below:,} of the {len(taken):,} rows that were taken are not among the best {searched:,} that the cascade "
+        "looked for (a cap, near-duplicates or another budget): better ones may be among its guesses"
+    ]
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
@@ -209,7 +224,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     limit_of(option, budget, columns.ranking, columns.tokens)
     store.begin(config, manifest["fingerprints"])
     started = time.perf_counter()
-    chosen = choose_and_write(config, store, ranked, pool, columns)
+    chosen = choose_and_write(config, store, ranked, pool, columns, manifest.get("cascade", {}).get("best"))
     for name in ("pairs.parquet", "direction.safetensors"):
         if (old.path / name).exists():
             store.write(name, (old.path / name).read_bytes())
@@ -217,7 +232,8 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     timings = {**dict.fromkeys(manifest["timings"], 0.0), "choose": seconds, "total": seconds}
     kept = {name: told for name, told in manifest["choice"].items() if name == "damping_overlap"}
     changed = {"config": asdict(config), "counts": chosen.counts, "choice": {**chosen.figures, **kept}}
-    settled = {"command": "select", "scored_by": scored_by, "timings": timings}
+    warnings = list(dict.fromkeys([*manifest["warnings"], *chosen.warnings]))
+    settled = {"command": "select", "scored_by": scored_by, "timings": timings, "warnings": warnings}
     store.write_json("manifest.json", {**manifest, **changed, **settled})
     store.drop_shards()
     return Run(store.path)
@@ -461,11 +477,14 @@ def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) 
 
 def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
-    more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows."""
+    more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows; none where
+    only the best rows have halves."""
     size = len(columns.sources)
     count, raised, stands = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
     for some in slices(len(columns.score)):
         scored, source = np.isfinite(columns.score_chosen[some]), columns.source[some]
+        if (np.isfinite(columns.score[some]) > scored).any():
+            return []
         unit = np.maximum(1, columns.tokens[some]) if config.ranking == "score_per_token" else np.ones(len(scored))
         count += np.bincount(source[scored], minlength=size)
         raised += np.bincount(source[scored], (columns.score_chosen[some] / unit)[scored], size)

@@ -63,7 +63,7 @@ class Diagnosis:
         """What the user should know before believing the ranking; `sides` is what the two answers are called."""
         told = [f"{self.pairs} pairs count as {self.effective_pairs:.1f}"] if self.effective_pairs < 5 else []
         if self.covered_share == 0:
-            told.append("none of the counted weights is a matrix: whether the pairs agree is not known")
+            told.append("no counted weight is the matrix of a plain linear layer: whether the pairs agree is not known")
         agreement, pairs, half = self.split_half_agreement, self.pairs, self.pairs_for_half_of_direction
         if not math.isnan(agreement) and agreement < EVEN:
             more = self.pairs_for_half_agreement

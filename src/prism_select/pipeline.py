@@ -103,6 +103,7 @@ class Work:
     there: Mapping[int, Path]
     kind: str = ""
     wanted: NDArray[np.bool_] | None = None
+    bad: int = 0  # rows of the pool, in what was scored before
 
 
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
@@ -199,7 +200,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
     with clock.step("choose"):
         ranking = rival_ranking(config, (model, encoder), inputs, progress)
         tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
-        chosen = choose_and_write(config, store, tables, inputs.pool)
+        chosen = choose_and_write(config, store, tables, inputs.pool, searched=more.get("cascade", {}).get("best"))
     refuse_another_pool(store, inputs)
     actual = {"seconds": clock.total()["total"], "memory_bytes": peak_memory(model.device), "tokens": scorer.tokens}
     told = {"curvature": sharp.told if sharp else {"name": "flat"}, **({"rank": cut} if cut else {}), **more}
@@ -529,8 +530,11 @@ def cascaded(
     targets = len(work.lines.targets)
     directions = placed(work.directions[: targets + 1], model.device)
 
+    first, bad = collate(first_rows(work.inputs.pool, scorer.encoder), model.device), dict[str, int]()
+
     def along(few: Sequence[Factored], lines: Lines) -> Scorer:
         measure = measure_by(config, work.engine, model, weights, few)
+        measure(first)  # a difference takes its step from the batch it sees first: after a stop, too, from this one
         return Scorer(scorer.encoder, measure, lines, config, model.device)
 
     quick = along(directions[:targets], replace(work.lines, halves=False))
@@ -538,8 +542,10 @@ def cascaded(
     looker = Looker(looking(model, config.seed), scorer)
 
     def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
-        part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0])
-        return score_pool(config, store, part, scorer, World(), progress)
+        part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0], bad=sum(bad.values()))
+        paths = score_pool(config, store, part, scorer, World(), progress)
+        bad[kind] = sum(len(bad_rows_of(path)) for path in paths)
+        return paths
 
     shards, told = Cascade(config, store, through, looker, quick, half, scorer).run()
     scorer.sums = looker.sums
@@ -554,7 +560,7 @@ def score_pool(
     run."""
     pool, rows = work.inputs.pool, work.inputs.survey.rows
     wanted = rows if work.wanted is None else int(work.wanted.sum())
-    windows = bad = 0
+    windows, bad = 0, work.bad
     first: tuple[int, BadRow] | None = None  # in the order of the pool, whatever that of the windows
     with progress.task(f"scoring {work.kind}".rstrip(), wanted) as task:
         for window, table in scorer.tables(windows_of(work, world), task):

@@ -126,7 +126,7 @@ def backward(
         leaf = chunk.detach().requires_grad_()
         values = _logliks(model, leaf, targets, draw)
         (values * weights.to(values)[examples]).sum().backward()
-        total.index_add_(0, examples, values.detach())
+        total.index_add_(0, examples, values.detach().to(total))
         states.append(chunk)
         gradients.append(leaf.grad)
     if hidden.requires_grad and states:

@@ -90,10 +90,11 @@ def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("agreement of the pairs", state, words)
     effective = target["effective_pairs"]
     first = next(iter(target["dominant_pairs"]), {"pair": 1, "share": 0.0})
-    state = "holds" if effective >= FEW and first["share"] <= MOST else "look"
+    share = first["share"] or 0.0  # None where it is not known
+    state = "holds" if effective >= FEW and share <= MOST else "look"
     words = f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones"
-    if first["share"] > MOST:
-        words += f"; pair {first['pair']} alone makes {first['share']:.0%} of the direction"
+    if share > MOST:
+        words += f"; pair {first['pair']} alone makes {share:.0%} of the direction"
     yield Check("effective pairs", state, words)
     longer = target["chosen_longer_share"]
     if target["pairs"] >= 10:
