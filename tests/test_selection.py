@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -260,6 +261,8 @@ def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(r
         score[few], score[few], columns.score_chosen[few], columns.tokens[few], {}, source[few], names, {}, 0
     )
     assert not hidden_sources(config_of("none"), short)
+    chosen[0] = np.nan  # as where only the best rows have halves
+    assert not hidden_sources(config_of("none"), replace(columns, score_chosen=chosen.astype(np.float32)))
 
 
 def config_of(normalize: str) -> ScoreConfig:
