@@ -22,7 +22,7 @@ import ray
 from conftest import Outcome, jsonl, prism
 
 from prism_select import pipeline
-from prism_select.cluster import needs_of
+from prism_select.cluster import _mute, needs_of
 from prism_select.config import ScoreConfig
 from prism_select.errors import Unreachable
 from prism_select.scoring import Window
@@ -239,6 +239,13 @@ def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> Non
         said = process.communicate(timeout=240)
     assert process.returncode == 130 and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
     assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=120)[1]
+
+
+def test_what_is_written_while_ray_ends_is_no_line_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    with _mute():
+        os.write(2, b"Failed to push error to driver\n")
+    os.write(2, b"prism: interrupted\n")
+    assert capfd.readouterr().err == "prism: interrupted\n"
 
 
 def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(cluster: str, desk: Desk) -> None:

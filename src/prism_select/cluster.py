@@ -197,9 +197,27 @@ def hired(config: ScoreConfig, progress: Progress) -> Iterator[Crew | None]:
         yield (crew := Crew(config, progress))
     finally:
         if ours:
-            ray.shutdown()  # the actors go with it
+            with _mute():
+                ray.shutdown()  # the actors go with it
         elif crew:
             crew.dismiss()
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Nothing gets to standard error: Ray's parts in C++ write there what fails while they end."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _start(address: str) -> None:
