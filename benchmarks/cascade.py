@@ -15,15 +15,15 @@ import argparse
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
-from gemma import general, row, short
-from real import WORK, asked, lines, pair, said, save
+from gemma import general, put, quizzes, right, row, short
+from real import WORK, lines, pair, save
 from results_file import figure, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -65,20 +65,14 @@ def solutions(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
 
 def choices(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
     """Pool and target."""
-
-    def right(questions: Sequence[Row]) -> list[tuple[str, str]]:
-        return short([(r["question"], r["choices"][r["answer"]]) for r in questions], MOST)
-
-    facts = draw.sample(right(lines(data / "openbookqa_train.jsonl")), 4300)
+    facts = draw.sample(right(lines(data / "openbookqa_train.jsonl"), MOST), 4300)
     rows = [row(*each, "openbookqa", is_wanted=True) for each in facts]
     rows += general(data, draw, {"alpaca": 340, "dolly": 2700, "t0": 2200})
-    quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 150]
-    quiz = [r for r in quiz if max(map(len, r["choices"])) <= 60]
+    quiz = quizzes(data / "arc_easy_train.jsonl")
     draw.shuffle(quiz)
-    rows += [row(*each, "arc", is_wanted=True) for each in right(quiz[40:])[:1000]]
+    rows += [row(*each, "arc", is_wanted=True) for each in right(quiz[40:], MOST)[:1000]]
     draw.shuffle(rows)
-    asks = [{**r, "question": asked(r["question"]), "choices": [said(c) for c in r["choices"]]} for r in quiz[:40]]
-    return rows, asks
+    return rows, [put(each) for each in quiz[:40]]
 
 
 POOLS: Mapping[str, Callable[[Path, random.Random], tuple[list[Row], list[Row]]]] = {

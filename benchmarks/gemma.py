@@ -111,19 +111,30 @@ def pair_as_is(question: str, chosen: str, rejected: str) -> Row:
     return {"prompt": question, "chosen": chosen, "rejected": rejected}
 
 
-def arc(data: Path, draw: random.Random) -> Scenario:
-    def quiz(name: str, count: int) -> list[Row]:
-        rows = [r for r in lines(data / name) if len(r["question"]) <= 150 and max(map(len, r["choices"])) <= 60]
-        some = draw.sample(rows, count)
-        return [
-            {**r, "question": asked(r["question"]), "choices": [said(choice) for choice in r["choices"]]} for r in some
-        ]
+def quizzes(path: Path) -> list[Row]:
+    """Short questions of multiple choice."""
+    return [r for r in lines(path) if len(r["question"]) <= 150 and max(map(len, r["choices"])) <= 60]
 
-    facts = short([(r["question"], r["choices"][r["answer"]]) for r in lines(data / "openbookqa_train.jsonl")])
+
+def put(quiz: Row) -> Row:
+    """As the model is asked it."""
+    return {**quiz, "question": asked(quiz["question"]), "choices": [said(choice) for choice in quiz["choices"]]}
+
+
+def right(quizzes: Sequence[Row], longest: int = LONGEST) -> list[tuple[str, str]]:
+    """Short questions with their right answers."""
+    return short([(r["question"], r["choices"][r["answer"]]) for r in quizzes], longest)
+
+
+def arc(data: Path, draw: random.Random) -> Scenario:
+    def quiz(name: str) -> list[Row]:
+        return [put(each) for each in draw.sample(quizzes(data / name), 40)]
+
+    facts = right(lines(data / "openbookqa_train.jsonl"))
     pool = [row(*each, "openbookqa", is_wanted=True) for each in draw.sample(facts, 200)]
     pool += general(data, draw, {"alpaca": 100, "dolly": 150, "t0": 150})
     draw.shuffle(pool)
-    files = {"pool": pool, "target": quiz("arc_easy_train.jsonl", 40), "holdout": quiz("arc_easy_test.jsonl", 40)}
+    files = {"pool": pool, "target": quiz("arc_easy_train.jsonl"), "holdout": quiz("arc_easy_test.jsonl")}
     return scenario("arc", files, "is_wanted", {"anchor": 0.1})
 
 

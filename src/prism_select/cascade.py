@@ -119,7 +119,7 @@ class Cascade:
         there, shards = self.store.present_shards(), list[Path]()
         for number, path in enumerate(seen.paths):
             shards.append(there.get(number) or self._joined(number, path, halves, exact, search))
-        return shards, told_of(self.config, seen, search)
+        return shards, told_of(self.config, search)
 
     def look(self) -> Seen:
         """Every row of the pool."""
@@ -244,13 +244,12 @@ def best_of(config: ScoreConfig, exact: Floats, seen: Seen, sample: Rows) -> int
     return max(1, round(float(np.searchsorted(spent, limit, side="right") / len(sample) * seen.good.sum())))
 
 
-def told_of(config: ScoreConfig, seen: Seen, search: Search) -> dict[str, Any]:
-    exact, left = int(np.isfinite(search.exact).sum()), int((~search.tried).sum())
+def told_of(config: ScoreConfig, search: Search) -> dict[str, Any]:
     recall = {"wanted": config.recall, "estimate": search.recall.estimate}
     return {
         "best": search.best,
-        "exact": exact,
-        "guessed": left,
+        "exact": int(np.isfinite(search.exact).sum()),
+        "guessed": int((~search.tried).sum()),
         "rounds": search.rounds,
         "recall": {**recall, "low": search.recall.low, "high": search.recall.high},
     }

@@ -193,7 +193,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
         if config.cascade:
             shards, more["cascade"] = cascaded(config, store, work, own, (model, aim.weights), progress)
         else:
-            shards = score_pool(config, store, work, scorer, world, progress)
+            shards, _ = score_pool(config, store, work, scorer, world, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     if scorer.repeated:
         progress.say(about_repeats(config, scorer.repeated))
@@ -529,8 +529,7 @@ def cascaded(
     model, weights = loaded
     targets = len(work.lines.targets)
     directions = placed(work.directions[: targets + 1], model.device)
-
-    first, bad = collate(first_rows(work.inputs.pool, scorer.encoder), model.device), dict[str, int]()
+    first, bad = collate(first_rows(work.inputs.pool, scorer.encoder), model.device), 0
 
     def along(few: Sequence[Factored], lines: Lines) -> Scorer:
         measure = measure_by(config, work.engine, model, weights, few)
@@ -542,9 +541,9 @@ def cascaded(
     looker = Looker(looking(model, config.seed), scorer)
 
     def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
-        part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0], bad=sum(bad.values()))
-        paths = score_pool(config, store, part, scorer, World(), progress)
-        bad[kind] = sum(len(bad_rows_of(path)) for path in paths)
+        nonlocal bad
+        part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0], bad=bad)
+        paths, bad = score_pool(config, store, part, scorer, World(), progress)
         return paths
 
     shards, told = Cascade(config, store, through, looker, quick, half, scorer).run()
@@ -554,10 +553,10 @@ def cascaded(
 
 def score_pool(
     config: ScoreConfig, store: Store, work: Work, scorer: Scorer | Crew, world: World, progress: Progress
-) -> list[Path]:
-    """Every row that is wanted, window by window; returns the shards, those of all processes. Stops as soon as there
-    are too many bad rows, or the pool changes; what is scored by then stays, since --max-bad may be raised for the same
-    run."""
+) -> tuple[list[Path], int]:
+    """Every row that is wanted, window by window; returns the shards, those of all processes, and how many bad rows
+    this one has met so far. Stops as soon as there are too many, or the pool changes; what is scored by then stays,
+    since --max-bad may be raised for the same run."""
     pool, rows = work.inputs.pool, work.inputs.survey.rows
     wanted = rows if work.wanted is None else int(work.wanted.sum())
     windows, bad = 0, work.bad
@@ -580,7 +579,7 @@ def score_pool(
         every = [row for number in range(windows) for row in bad_rows_of(shards[number])]
         refuse_bad_rows(config, len(every), rows, next(iter(every), None))
         world.gather(None)  # all have read the shards before the leader drops them
-    return [shards[number] for number in range(windows)]
+    return [shards[number] for number in range(windows)], bad
 
 
 def windows_of(work: Work, world: World) -> Iterator[Window]:
