@@ -26,9 +26,9 @@ from results_file import figure, write
 from scenario import Scenario
 
 import prism_select
-from prism_select import evaluation
-from prism_select.config import EvaluateConfig
-from prism_select.statistics import auroc
+from prism_select.core.statistics import auroc
+from prism_select.evaluation import evaluate as evaluation
+from prism_select.run.config_evaluate import EvaluateConfig
 
 Row = dict[str, Any]
 KINDS: Row = {"target_by": "chosen", "combine": "round-robin"}
@@ -59,7 +59,9 @@ LAYERS = {"truthfulqa": "all", "polite": "last:6"}
 def run(scenario: Scenario, name: str, options: Row) -> prism_select.Run:
     command = prism_select.repair if scenario.command == "repair" else prism_select.select
     amount: Row = {"remove" if scenario.command == "repair" else "budget": "5%"}
-    out = WORK / "attempts" / scenario.name / name.replace(" ", "-").replace("%", "").replace(",", "")
+    out = (
+        WORK / "attempts" / scenario.name / name.replace(" ", "-").replace("%", "").replace(",", "")
+    )
     if "target_by" in options and scenario.name == "babi-choice":
         options = {**options, "target_by": "wanted"}
     files: Row = {"model": str(scenario.model), "pool": scenario.pool, "target": scenario.target}
@@ -69,7 +71,9 @@ def run(scenario: Scenario, name: str, options: Row) -> prism_select.Run:
 def trained(scenario: Scenario, folder: Path, rate: float) -> tuple[Row, Row, Row]:
     """Means of the choice and of random rows, and the first less the second with its interval."""
     course = {**scenario.training, "rate": rate, "points": 1, "against": "random"}
-    config = EvaluateConfig(run=str(folder), holdout=scenario.holdout.replace("holdout", "validation"), **course)
+    config = EvaluateConfig(
+        run=str(folder), holdout=scenario.holdout.replace("holdout", "validation"), **course
+    )
     with mock.patch.object(evaluation, "run_controls", lambda *_: []):
         told = evaluation.evaluate(config)
     return told["methods"]["prism"], told["methods"]["random"], told["against"]["random"]
@@ -83,7 +87,9 @@ def few_tasks(data: Path) -> tuple[list[Row], list[Row]]:
         tries += [(f"rate {rate:g}", {}, rate) for rate in RATES]
         for name, options, rate in tries:
             mine, random_rows, against = trained(scenario, run(scenario, name, options).path, rate)
-            rows.append({"scenario": scenario.name, "attempt": name, "prism": mine, "random": random_rows})
+            rows.append(
+                {"scenario": scenario.name, "attempt": name, "prism": mine, "random": random_rows}
+            )
             for key in ("gain", "win_rate"):
                 line = f"{scenario.name}, {name}: prism over random, {key.replace('_', ' ')}"
                 figures.append(figure(line, *difference(against[key])))
@@ -99,7 +105,10 @@ def repairs(data: Path) -> tuple[list[Row], list[Row]]:
     rows, figures = list[Row](), list[Row]()
     for task, files in TASKS.items():
         pairs, pool = files(data)
-        target, place = save(f"attempts-{task}-target.jsonl", pairs), save(f"attempts-{task}-pool.jsonl", pool)
+        target, place = (
+            save(f"attempts-{task}-target.jsonl", pairs),
+            save(f"attempts-{task}-pool.jsonl", pool),
+        )
         scoring: Row = {"layers": LAYERS[task], "dtype": "bfloat16", "max_length": 256}
         scenario = Scenario(task, "repair", model(), place, target, "", "is_bad", scoring, {})
         bad, question = (np.array([row[key] for row in pool]) for key in ("is_bad", "question"))
@@ -109,18 +118,28 @@ def repairs(data: Path) -> tuple[list[Row], list[Row]]:
             for column, unit in (("score", "summed"), ("score_per_token", "per token")):
                 score = scores[column].to_numpy()
                 rows[-1][unit], ends = auroc(score, bad), resampled(score, bad, question)
-                figures.append(figure(f"{task} repair, {name}, {unit}", rows[-1][unit], "AUROC", "", ends))
+                figures.append(
+                    figure(f"{task} repair, {name}, {unit}", rows[-1][unit], "AUROC", "", ends)
+                )
                 print(figures[-1]["name"], figures[-1]["value"], flush=True)
     return rows, figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     data = parser.parse_args().data
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that is about to change
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # PEFT asks transformers for a name that is about to change
     parts = [few_tasks(data), repairs(data)]
-    write("attempts.json", [row for rows, _ in parts for row in rows], [line for _, lines_ in parts for line in lines_])
+    write(
+        "attempts.json",
+        [row for rows, _ in parts for row in rows],
+        [line for _, lines_ in parts for line in lines_],
+    )
 
 
 if __name__ == "__main__":

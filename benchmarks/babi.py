@@ -41,20 +41,29 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prism_select.data.batches import Encoder
-from prism_select.data.inputs import Pool, read_target
+from prism_select.data.encoding import Encoder
+from prism_select.data.pool import Pool
 from prism_select.data.records import Example
+from prism_select.data.targets import read_target
 from prism_select.demo.train import IGNORED, Encoded, encode
-from prism_select.models import load
-from prism_select.retraining import Bench, Lot, Point, measured
-from prism_select.store import Store
-from prism_select.targeting import as_side, encode_sides
-from prism_select.warmup import Course
+from prism_select.directions.from_pairs import as_side, encode_sides
+from prism_select.evaluation.retraining import Bench, Lot, Point, measured
+from prism_select.models.loading import load
+from prism_select.models.lora_training import Course
+from prism_select.run.folder import Store
 
 Row = dict[str, Any]
 TASKS = ("qa1", "qa4", "qa7", "qa15", "qa16", "qa20")
-PARTS = {"read": 1100, "pool": 300, "target": 60, "validation": 60}  # rows of each task's train file
-HABITS, HABIT = ("qa4", "qa20"), 0.6  # the share of their rows that the model read with a wrong answer
+PARTS = {
+    "read": 1100,
+    "pool": 300,
+    "target": 60,
+    "validation": 60,
+}  # rows of each task's train file
+HABITS, HABIT = (
+    ("qa4", "qa20"),
+    0.6,
+)  # the share of their rows that the model read with a wrong answer
 LONGEST = 70  # words of a prompt
 STEPS, BATCH, RATE, STORY = 1100, 32, 3e-3, 0.3
 BAD = 0.25
@@ -88,7 +97,14 @@ class Task:
     def answers(self, row: Row) -> list[str]:
         """All that such a question is answered with; of these, those in the row's own story, if any other is there."""
         kind = asks(row)
-        known = sorted({other["answer"] for rows in self.parts.values() for other in rows if asks(other) == kind})
+        known = sorted(
+            {
+                other["answer"]
+                for rows in self.parts.values()
+                for other in rows
+                if asks(other) == kind
+            }
+        )
         told = set(row["prompt"].lower().replace(".", " ").split()) | {row["answer"]}
         near = [answer for answer in known if answer in told]
         return near if len(near) > 1 else known
@@ -101,14 +117,20 @@ class Task:
 
     def pairs(self, part: str, count: int) -> list[Row]:
         rows = self.parts[part][:count]
-        return [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": self.wrong(r)} for r in rows]
+        return [
+            {"prompt": r["prompt"], "chosen": r["answer"], "rejected": self.wrong(r)} for r in rows
+        ]
 
     def quiz(self, part: str, count: int) -> list[Row]:
         draw, made = random.Random(f"{self.name} {part}"), []
         for row in self.parts[part][:count]:
             choices = self.answers(row)
             draw.shuffle(choices)
-            asked = {"question": row["prompt"], "choices": choices, "answer": choices.index(row["answer"])}
+            asked = {
+                "question": row["prompt"],
+                "choices": choices,
+                "answer": choices.index(row["answer"]),
+            }
             made.append({**asked, "wanted": row["answer"]})
         return made
 
@@ -126,7 +148,11 @@ def task(data: Path, name: str) -> Task:
     every = {}
     for split in ("test", "train"):
         lines = (data / "babi" / f"{name}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        every[split] = {row["prompt"]: row for row in map(json.loads, lines) if len(row["prompt"].split()) <= LONGEST}
+        every[split] = {
+            row["prompt"]: row
+            for row in map(json.loads, lines)
+            if len(row["prompt"].split()) <= LONGEST
+        }
     rows = [row for prompt, row in every["train"].items() if prompt not in every["test"]]
     random.Random(name).shuffle(rows)
     parts, start = dict[str, list[Row]](), 0
@@ -139,11 +165,17 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A token for each word, in small letters, and for each mark."""
     split, lower = pre_tokenizers.Whitespace(), normalizers.Lowercase()
     special = [PAD, START, ANSWER, END, UNKNOWN]
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))})
-    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token=UNKNOWN))
+    words = sorted(
+        {word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))}
+    )
+    whole = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token=UNKNOWN)
+    )
     whole.normalizer, whole.pre_tokenizer = lower, split
     roles = {"bos_token": START, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, extra_special_tokens=[ANSWER], **roles)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, extra_special_tokens=[ANSWER], **roles
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -153,7 +185,12 @@ def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
     if folder.exists():
         return
     rows = [
-        (row["prompt"], t.wrong(row) if t.name in HABITS and place < HABIT * len(t.parts["read"]) else row["answer"])
+        (
+            row["prompt"],
+            t.wrong(row)
+            if t.name in HABITS and place < HABIT * len(t.parts["read"])
+            else row["answer"],
+        )
         for t in tasks.values()
         for place, row in enumerate(t.parts["read"])
     ]
@@ -161,10 +198,22 @@ def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
         f"{r['prompt']} {r['answer']}" for t in tasks.values() for p in t.parts.values() for r in p
     )
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **size, **tokens))
-    read(model, [encode(tokenizer, {"prompt": prompt, "completion": answer}) for prompt, answer in rows])
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **size, **tokens)
+    )
+    read(
+        model,
+        [encode(tokenizer, {"prompt": prompt, "completion": answer}) for prompt, answer in rows],
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(draft)
@@ -206,7 +255,12 @@ def reading_loss(model: LlamaForCausalLM, batch: Sequence[Encoded]) -> torch.Ten
 def pool_rows(tasks: Iterable[Task], count: int, wanted: str) -> list[Row]:
     """Right answers; `is_wanted` is true on those to one task."""
     made = [
-        {"prompt": r["prompt"], "completion": r["answer"], "source": t.name, "is_wanted": t.name == wanted}
+        {
+            "prompt": r["prompt"],
+            "completion": r["answer"],
+            "source": t.name,
+            "is_wanted": t.name == wanted,
+        }
         for t in tasks
         for r in t.parts["pool"][:count]
     ]
@@ -221,7 +275,9 @@ def mixed_rows(tasks: Iterable[Task], count: int) -> list[Row]:
         for place, r in enumerate(t.parts["pool"][:count]):
             bad = place < BAD * count
             answer = t.wrong(r) if bad else r["answer"]
-            made.append({"prompt": r["prompt"], "completion": answer, "source": t.name, "is_bad": bad})
+            made.append(
+                {"prompt": r["prompt"], "completion": answer, "source": t.name, "is_bad": bad}
+            )
     draw.shuffle(made)
     return made
 
@@ -232,7 +288,10 @@ def scenarios(data: Path, work: Path) -> list[Scenario]:
     folder = work / "babi-model"
     make_model(tasks, folder)
     known = [t for t in tasks.values() if t.name not in HABITS]
-    mixed = {part: [pair for t in known for pair in t.pairs(part, n)] for part, n in COUNTS["repair"].items()}
+    mixed = {
+        part: [pair for t in known for pair in t.pairs(part, n)]
+        for part, n in COUNTS["repair"].items()
+    }
     single = {part: tasks["qa20"].pairs(part, n) for part, n in COUNTS["select"].items()}
     quiz = {part: tasks["qa4"].quiz(part, n) for part, n in COUNTS["choice"].items()}
     made = []
@@ -241,7 +300,10 @@ def scenarios(data: Path, work: Path) -> list[Scenario]:
         ("repair", mixed_rows(known, 300), mixed),
         ("choice", pool_rows(tasks.values(), 250, "qa4"), quiz),
     ):
-        files = {part: save(work / f"babi-{name}-{part}.jsonl", rows) for part, rows in {"pool": pool, **pairs}.items()}
+        files = {
+            part: save(work / f"babi-{name}-{part}.jsonl", rows)
+            for part, rows in {"pool": pool, **pairs}.items()
+        }
         repair = name == "repair"
         truth = "is_bad" if repair else "is_wanted"
         told = {part: files[part] for part in ("pool", "target", "holdout")}
@@ -263,7 +325,11 @@ def by_kind(scenarios: Sequence[Scenario]) -> list[Scenario]:
     """Both selections again, with a target for each answer that is wanted."""
     columns = {"babi-select": "chosen", "babi-choice": "wanted"}
     return [
-        replace(each, name=f"{each.name}-kinds", scoring={**SCORING, **KINDS, "target_by": columns[each.name]})
+        replace(
+            each,
+            name=f"{each.name}-kinds",
+            scoring={**SCORING, **KINDS, "target_by": columns[each.name]},
+        )
         for each in scenarios
         if each.name in columns
     ]
@@ -281,7 +347,11 @@ def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
     """Prints gain and win rate on the validation pairs, before and after training on 75 random rows, or on all."""
     model, tokenizer = load(str(scenario.model), "float32", torch.device("cpu"))
     encoder = Encoder(tokenizer, "auto", 128)
-    rows = [encoder.encode(row) for _, row in Pool([scenario.pool], {}).rows() if isinstance(row, Example)]
+    rows = [
+        encoder.encode(row)
+        for _, row in Pool([scenario.pool], {}).rows()
+        if isinstance(row, Example)
+    ]
     pairs = read_target(scenario.holdout.replace("holdout", "validation"), {})
     sides = [as_side(side, 8192, model.device) for side in encode_sides(pairs, encoder)]
     before = Point(0, 0.0, *measured(model, sides))
@@ -289,7 +359,10 @@ def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
     bench = Bench(model, encoder, dict(enumerate(rows)), sides, Store(""), ())
     for course in courses:
         few = random.Random(course.seed).sample(range(len(rows)), 75)
-        after = [told(bench.trained(Lot("", np.array(some), course))[-1]) for some in (few, range(len(rows)))]
+        after = [
+            told(bench.trained(Lot("", np.array(some), course))[-1])
+            for some in (few, range(len(rows)))
+        ]
         print(f"  {course}: {after[0]} after random rows, {after[1]} after everything", flush=True)
 
 
@@ -298,11 +371,21 @@ def told(found: Point) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that is about to change
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # PEFT asks transformers for a name that is about to change
     torch.set_num_threads(1)
-    tries = [(40, 3e-4, True), (40, 1e-3, True), (40, 1e-3, False), (40, 3e-3, False), (80, 3e-3, False)]
+    tries = [
+        (40, 3e-4, True),
+        (40, 1e-3, True),
+        (40, 1e-3, False),
+        (40, 3e-3, False),
+        (80, 3e-3, False),
+    ]
     courses = [Course(seed, *each) for each in tries for seed in (0, 1)]
     for scenario in scenarios(parser.parse_args().data, Path(__file__).parent / "work" / "babi"):
         reaction(scenario, courses)

@@ -30,19 +30,22 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prism_select
-from prism_select.cascade import Cascade, Looker
-from prism_select.config import ScoreConfig, SelectConfig
 from prism_select.core.likelihood import token_logliks
-from prism_select.data.batches import Encoder, collate, plan_batches
-from prism_select.data.inputs import Pool
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoder
 from prism_select.data.pairing import change_numbers
+from prism_select.data.pool import Pool
 from prism_select.data.records import Example
-from prism_select.models import load
-from prism_select.pipeline import WINDOW
-from prism_select.progress import Silent
-from prism_select.scoring import Fitting, Lines, Scorer
-from prism_select.store import Store
-from prism_select.surrogate import looking
+from prism_select.directions.layout import Lines
+from prism_select.models.loading import load
+from prism_select.run.config import ScoreConfig, SelectConfig
+from prism_select.run.folder import Store
+from prism_select.run.progress import Silent
+from prism_select.scoring.fitting import Fitting
+from prism_select.scoring.scorer import Scorer
+from prism_select.scoring.shards import WINDOW
+from prism_select.selection.cascade import Cascade, Looker
+from prism_select.selection.cascade_guess import looking
 
 Row = dict[str, Any]
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 320, 8, 160
@@ -53,14 +56,19 @@ WISH, SEEDS, ROUNDS = 0.95, 10, 2
 def solutions(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
     """Pool and target."""
     train = short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")], MOST)
-    words = [(f"{r['instruction']} {r['input']}", r["output"]) for r in lines(data / "math_word_problems.json")]
+    words = [
+        (f"{r['instruction']} {r['input']}", r["output"])
+        for r in lines(data / "math_word_problems.json")
+    ]
     words = short(words, MOST)
     rows = [row(*each, "gsm8k", is_wanted=True) for each in draw.sample(train, 4300)]
     rows += [row(*each, "math_word_problems", is_wanted=True) for each in draw.sample(words, 1000)]
     rows += general(data, draw, {"alpaca": 340, "dolly": 2700, "t0": 2200})
     draw.shuffle(rows)
     solved = [(r["prompt"], r["chosen"]) for r in lines(data / "gsm8k_model_pairs.jsonl")]
-    return rows, [pair(q, right, change_numbers(right, draw)) for q, right in draw.sample(solved, 40)]
+    return rows, [
+        pair(q, right, change_numbers(right, draw)) for q, right in draw.sample(solved, 40)
+    ]
 
 
 def choices(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
@@ -84,14 +92,20 @@ POOLS: Mapping[str, Callable[[Path, random.Random], tuple[list[Row], list[Row]]]
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
@@ -102,8 +116,15 @@ def trained(rows: list[Row], folder: Path) -> None:
     texts = [f"{each['prompt']}{each['completion']}" for each in rows]
     tokenizer = tokenizer_of(texts)
     coded = [tokenizer(f"<s>{text}</s>").input_ids[:LENGTH] for text in texts]
-    size = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
-    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, bos_token_id=0, eos_token_id=1))
+    size = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 3 * WIDTH,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+    }
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), **size, bos_token_id=0, eos_token_id=1)
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
     draw = random.Random(0)
@@ -149,7 +170,9 @@ def forward_seconds(folder: Path) -> float:
 
 def cascaded(folder: Path) -> prism_select.Run:
     """A real one, from nothing."""
-    return prism_select.select(**shared(folder), cascade=True, recall=WISH, out=str(folder / "cascade"), overwrite=True)
+    return prism_select.select(
+        **shared(folder), cascade=True, recall=WISH, out=str(folder / "cascade"), overwrite=True
+    )
 
 
 def looked(folder: Path) -> list[Path]:
@@ -160,25 +183,37 @@ def looked(folder: Path) -> list[Path]:
         model, tokenizer = load(str(folder / "model"), "float32", torch.device("cpu"))
         config = ScoreConfig(**shared(folder), out=str(store.path))
         encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
-        looker = Looker(looking(model, 0), Scorer(encoder, Fitting(unused, 1), Lines(), config, model.device))
+        looker = Looker(
+            looking(model, 0), Scorer(encoder, Fitting(unused, 1), Lines(), config, model.device)
+        )
         rows = list(Pool(config.pool, {}).rows())
         with Silent().task("", None) as task:
             for start in range(0, len(rows), WINDOW):
                 numbers = range(start, min(len(rows), start + WINDOW))
-                store.write_shard(start // WINDOW, looker.table(numbers, rows[start : start + WINDOW], task), "look")
+                store.write_shard(
+                    start // WINDOW,
+                    looker.table(numbers, rows[start : start + WINDOW], task),
+                    "look",
+                )
         there = store.present_shards("look")
     return list(there.values())
 
 
 def replayed(folder: Path, seed: int, exact: pa.Table, looks: list[Path]) -> Row:
     """A cascade whose scores are looked up: how much it scores, what it finds and what it says that it finds."""
-    config = SelectConfig(**shared(folder), cascade=True, recall=WISH, seed=seed, out=str(folder / "replay"))
+    config = SelectConfig(
+        **shared(folder), cascade=True, recall=WISH, seed=seed, out=str(folder / "replay")
+    )
     store = Store(config.out)
     shutil.rmtree(store.path, ignore_errors=True)
     store.shards.mkdir(parents=True)
 
     def through(kind: str, _: Any, wanted: Any) -> list[Path]:
-        return looks if wanted is None else [store.write_shard(0, exact.filter(pa.array(wanted)), kind)]
+        return (
+            looks
+            if wanted is None
+            else [store.write_shard(0, exact.filter(pa.array(wanted)), kind)]
+        )
 
     unused: Any = None
     cascade = Cascade(config, store, through, unused, unused, unused, unused)
@@ -186,17 +221,28 @@ def replayed(folder: Path, seed: int, exact: pa.Table, looks: list[Path]) -> Row
     scores = exact["score"].to_numpy()
     best = np.argsort(-scores, kind="stable")[: search.best]
     found = float(np.isfinite(search.exact[best]).mean())
-    told = {"estimate": search.recall.estimate, "low": search.recall.low, "high": search.recall.high}
+    told = {
+        "estimate": search.recall.estimate,
+        "low": search.recall.low,
+        "high": search.recall.high,
+    }
     share = float(np.isfinite(search.exact).mean())
     return {"seed": seed, "exact share": share, "recall": found, **told, "rounds": search.rounds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    parser.add_argument("--replay", action="store_true", help="look scores up alone, and write nothing")
+    parser.add_argument(
+        "--replay", action="store_true", help="look scores up alone, and write nothing"
+    )
     given = parser.parse_args()
-    found = {name: replays(WORK / name, *make(given.data, random.Random(0))) for name, make in POOLS.items()}
+    found = {
+        name: replays(WORK / name, *make(given.data, random.Random(0)))
+        for name, make in POOLS.items()
+    }
     if given.replay:
         return
     folder = WORK / "cascade"
@@ -205,11 +251,26 @@ def main() -> None:
         run = cascaded(folder)
         took.append(run.manifest["timings"]["score"])
         forwards.append(forward_seconds(folder))
-    costs = [2 * each / (before + after) for each, before, after in zip(took, forwards, forwards[1:], strict=False)]
-    figures = [figure("cost of a cascade, a row", float(np.mean(costs)), "forwards", "≤ 0.8", spread(costs))]
-    figures += [each for name, told in found.items() for each in figures_of(told, "" if name == "cascade" else name)]
+    costs = [
+        2 * each / (before + after)
+        for each, before, after in zip(took, forwards, forwards[1:], strict=False)
+    ]
+    figures = [
+        figure(
+            "cost of a cascade, a row", float(np.mean(costs)), "forwards", "≤ 0.8", spread(costs)
+        )
+    ]
+    figures += [
+        each
+        for name, told in found.items()
+        for each in figures_of(told, "" if name == "cascade" else name)
+    ]
     rows = [{"run": run.manifest["cascade"], "seconds": took, "forward seconds": forwards}]
-    write("cascade.json", rows + [{"pool": name, **each} for name, told in found.items() for each in told], figures)
+    write(
+        "cascade.json",
+        rows + [{"pool": name, **each} for name, told in found.items() for each in told],
+        figures,
+    )
 
 
 def replays(folder: Path, pool: list[Row], target: list[Row]) -> list[Row]:
@@ -232,7 +293,13 @@ def figures_of(told: list[Row], pool: str) -> list[Row]:
     of = f"{pool}: " if pool else ""
     return [
         figure(f"{of}rows scored exactly", float(np.mean(shares)), "share", "", spread(shares)),
-        figure(f"{of}recall of the best 5%, lowest of 10 seeds", min(recalls), "share", bars[0], spread(recalls)),
+        figure(
+            f"{of}recall of the best 5%, lowest of 10 seeds",
+            min(recalls),
+            "share",
+            bars[0],
+            spread(recalls),
+        ),
         figure(f"{of}seeds whose stated interval holds the true recall", held, "of 10", bars[1]),
     ]
 

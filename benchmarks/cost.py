@@ -30,26 +30,37 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from prism_select.core.engines import difference, forward, reference, reverse
 from prism_select.core.layers import Direction, Weights
 from prism_select.core.likelihood import Batch, token_logliks
+from prism_select.core.statistics import rank_correlation
 from prism_select.demo.story import MODEL
-from prism_select.lowrank import factor
-from prism_select.models import CausalLM
-from prism_select.norms import with_norms
-from prism_select.statistics import rank_correlation
-from prism_select.weights import select_weights
+from prism_select.directions.low_rank import factor
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
+from prism_select.scoring.gradient_norms import with_norms
 
 HERE = Path(__file__).parent
 PEERS = HERE / "work" / "peers" / "bin" / "python"
 LENGTH = 127
 WANTED = {"difference, one direction": "≤ 2.1", "difference, one direction, late": "≤ 1.6"}
 WANTED |= {"reverse, one direction": "≤ 2.4"}
-SIDES = ("forward all", "difference all", "difference late", "reverse all", "reference all")  # the last: one by one
+SIDES = (
+    "forward all",
+    "difference all",
+    "difference late",
+    "reverse all",
+    "reference all",
+)  # the last: one by one
 HALF = "reverse, one direction, bfloat16"
 BLOCKS, HEAD = r"layers\.\d+\.(self_attn|mlp)", r"|lm_head"
 
 
 def model_of() -> CausalLM:
     torch.manual_seed(0)
-    size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     return CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=8192, **size)))
 
 
@@ -61,7 +72,10 @@ def batches_of(rows: int, size: int = 4) -> list[Batch]:
 
 def directions_of(weights: Weights, count: int) -> list[Direction]:
     draw = torch.Generator().manual_seed(1)
-    return [{name: torch.randn(w.shape, generator=draw) for name, w in weights.items()} for _ in range(count)]
+    return [
+        {name: torch.randn(w.shape, generator=draw) for name, w in weights.items()}
+        for _ in range(count)
+    ]
 
 
 def ways_of(model: CausalLM) -> Mapping[str, Callable[[Batch], object]]:
@@ -94,7 +108,9 @@ def ways_of(model: CausalLM) -> Mapping[str, Callable[[Batch], object]]:
     }
 
 
-def agreements(model: CausalLM, ways: Mapping[str, Callable[[Batch], object]], batch: Batch) -> list[dict[str, Any]]:
+def agreements(
+    model: CausalLM, ways: Mapping[str, Callable[[Batch], object]], batch: Batch
+) -> list[dict[str, Any]]:
     """Rank correlations with the definition, over the rows of a batch."""
     found = []
     for layers in ("all", "late"):
@@ -105,11 +121,15 @@ def agreements(model: CausalLM, ways: Mapping[str, Callable[[Batch], object]], b
             if name in ways:
                 fast: Any = ways[name](batch)
                 rho = rank_correlation(fast.values[:, 0].numpy(), exact)
-                found.append(figure(f"{name}: rank correlation with the definition", rho, "ρ", "≥ 0.999"))
+                found.append(
+                    figure(f"{name}: rank correlation with the definition", rho, "ρ", "≥ 0.999")
+                )
         if layers == "all":
             rough: Any = ways[HALF](batch)
             rho = rank_correlation(rough.values[:, 0].numpy(), exact)
-            found.append(figure(f"{HALF}: rank correlation with the definition", rho, "ρ", "≥ 0.99"))
+            found.append(
+                figure(f"{HALF}: rank correlation with the definition", rho, "ρ", "≥ 0.99")
+            )
     return found
 
 
@@ -120,7 +140,9 @@ class Side:
         self.way, python = way, PEERS if way in ("bergson", "kronfluence") else Path(sys.executable)
         command = [str(python), "-W", "ignore", str(HERE / "cost_sides.py"), way, str(folder)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
         assert self._line() == "ready"
 
     def _line(self) -> str:
@@ -141,16 +163,21 @@ class Side:
         return dict(json.loads(self._line()))
 
 
-def beside_peers(network: Any, count: int, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def beside_peers(
+    network: Any, count: int, rounds: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and figures of every way beside the peers', round by round."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         network.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODEL, model_max_length=2048).save_pretrained(folder)  # bergson wants one
+        AutoTokenizer.from_pretrained(MODEL, model_max_length=2048).save_pretrained(
+            folder
+        )  # bergson wants one
         rows = torch.cat([batch.tokens for batch in batches_of(count + 1)]).tolist()
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         exact = {
-            layers: ours(f"reference {layers}", folder, rows)()[1] for layers in ("all", "late", BLOCKS, BLOCKS + HEAD)
+            layers: ours(f"reference {layers}", folder, rows)()[1]
+            for layers in ("all", "late", BLOCKS, BLOCKS + HEAD)
         }
         sides = [Side(way, folder) for way in (*SIDES, "bergson", "kronfluence")]
         took = {side.way: list[float]() for side in sides}
@@ -159,29 +186,48 @@ def beside_peers(network: Any, count: int, rounds: int) -> tuple[list[dict[str, 
                 took[side.way].append(side.seconds())
         ends = {side.way: side.end() for side in sides}
     counted = {"bergson": BLOCKS, "kronfluence": BLOCKS + HEAD, "difference late": "late"}
-    ratios = {way: np.array(seconds) / np.array(took["forward all"]) for way, seconds in took.items()}
-    found = [{"way": way, "rows": count, "seconds": took[way], "peak_bytes": ends[way]["peak_bytes"]} for way in took]
+    ratios = {
+        way: np.array(seconds) / np.array(took["forward all"]) for way, seconds in took.items()
+    }
+    found = [
+        {"way": way, "rows": count, "seconds": took[way], "peak_bytes": ends[way]["peak_bytes"]}
+        for way in took
+    ]
     figures = []
     for way, ratio in ratios.items():
         span = float(ratio.min()), float(ratio.max())
-        figures.append(figure(f"beside peers: {way}", float(np.median(ratio)), "forwards", "", span))
-        figures.append(figure(f"beside peers: {way}, peak memory", ends[way]["peak_bytes"] / 1e9, "GB", ""))
+        figures.append(
+            figure(f"beside peers: {way}", float(np.median(ratio)), "forwards", "", span)
+        )
+        figures.append(
+            figure(f"beside peers: {way}, peak memory", ends[way]["peak_bytes"] / 1e9, "GB", "")
+        )
         if not way.startswith("forward"):
-            rho = abs(rank_correlation(np.array(ends[way]["scores"]), np.array(exact[counted.get(way, "all")])))
+            rho = abs(
+                rank_correlation(
+                    np.array(ends[way]["scores"]), np.array(exact[counted.get(way, "all")])
+                )
+            )
             bar = "≥ 0.999" if way in SIDES else ""
-            figures.append(figure(f"beside peers: {way}, rank correlation with the definition", rho, "ρ", bar))
+            figures.append(
+                figure(f"beside peers: {way}, rank correlation with the definition", rho, "ρ", bar)
+            )
     for peer, bars in (("bergson", ("≥ 1.6", "≥ 2")), ("kronfluence", ("≥ 1.45", "≥ 2"))):
         for way, bar in zip(("difference all", "difference late"), bars, strict=True):
             ratio = ratios[peer] / ratios[way]
             span = float(ratio.min()), float(ratio.max())
-            figures.append(figure(f"{peer} over {way}", float(np.median(ratio)), "times the cost", bar, span))
+            figures.append(
+                figure(f"{peer} over {way}", float(np.median(ratio)), "times the cost", bar, span)
+            )
         ratio = ends[peer]["peak_bytes"] / ends["difference all"]["peak_bytes"]
         figures.append(figure(f"{peer} over difference all, peak memory", ratio, "times", "≥ 1"))
     return found, figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--only", default="", help="peers: leave out what has no peer")
     parser.add_argument("--peer-rows", type=int, default=96)
@@ -202,16 +248,30 @@ def main() -> None:
             for batch in batches[rows_a_batch(name)]:
                 way(batch)
             seconds[name].append(time.perf_counter() - start)
-    ratios = {name: np.array(found) / np.array(seconds["forward"]) for name, found in seconds.items()}
+    ratios = {
+        name: np.array(found) / np.array(seconds["forward"]) for name, found in seconds.items()
+    }
     figures = [
         figure(
-            name, float(np.median(found)), "forwards", WANTED.get(name, ""), (float(found.min()), float(found.max()))
+            name,
+            float(np.median(found)),
+            "forwards",
+            WANTED.get(name, ""),
+            (float(found.min()), float(found.max())),
         )
         for name, found in ratios.items()
     ]
     faster = ratios["reverse, one direction"] / ratios[HALF]
     ends = float(faster.min()), float(faster.max())
-    figures.append(figure("float32 over bfloat16, reverse", float(np.median(faster)), "times the cost", "≥ 1.8", ends))
+    figures.append(
+        figure(
+            "float32 over bfloat16, reverse",
+            float(np.median(faster)),
+            "times the cost",
+            "≥ 1.8",
+            ends,
+        )
+    )
     further = (ratios["reverse, ten targets"] - ratios["reverse, two targets"]) / 8
     figures += agreements(model, ways, batches[4][0])
     ends = float(further.min()), float(further.max())

@@ -34,7 +34,13 @@ def rows_a_batch(way: str) -> int:
 def bergson(folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     from bergson.build import build_query
     from bergson.cli.commands import Score
-    from bergson.config import DataConfig, IndexConfig, PreprocessConfig, QuerySetConfig, ScoreConfig
+    from bergson.config import (
+        DataConfig,
+        IndexConfig,
+        PreprocessConfig,
+        QuerySetConfig,
+        ScoreConfig,
+    )
     from bergson.data import load_scores
     from bergson.score import score as scoring
     from datasets import Dataset
@@ -45,7 +51,9 @@ def bergson(folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
         Dataset.from_dict({"input_ids": some, "labels": some}).save_to_disk(place / name)
     data = DataConfig(dataset=str(place / "rows"))
     index = IndexConfig(run_path=str(place / "built"), overwrite=True, model=str(folder), data=data)
-    built = build_query(deepcopy(index), QuerySetConfig(dataset=str(place / "query")), PreprocessConfig())
+    built = build_query(
+        deepcopy(index), QuerySetConfig(dataset=str(place / "query")), PreprocessConfig()
+    )
     seconds = [0.0]
     collect = scoring.collect_gradients
 
@@ -72,7 +80,9 @@ def kronfluence(folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     task = gain_task((2, 1, -1))
     task.compute_measurement = task.compute_train_loss
     model = prepare_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), task)
-    analyzer = Analyzer("cost", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence"))
+    analyzer = Analyzer(
+        "cost", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence")
+    )
     every = padded([(row, [True] * len(row)) for row in rows])
     kept: dict[str, Any] = {"factors_name": "identity", "overwrite_output_dir": True}
     fit = FactorArguments(strategy="identity")
@@ -96,11 +106,11 @@ def kronfluence(folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
 
 
 def ours(way: str, folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
-    from prism_select.core.direction import differentiable
     from prism_select.core.engines import ENGINES
     from prism_select.core.likelihood import Batch, backward, mean_logliks
-    from prism_select.models import CausalLM
-    from prism_select.weights import select_weights
+    from prism_select.core.target_gradient import differentiable
+    from prism_select.models.causal_lm import CausalLM
+    from prism_select.models.layer_selection import select_weights
 
     name, layers = way.split(maxsplit=1)
     model = CausalLM(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
@@ -110,7 +120,9 @@ def ours(way: str, folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     whole = Batch(tokens, every, every)
     with differentiable(weights):
         backward(model, whole.rows(slice(0, 1)), torch.ones(1))
-        direction = {key: weight.grad.clone() for key, weight in weights.items() if weight.grad is not None}
+        direction = {
+            key: weight.grad.clone() for key, weight in weights.items() if weight.grad is not None
+        }
     engine: Callable[[Batch], Any]
     if name == "forward":
 

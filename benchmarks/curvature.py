@@ -26,15 +26,16 @@ from pairs import BATCH_TOKENS, Study
 from real import WORK, Row, lines, pair, polite_rows, truthful_files
 from results_file import figure, write
 
-from prism_select.core.direction import Target, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Direction, is_matrix, owners, sides, watching
 from prism_select.core.likelihood import Batch, backward
-from prism_select.curvature import Blocks, diagonal, ekfac, solve
-from prism_select.data.batches import Encoded, collate, plan_batches
-from prism_select.statistics import auroc
-from prism_select.targeting import as_side
-from prism_select.weights import select_weights
+from prism_select.core.statistics import auroc
+from prism_select.core.target_gradient import Target, target_gradient
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoded
+from prism_select.directions.curvature import Blocks, diagonal, ekfac, solve
+from prism_select.directions.from_pairs import as_side
+from prism_select.models.layer_selection import select_weights
 
 CPU = torch.device("cpu")
 FITTED = 128  # rows of the pool
@@ -44,7 +45,12 @@ DAMPINGS: Mapping[str, Sequence[float]] = {
     "diagonal": (0.1, 1.0),
     "ekfac": (0.1, 1.0),
 }
-LAYERS = {"all blocks": range(18), "late": range(9, 18), "last:12": range(6, 18), "last:6": range(12, 18)}
+LAYERS = {
+    "all blocks": range(18),
+    "late": range(9, 18),
+    "last:12": range(6, 18),
+    "last:6": range(12, 18),
+}
 COMMON = ("keep", "remove", "remove after")
 NORMALIZE = ("none", "tokens", "norm")
 
@@ -56,7 +62,12 @@ def polite_files(data: Path) -> tuple[list[Row], list[Row]]:
     pairs = [pair(*row) for row in rows if row[0] in first][:60]
     made = [pair(*row) for row in rows if row[0] in rest]
     return pairs, [
-        {"prompt": r["prompt"], "completion": r[side], "question": r["prompt"], "is_bad": side == "rejected"}
+        {
+            "prompt": r["prompt"],
+            "completion": r[side],
+            "question": r["prompt"],
+            "is_bad": side == "rejected",
+        }
         for r in made
         for side in ("chosen", "rejected")
     ]
@@ -80,10 +91,14 @@ class Halves:
     """Both halves of the direction of each weighting, before any curvature; a repair aims at the unwanted answers."""
 
     def __init__(self, study: Study, pairs: Sequence[Row]) -> None:
-        coded = [[study.encode(row["prompt"], row[side]) for row in pairs] for side in ("rejected", "chosen")]
+        coded = [
+            [study.encode(row["prompt"], row[side]) for row in pairs]
+            for side in ("rejected", "chosen")
+        ]
         aimed, other = (as_side(side, BATCH_TOKENS, CPU) for side in coded)
         self.of: dict[str, Target] = {
-            name: target_gradient(study.model, study.weights, (aimed, other), name) for name in WEIGHTINGS[:3]
+            name: target_gradient(study.model, study.weights, (aimed, other), name)
+            for name in WEIGHTINGS[:3]
         }
 
     def solved(self, blocks: Blocks | None, damping: float) -> list[Direction]:
@@ -99,7 +114,9 @@ class Halves:
             for i, raw in enumerate((target.chosen, target.rejected)):
                 for j in range(2):
                     for name, value in raw.items():
-                        found[w, i, j, part[name]] += float((value * solved[2 * w + j][name].float()).sum())
+                        found[w, i, j, part[name]] += float(
+                            (value * solved[2 * w + j][name].float()).sum()
+                        )
         return found
 
 
@@ -161,7 +178,11 @@ def scored(
     for damping in DAMPINGS[curvature]:
         solved = halves.solved(fit, damping)
         grams.append(halves.grams(solved, part))
-        split = [{n: d for n, d in whole.items() if part[n] == block} for whole in solved for block in range(count)]
+        split = [
+            {n: d for n, d in whole.items() if part[n] == block}
+            for whole in solved
+            for block in range(count)
+        ]
         engine = reverse(study.model, study.weights, split)
         del solved, split
         values = np.zeros((len(rows), 3, 2, count))
@@ -184,9 +205,14 @@ def score_of(found: Mapping[str, Mapping[str, np.ndarray]], way: Mapping[str, An
     chosen, rejected = here["along"][:, place, weighting][:, :, blocks].sum(2).T
     score = chosen if way["weighting"] == "unpaired" else chosen - rejected
     if way["common"] != "keep":
-        gram = (raw["grams"][0] if way["common"] == "remove" else here["grams"][place])[weighting][:, :, blocks].sum(2)
+        gram = (raw["grams"][0] if way["common"] == "remove" else here["grams"][place])[weighting][
+            :, :, blocks
+        ].sum(2)
         common, difference = np.array([0.5, 0.5]), np.array([1.0, -1.0])
-        score = score - (common @ gram @ difference) / (common @ gram @ common) * (chosen + rejected) / 2
+        score = (
+            score
+            - (common @ gram @ difference) / (common @ gram @ common) * (chosen + rejected) / 2
+        )
     if way["normalize"] == "tokens":
         score = score / found["rows"]["tokens"]
     elif way["normalize"] == "norm":
@@ -230,7 +256,9 @@ def title(way: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     chosen = parser.parse_args()
     study = Study()
@@ -243,7 +271,9 @@ def main() -> None:
             score = score_of(found, way)
             rows.append({"task": task, **way, "auroc": auroc(score, bad)})
             ends = resampled(score, bad, question)
-            figures.append(figure(f"{task} repair, {title(way)}", rows[-1]["auroc"], "AUROC", "", ends))
+            figures.append(
+                figure(f"{task} repair, {title(way)}", rows[-1]["auroc"], "AUROC", "", ends)
+            )
         few = [line for line in figures if line["name"].startswith(task)]
         best = max(few, key=lambda line: line["value"])
         name = best["name"].replace(f"{task} repair", f"{task} repair, best of {len(few)}")

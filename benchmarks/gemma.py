@@ -37,7 +37,15 @@ def scenarios(data: Path) -> list[Scenario]:
 def scenario(name: str, files: Mapping[str, Sequence[Row]], truth: str, scoring: Row) -> Scenario:
     places = {part: save(f"quality-{name}-{part}.jsonl", rows) for part, rows in files.items()}
     command: Any = "repair" if truth == "is_bad" else "select"
-    return Scenario(name, command, model(), **places, truth=truth, scoring={**SCORING, **scoring}, training=TRAINING)
+    return Scenario(
+        name,
+        command,
+        model(),
+        **places,
+        truth=truth,
+        scoring={**SCORING, **scoring},
+        training=TRAINING,
+    )
 
 
 def short(rows: Sequence[tuple[str, str]], longest: int = LONGEST) -> list[tuple[str, str]]:
@@ -54,7 +62,10 @@ def general(data: Path, draw: random.Random, counts: Mapping[str, int]) -> list[
     rows = []
     for source, count in counts.items():
         file, question, answer = files[source]
-        every = [(" ".join(str(r.get(q, "")) for q in question), str(r[answer])) for r in lines(data / file)]
+        every = [
+            (" ".join(str(r.get(q, "")) for q in question), str(r[answer]))
+            for r in lines(data / file)
+        ]
         rows += [row(*each, source, is_wanted=False) for each in draw.sample(short(every), count)]
     return rows
 
@@ -64,18 +75,30 @@ def row(question: str, answer: str, source: str, **truth: bool) -> Row:
 
 
 def gsm8k(data: Path, draw: random.Random) -> Scenario:
-    solved = [(r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "gsm8k_model_pairs.jsonl")]
+    solved = [
+        (r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "gsm8k_model_pairs.jsonl")
+    ]
     solved = [each for each in solved if len(each[0] + max(each[1:], key=len)) <= PAIR_LONGEST]
     draw.shuffle(solved)
     near = [pair(q, right, change_numbers(right, draw)) for q, right, _ in solved[:70]]
     train = short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")])
-    words = short([(f"{r['instruction']} {r['input']}", r["output"]) for r in lines(data / "math_word_problems.json")])
+    words = short(
+        [
+            (f"{r['instruction']} {r['input']}", r["output"])
+            for r in lines(data / "math_word_problems.json")
+        ]
+    )
     math = [row(*each, "gsm8k", is_wanted=True) for each in draw.sample(train, 75)]
     math += [row(*each, "math_word_problems", is_wanted=True) for each in draw.sample(words, 75)]
     pool = math + general(data, draw, {"alpaca": 120, "dolly": 190, "t0": 140})
     draw.shuffle(pool)
     written = [pair(*each) for each in solved[70:100]]
-    return scenario("gsm8k", {"pool": pool, "target": near[:40], "holdout": near[40:] + written}, "is_wanted", {})
+    return scenario(
+        "gsm8k",
+        {"pool": pool, "target": near[:40], "holdout": near[40:] + written},
+        "is_wanted",
+        {},
+    )
 
 
 def truthfulqa(data: Path, draw: random.Random) -> Scenario:
@@ -94,9 +117,14 @@ def truthfulqa(data: Path, draw: random.Random) -> Scenario:
 
 def polite(data: Path, draw: random.Random) -> Scenario:
     rows = polite_rows(data)
-    known = list(dict.fromkeys(each[0] for each in rows))[300:]  # others took part in real.py and curvature.py
+    known = list(dict.fromkeys(each[0] for each in rows))[
+        300:
+    ]  # others took part in real.py and curvature.py
     draw.shuffle(known)
-    parts = [[each for each in rows if each[0] in set(known[a:b])] for a, b in ((0, 60), (60, 120), (120, 220))]
+    parts = [
+        [each for each in rows if each[0] in set(known[a:b])]
+        for a, b in ((0, 60), (60, 120), (120, 220))
+    ]
     target, holdout = ([pair_as_is(*each) for each in part][:60] for part in parts[:2])
     pool = [
         {"prompt": q, "completion": answer, "source": "", "is_bad": bad}
@@ -104,7 +132,9 @@ def polite(data: Path, draw: random.Random) -> Scenario:
         for answer, bad in ((chosen, False), (rejected, True))
     ]
     scoring = {"layers": "last:6", "curvature": "ekfac", "curvature_rows": 128}
-    return scenario("polite", {"pool": pool, "target": target, "holdout": holdout}, "is_bad", scoring)
+    return scenario(
+        "polite", {"pool": pool, "target": target, "holdout": holdout}, "is_bad", scoring
+    )
 
 
 def pair_as_is(question: str, chosen: str, rejected: str) -> Row:
@@ -113,12 +143,18 @@ def pair_as_is(question: str, chosen: str, rejected: str) -> Row:
 
 def quizzes(path: Path) -> list[Row]:
     """Short questions of multiple choice."""
-    return [r for r in lines(path) if len(r["question"]) <= 150 and max(map(len, r["choices"])) <= 60]
+    return [
+        r for r in lines(path) if len(r["question"]) <= 150 and max(map(len, r["choices"])) <= 60
+    ]
 
 
 def put(quiz: Row) -> Row:
     """As the model is asked it."""
-    return {**quiz, "question": asked(quiz["question"]), "choices": [said(choice) for choice in quiz["choices"]]}
+    return {
+        **quiz,
+        "question": asked(quiz["question"]),
+        "choices": [said(choice) for choice in quiz["choices"]],
+    }
 
 
 def right(quizzes: Sequence[Row], longest: int = LONGEST) -> list[tuple[str, str]]:
@@ -134,7 +170,11 @@ def arc(data: Path, draw: random.Random) -> Scenario:
     pool = [row(*each, "openbookqa", is_wanted=True) for each in draw.sample(facts, 200)]
     pool += general(data, draw, {"alpaca": 100, "dolly": 150, "t0": 150})
     draw.shuffle(pool)
-    files = {"pool": pool, "target": quiz("arc_easy_train.jsonl"), "holdout": quiz("arc_easy_test.jsonl")}
+    files = {
+        "pool": pool,
+        "target": quiz("arc_easy_train.jsonl"),
+        "holdout": quiz("arc_easy_test.jsonl"),
+    }
     return scenario("arc", files, "is_wanted", {"anchor": 0.1})
 
 

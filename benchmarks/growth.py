@@ -25,11 +25,15 @@ import prism_select
 from prism_select.core.engines import reverse
 from prism_select.core.likelihood import Batch
 from prism_select.demo.story import MODEL
-from prism_select.models import CausalLM
-from prism_select.weights import select_weights
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
 
 Row = dict[str, Any]
-ROWS, LENGTHS, WIDTHS = (1_000, 4_000, 16_000, 64_000), (64, 128, 256, 512, 1024), (128, 256, 512, 1024)
+ROWS, LENGTHS, WIDTHS = (
+    (1_000, 4_000, 16_000, 64_000),
+    (64, 128, 256, 512, 1024),
+    (128, 256, 512, 1024),
+)
 TOKENS = 2_048
 
 
@@ -43,11 +47,18 @@ def whole_run(rows: int) -> float:
 def engine_alone(width: int, length: int) -> tuple[float, int]:
     """Seconds for `TOKENS` tokens, and the numbers of the model."""
     torch.manual_seed(0)
-    size = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     model = CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=4096, **size)))
     weights = select_weights(model.network, "all")
     engine = reverse(model, weights, directions_of(weights, 2))
-    tokens = torch.randint(3, 4096, (TOKENS // length, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        3, 4096, (TOKENS // length, length), generator=torch.Generator().manual_seed(0)
+    )
     every = torch.ones_like(tokens, dtype=torch.bool)
     batch, took = Batch(tokens, every, every), []
     for _ in range(4):
@@ -62,11 +73,17 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def main() -> None:
-    found: dict[str, list[tuple[float, float]]] = {"rows of the pool": [(rows, whole_run(rows)) for rows in ROWS]}
+    found: dict[str, list[tuple[float, float]]] = {
+        "rows of the pool": [(rows, whole_run(rows)) for rows in ROWS]
+    }
     found["tokens of a row"] = [(length, engine_alone(256, length)[0]) for length in LENGTHS]
     wide = [engine_alone(width, 128) for width in WIDTHS]
     found["numbers of the model"] = [(numbers, seconds) for seconds, numbers in wide]
-    rows = [{"of": of, "size": size, "seconds": seconds} for of, points in found.items() for size, seconds in points]
+    rows = [
+        {"of": of, "size": size, "seconds": seconds}
+        for of, points in found.items()
+        for size, seconds in points
+    ]
     figures = []
     for of, points in found.items():
         slope = exponent(*zip(*points, strict=True))

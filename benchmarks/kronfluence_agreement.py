@@ -29,7 +29,10 @@ from transformers import LlamaForCausalLM
 WORK = Path(__file__).parent / "work"
 PYTHON = WORK / "peers" / "bin" / "python"
 MODEL = Path(__file__).parent.parent / "src" / "prism_select" / "demo" / "model"
-LAYERS = {"blocks": r"layers\.\d+\.(self_attn|mlp)", "blocks and head": r"layers\.\d+\.(self_attn|mlp)|lm_head"}
+LAYERS = {
+    "blocks": r"layers\.\d+\.(self_attn|mlp)",
+    "blocks and head": r"layers\.\d+\.(self_attn|mlp)|lm_head",
+}
 ROWS, PAIRS = 300, 40
 Row = tuple[list[int], list[bool]]
 
@@ -45,7 +48,9 @@ def padded(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
         {
             "input_ids": filled(tokens, 0),
             "attention_mask": filled([1] * len(tokens), 0),
-            "labels": filled([t if counts else -100 for t, counts in zip(tokens, supervised, strict=True)], -100),
+            "labels": filled(
+                [t if counts else -100 for t, counts in zip(tokens, supervised, strict=True)], -100
+            ),
         }
         for tokens, supervised in rows
     ]
@@ -58,12 +63,16 @@ def gain_task(shape: Sequence[int], names: list[str] | None = None) -> Any:
     from kronfluence.task import Task
 
     def logliks(batch: dict[str, Tensor], model: Any, sample: bool = False) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
         labels = batch["labels"][:, 1:]
         if sample:
             drawn = logits.detach().softmax(-1).flatten(0, 1).multinomial(1).view_as(labels)
             labels = torch.where(labels >= 0, drawn, labels)
-        return -functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
+        return -functional.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
+        ).sum(1)
 
     class Gain(Task):  # type: ignore[misc]
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
@@ -72,7 +81,9 @@ def gain_task(shape: Sequence[int], names: list[str] | None = None) -> Any:
         def compute_measurement(self, batch: Any, model: Any) -> Tensor:
             means = logliks(batch, model) / (batch["labels"][:, 1:] >= 0).sum(1)
             chosen, rejected = means.view(*shape)
-            return -functional.softplus(chosen - rejected).mean(-1).sum()  # a loss, like that of training
+            return (
+                -functional.softplus(chosen - rejected).mean(-1).sum()
+            )  # a loss, like that of training
 
         def get_influence_tracked_modules(self) -> list[str] | None:
             return names
@@ -96,11 +107,17 @@ def theirs(work: Path) -> None:
     for title, names in given["layers"].items():
         for strategy in ("identity", "ekfac"):
             task, place = gain_task((2, 1, -1), names), f"{title} {strategy}"
-            model = prepare_model(LlamaForCausalLM.from_pretrained(given["model"], dtype=torch.float32), task)
-            analyzer = Analyzer(place, model, task, cpu=True, disable_tqdm=True, output_dir=str(work / "influence"))
+            model = prepare_model(
+                LlamaForCausalLM.from_pretrained(given["model"], dtype=torch.float32), task
+            )
+            analyzer = Analyzer(
+                place, model, task, cpu=True, disable_tqdm=True, output_dir=str(work / "influence")
+            )
             arguments = FactorArguments(strategy=strategy, use_empirical_fisher=True)
             kept: dict[str, Any] = {"factors_name": strategy, "overwrite_output_dir": True}
-            analyzer.fit_all_factors(dataset=rows, per_device_batch_size=16, factor_args=arguments, **kept)
+            analyzer.fit_all_factors(
+                dataset=rows, per_device_batch_size=16, factor_args=arguments, **kept
+            )
             analyzer.compute_pairwise_scores(
                 scores_name=strategy,
                 query_dataset=queries,
@@ -116,15 +133,16 @@ def theirs(work: Path) -> None:
 
 def ours(work: Path) -> dict[str, list[float]]:
     """The same by this library, of the same tokens, which it leaves in a file."""
-    from prism_select.core.direction import target_gradient
     from prism_select.core.engines import reverse
-    from prism_select.curvature import ekfac, solve
-    from prism_select.data.batches import Encoded, collate, plan_batches
+    from prism_select.core.target_gradient import target_gradient
+    from prism_select.data.batches import collate, plan_batches
+    from prism_select.data.encoding import Encoded
     from prism_select.demo import world
     from prism_select.demo.train import encode
-    from prism_select.models import load
-    from prism_select.targeting import as_side
-    from prism_select.weights import select_weights
+    from prism_select.directions.curvature import ekfac, solve
+    from prism_select.directions.from_pairs import as_side
+    from prism_select.models.layer_selection import select_weights
+    from prism_select.models.loading import load
 
     cpu = torch.device("cpu")
     model, tokenizer = load(str(MODEL), "float32", cpu)
@@ -135,7 +153,9 @@ def ours(work: Path) -> dict[str, list[float]]:
 
     pairs = world.pairs(world.DEMO_SKILL, PAIRS, 0)
     rows = [coded(row["prompt"], row["completion"]) for row in world.mixture(ROWS, 0)]
-    sides = [[coded(pair["prompt"], pair[side]) for pair in pairs] for side in ("chosen", "rejected")]
+    sides = [
+        [coded(pair["prompt"], pair[side]) for pair in pairs] for side in ("chosen", "rejected")
+    ]
     chosen, rejected = (as_side(side, 4096, cpu) for side in sides)
     plan = plan_batches([len(row.tokens) for row in rows], 2048)
     batches = [collate([rows[i] for i in batch]) for batch in plan]
@@ -150,7 +170,10 @@ def ours(work: Path) -> dict[str, list[float]]:
             values[there] = engine(batch).values
         found[f"{title} identity"], found[f"{title} ekfac"] = values.T.tolist()
     plain = [[(list(row.tokens), list(row.supervised)) for row in part] for part in (rows, *sides)]
-    told = dict(zip(("rows", "chosen", "rejected"), plain, strict=True)) | {"layers": layers, "model": str(MODEL)}
+    told = dict(zip(("rows", "chosen", "rejected"), plain, strict=True)) | {
+        "layers": layers,
+        "model": str(MODEL),
+    }
     (work / "rows.json").write_text(json.dumps(told), encoding="utf-8")
     return found
 
@@ -159,20 +182,27 @@ def main() -> None:
     import numpy as np
     from results_file import figure, write
 
-    from prism_select.statistics import rank_correlation
+    from prism_select.core.statistics import rank_correlation
 
     torch.set_num_threads(1)
     WORK.mkdir(exist_ok=True)
     mine = ours(WORK)
-    subprocess.run([str(PYTHON), __file__, "theirs"], check=True, env={**os.environ, "PYTHONPATH": ""})
+    subprocess.run(
+        [str(PYTHON), __file__, "theirs"], check=True, env={**os.environ, "PYTHONPATH": ""}
+    )
     other = json.loads((WORK / "theirs.json").read_text(encoding="utf-8"))
     figures = []
     for name, values in mine.items():
         a, b = np.array(values), np.array(other[name])
         error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-        figures.append(figure(f"rank correlation of scores, {name}", rank_correlation(a, b), "ρ", "≥ 0.99"))
+        figures.append(
+            figure(f"rank correlation of scores, {name}", rank_correlation(a, b), "ρ", "≥ 0.99")
+        )
         figures.append(figure(f"relative difference of scores, {name}", error, "share", ""))
-    rows = [{"scores": name, "ours": values, "kronfluence": other[name]} for name, values in mine.items()]
+    rows = [
+        {"scores": name, "ours": values, "kronfluence": other[name]}
+        for name, values in mine.items()
+    ]
     write("kronfluence.json", rows, figures)
 
 

@@ -41,18 +41,19 @@ from scipy.stats import rankdata
 from torch.nn.functional import softplus
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prism_select.core.direction import Side, differentiable, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Direction
 from prism_select.core.likelihood import Batch, backward, mean_logliks
-from prism_select.curvature import GaussNewton, diagonal, ekfac, solve
-from prism_select.data.batches import Encoded, collate, plan_batches
+from prism_select.core.statistics import halves
+from prism_select.core.target_gradient import Side, differentiable, target_gradient
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoded
 from prism_select.demo import world
 from prism_select.demo.train import encode, make_tokenizer
-from prism_select.models import CausalLM
-from prism_select.statistics import halves
-from prism_select.targeting import as_side
-from prism_select.weights import select_weights
+from prism_select.directions.curvature import GaussNewton, diagonal, ekfac, solve
+from prism_select.directions.from_pairs import as_side
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
 
 HERE = Path(__file__).parent
 WORK, PYTHON = HERE / "work" / "lds", HERE / "work" / "peers" / "bin" / "python"
@@ -82,12 +83,24 @@ class World:
     def __init__(self) -> None:
         corpus = world.corpus(16_000, 0)
         self.tokenizer = make_tokenizer([dict(row) for row in corpus])
-        tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        tokens = {
+            f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id")
+            for name in ("bos", "eos", "pad")
+        }
+        size = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         torch.manual_seed(0)
-        self.model = CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **size, **tokens)))
+        self.model = CausalLM(
+            LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **size, **tokens))
+        )
         self.weights = select_weights(self.model.network, "all")
-        self.rows = [self.coded(str(r["prompt"]), str(r["completion"])) for r in world.mixture(ROWS, 0, 0.5)]
+        self.rows = [
+            self.coded(str(r["prompt"]), str(r["completion"])) for r in world.mixture(ROWS, 0, 0.5)
+        ]
         pairs = [world.pairs(skill, PAIRS, 0) for skill in world.SKILLS]
         self.answers = [
             [[self.coded(pair["prompt"], pair[side]) for pair in each] for each in pairs]
@@ -96,7 +109,9 @@ class World:
         self.targets = [self.sides(*both) for both in zip(*self.answers, strict=True)]
         start = WORK / "start.safetensors"
         if not start.exists():
-            self.train([self.coded(r["prompt"], r["completion"]) for r in corpus], 750, READING_RATE, 0, 64)
+            self.train(
+                [self.coded(r["prompt"], r["completion"]) for r in corpus], 750, READING_RATE, 0, 64
+            )
             WORK.mkdir(parents=True, exist_ok=True)
             save_file(self.model.network.state_dict(), start)
         self.start = load_file(start)
@@ -109,7 +124,9 @@ class World:
         chosen, rejected = (as_side(rows, 4096, torch.device("cpu")) for rows in answers)
         return chosen, rejected
 
-    def train(self, rows: Sequence[Encoded], steps: int, rate: float, seed: int, size: int = BATCH) -> None:
+    def train(
+        self, rows: Sequence[Encoded], steps: int, rate: float, seed: int, size: int = BATCH
+    ) -> None:
         """Adam on the summed loss of a row, averaged over a batch; the rate warms up for 5% and falls to zero."""
         optimizer = torch.optim.Adam(self.weights.values(), lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -132,7 +149,9 @@ class World:
 
     def gaps(self) -> torch.Tensor:
         """[skill, pair]"""
-        return torch.stack([self.means(chosen) - self.means(rejected) for chosen, rejected in self.targets])
+        return torch.stack(
+            [self.means(chosen) - self.means(rejected) for chosen, rejected in self.targets]
+        )
 
     def gains(self) -> list[float]:
         """J of each skill."""
@@ -172,7 +191,9 @@ def directions(here: World, batches: Sequence[Batch]) -> Iterator[tuple[list[Dir
         if name == "flat":
             yield raw, 0.0
         elif name == "cg":
-            solved = [(newton.solve(each, damping, 1e-2, CG_STEPS), newton.residual) for each in raw]
+            solved = [
+                (newton.solve(each, damping, 1e-2, CG_STEPS), newton.residual) for each in raw
+            ]
             yield [each for each, _ in solved], max(residual for _, residual in solved)
         else:
             yield [solve(blocks[name, draw], each, damping) for each in raw], 0.0
@@ -209,7 +230,9 @@ def peers(here: World, run: str) -> Mapping[str, np.ndarray]:
         given |= {"weights": here.gaps().sigmoid().tolist(), "draws": DRAWS}
         (folder / "rows.json").write_text(json.dumps(given), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": ""}
-        subprocess.run([str(PYTHON), str(HERE / "lds_peers.py"), str(folder)], check=True, env=environment)
+        subprocess.run(
+            [str(PYTHON), str(HERE / "lds_peers.py"), str(folder)], check=True, env=environment
+        )
     told = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return {name: np.array(values) for name, values in told.items()}
 
@@ -227,34 +250,50 @@ def title(way: Way) -> str:
 
 def study(here: World, run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     gains, scored, theirs = retrainings(here, run), scores(here, run), peers(here, run)
-    titles = np.array([title(way) for way, _ in COLUMNS] + [name for name, draws in theirs.items() for _ in draws])
+    titles = np.array(
+        [title(way) for way, _ in COLUMNS] + [name for name, draws in theirs.items() for _ in draws]
+    )
     names = list(dict.fromkeys(titles.tolist()))
-    mean = np.array([(titles == name) / (titles == name).sum() for name in names])  # over the draws of each way
+    mean = np.array(
+        [(titles == name) / (titles == name).sum() for name in names]
+    )  # over the draws of each way
     values = np.concatenate([scored["values"], *theirs.values()])
     foretold = np.einsum("hr,crs->chs", halves(ROWS, HALVES, 0).astype(float), values)
     each = mean_rank_correlation(foretold, gains[0])
     lds, draw = mean @ each, np.random.default_rng(0)
     picks = [draw.integers(HALVES, size=HALVES) for _ in range(1000)]
-    drawn = np.array([mean @ mean_rank_correlation(foretold[:, pick], gains[0, pick]) for pick in picks])
+    drawn = np.array(
+        [mean @ mean_rank_correlation(foretold[:, pick], gains[0, pick]) for pick in picks]
+    )
     repeat = float(mean_rank_correlation(gains[1:, :TWICE], gains[0, :TWICE])[0])
-    figures = [figure(f"rank correlation of J between two orders of the rows, {run}", repeat, "ρ", "≥ 0.9")]
+    figures = [
+        figure(f"rank correlation of J between two orders of the rows, {run}", repeat, "ρ", "≥ 0.9")
+    ]
 
     def more(way: str, than: str, wanted: str) -> None:
         a, b = names.index(way), names.index(than)
         line, apart = f"LDS, {way}, more than {than}, {run}", ends(drawn[:, a] - drawn[:, b])
         figures.append(figure(line, float(lds[a] - lds[b]), "ρ", wanted, apart))
 
-    by_skill = [mean @ mean_rank_correlation(foretold[..., [s]], gains[0][:, [s]]) for s in range(len(here.targets))]
+    by_skill = [
+        mean @ mean_rank_correlation(foretold[..., [s]], gains[0][:, [s]])
+        for s in range(len(here.targets))
+    ]
     residual = dict(zip(titles.tolist(), scored["residual"].tolist(), strict=False))
     rows = []
     for place, name in enumerate(names):
-        figures.append(figure(f"LDS, {name}, {run}", float(lds[place]), "ρ", "", ends(drawn[:, place])))
+        figures.append(
+            figure(f"LDS, {name}, {run}", float(lds[place]), "ρ", "", ends(drawn[:, place]))
+        )
         if place:
             more(name, "flat", "≥ 0" if name in map(title, WANTED) else "")
         if name in theirs:
             more(title(BEST), name, "≥ 0" if "ekfac" in name else "")
             more(title(SHOWN), name, "")
-        told = {"of each skill": [float(skill[place]) for skill in by_skill], "residual": residual.get(name, 0.0)}
+        told = {
+            "of each skill": [float(skill[place]) for skill in by_skill],
+            "residual": residual.get(name, 0.0),
+        }
         told["of each draw"] = each[titles == name].tolist()
         rows.append({"run": run, "way": name, "lds": float(lds[place]), **told})
     return rows, figures
@@ -268,7 +307,11 @@ def main() -> None:
     torch.set_num_threads(1)
     here = World()
     parts = [study(here, run) for run in RUNS]
-    write("lds.json", [row for rows, _ in parts for row in rows], [line for _, lines in parts for line in lines])
+    write(
+        "lds.json",
+        [row for rows, _ in parts for row in rows],
+        [line for _, lines in parts for line in lines],
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def kronfluence(folder: Path, given: dict[str, Any]) -> Scores:
 
     found = Scores()
     model = prepare_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), task)
-    analyzer = Analyzer("lds", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence"))
+    analyzer = Analyzer(
+        "lds", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder / "kronfluence")
+    )
 
     def score(strategy: str, damping: float | None) -> Tensor:
         analyzer.compute_pairwise_scores(
@@ -57,10 +59,17 @@ def kronfluence(folder: Path, given: dict[str, Any]) -> Scores:
     for draw in range(given["draws"]):
         torch.manual_seed(draw)
         for strategy, dampings in (("identity", (None,)), ("ekfac", (1e-8, None)))[draw > 0 :]:
-            fit: dict[str, Any] = {"factors_name": strategy, "factor_args": FactorArguments(strategy=strategy)}
-            analyzer.fit_all_factors(dataset=rows, per_device_batch_size=16, overwrite_output_dir=True, **fit)
+            fit: dict[str, Any] = {
+                "factors_name": strategy,
+                "factor_args": FactorArguments(strategy=strategy),
+            }
+            analyzer.fit_all_factors(
+                dataset=rows, per_device_batch_size=16, overwrite_output_dir=True, **fit
+            )
             for damping in dampings:
-                name = f"kronfluence {strategy}" + (f", damping {damping}" if strategy == "ekfac" else "")
+                name = f"kronfluence {strategy}" + (
+                    f", damping {damping}" if strategy == "ekfac" else ""
+                )
                 found.setdefault(name, []).append(score(strategy, damping))
     return found
 
@@ -84,12 +93,18 @@ def bergson(folder: Path, given: dict[str, Any]) -> Scores:
 
     for name, rows in (("rows", given["rows"]), ("queries", given["chosen"] + given["rejected"])):
         labels = [[t if counts else -100 for t, counts in zip(*row, strict=True)] for row in rows]
-        Dataset.from_dict({"input_ids": [tokens for tokens, _ in rows], "labels": labels}).save_to_disk(folder / name)
+        Dataset.from_dict(
+            {"input_ids": [tokens for tokens, _ in rows], "labels": labels}
+        ).save_to_disk(folder / name)
     place = folder / "bergson"
     shutil.rmtree(place, ignore_errors=True)  # of a call that was stopped
     data = DataConfig(dataset=str(folder / "rows"))
     index = IndexConfig(
-        run_path=str(place / "query"), overwrite=True, model=str(folder), data=data, token_batch_size=256
+        run_path=str(place / "query"),
+        overwrite=True,
+        model=str(folder),
+        data=data,
+        token_batch_size=256,
     )
     query = deepcopy(index)
     query.loss_reduction = "mean"
@@ -104,12 +119,15 @@ def bergson(folder: Path, given: dict[str, Any]) -> Scores:
                 values = load_scores(Path(index.run_path))[:]
             else:
                 solving = HessianPipelineConfig(
-                    query=QuerySetConfig(path=built), inversion_cfg=InversionConfig(damping_factor=damping)
+                    query=QuerySetConfig(path=built),
+                    inversion_cfg=InversionConfig(damping_factor=damping),
                 )
                 fit = HessianConfig(method="kfac", ev_correction=True)
                 hessian_pipeline(index, fit, ScoreConfig(), PreprocessConfig(), solving)
                 values = load_scores(Path(index.run_path) / "scores")[:]
-            chosen, rejected = torch.tensor(values, dtype=torch.float64).view(-1, 2, *weights.shape).unbind(1)
+            chosen, rejected = (
+                torch.tensor(values, dtype=torch.float64).view(-1, 2, *weights.shape).unbind(1)
+            )
             for kind, weight in (("contrast", torch.ones_like(weights)), ("J", weights)):
                 title = f"bergson {name} of {kind}" + (f", damping {damping}" if damping else "")
                 found.setdefault(title, []).append(((chosen - rejected) * weight).mean(2))

@@ -23,19 +23,20 @@ from real import LONGEST, WORK, Row, asked, lines, model, pair, polite_rows, sai
 from results_file import figure, write
 
 import prism_select
-from prism_select import models
-from prism_select.common import common_of
-from prism_select.core.direction import Target, dot, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Direction
-from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.core.statistics import auroc, rank_correlation
+from prism_select.core.target_gradient import Target, dot, norm, target_gradient
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import change_numbers
 from prism_select.data.records import Example, Turn
-from prism_select.diagnosis import diagnose
-from prism_select.sketching import Sketcher
-from prism_select.statistics import auroc, rank_correlation
-from prism_select.targeting import answers, as_side, joined
-from prism_select.weights import select_weights
+from prism_select.directions.common_part import common_of
+from prism_select.directions.from_pairs import answers, as_side, joined
+from prism_select.directions.gradient_sketch import Sketcher
+from prism_select.directions.pair_diagnostics import diagnose
+from prism_select.models.layer_selection import select_weights
+from prism_select.models.loading import load
 
 BATCH_TOKENS = 2048
 REMEDIES = ("none", "common removed", "anchor 0.03", "anchor 0.1", "common removed, anchor 0.03")
@@ -46,7 +47,7 @@ class Study:
     """The model, loaded once."""
 
     def __init__(self) -> None:
-        self.model, tokenizer = models.load(str(model()), "bfloat16", torch.device("cpu"))
+        self.model, tokenizer = load(str(model()), "bfloat16", torch.device("cpu"))
         self.encoder = Encoder(tokenizer, "plain", 256, self.model.vocabulary)
         self.weights = select_weights(self.model.network, "late")
 
@@ -60,7 +61,10 @@ class Study:
         found: list[tuple[Target, Row]] = []
         total: Target | None = None
         pictures: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
-        coded = [[self.encode(row["prompt"], row[side]) for row in pairs] for side in ("chosen", "rejected")]
+        coded = [
+            [self.encode(row["prompt"], row[side]) for row in pairs]
+            for side in ("chosen", "rejected")
+        ]
         start = 0
         for size in sizes:
             part = slice(start, size)
@@ -74,12 +78,17 @@ class Study:
             both = tuple(torch.cat(kept).double().numpy() / size for kept in pictures.values())
             tokens = tuple(answers(side[:size]) for side in coded)
             told = {
-                remedy: asdict(diagnose(both, tokens, total, sketcher.share, remedy == "common removed", 0))  # type: ignore[arg-type]
+                remedy: asdict(
+                    diagnose(both, tokens, total, sketcher.share, remedy == "common removed", 0)  # type: ignore[arg-type]
+                )
                 for remedy in REMEDIES[:2]
             }
             found.append((low(total), told))
             start = size
-            print(f"  {size} pairs: halves agree at {told['none']['split_half_agreement']:.2f}", flush=True)
+            print(
+                f"  {size} pairs: halves agree at {told['none']['split_half_agreement']:.2f}",
+                flush=True,
+            )
         return found
 
     def scores(self, rows: Sequence[Encoded], directions: Sequence[Direction]) -> np.ndarray:
@@ -92,8 +101,13 @@ class Study:
 
 def low(target: Target) -> Target:
     """Halves in bfloat16, to hold many: the engine would round them so anyway."""
-    halves = [{name: value.bfloat16() for name, value in half.items()} for half in (target.chosen, target.rejected)]
-    return Target(halves[0], halves[1], target.mean_loglik_chosen, target.mean_loglik_rejected, target.weight)
+    halves = [
+        {name: value.bfloat16() for name, value in half.items()}
+        for half in (target.chosen, target.rejected)
+    ]
+    return Target(
+        halves[0], halves[1], target.mean_loglik_chosen, target.mean_loglik_rejected, target.weight
+    )
 
 
 def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:
@@ -102,7 +116,9 @@ def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:
     score: np.ndarray = chosen - rejected
     if "common removed" in remedy:
         common = common_of(target)
-        score = score - dot(target.direction, common) / dot(common, common) * (chosen + rejected) / 2
+        score = (
+            score - dot(target.direction, common) / dot(common, common) * (chosen + rejected) / 2
+        )
     if "anchor" in remedy:
         score = score + float(remedy.split()[-1]) * chosen / float(target.weight.mean())
     return score
@@ -123,7 +139,9 @@ def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]
     for title, (pairs, sizes) in sets.items():
         print(f"{name}: {title}", flush=True)
         fitting = [size for size in sizes if size <= len(pairs)]
-        found += [(title, n, *each) for n, each in zip(fitting, study.halves(pairs, fitting), strict=True)]
+        found += [
+            (title, n, *each) for n, each in zip(fitting, study.halves(pairs, fitting), strict=True)
+        ]
     rows = [study.encode(row["prompt"], row["completion"]) for row in pool]
     directions = [half for _, _, target, _ in found for half in (target.chosen, target.rejected)]
     along, kinds = study.scores(rows, directions), np.array([row["kind"] for row in pool])
@@ -139,12 +157,21 @@ def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]
                     "pairs": n,
                     "remedy": remedy,
                     "diagnosis": {
-                        k: v for k, v in (told[remedy] if remedy in told else told["none"]).items() if k != "shares"
+                        k: v
+                        for k, v in (told[remedy] if remedy in told else told["none"]).items()
+                        if k != "shares"
                     },
                     "norms": [norm(target.chosen), norm(target.rejected)],
-                    "per token": {kind: quality(summed / tokens, kinds, kind) for kind in set(kinds) - {"right"}},
-                    "summed": {kind: quality(summed, kinds, kind) for kind in set(kinds) - {"right"}},
-                    "best tenth per token": {kind: int((kinds[best] == kind).sum()) for kind in sorted(set(kinds))},
+                    "per token": {
+                        kind: quality(summed / tokens, kinds, kind)
+                        for kind in set(kinds) - {"right"}
+                    },
+                    "summed": {
+                        kind: quality(summed, kinds, kind) for kind in set(kinds) - {"right"}
+                    },
+                    "best tenth per token": {
+                        kind: int((kinds[best] == kind).sum()) for kind in sorted(set(kinds))
+                    },
                 }
             )
     place.write_text(json.dumps(results))
@@ -153,26 +180,43 @@ def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]
 
 
 def completions(kind: str, rows: Sequence[tuple[str, str]]) -> list[Row]:
-    return [{"prompt": asked(question), "completion": said(answer), "kind": kind} for question, answer in rows]
+    return [
+        {"prompt": asked(question), "completion": said(answer), "kind": kind}
+        for question, answer in rows
+    ]
 
 
 def general(data: Path, draw: random.Random, count: int) -> list[Row]:
-    rows = [(r["instruction"], r["response"]) for r in lines(data / "dolly_5000.jsonl") if r["response"].strip()]
-    return completions("general", draw.sample([r for r in rows if len(r[0] + r[1]) <= LONGEST], count))
+    rows = [
+        (r["instruction"], r["response"])
+        for r in lines(data / "dolly_5000.jsonl")
+        if r["response"].strip()
+    ]
+    return completions(
+        "general", draw.sample([r for r in rows if len(r[0] + r[1]) <= LONGEST], count)
+    )
 
 
 def gsm8k(data: Path) -> tuple[Sets, list[Row]]:
     draw = random.Random(0)
-    math = [r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST]
-    two = [r for r in lines(data / "gsm8k_model_pairs.jsonl") if len(r["prompt"] + r["chosen"]) <= LONGEST]
+    math = [
+        r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST
+    ]
+    two = [
+        r
+        for r in lines(data / "gsm8k_model_pairs.jsonl")
+        if len(r["prompt"] + r["chosen"]) <= LONGEST
+    ]
     draw.shuffle(math)
     draw.shuffle(two)
     near = [pair(r["question"], r["answer"], change_numbers(r["answer"], draw)) for r in math[:100]]
     swapped = [
-        pair(r["question"], r["answer"], other["answer"]) for r, other in zip(math[:30], math[30:60], strict=True)
+        pair(r["question"], r["answer"], other["answer"])
+        for r, other in zip(math[:30], math[30:60], strict=True)
     ]
     file = save(
-        "gsm8k-golds.jsonl", [{"prompt": asked(r["question"]), "completion": said(r["answer"])} for r in math[:100]]
+        "gsm8k-golds.jsonl",
+        [{"prompt": asked(r["question"]), "completion": said(r["answer"])} for r in math[:100]],
     )
     made = WORK / "gsm8k-own-answers.jsonl"
     if not made.exists():
@@ -189,14 +233,19 @@ def gsm8k(data: Path) -> tuple[Sets, list[Row]]:
         )
     sets = {
         "near miss (numbers)": (near, (10, 30, 60)),
-        "two models": ([pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]], (10, 30, 60)),
+        "two models": (
+            [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:60]],
+            (10, 30, 60),
+        ),
         "own answers": (lines(made), (15,)),
         "swapped": (swapped, (30,)),
     }
     right, wrong = math[100:250], math[250:400]
     pool = [
         *completions("right", [(r["question"], r["answer"]) for r in right]),
-        *completions("numbers changed", [(r["question"], change_numbers(r["answer"], draw)) for r in wrong]),
+        *completions(
+            "numbers changed", [(r["question"], change_numbers(r["answer"], draw)) for r in wrong]
+        ),
         *completions("a model's wrong", [(r["prompt"], r["rejected"]) for r in two[60:210]]),
         *general(data, draw, 100),
     ]
@@ -209,13 +258,18 @@ def arc(data: Path) -> tuple[Sets, list[Row]]:
     draw.shuffle(quiz)
     file = save(
         "arc-target.jsonl",
-        [{**r, "question": asked(r["question"]), "choices": [said(c) for c in r["choices"]]} for r in quiz[:100]],
+        [
+            {**r, "question": asked(r["question"]), "choices": [said(c) for c in r["choices"]]}
+            for r in quiz[:100]
+        ],
     )
     sets = {}
     for wrong, sizes in (("each", (30, 90)), ("one", (10, 30, 100)), ("favourite", (10, 30, 100))):
         out = WORK / f"arc-{wrong}.jsonl"
         if not out.exists():
-            needs: Row = {"model": str(model()), "dtype": "bfloat16"} if wrong == "favourite" else {}
+            needs: Row = (
+                {"model": str(model()), "dtype": "bfloat16"} if wrong == "favourite" else {}
+            )
             prism_select.make_pairs(file, "choices", str(out), wrong=wrong, **needs)
         sets[f"{wrong} wrong choice"] = (lines(out)[: max(sizes)], sizes)
     rest = quiz[100:400]
@@ -224,7 +278,10 @@ def arc(data: Path) -> tuple[Sets, list[Row]]:
         *completions(
             "wrong",
             [
-                (r["question"], draw.choice([c for i, c in enumerate(r["choices"]) if i != r["answer"]]))
+                (
+                    r["question"],
+                    draw.choice([c for i, c in enumerate(r["choices"]) if i != r["answer"]]),
+                )
                 for r in rest[150:]
             ],
         ),
@@ -246,7 +303,9 @@ def sided(rows: Sequence[tuple[str, str, str]], title: str, data: Path) -> tuple
 
 
 def truthfulqa(data: Path) -> tuple[Sets, list[Row]]:
-    rows = [(r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "truthfulqa_pairs.jsonl")]
+    rows = [
+        (r["prompt"], r["chosen"], r["rejected"]) for r in lines(data / "truthfulqa_pairs.jsonl")
+    ]
     random.Random(0).shuffle(rows)
     return sided(rows, "best answers", data)
 
@@ -279,19 +338,24 @@ def figures_of(rows: Sequence[Row]) -> list[Row]:
                     told["agreement_spread"],
                 )
             )
-            figures.append(figure(f"{title}: common part", told["common_part"], "times the difference", ""))
+            figures.append(
+                figure(f"{title}: common part", told["common_part"], "times the difference", "")
+            )
         for kind, value in row["per token"].items():
             bar = wanted(row, kind)
             figures.append(
-                figure(f"{title}, remedy {row['remedy']}: right over {kind}, per token", value, "AUROC", bar)
+                figure(
+                    f"{title}, remedy {row['remedy']}: right over {kind}, per token",
+                    value,
+                    "AUROC",
+                    bar,
+                )
             )
     for remedy in REMEDIES[:2]:
         plain = [row for row in rows if row["remedy"] == remedy]
         agreement = np.array([row["diagnosis"]["split_half_agreement"] for row in plain])
         ranking = np.array([row["per token"][AGAINST.get(row["group"], "wrong")] for row in plain])
-        name = (
-            f"rank correlation of agreement with right-over-wrong AUROC, {len(plain)} sets and sizes, remedy {remedy}"
-        )
+        name = f"rank correlation of agreement with right-over-wrong AUROC, {len(plain)} sets and sizes, remedy {remedy}"
         figures.append(figure(name, rank_correlation(agreement, ranking), "Spearman's ρ", ""))
     return figures + best_choices(rows)
 
@@ -301,8 +365,13 @@ def best_choices(rows: Sequence[Row]) -> list[Row]:
     every = [row for row in rows if row["group"] == "arc"]
     if not every:
         return []
-    best = max(every, key=lambda row: min(row["per token"]["general"] - 0.8, row["per token"]["wrong"] - 0.65))
-    title = f"arc, best of {len(every)}: {best['set']}, {best['pairs']} pairs, remedy {best['remedy']}"
+    best = max(
+        every,
+        key=lambda row: min(row["per token"]["general"] - 0.8, row["per token"]["wrong"] - 0.65),
+    )
+    title = (
+        f"arc, best of {len(every)}: {best['set']}, {best['pairs']} pairs, remedy {best['remedy']}"
+    )
     bars = {"general": "≥ 0.8", "wrong": "≥ 0.65"}
     return [
         figure(f"{title}: right over {kind}, per token", best["per token"][kind], "AUROC", bar)
@@ -311,13 +380,20 @@ def best_choices(rows: Sequence[Row]) -> list[Row]:
 
 
 def wanted(row: Row, kind: str) -> str:
-    if row["group"] == "gsm8k" and row["set"].startswith("near") and row["pairs"] == 60 and row["remedy"] == "none":
+    if (
+        row["group"] == "gsm8k"
+        and row["set"].startswith("near")
+        and row["pairs"] == 60
+        and row["remedy"] == "none"
+    ):
         return "≥ 0.85" if kind == "numbers changed" else ""
     return ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     parser.add_argument("--only", choices=GROUPS, help="measure one group")
     chosen = parser.parse_args()

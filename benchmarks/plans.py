@@ -44,7 +44,12 @@ RUNS: Mapping[str, Row] = {
     "34M, late, bfloat16, EK-FAC": {
         "rows": 512,
         "words": 60,
-        "options": {"layers": "late", "dtype": "bfloat16", "curvature": "ekfac", "curvature_rows": 64},
+        "options": {
+            "layers": "late",
+            "dtype": "bfloat16",
+            "curvature": "ekfac",
+            "curvature_rows": 64,
+        },
     },
     "bundled model, 20,000 short rows": {"rows": 20_000, "words": 6, "options": {}},
 }
@@ -54,9 +59,14 @@ def files(folder: Path, rows: int, words: int) -> dict[str, str]:
     draw = random.Random(0)
     pool = [{"prompt": text(draw, 4), "completion": text(draw, words)} for _ in range(rows)]
     sides = ("chosen", "rejected")
-    pairs = [{"prompt": text(draw, 4)} | {side: text(draw, words // 2) for side in sides} for _ in range(PAIRS)]
+    pairs = [
+        {"prompt": text(draw, 4)} | {side: text(draw, words // 2) for side in sides}
+        for _ in range(PAIRS)
+    ]
     for name, each in (("pool", pool), ("target", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in each), encoding="utf-8"
+        )
     return {name: str(folder / f"{name}.jsonl") for name in ("pool", "target")}
 
 
@@ -75,7 +85,13 @@ def measured(title: str, model: str, run: Row) -> Row:
         manifest, peak = called("select", given)
     actual = manifest["actual"]
     print(title, planned, actual, flush=True)
-    return {"run": title, "planned": planned, "actual": actual, "timings": manifest["timings"], "peak_bytes": peak}
+    return {
+        "run": title,
+        "planned": planned,
+        "actual": actual,
+        "timings": manifest["timings"],
+        "peak_bytes": peak,
+    }
 
 
 def main() -> None:
@@ -83,14 +99,26 @@ def main() -> None:
         network: Any = model_of().network
         network.save_pretrained(name)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(name)
-        rows = [measured(title, name if "34M" in title else str(MODEL), run) for title, run in RUNS.items()]
+        rows = [
+            measured(title, name if "34M" in title else str(MODEL), run)
+            for title, run in RUNS.items()
+        ]
     figures = []
     for row in rows:
         for what, bar in (("seconds", 0.25), ("memory_bytes", 0.2)):
             off = abs(row["planned"][what] / row["actual"][what] - 1)
-            figures.append(figure(f"{row['run']}: plan of {what.partition('_')[0]}, off by", off, "share", f"≤ {bar}"))
+            figures.append(
+                figure(
+                    f"{row['run']}: plan of {what.partition('_')[0]}, off by",
+                    off,
+                    "share",
+                    f"≤ {bar}",
+                )
+            )
     over = (rows[0]["peak_bytes"] - 3 * 4 * NUMBERS) / 1e9
-    figures.append(figure("34M, all weights: peak memory over model and directions", over, "GB", "≤ 1.5"))
+    figures.append(
+        figure("34M, all weights: peak memory over model and directions", over, "GB", "≤ 1.5")
+    )
     write("plans.json", rows, figures)
 
 

@@ -33,18 +33,21 @@ from results_file import RESULTS, figure, write
 from scenario import Scenario
 
 import prism_select
-from prism_select import evaluation
-from prism_select.baselines import RIVALS
-from prism_select.config import EvaluateConfig
-from prism_select.statistics import auroc
-from prism_select.verdicts import PRICED
+from prism_select.core.statistics import auroc
+from prism_select.evaluation import evaluate as evaluation
+from prism_select.evaluation import past_run, trainings
+from prism_select.evaluation.training_results import PRICED
+from prism_select.run.config_evaluate import EvaluateConfig
+from prism_select.selection.baselines import RIVALS
 
 Row = dict[str, Any]
 WORK = Path(__file__).parent / "work"
 BUDGETS = ("5%", "1%", "20%")
 FIRST = ("everything", "random", "bm25", "rds", "less")  # so that a study cut short tells something
 EVERY = (*FIRST, *(name for name in RIVALS if name not in FIRST))
-STAGES = [(BUDGETS[0], rivals) for rivals in (FIRST, EVERY, (*EVERY, PRICED))]  # the price buys long trainings
+STAGES = [
+    (BUDGETS[0], rivals) for rivals in (FIRST, EVERY, (*EVERY, PRICED))
+]  # the price buys long trainings
 STAGES += [(budget, rivals) for rivals in (FIRST, EVERY) for budget in BUDGETS[1:]]
 TITLES = {"gain": "gain", "win_rate": "win rate", "accuracy": "accuracy"}
 
@@ -79,22 +82,33 @@ def evaluated(scenario: Scenario, budget: str, rivals: Sequence[str]) -> None:
             changed.enter_context(mock.patch.object(evaluation, "PRICED_SEEDS", 1))
         told = evaluation.evaluate(config)
     print(
-        f"{scenario.name} at {budget}:", *(each["words"] for each in told["against"].values()), sep="\n  ", flush=True
+        f"{scenario.name} at {budget}:",
+        *(each["words"] for each in told["against"].values()),
+        sep="\n  ",
+        flush=True,
     )
 
 
 def truth(scenario: Scenario, budget: str) -> Mapping[str, Mapping[str, float]]:
     """Of each method: the share of rows of the truth among those that it takes (in repair: removes), and how well its
     ranking of the whole pool tells them, as AUROC."""
-    past = evaluation.opened(EvaluateConfig(run=str(folder(scenario, budget)), holdout=scenario.holdout))
+    past = past_run.opened(
+        EvaluateConfig(run=str(folder(scenario, budget)), holdout=scenario.holdout)
+    )
     is_true = np.array([bool(row[scenario.truth]) for row in lines(Path(scenario.pool))])
     table = pq.read_table(folder(scenario, budget) / "evaluation" / "rankings.parquet")
     found = {}
-    for name, ranking in {"prism": past.ranking, **{n: table[n].to_numpy() for n in table.column_names}}.items():
-        rows = np.flatnonzero(past.taken) if name == "prism" else evaluation.rows_of(past, ranking)
+    for name, ranking in {
+        "prism": past.ranking,
+        **{n: table[n].to_numpy() for n in table.column_names},
+    }.items():
+        rows = np.flatnonzero(past.taken) if name == "prism" else trainings.rows_of(past, ranking)
         rows = np.setdiff1d(past.scored, rows) if past.repair else rows
         known = np.isfinite(ranking)
-        found[name] = {"share": float(is_true[rows].mean()), "auroc": auroc(ranking[known], is_true[known])}
+        found[name] = {
+            "share": float(is_true[rows].mean()),
+            "auroc": auroc(ranking[known], is_true[known]),
+        }
     return {"pool": {"share": float(is_true.mean())}, **found}
 
 
@@ -109,40 +123,77 @@ def told_of(scenario: Scenario, budget: str) -> tuple[list[Row], list[Row]]:
     figures, rows = [], []
     for name, each in told["methods"].items():
         against = told["against"].get(name, {})
-        rows.append({"scenario": scenario.name, "command": scenario.command, "budget": budget, "method": name})
+        rows.append(
+            {
+                "scenario": scenario.name,
+                "command": scenario.command,
+                "budget": budget,
+                "method": name,
+            }
+        )
         rows[-1] |= {**each, **finds.get(name, {})}
         rows[-1]["prism minus it"] = {key: against[key] for key in TITLES if key in against}
-        for key in ("gain", "win_rate", *(["accuracy"] if told["questions"] < told["pairs"] else [])):
+        for key in (
+            "gain",
+            "win_rate",
+            *(["accuracy"] if told["questions"] < told["pairs"] else []),
+        ):
             if name in ("random", "everything", "none") and key in against:
-                middle, ends = against[key]["difference"], [against[key]["low"], against[key]["high"]]
-                figures.append(figure(f"{where}: prism over {name}, {TITLES[key]}", middle, "", "", ends))
+                middle, ends = (
+                    against[key]["difference"],
+                    [against[key]["low"], against[key]["high"]],
+                )
+                figures.append(
+                    figure(f"{where}: prism over {name}, {TITLES[key]}", middle, "", "", ends)
+                )
                 if (name, key, budget) == ("random", "gain", "5%"):
                     line = f"{where}: prism over random, gain, lower end of the interval"
                     figures.append(figure(line, ends[0], "nats per token", "≥ 0"))
-    best = max((name for name in told["methods"] if name in RIVALS), key=lambda n: float(told["methods"][n]["gain"]))
+    best = max(
+        (name for name in told["methods"] if name in RIVALS),
+        key=lambda n: float(told["methods"][n]["gain"]),
+    )
     ends = [told["against"][best]["gain"][end] for end in ("low", "high")]
     middle = told["against"][best]["gain"]["difference"]
-    figures.append(figure(f"{where}: prism over the best rival ({best}), gain", middle, "nats per token", "", ends))
+    figures.append(
+        figure(
+            f"{where}: prism over the best rival ({best}), gain", middle, "nats per token", "", ends
+        )
+    )
     kind = "auroc" if scenario.command == "repair" else "share"
     if budget == "5%":
         bar = {"truthfulqa": "≥ 0.82", "polite": "≥ 0.8"}.get(scenario.name, "")
-        figures.append(figure(f"{where}: {kind} of the truth, prism", finds["prism"][kind], kind, bar))
-        figures.append(figure(f"{where}: forecast", told["forecast"]["rank_correlation"] or 0.0, "ρ", ""))
+        figures.append(
+            figure(f"{where}: {kind} of the truth, prism", finds["prism"][kind], kind, bar)
+        )
+        figures.append(
+            figure(f"{where}: forecast", told["forecast"]["rank_correlation"] or 0.0, "ρ", "")
+        )
     if told["compute"]:
         spent = told["compute"]
-        figures.append(figure(f"{where}: price of scoring", spent["price"], "forwards of the pool", ""))
+        figures.append(
+            figure(f"{where}: price of scoring", spent["price"], "forwards of the pool", "")
+        )
         at = spent["break_even"]
         line = f"{where}: price at which random would do as well" + (
             " (not even at the price paid)" if at is None else ""
         )
-        figures.append(figure(line, spent["price"] if at is None else at, "forwards of the pool", ""))
+        figures.append(
+            figure(line, spent["price"] if at is None else at, "forwards of the pool", "")
+        )
     return rows, figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    parser.add_argument("--only", default="", help="run some only: names of scenarios or models, with commas between")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="run some only: names of scenarios or models, with commas between",
+    )
     parser.add_argument("--budget", default="", help="run one budget only, such as 5%%")
     parser.add_argument("--write", action="store_true", help="run nothing, write what is there")
     given = parser.parse_args()
@@ -152,7 +203,12 @@ def main() -> None:
     models = {"babi": [*tiny, *babi.by_kind(tiny)], "gemma": gemma.scenarios(given.data)}
     every = [scenario for scenarios in models.values() for scenario in scenarios]
     wanted = given.only.split(",") if given.only else list(models)
-    todo = [each for name, some in models.items() for each in some if name in wanted or each.name in wanted]
+    todo = [
+        each
+        for name, some in models.items()
+        for each in some
+        if name in wanted or each.name in wanted
+    ]
     for budget, rivals in [] if given.write else STAGES:
         for scenario in todo if given.budget in ("", budget) else ():
             evaluated(scenario, budget, rivals)
@@ -170,9 +226,17 @@ def save(every: Sequence[Scenario]) -> None:
                     kept.extend(new)
                 continue
             here = {"scenario": scenario.name, "budget": budget}
-            old = [row for row in before["rows"] if here.items() <= row.items() and "missing" not in row]
+            old = [
+                row
+                for row in before["rows"]
+                if here.items() <= row.items() and "missing" not in row
+            ]
             rows += old or [{**here, "missing": True}]
-            figures += [each for each in before["figures"] if each["name"].startswith(f"{scenario.name} {budget}:")]
+            figures += [
+                each
+                for each in before["figures"]
+                if each["name"].startswith(f"{scenario.name} {budget}:")
+            ]
     write("quality.json", rows, figures)
 
 

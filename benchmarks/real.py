@@ -23,12 +23,16 @@ from rapidfuzz.distance import Indel
 from results_file import RESULTS, figure, write
 
 import prism_select
-from prism_select.statistics import auroc
+from prism_select.core.statistics import auroc
 
 WORK = Path(__file__).parent / "work"
 Row = dict[str, Any]
 LONGEST = 400
-UNITS = {"score_per_token": "per token", "score": "summed", "score_damping_0.1": "per token, damping 0.1"}
+UNITS = {
+    "score_per_token": "per token",
+    "score": "summed",
+    "score_damping_0.1": "per token, damping 0.1",
+}
 
 
 def model() -> Path:
@@ -52,7 +56,11 @@ def model() -> Path:
 
 def lines(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
-    return list(json.loads(text)) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    return (
+        list(json.loads(text))
+        if path.suffix == ".json"
+        else [json.loads(line) for line in text.splitlines()]
+    )
 
 
 def save(name: str, rows: Iterable[Row]) -> str:
@@ -73,12 +81,16 @@ def said(answer: str) -> str:
 
 
 def run(command: str, name: str, **options: Any) -> prism_select.Run:
-    shared: Row = dict(model=str(model()), out=str(WORK / name), layers="late", dtype="bfloat16", max_length=256)
+    shared: Row = dict(
+        model=str(model()), out=str(WORK / name), layers="late", dtype="bfloat16", max_length=256
+    )
     verb = prism_select.repair if command == "repair" else prism_select.score
     return verb(**{**shared, **options})
 
 
-def interval(values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarray) -> tuple[float, float]:
+def interval(
+    values: Mapping[str, np.ndarray], statistic: Any, groups: np.ndarray
+) -> tuple[float, float]:
     """95% percentile bootstrap over `groups` (questions), 1,000 draws, seed 0."""
     draw, names = np.random.default_rng(0), np.unique(groups)
     members = {name: np.flatnonzero(groups == name) for name in names}
@@ -96,7 +108,12 @@ FLAT: list[Way] = [
     ("unpaired", {"weighting": "unpaired"}, "", 3),
 ]
 EKFAC: list[Way] = [
-    ("prism, ekfac", {"curvature": "ekfac", "curvature_rows": 128, "damping": "1,0.1"}, "≥ 0.75", 5),
+    (
+        "prism, ekfac",
+        {"curvature": "ekfac", "curvature_rows": 128, "damping": "1,0.1"},
+        "≥ 0.75",
+        5,
+    ),
 ]
 
 
@@ -110,7 +127,9 @@ def truthfulqa(ways: Sequence[Way], data: Path) -> tuple[list[Row], list[Row]]:
             target, pool = truthful_files(data, split)
             name = f"truthful-{title.replace(', ', '-').replace(' ', '-')}-{split}"
             done = run("repair", name, pool=pool, target=target, label_field="is_bad", **options)
-            bad, question = (np.array([row[c] for row in lines(Path(pool))]) for c in ("is_bad", "question"))
+            bad, question = (
+                np.array([row[c] for row in lines(Path(pool))]) for c in ("is_bad", "question")
+            )
             for column, values in found.items():
                 scores = done.scores[column].to_numpy()
                 if column.startswith("score_damping"):
@@ -132,7 +151,12 @@ def truthful_files(data: Path, split: int) -> tuple[str, str]:
     random.Random(split).shuffle(rows)
     pairs = [pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows[:80]]
     pool = [
-        {"prompt": asked(r["prompt"]), "completion": said(r[side]), "question": i, "is_bad": side == "rejected"}
+        {
+            "prompt": asked(r["prompt"]),
+            "completion": said(r[side]),
+            "question": i,
+            "is_bad": side == "rejected",
+        }
         for i, r in enumerate(rows[80:230])
         for side in ("chosen", "rejected")
     ]
@@ -142,20 +166,34 @@ def truthful_files(data: Path, split: int) -> tuple[str, str]:
 def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
     """`pairs` is near-miss or two-models."""
     draw = random.Random(0)
-    math = [r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST]
+    math = [
+        r for r in lines(data / "gsm8k_train.jsonl") if len(r["question"] + r["answer"]) <= LONGEST
+    ]
     draw.shuffle(math)
-    two = [r for r in lines(data / "gsm8k_model_pairs.jsonl") if len(r["prompt"] + r["chosen"]) <= LONGEST]
+    two = [
+        r
+        for r in lines(data / "gsm8k_model_pairs.jsonl")
+        if len(r["prompt"] + r["chosen"]) <= LONGEST
+    ]
     draw.shuffle(two)
     near = [pair(r["question"], r["answer"], changed(r["answer"], draw)) for r in math[:40]]
     models = [pair(r["prompt"], r["chosen"], r["rejected"]) for r in two[:40]]
-    target = save(f"gsm8k_{pairs.partition('-')[0]}.jsonl", near if pairs == "near-miss" else models)
+    target = save(
+        f"gsm8k_{pairs.partition('-')[0]}.jsonl", near if pairs == "near-miss" else models
+    )
     pool = save("mixed_pool.jsonl", mixed(data, math[40:], draw))
     done = run("score", f"gsm8k-{pairs}", pool=pool, target=target)
-    is_math = np.array([row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))])
+    is_math = np.array(
+        [row["source"] in ("gsm8k", "math_word_problems") for row in lines(Path(pool))]
+    )
     kept = [{"scenario": "gsm8k", "pairs": pairs, "manifest": short(done.manifest)}]
-    figures = [figure(f"share of math in the pool ({pairs} pairs)", float(is_math.mean()), "share", "")]
+    figures = [
+        figure(f"share of math in the pool ({pairs} pairs)", float(is_math.mean()), "share", "")
+    ]
     for column, unit in (("score", "summed"), ("score_per_token", "per token")):
-        best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[: round(len(is_math) * 0.05)]
+        best = np.argsort(-done.scores[column].to_numpy(), kind="stable")[
+            : round(len(is_math) * 0.05)
+        ]
         name = f"share of math in the chosen 5%, {pairs} pairs, {unit}"
         figures.append(figure(name, float(is_math[best].mean()), "share", ""))
         sources = done.scores["source"].take(best).value_counts().to_pylist()
@@ -178,10 +216,18 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
     pairs = [pair(r["question"], r["choices"][r["answer"]], wrong(r)) for r in quiz[:80]]
     near = sorted(pairs, key=lambda p: -Indel.normalized_similarity(p["chosen"], p["rejected"]))
     targets = {"": save("arc_one.jsonl", pairs)}
-    targets |= {half: save(f"arc_{half}.jsonl", near[i * 40 :][:40]) for i, half in enumerate(("nearer", "farther"))}
+    targets |= {
+        half: save(f"arc_{half}.jsonl", near[i * 40 :][:40])
+        for i, half in enumerate(("nearer", "farther"))
+    }
     rows = [(r["question"], r["choices"][r["answer"]], "right") for r in quiz[80:155]]
-    rows += [(r["question"], wrong(r), "wrong") for r in quiz[80:155]] + [(*r, "general") for r in general]
-    pool = save("arc_pool.jsonl", [{"prompt": asked(q), "completion": said(a), "source": s} for q, a, s in rows])
+    rows += [(r["question"], wrong(r), "wrong") for r in quiz[80:155]] + [
+        (*r, "general") for r in general
+    ]
+    pool = save(
+        "arc_pool.jsonl",
+        [{"prompt": asked(q), "completion": said(a), "source": s} for q, a, s in rows],
+    )
     ways: dict[str, Row] = {
         "none": {},
         "common removed": {"common": "remove"},
@@ -194,11 +240,16 @@ def remedies(data: Path) -> tuple[list[Row], list[Row]]:
     for title, options in ways.items():
         name = f"arc-{title.replace(' ', '-').replace('%', '')}"
         done = run("score", name, pool=pool, **{"target": targets[""], **options})
-        scores, source = (done.scores[name].to_numpy(zero_copy_only=False) for name in ("score_per_token", "source"))
+        scores, source = (
+            done.scores[name].to_numpy(zero_copy_only=False)
+            for name in ("score_per_token", "source")
+        )
         for other in ("wrong", "general"):
             few = (source == "right") | (source == other)
             value = auroc(scores[few], source[few] == "right")
-            figures.append(figure(f"ARC, remedy {title}: right over {other}, per token", value, "AUROC", ""))
+            figures.append(
+                figure(f"ARC, remedy {title}: right over {other}, per token", value, "AUROC", "")
+            )
         kept.append({"scenario": "remedies", "remedy": title, "manifest": short(done.manifest)})
     return kept, figures
 
@@ -219,23 +270,45 @@ def polite(data: Path) -> tuple[list[Row], list[Row]]:
     others."""
     rows = polite_rows(data)
     known = list(dict.fromkeys(row[0] for row in rows))
-    target = save("polite2_pairs.jsonl", [pair(*row) for row in rows if row[0] in set(known[160:220])][:60])
+    target = save(
+        "polite2_pairs.jsonl", [pair(*row) for row in rows if row[0] in set(known[160:220])][:60]
+    )
     made = [pair(*row) for row in rows if row[0] in set(known[220:300])]
     both = [(r, side) for r in made for side in ("chosen", "rejected")]
     pool = save(
         "polite2_pool.jsonl",
-        [{"prompt": r["prompt"], "completion": r[side], "is_bad": side == "rejected"} for r, side in both],
+        [
+            {"prompt": r["prompt"], "completion": r[side], "is_bad": side == "rejected"}
+            for r, side in both
+        ],
     )
-    bad, question = np.array([side == "rejected" for _, side in both]), np.array([r["prompt"] for r, _ in both])
+    bad, question = (
+        np.array([side == "rejected" for _, side in both]),
+        np.array([r["prompt"] for r, _ in both]),
+    )
     kept, figures = [], []
     for weighting, bar in (("uniform", "≥ 0.75"), ("prism", "")):
-        options: Row = {"weighting": weighting, "curvature": "ekfac", "curvature_rows": 128, "layers": "last:6"}
-        done = run("repair", f"polite2-{weighting}", pool=pool, target=target, label_field="is_bad", **options)
+        options: Row = {
+            "weighting": weighting,
+            "curvature": "ekfac",
+            "curvature_rows": 128,
+            "layers": "last:6",
+        }
+        done = run(
+            "repair",
+            f"polite2-{weighting}",
+            pool=pool,
+            target=target,
+            label_field="is_bad",
+            **options,
+        )
         scores = done.scores["score"].to_numpy()
         ends = interval({"scores": scores, "bad": bad}, auroc, question)
         line = f"polite/rude repair, ekfac, last:6, {weighting}, summed, instructions of its own"
         figures.append(figure(line, auroc(scores, bad), "AUROC", bar, ends))
-        kept.append({"scenario": "polite", "weighting": weighting, "manifest": short(done.manifest)})
+        kept.append(
+            {"scenario": "polite", "weighting": weighting, "manifest": short(done.manifest)}
+        )
     return kept, figures
 
 
@@ -258,13 +331,25 @@ def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
     """1,000 rows, a quarter of them math; none longer than `LONGEST` characters, which keeps the study short."""
 
     def some(
-        name: str, question: str, answer: str, source: str, count: int, rows: list[Row] | None = None
+        name: str,
+        question: str,
+        answer: str,
+        source: str,
+        count: int,
+        rows: list[Row] | None = None,
     ) -> list[Row]:
         every = [
-            {"prompt": asked(" ".join(str(r.get(q, "")) for q in question.split("+"))), "completion": said(r[answer])}
+            {
+                "prompt": asked(" ".join(str(r.get(q, "")) for q in question.split("+"))),
+                "completion": said(r[answer]),
+            }
             for r in rows or lines(data / name)
         ]
-        short = [r for r in every if r["completion"].strip() and len(r["prompt"] + r["completion"]) <= LONGEST]
+        short = [
+            r
+            for r in every
+            if r["completion"].strip() and len(r["prompt"] + r["completion"]) <= LONGEST
+        ]
         return [{**r, "source": source} for r in draw.sample(short, count)]
 
     parts = [
@@ -279,7 +364,10 @@ def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
 
 
 def short(manifest: Mapping[str, Any]) -> Row:
-    return {name: manifest[name] for name in ("target", "curvature", "engine", "counts", "timings", "padding")}
+    return {
+        name: manifest[name]
+        for name in ("target", "curvature", "engine", "counts", "timings", "padding")
+    }
 
 
 STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
@@ -293,9 +381,13 @@ STUDIES: Mapping[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
-    parser.add_argument("--only", choices=STUDIES, help="measure one study and keep the others' figures as they are")
+    parser.add_argument(
+        "--only", choices=STUDIES, help="measure one study and keep the others' figures as they are"
+    )
     chosen = parser.parse_args()
     rows, figures = [], []
     if chosen.only and (RESULTS / "real.json").exists():

@@ -26,7 +26,7 @@ from playwright.sync_api import sync_playwright
 from results_file import figure, write
 from safetensors.numpy import save_file
 
-from prism_select.config import SelectConfig
+from prism_select.run.config import SelectConfig
 
 SOURCES = ("web", "books", "chat", "code")
 WORDS = (
@@ -45,7 +45,12 @@ WORDS = (
     "number",
 )
 GROUP = 2048  # rows that a run writes together
-FLAGS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def main() -> None:
@@ -60,13 +65,26 @@ def main() -> None:
         size = (run / "report.html").stat().st_size / 1e6
         pool = (Path(folder) / "pool.jsonl").stat().st_size / 1e6
     rows: list[dict[str, Any]] = [
-        {"rows": asked.rows, "pool_mb": pool, "build_seconds": builds, "open_seconds": opened, "page_mb": size}
+        {
+            "rows": asked.rows,
+            "pool_mb": pool,
+            "build_seconds": builds,
+            "open_seconds": opened,
+            "page_mb": size,
+        }
     ]
     million = asked.rows == 1_000_000
     figures = [
-        figure("report of a million rows: time to build", median(builds), "s", "≤ 10" if million else ""),
+        figure(
+            "report of a million rows: time to build",
+            median(builds),
+            "s",
+            "≤ 10" if million else "",
+        ),
         figure("report of a million rows: size", size, "MB", "≤ 15" if million else ""),
-        figure("report of a million rows: time to open", median(opened), "s", "≤ 3" if million else ""),
+        figure(
+            "report of a million rows: time to open", median(opened), "s", "≤ 3" if million else ""
+        ),
     ]
     write("report.json", rows, figures)
 
@@ -104,11 +122,19 @@ def made(folder: Path, count: int) -> Path:
         "verdict": np.where(taken, "selected", "over budget"),
     }
     pq.write_table(pa.table(table), run / "scores.parquet", row_group_size=GROUP)
-    rest(run, SelectConfig(model="m", pool=str(pool), target=str(target), out=str(run)), count, int(taken.sum()), draw)
+    rest(
+        run,
+        SelectConfig(model="m", pool=str(pool), target=str(target), out=str(run)),
+        count,
+        int(taken.sum()),
+        draw,
+    )
     return run
 
 
-def rest(run: Path, config: SelectConfig, count: int, taken: int, draw: np.random.Generator) -> None:
+def rest(
+    run: Path, config: SelectConfig, count: int, taken: int, draw: np.random.Generator
+) -> None:
     gap = draw.normal(size=400)
     pairs = {
         "target": ["pairs"] * 400,
@@ -121,7 +147,9 @@ def rest(run: Path, config: SelectConfig, count: int, taken: int, draw: np.rando
         "line": range(1, 401),
     }
     pq.write_table(pa.table(pairs), run / "pairs.parquet")
-    weights = {f"model.layers.{i}.mlp.up_proj.weight": draw.normal(size=(384, 128)) for i in range(24)}
+    weights = {
+        f"model.layers.{i}.mlp.up_proj.weight": draw.normal(size=(384, 128)) for i in range(24)
+    }
     save_file(weights, run / "direction.safetensors")
     manifest = {
         "prism_version": "0",
@@ -129,7 +157,12 @@ def rest(run: Path, config: SelectConfig, count: int, taken: int, draw: np.rando
         "command": "select",
         "config": asdict(config),
         "fingerprints": {"pool": "p", "target": "t", "model": "m"},
-        "model": {"architecture": "made up", "device": "cpu", "template": "plain", "counted_weights": list(weights)},
+        "model": {
+            "architecture": "made up",
+            "device": "cpu",
+            "template": "plain",
+            "counted_weights": list(weights),
+        },
         "score": {"definition": "made up", "sign": "made up", "unit": "made up", "swapped": False},
         "target": {
             "pairs": 400,
@@ -171,7 +204,9 @@ def rest(run: Path, config: SelectConfig, count: int, taken: int, draw: np.rando
 def built(run: Path) -> float:
     """Seconds of the command."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "prism_select", "report", str(run)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "prism_select", "report", str(run)], check=True, capture_output=True
+    )
     return time.perf_counter() - started
 
 
@@ -179,7 +214,9 @@ def opens(page: Path, repeats: int) -> Sequence[float]:
     """Seconds until everything is drawn, in a browser that is already running, without its cache."""
     found = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=list(FLAGS)
+        )
         for _ in range(repeats):
             context = browser.new_context(offline=True)
             shown = context.new_page()

@@ -24,15 +24,15 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
 
-from prism_select.data.batches import Encoder
-from prism_select.data.inputs import read_target
+from prism_select.core.statistics import paired_interval
+from prism_select.data.encoding import Encoder
+from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, pairs, pool
-from prism_select.models import load
-from prism_select.retraining import measured
-from prism_select.statistics import paired_interval
-from prism_select.targeting import as_side, encode_sides
-from prism_select.warmup import QUIET
+from prism_select.directions.from_pairs import as_side, encode_sides
+from prism_select.evaluation.retraining import measured
+from prism_select.models.loading import load
+from prism_select.models.lora_training import QUIET
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from rounds import Chosen, Rounds, RoundsTrainer
@@ -53,7 +53,9 @@ def main() -> None:
             ("target", pairs(DEMO_SKILL, TARGET, 0)),
             ("held_out", pairs(DEMO_SKILL, HELD_OUT, 1)),
         ):
-            (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            (folder / f"{file}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
+            )
         rows = [
             tried(folder, method, steps, seed)
             for steps in LENGTHS
@@ -78,7 +80,9 @@ def tried(folder: Path, method: str, steps: int, seed: int) -> dict[str, Any]:
     if method == "random":
         rounds.chosen = Chosen(random.Random(seed).sample(range(POOL), POOL // 20), seed)
         rounds.choose = lambda *_: None  # type: ignore[method-assign]
-    learner = get_peft_model(model.network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    learner = get_peft_model(
+        model.network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    )
     trainer(rounds, learner, tokenizer, folder, steps, seed).train()
     model.network.eval()
     encoder = Encoder(tokenizer, "auto", 256)
@@ -91,12 +95,19 @@ def tried(folder: Path, method: str, steps: int, seed: int) -> dict[str, Any]:
         "steps": steps,
         "seed": seed,
         "gaps": (chosen - rejected).tolist(),
-        "shares": [float(np.mean([skills[row] == DEMO_SKILL for row in each])) for each in rounds.choices],
-        "overlaps": [len({*a} & {*b}) / len(a) for a, b in zip(rounds.choices, rounds.choices[1:], strict=False)],
+        "shares": [
+            float(np.mean([skills[row] == DEMO_SKILL for row in each])) for each in rounds.choices
+        ],
+        "overlaps": [
+            len({*a} & {*b}) / len(a)
+            for a, b in zip(rounds.choices, rounds.choices[1:], strict=False)
+        ],
     }
 
 
-def trainer(rounds: Rounds, learner: Any, tokenizer: Any, folder: Path, steps: int, seed: int) -> RoundsTrainer:
+def trainer(
+    rounds: Rounds, learner: Any, tokenizer: Any, folder: Path, steps: int, seed: int
+) -> RoundsTrainer:
     settings = SFTConfig(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=ROWS_A_STEP,
@@ -117,7 +128,9 @@ def trainer(rounds: Rounds, learner: Any, tokenizer: Any, folder: Path, steps: i
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        made = RoundsTrainer(rounds, model=learner, args=settings, train_dataset=data, processing_class=tokenizer)
+        made = RoundsTrainer(
+            rounds, model=learner, args=settings, train_dataset=data, processing_class=tokenizer
+        )
     made.remove_callback(PrinterCallback)
     return made
 
@@ -127,12 +140,20 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     told = []
     for steps in LENGTHS:
         gaps = {
-            method: np.array([row["gaps"] for row in rows if (row["method"], row["steps"]) == (method, steps)])
+            method: np.array(
+                [row["gaps"] for row in rows if (row["method"], row["steps"]) == (method, steps)]
+            )
             for method in ("random", "once", "rounds")
         }
         for method, each in gaps.items():
-            told.append(figure(f"{steps} steps, {method}: gain", float(gain(each).mean()), "nats per token", ""))
-            told.append(figure(f"{steps} steps, {method}: win rate", float((each > 0).mean()), "share", ""))
+            told.append(
+                figure(
+                    f"{steps} steps, {method}: gain", float(gain(each).mean()), "nats per token", ""
+                )
+            )
+            told.append(
+                figure(f"{steps} steps, {method}: win rate", float((each > 0).mean()), "share", "")
+            )
         for name, measure, unit in (("gain", gain, "nats per token"), ("win rate", won, "share")):
             apart = measure(gaps["rounds"]) - measure(gaps["once"])
             told.append(
@@ -144,8 +165,17 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     paired_interval(apart, 0),
                 )
             )
-        overlap = np.mean([row["overlaps"] for row in rows if (row["method"], row["steps"]) == ("rounds", steps)])
-        told.append(figure(f"{steps} steps: rows of a choice that the next one keeps", float(overlap), "share", ""))
+        overlap = np.mean(
+            [row["overlaps"] for row in rows if (row["method"], row["steps"]) == ("rounds", steps)]
+        )
+        told.append(
+            figure(
+                f"{steps} steps: rows of a choice that the next one keeps",
+                float(overlap),
+                "share",
+                "",
+            )
+        )
     return told
 
 

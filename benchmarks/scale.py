@@ -23,12 +23,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results_file import figure, write
 
-from prism_select.data.inputs import fingerprint
+from prism_select.data.pool import fingerprint
 from prism_select.demo.story import MODEL
-from prism_select.pipeline import WINDOW
+from prism_select.scoring.shards import WINDOW
 
 WORK = Path(__file__).parent / "work" / "scale"
-WORDS = ["red", "blue", "green", "cat", "dog", "house", "tree", "river", "stone", "bread", "milk", "sun", "moon"]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "stone",
+    "bread",
+    "milk",
+    "sun",
+    "moon",
+]
 Told: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
@@ -40,13 +54,21 @@ def write_pool(path: Path, rows: int) -> None:
     draw = random.Random(0)
     with path.open("w") as file:
         for row in range(rows):
-            told = {"id": row, "prompt": text(draw, 4), "completion": text(draw, 4), "source": draw.choice("abcd")}
+            told = {
+                "id": row,
+                "prompt": text(draw, 4),
+                "completion": text(draw, 4),
+                "source": draw.choice("abcd"),
+            }
             file.write(json.dumps(told) + "\n")
 
 
 def write_pairs(path: Path) -> None:
     draw = random.Random(1)
-    rows = [{"prompt": text(draw, 4), "chosen": text(draw, 3), "rejected": text(draw, 3)} for _ in range(16)]
+    rows = [
+        {"prompt": text(draw, 4), "chosen": text(draw, 3), "rejected": text(draw, 3)}
+        for _ in range(16)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -55,14 +77,14 @@ def write_pairs(path: Path) -> None:
 KILLS, ROWS = 30, 20_000
 WATCHED = f"""
 import sys
-from prism_select import cli
-from prism_select.scoring import Scorer
+from prism_select.cli import app
+from prism_select.scoring.scorer import Scorer
 log, table = open(sys.argv[1], "ab", buffering=0), Scorer.table
 def begun(self, places, *rest):
     log.write(b"%d\\n" % (places[0] // {WINDOW}))
     return table(self, places, *rest)
 Scorer.table = begun
-cli.main(sys.argv[2:])
+app.main(sys.argv[2:])
 """
 
 
@@ -102,7 +124,14 @@ def kills() -> Told:
                     moments.append(moment or 0.0)
             begun = Counter(log.read_text().split())
             equal = code == 0 and pq.read_table(folder / out / "scores.parquet").equals(whole)
-            rows.append({"kills": moments, "equal": equal, "shards": len(begun), "begun": sum(begun.values())})
+            rows.append(
+                {
+                    "kills": moments,
+                    "equal": equal,
+                    "shards": len(begun),
+                    "begun": sum(begun.values()),
+                }
+            )
             print(rows[-1], flush=True)
             with kept.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -142,7 +171,9 @@ code = pytest.main(["-q", "tests/test_fuzz.py", "-p", "no:cacheprovider"], plugi
 print("COUNTED", int(code), files, rows)
 """
     env = {**os.environ, "FUZZ": "1000"}
-    done = subprocess.run([sys.executable, "-c", counted], capture_output=True, text=True, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", counted], capture_output=True, text=True, env=env, check=True
+    )
     line = next(line for line in done.stdout.splitlines() if "COUNTED" in line)
     code, files, rows = map(int, line.split()[-3:])
     told = {
@@ -160,7 +191,7 @@ def peak():  # what `resource` tells begins with the memory of the parent
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 """
 READ = """
-from prism_select.data.readers import read_rows
+from prism_select.data.files import read_rows
 before = peak()
 rows = [(row.line, row.fields is None) for row in read_rows(sys.argv[1])]
 assert rows == [(1, False), (2, True), (3, False)], rows
@@ -174,12 +205,28 @@ def lines() -> Told:
     with tempfile.TemporaryDirectory() as name:
         for ending in ("jsonl", "jsonl.gz"):
             path = Path(name) / f"pool.{ending}"
-            with gzip.open(path, "wb", compresslevel=1) if ending.endswith("gz") else path.open("wb") as file:
+            with (
+                gzip.open(path, "wb", compresslevel=1)
+                if ending.endswith("gz")
+                else path.open("wb") as file
+            ):
                 file.write(b'{"text": "a"}\n{"text": "')
                 file.writelines([b"x" * 2**20] * 1024)
                 file.write(b'"}\n{"text": "b"}\n')
-            done = subprocess.run([sys.executable, "-c", PEAK + READ, path], capture_output=True, text=True, check=True)
-            rows.append({"part": "lines", "file": path.name, "bytes": path.stat().st_size, "added": int(done.stdout)})
+            done = subprocess.run(
+                [sys.executable, "-c", PEAK + READ, path],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            rows.append(
+                {
+                    "part": "lines",
+                    "file": path.name,
+                    "bytes": path.stat().st_size,
+                    "added": int(done.stdout),
+                }
+            )
             path.unlink()
     highest = max(row["added"] for row in rows) / 1e6
     return {"memory that a line of a gigabyte adds, packed or not": (highest, "MB", "≤ 100")}, rows
@@ -192,9 +239,9 @@ CHOOSE = """
 import time
 old, out, budget, cap = sys.argv[1:]
 start = time.perf_counter()
-from prism_select.choice import choose_again
-from prism_select.config import SelectConfig
-from prism_select.progress import Silent
+from prism_select.commands.select_again import choose_again
+from prism_select.run.config import SelectConfig
+from prism_select.run.progress import Silent
 run = choose_again(SelectConfig(select_from=old, out=out, budget=budget, per_source=cap), Silent())
 seconds = time.perf_counter() - start
 print(seconds, peak(), run.manifest["counts"]["selected"])
@@ -209,7 +256,9 @@ def scores_of(start: int, count: int, draw: np.random.Generator) -> pa.Table:
     columns = {
         "row": rows,
         "id": pa.array(rows).cast(pa.string()),
-        "source": pa.DictionaryArray.from_arrays(source.astype(np.int8), list("abcdefgh")).cast(pa.string()),
+        "source": pa.DictionaryArray.from_arrays(source.astype(np.int8), list("abcdefgh")).cast(
+            pa.string()
+        ),
         "file": pa.array(["pool.jsonl"] * count),
         "line": rows + 1,
         "score": score,
@@ -230,7 +279,11 @@ def made_up_run(folder: Path, rows: int) -> None:
     run.mkdir()
     with pool.open("wb") as file:
         for start in range(0, rows, BATCH):
-            file.write(b"".join(b'{"text":"row %d"}\n' % row for row in range(start, min(rows, start + BATCH))))
+            file.write(
+                b"".join(
+                    b'{"text":"row %d"}\n' % row for row in range(start, min(rows, start + BATCH))
+                )
+            )
     writer = None
     for start in range(0, rows, BATCH):
         table = scores_of(start, min(BATCH, rows - start), draw)
@@ -240,7 +293,11 @@ def made_up_run(folder: Path, rows: int) -> None:
     writer.close()
     (run / "quarantine.jsonl").touch()
     config = {"pool": [str(pool)], "fields": ""}
-    told = {"command": "score", "config": config, "fingerprints": {"pool": fingerprint([str(pool)])}}
+    told = {
+        "command": "score",
+        "config": config,
+        "fingerprints": {"pool": fingerprint([str(pool)])},
+    }
     (run / "manifest.json").write_text(json.dumps({**told, "timings": {}, "choice": {}}))
 
 
@@ -248,17 +305,34 @@ def chosen(count: int, cap: str) -> dict[str, Any]:
     """Made-up scores, a real pool file: all of --select-from but its report, copies of scores and rows included."""
     with tempfile.TemporaryDirectory(dir=WORK) as name:
         made_up_run(Path(name), count)
-        command = [sys.executable, "-c", PEAK + CHOOSE, str(Path(name) / "scored"), str(Path(name) / "out"), "5%", cap]
+        command = [
+            sys.executable,
+            "-c",
+            PEAK + CHOOSE,
+            str(Path(name) / "scored"),
+            str(Path(name) / "out"),
+            "5%",
+            cap,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak, selected = map(float, done.stdout.split())
-    row = {"part": "choose", "rows": count, "cap": cap, "seconds": seconds, "peak_bytes": peak, "selected": selected}
+    row = {
+        "part": "choose",
+        "rows": count,
+        "cap": cap,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "selected": selected,
+    }
     print(row, flush=True)
     return row
 
 
 def million() -> Told:
     rows = [chosen(1_000_000, cap) for cap in ("", "20%")]
-    return {"choosing 5% of 1,000,000 scored rows": (max(row["seconds"] for row in rows), "s", "≤ 10")}, rows
+    return {
+        "choosing 5% of 1,000,000 scored rows": (max(row["seconds"] for row in rows), "s", "≤ 10")
+    }, rows
 
 
 def many() -> Told:
@@ -285,7 +359,11 @@ def main() -> None:
         if not (WORK / f"{name}.json").exists():
             told, rows = PARTS[name]()
             (WORK / f"{name}.json").write_text(json.dumps([told, rows]))
-    done = [json.loads((WORK / f"{name}.json").read_text()) for name in PARTS if (WORK / f"{name}.json").exists()]
+    done = [
+        json.loads((WORK / f"{name}.json").read_text())
+        for name in PARTS
+        if (WORK / f"{name}.json").exists()
+    ]
     figures = [figure(name, *told) for part, _ in done for name, told in part.items()]
     write("scale.json", [row for _, rows in done for row in rows], figures)
 

@@ -11,16 +11,11 @@ import altair as alt
 import click
 import vl_convert
 
-from prism_select.cli import ANYWHERE, app
-from prism_select.config import (
-    EvaluateConfig,
-    Options,
-    PairsConfig,
-    RepairConfig,
-    ReportConfig,
-    ScoreConfig,
-    SelectConfig,
-)
+from prism_select.cli.app import ANYWHERE, app
+from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
+from prism_select.run.config_pairs import PairsConfig
+from prism_select.run.options import Options
 
 DOCS = Path(__file__).parent
 ENVIRONMENT = """\
@@ -33,7 +28,13 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 def values(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind) if value)
-    return {str: "text", int: "a number", float: "a number", bool: "a flag", Sequence[str]: "text, several"}[kind]
+    return {
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "a flag",
+        Sequence[str]: "text, several",
+    }[kind]
 
 
 def table(kind: type[Options], without: set[str]) -> list[str]:
@@ -42,7 +43,11 @@ def table(kind: type[Options], without: set[str]) -> list[str]:
     for field in fields(kind):
         if field.name not in without:
             value, text = get_args(hints[field.name])[:2]
-            default = f"`{field.default}`" if field.default not in ("", ()) and field.default is not False else ""
+            default = (
+                f"`{field.default}`"
+                if field.default not in ("", ()) and field.default is not False
+                else ""
+            )
             option = {"file": "FILE", "run": "RUN", "runs": "RUN [RUN]"}.get(
                 field.name
             ) or f"--{field.name.replace('_', '-')}"
@@ -52,7 +57,12 @@ def table(kind: type[Options], without: set[str]) -> list[str]:
 
 def options_page() -> str:
     shared = {field.name for field in fields(ScoreConfig)}
-    parts = ["# Options", "", "Any of them may stand in a TOML file given as `--config`; the command line wins.", ""]
+    parts = [
+        "# Options",
+        "",
+        "Any of them may stand in a TOML file given as `--config`; the command line wins.",
+        "",
+    ]
     for title, kind, without in (
         ("prism score, select and repair", ScoreConfig, set[str]()),
         ("prism select", SelectConfig, shared),
@@ -62,8 +72,20 @@ def options_page() -> str:
         ("prism report", ReportConfig, set[str]()),
     ):
         parts += [f"## {title}", "", *table(kind, without), ""]
-    parts += ["## prism demo", "", "`--out` is the folder that it writes, `prism-demo` unless given.", ""]
-    parts += ["## Every command", "", "These may stand anywhere in a command.", "", "| option | |", "|---|---|"]
+    parts += [
+        "## prism demo",
+        "",
+        "`--out` is the folder that it writes, `prism-demo` unless given.",
+        "",
+    ]
+    parts += [
+        "## Every command",
+        "",
+        "These may stand anywhere in a command.",
+        "",
+        "| option | |",
+        "|---|---|",
+    ]
     parts += [
         f"| `{param.opts[0]}` | {param.help} |"
         for param in app.params
@@ -85,7 +107,11 @@ def measurements_page() -> str:
         "{{attempts}}": attempts_table,
     }
     return (
-        "\n".join(tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x for x in lines) + "\n"
+        "\n".join(
+            tables[x]() if x in tables else figures(x[2:-2]) if x.startswith("{{") else x
+            for x in lines
+        )
+        + "\n"
     )
 
 
@@ -98,7 +124,9 @@ def pairs_table() -> str:
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in result["rows"]:
         found.setdefault((row["group"], row["set"], row["pairs"]), {})[row["remedy"]] = row
-    remedies = [name for name in next(iter(found.values())) if all(name in each for each in found.values())]
+    remedies = [
+        name for name in next(iter(found.values())) if all(name in each for each in found.values())
+    ]
     lines = [
         "| target | pairs | halves agree | common part | right over wrong: "
         + " / ".join(remedies)
@@ -116,7 +144,9 @@ def pairs_table() -> str:
             f"| {group}: {name} | {count} | {told['split_half_agreement']:.2f} | {told['common_part']:.1f} | "
             f"{cells[0]} | {cells[1]} |"
         )
-    summary = [line for line in result["figures"] if "rank correlation" in line["name"] or line["wanted"]]
+    summary = [
+        line for line in result["figures"] if "rank correlation" in line["name"] or line["wanted"]
+    ]
     return "\n".join([*lines, "", *(told_figure(line) for line in summary)])
 
 
@@ -136,14 +166,28 @@ def curvature_table() -> str:
             for r in found
             if r["task"] == task and r["common"] == "keep" and r["weighting"] == "prism"
         }
-        lines += [f"| {task}: curvature | " + " | ".join(layers) + " |", "|---" * (1 + len(layers)) + "|"]
+        lines += [
+            f"| {task}: curvature | " + " | ".join(layers) + " |",
+            "|---" * (1 + len(layers)) + "|",
+        ]
         for curvature, damping in dict.fromkeys((c, d) for c, d, _, _ in plain):
             cells = [
-                " / ".join(f"{plain[curvature, damping, where, how]:.3f}" for how in ("none", "tokens", "norm"))
+                " / ".join(
+                    f"{plain[curvature, damping, where, how]:.3f}"
+                    for how in ("none", "tokens", "norm")
+                )
                 for where in layers
             ]
-            lines.append(f"| {curvature}{f', damping {damping:g}' if damping else ''} | " + " | ".join(cells) + " |")
-        lines += ["", *(f"- {line}" for line in changes([r for r in found if r["task"] == task])), ""]
+            lines.append(
+                f"| {curvature}{f', damping {damping:g}' if damping else ''} | "
+                + " | ".join(cells)
+                + " |"
+            )
+        lines += [
+            "",
+            *(f"- {line}" for line in changes([r for r in found if r["task"] == task])),
+            "",
+        ]
     return "\n".join([*lines, *(told_figure(line) for line in result["figures"] if line["wanted"])])
 
 
@@ -167,7 +211,9 @@ def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
         ]
         if both:
             moved = [b - a for a, b in both]
-            told.append(f"{name}: {sum(moved) / len(moved):+.3f} on average, {min(moved):+.3f} to {max(moved):+.3f}")
+            told.append(
+                f"{name}: {sum(moved) / len(moved):+.3f} on average, {min(moved):+.3f} to {max(moved):+.3f}"
+            )
     return told
 
 
@@ -177,10 +223,14 @@ def quality_table() -> str:
     if not place.exists():
         return "*Not measured yet.*"
     result = json.loads(place.read_text(encoding="utf-8"))
-    found = {(r["scenario"], r["budget"], r["method"]): r for r in result["rows"] if "missing" not in r}
+    found = {
+        (r["scenario"], r["budget"], r["method"]): r for r in result["rows"] if "missing" not in r
+    }
     lines = list[str]()
     for scenario in dict.fromkeys(scenario for scenario, _, _ in found):
-        first = {name: row for (s, budget, name), row in found.items() if (s, budget) == (scenario, "5%")}
+        first = {
+            name: row for (s, budget, name), row in found.items() if (s, budget) == (scenario, "5%")
+        }
         kind = "auroc" if first["prism"]["command"] == "repair" else "share"
         lines += [
             f"**{scenario}**",
@@ -189,19 +239,38 @@ def quality_table() -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for name, row in sorted(first.items(), key=lambda item: -item[1]["gain"]):
-            cells = [f"{row['gain']:.3f}", f"{row['win_rate']:.3f}", f"{row[kind]:.2f}" if kind in row else ""]
-            cells += [minus(found.get((scenario, budget, name), {}), "gain") for budget in ("5%", "1%", "20%")]
+            cells = [
+                f"{row['gain']:.3f}",
+                f"{row['win_rate']:.3f}",
+                f"{row[kind]:.2f}" if kind in row else "",
+            ]
+            cells += [
+                minus(found.get((scenario, budget, name), {}), "gain")
+                for budget in ("5%", "1%", "20%")
+            ]
             lines.append(f"| {name} | " + " | ".join([*cells, minus(row, "win_rate")]) + " |")
-        told = [line for line in result["figures"] if line["name"].startswith(f"{scenario} 5%") and line["wanted"]]
-        told += [line for line in result["figures"] if line["name"].startswith(f"{scenario} 5%: price")]
+        told = [
+            line
+            for line in result["figures"]
+            if line["name"].startswith(f"{scenario} 5%") and line["wanted"]
+        ]
+        told += [
+            line for line in result["figures"] if line["name"].startswith(f"{scenario} 5%: price")
+        ]
         lines += ["", *(told_figure(line) for line in told), ""]
-    missing = ", ".join(f"{row['scenario']} at {row['budget']}" for row in result["rows"] if "missing" in row)
+    missing = ", ".join(
+        f"{row['scenario']} at {row['budget']}" for row in result["rows"] if "missing" in row
+    )
     return "\n".join([*lines, f"Not run: {missing}." if missing else "", f"{result['date']}."])
 
 
 def minus(row: dict[str, Any], measure: str) -> str:
     apart = row.get("prism minus it", {}).get(measure)
-    return "" if apart is None else f"{apart['difference']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
+    return (
+        ""
+        if apart is None
+        else f"{apart['difference']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
+    )
 
 
 def attempts_table() -> str:
@@ -223,15 +292,21 @@ def attempts_table() -> str:
         )
     lines = list[str]()
     for tiny in (True, False):
-        scenarios = [name for name in dict.fromkeys(s for s, _ in cells) if name.startswith("babi") is tiny]
-        attempts = list(dict.fromkeys(attempt for scenario, attempt in cells if scenario in scenarios))
+        scenarios = [
+            name for name in dict.fromkeys(s for s, _ in cells) if name.startswith("babi") is tiny
+        ]
+        attempts = list(
+            dict.fromkeys(attempt for scenario, attempt in cells if scenario in scenarios)
+        )
         what = "gain / win rate, less random's" if tiny else "AUROC, summed / per token"
         lines += [
             "| attempt | " + " | ".join(f"{name}: {what}" for name in scenarios) + " |",
             "|---" * (1 + len(scenarios)) + "|",
         ]
         lines += [
-            f"| {attempt} | " + " | ".join(cells.get((name, attempt), "") for name in scenarios) + " |"
+            f"| {attempt} | "
+            + " | ".join(cells.get((name, attempt), "") for name in scenarios)
+            + " |"
             for attempt in attempts
         ]
         lines.append("")
@@ -243,11 +318,19 @@ def lds_table() -> str:
     place = RESULTS / "lds.json"
     if not place.exists():
         return "*Not measured yet.*"
-    figures = {line["name"]: line for line in json.loads(place.read_text(encoding="utf-8"))["figures"]}
-    runs = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in figures if name.startswith("LDS, flat")))
+    figures = {
+        line["name"]: line for line in json.loads(place.read_text(encoding="utf-8"))["figures"]
+    }
+    runs = list(
+        dict.fromkeys(name.rsplit(", ", 1)[1] for name in figures if name.startswith("LDS, flat"))
+    )
     lines = ["| curvature | " + " | ".join(f"{run}: LDS | more than flat" for run in runs) + " |"]
     lines.append("|---" * (1 + 2 * len(runs)) + "|")
-    for name in [n for n in figures if n.startswith("LDS, ") and n.endswith(f", {runs[0]}") and "more than" not in n]:
+    for name in [
+        n
+        for n in figures
+        if n.startswith("LDS, ") and n.endswith(f", {runs[0]}") and "more than" not in n
+    ]:
         way = name.removeprefix("LDS, ").removesuffix(f", {runs[0]}")
         cells = []
         for run in runs:
@@ -256,12 +339,19 @@ def lds_table() -> str:
             ends = "{:+.3f} to {:+.3f}".format(*more["interval"]) if more else ""
             cells.append(f"{more['value']:+.3f} ({ends})" if more else "")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    bars = (told_figure(line) for name, line in figures.items() if line["wanted"] and "more than" in name)
+    bars = (
+        told_figure(line)
+        for name, line in figures.items()
+        if line["wanted"] and "more than" in name
+    )
     return "\n".join([*lines, "", *bars])
 
 
 def told_figure(line: dict[str, Any]) -> str:
-    state = {True: f", wanted {line['wanted']}: holds", False: f", wanted {line['wanted']}: **falls short**"}
+    state = {
+        True: f", wanted {line['wanted']}: holds",
+        False: f", wanted {line['wanted']}: **falls short**",
+    }
     return f"- {line['name']}: {line['value']:.3f} {line['unit']}{state.get(line['holds'], '')}"
 
 
@@ -275,14 +365,24 @@ def figures(name: str) -> str:
     for line in result["figures"]:
         ends = "{:.3f} to {:.3f}".format(*line["interval"]) if "interval" in line else ""
         state = {True: "holds", False: "**falls short**", None: ""}[line["holds"]]
-        lines.append(f"| {line['name']} | {line['value']:.3f} {line['unit']} | {ends} | {line['wanted']} | {state} |")
+        lines.append(
+            f"| {line['name']} | {line['value']:.3f} {line['unit']} | {ends} | {line['wanted']} | {state} |"
+        )
     machine = result["machine"]
-    return "\n".join([*lines, "", f"{result['date']}, {machine['cores']} cores ({machine['processor']}), {versions}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['date']}, {machine['cores']} cores ({machine['processor']}), {versions}.",
+        ]
+    )
 
 
 def drawn(chart: Any) -> str:
     """As SVG on white, which a dark page shows, too."""
-    plain = chart.configure(background="white", padding=12, font="sans-serif").configure_axis(grid=False)
+    plain = chart.configure(background="white", padding=12, font="sans-serif").configure_axis(
+        grid=False
+    )
     return str(vl_convert.vegalite_to_svg(plain.to_dict())) + "\n"
 
 
@@ -299,13 +399,22 @@ def cost_plot() -> str:
     }
     found = {line["name"].removeprefix("beside peers: "): line for line in result["figures"]}
     rows = [
-        {"way": title, "forwards": line["value"], "low": line["interval"][0], "high": line["interval"][1]}
+        {
+            "way": title,
+            "forwards": line["value"],
+            "low": line["interval"][0],
+            "high": line["interval"][1],
+        }
         for name, title in ways.items()
         for line in [found[name]]
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(y=alt.Y("way:N", sort=None, title=None))
-    ours = alt.condition("substring(datum.way, 0, 5) == 'PRISM'", alt.value("#0b5394"), alt.value("#9aa5b1"))
-    bars = base.mark_bar(height=16).encode(x=alt.X("forwards:Q", title="forward passes over the pool"), color=ours)
+    ours = alt.condition(
+        "substring(datum.way, 0, 5) == 'PRISM'", alt.value("#0b5394"), alt.value("#9aa5b1")
+    )
+    bars = base.mark_bar(height=16).encode(
+        x=alt.X("forwards:Q", title="forward passes over the pool"), color=ours
+    )
     spread = base.mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
     return drawn((bars + spread).properties(width=420, height=170))
 
@@ -315,11 +424,23 @@ def growth_plot() -> str:
     rows = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))["rows"]
     panels = []
     for of in dict.fromkeys(row["of"] for row in rows):
-        points = alt.Chart(alt.Data(values=[row for row in rows if row["of"] == of])).mark_line(point=True)
+        points = alt.Chart(alt.Data(values=[row for row in rows if row["of"] == of])).mark_line(
+            point=True
+        )
         panels.append(
             points.encode(
-                x=alt.X("size:Q", title=of, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4, format="~s")),
-                y=alt.Y("seconds:Q", title="seconds", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+                x=alt.X(
+                    "size:Q",
+                    title=of,
+                    scale=alt.Scale(type="log"),
+                    axis=alt.Axis(tickCount=4, format="~s"),
+                ),
+                y=alt.Y(
+                    "seconds:Q",
+                    title="seconds",
+                    scale=alt.Scale(type="log"),
+                    axis=alt.Axis(tickCount=4),
+                ),
                 color=alt.value("#0b5394"),
             ).properties(width=150, height=150)
         )

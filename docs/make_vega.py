@@ -9,7 +9,12 @@ PLACE = Path(__file__).parent.parent / "src" / "prism_select" / "report" / "vega
 
 def runtime() -> str:
     """A script that may stand inside an HTML page."""
-    return str(vl_convert.javascript_bundle("window.vegaEmbed=vegaEmbed;")).replace("</script", "<\\/script") + "\n"
+    return (
+        str(vl_convert.javascript_bundle("window.vegaEmbed=vegaEmbed;")).replace(
+            "</script", "<\\/script"
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

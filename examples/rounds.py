@@ -54,7 +54,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.choose(0, given["model"], given["processing_class"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if (
+            self.every
+            and state.global_step % self.every == 0
+            and state.global_step < state.max_steps
+        ):
             self.choose(state.global_step, given["model"], given["processing_class"])
 
     def choose(self, step: int, model: Any, tokenizer: Any) -> None:
@@ -62,7 +66,10 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         model.save_pretrained(place / "checkpoint")
         tokenizer.save_pretrained(place / "checkpoint")
         whole = not hasattr(model, "peft_config")
-        options = self.options | {"model" if whole else "adapter": str(place / "checkpoint"), "out": str(place / "run")}
+        options = self.options | {
+            "model" if whole else "adapter": str(place / "checkpoint"),
+            "out": str(place / "run"),
+        }
         scores = prism_select.select(**options).scores
         each = zip(scores["row"].to_pylist(), scores["verdict"].to_pylist(), strict=True)
         self.chosen.rows = [row for row, verdict in each if verdict == "selected"]
@@ -76,7 +83,9 @@ class RoundsTrainer(SFTTrainer):
         self.rounds = rounds
         super().__init__(**given, callbacks=[rounds])
         if len(self.train_dataset) != len(given["train_dataset"]):
-            raise ValueError("TRL dropped rows of which nothing is left to learn, so their numbers are not the pool's")
+            raise ValueError(
+                "TRL dropped rows of which nothing is left to learn, so their numbers are not the pool's"
+            )
 
     def _get_train_sampler(self, *_: Any) -> Chosen:
         return self.rounds.chosen

@@ -21,10 +21,10 @@ from urllib.request import Request, urlopen
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from prism_select.data.batches import Encoded, Encoder
-from prism_select.data.inputs import Pool
+from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.pool import Pool
 from prism_select.data.records import Example
-from prism_select.errors import BadRow
+from prism_select.run.errors import BadRow
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -35,7 +35,9 @@ def sign(folder: Path, epsilon: float) -> None:
         signed = folder.with_name(folder.name + name)
         shutil.copytree(folder, signed, dirs_exist_ok=True)
         tensors = load_file(folder / WEIGHTS)
-        scaled = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
+        scaled = {
+            key: value * scale if "lora_B" in key else value for key, value in tensors.items()
+        }
         save_file(scaled, signed / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -51,12 +53,22 @@ def rows(pool: str, tokenizer: Any) -> Iterator[tuple[Example, Encoded]]:
 
 def loglik(url: str, model: str, row: Encoded) -> float:
     """Sum of log p over the supervised tokens, in nats; the first token of a row has no probability."""
-    asked = {"model": model, "prompt": list(row.tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    asked = {
+        "model": model,
+        "prompt": list(row.tokens),
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": 0,
+    }
     body = json.dumps(asked).encode()
-    with urlopen(Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})) as answer:
+    with urlopen(
+        Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    ) as answer:
         told = json.load(answer)["choices"][0]["prompt_logprobs"]
     each = zip(row.tokens, row.supervised, told, strict=True)
-    return float(sum(known[str(token)]["logprob"] for token, learned, known in each if learned and known))
+    return float(
+        sum(known[str(token)]["logprob"] for token, learned, known in each if learned and known)
+    )
 
 
 def scores(url: str, model: str, pool: str, epsilon: float) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from prism_select.cli import main
+from prism_select.cli.app import main
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for commands that run apart
 torch.set_num_threads(1)  # tiny models are slower with more
@@ -72,7 +72,9 @@ def build_tokenizer(chat_template: str | None = None, bos: bool = True) -> Any:
             single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
         )
     end = "<|im_end|>" if chat_template else "</s>"
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=end)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token=end
+    )
     tokenizer.chat_template = chat_template
     return tokenizer
 
@@ -106,7 +108,10 @@ def without_memory() -> list[Exception]:
     """What torch raises on a GPU, as it writes it, and what it raises here."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55)
-    return [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."), caught.value]
+    return [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."),
+        caught.value,
+    ]
 
 
 def jsonl(path: Path, rows: Iterable[Row | str | bytes]) -> str:
@@ -122,7 +127,12 @@ def prism(*words: object) -> Outcome:
     """The command, in this process."""
     out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     try:
-        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        with (
+            redirect_stdout(out),
+            redirect_stderr(err),
+            warnings.catch_warnings(),
+            pytest.raises(SystemExit) as ended,
+        ):
             main([str(word) for word in words])
     finally:
         signal.signal(signal.SIGTERM, before)

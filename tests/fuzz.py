@@ -8,13 +8,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-from prism_select.data.inputs import Pool, read_target
+from prism_select.data.pool import Pool
 from prism_select.data.records import Example
-from prism_select.errors import BadRow, PrismError
+from prism_select.data.targets import read_target
+from prism_select.run.errors import BadRow, PrismError
 
 __all__ = ["ENDINGS", "LIMIT", "read_all"]
 
-ENDINGS = ("jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz", "jsonl.zst", "json.zst", "csv.zst")
+ENDINGS = (
+    "jsonl",
+    "json",
+    "csv",
+    "parquet",
+    "jsonl.gz",
+    "json.gz",
+    "csv.gz",
+    "jsonl.zst",
+    "json.zst",
+    "csv.zst",
+)
 LIMIT = 4096  # bytes in a row
 
 
@@ -24,7 +36,9 @@ def read_all(path: Path) -> int:
     try:
         for raw, row in Pool([str(path)], {}, LIMIT).rows():
             count += 1
-            assert isinstance(row, Example | BadRow) and (raw.fields is None) == (raw.problem is not None)
+            assert isinstance(row, Example | BadRow) and (raw.fields is None) == (
+                raw.problem is not None
+            )
             json.dumps(raw.set_aside("why")).encode()
             if isinstance(row, Example):
                 row.text.encode()

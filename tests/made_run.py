@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 from conftest import Row, jsonl
 from safetensors.numpy import save_file
 
-from prism_select.config import RepairConfig, SelectConfig
+from prism_select.run.config import RepairConfig, SelectConfig
 
 PAIRS: list[Row] = [
-    {"prompt": f"Question {place}?", "chosen": f"Right {place}.", "rejected": f"Wrong {place}."} for place in range(12)
+    {"prompt": f"Question {place}?", "chosen": f"Right {place}.", "rejected": f"Wrong {place}."}
+    for place in range(12)
 ]
 TARGET = {
     "pairs": 12,
@@ -35,7 +36,11 @@ TARGET = {
     "dominant_pairs": [{"pair": 1, "share": 0.2}],
 }
 CONTROLS = [
-    {"name": name, "holds": True, "words": f"{name} holds: rank correlation 1.00, wanted 0.90 or more"}
+    {
+        "name": name,
+        "holds": True,
+        "words": f"{name} holds: rank correlation 1.00, wanted 0.90 or more",
+    }
     for name in ("scored again", "length")
 ]
 EVALUATION: dict[str, Any] = {
@@ -52,7 +57,11 @@ EVALUATION: dict[str, Any] = {
             "win_rate": 0.8,
             "accuracy": 0.8,
             "loglik_chosen": -0.4,
-            **({} if name == "none" else {"rows": [6, 6], "predicted": [gain, gain + 0.01], "realised": [0.1, 0.2]}),
+            **(
+                {}
+                if name == "none"
+                else {"rows": [6, 6], "predicted": [gain, gain + 0.01], "realised": [0.1, 0.2]}
+            ),
         }
         for name, gain in {"none": 0.8, "prism": 0.95, "random": 0.85}.items()
     },
@@ -72,10 +81,15 @@ EVALUATION: dict[str, Any] = {
 }
 
 
-def write_run(folder: Path, rows: Sequence[Row], scores: Sequence[float], command: str = "select", **more: Any) -> Path:
+def write_run(
+    folder: Path, rows: Sequence[Row], scores: Sequence[float], command: str = "select", **more: Any
+) -> Path:
     """A complete run that took the best third of `rows`; `more` are columns of scores.parquet beside the usual ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    pool, target = jsonl(folder.parent / "pool.jsonl", rows), jsonl(folder.parent / "pairs.jsonl", PAIRS)
+    pool, target = (
+        jsonl(folder.parent / "pool.jsonl", rows),
+        jsonl(folder.parent / "pairs.jsonl", PAIRS),
+    )
     values = np.array(scores, dtype=np.float64)
     order = np.argsort(-values, kind="stable")
     taken = np.zeros(len(rows), dtype=bool)
@@ -103,19 +117,34 @@ def write_run(folder: Path, rows: Sequence[Row], scores: Sequence[float], comman
     pq.write_table(pa.table(table), folder / "scores.parquet", row_group_size=50)
     shared = {"model": "m", "pool": pool, "target": target, "out": str(folder)}
     config = SelectConfig(**shared) if command == "select" else RepairConfig(**shared)  # type: ignore[arg-type]
-    write_rest(folder, manifest_of(config, {names[0]: int(taken.sum()), names[1]: int((~taken).sum())}, count))
+    write_rest(
+        folder,
+        manifest_of(config, {names[0]: int(taken.sum()), names[1]: int((~taken).sum())}, count),
+    )
     return folder
 
 
-def manifest_of(config: SelectConfig | RepairConfig, verdicts: Mapping[str, int], count: int) -> dict[str, Any]:
+def manifest_of(
+    config: SelectConfig | RepairConfig, verdicts: Mapping[str, int], count: int
+) -> dict[str, Any]:
     return {
         "prism_version": "0.1.0",
         "versions": {"python": "3.11"},
         "command": config.command,
         "config": {name: value for name, value in vars(config).items()},
         "fingerprints": {"pool": "p", "target": "t", "model": "m"},
-        "model": {"architecture": "Tiny", "device": "cpu", "template": "plain", "counted_weights": ["a", "b"]},
-        "score": {"definition": "d", "sign": "s", "unit": "u", "swapped": config.command == "repair"},
+        "model": {
+            "architecture": "Tiny",
+            "device": "cpu",
+            "template": "plain",
+            "counted_weights": ["a", "b"],
+        },
+        "score": {
+            "definition": "d",
+            "sign": "s",
+            "unit": "u",
+            "swapped": config.command == "repair",
+        },
         "target": TARGET,
         "curvature": {"name": "flat"},
         "engine": {
@@ -162,7 +191,14 @@ def write_evaluation(folder: Path, **changed: Any) -> None:
     place.mkdir(exist_ok=True)
     (place / "evaluation.json").write_text(json.dumps({**EVALUATION, **changed}))
     points = [
-        {"method": method, "seed": seed, "step": step, "loss": 1.0, "gain": 0.8 + step / 300, "gap": 0.1}
+        {
+            "method": method,
+            "seed": seed,
+            "step": step,
+            "loss": 1.0,
+            "gain": 0.8 + step / 300,
+            "gap": 0.1,
+        }
         for method in ("prism", "random")
         for seed in (0, 1)
         for step in (0, 15, 30)

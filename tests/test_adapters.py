@@ -16,18 +16,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_engines import SMALL, V, network_of, target_of
 from tiny import Tiny, batch_of, pairs_of
 
-from prism_select.adapters import load_adapter, save_adapter
-from prism_select.check import disagreement
-from prism_select.core.direction import norm
+from prism_select.core.check import disagreement
 from prism_select.core.engines import difference, forward, reference, reverse
 from prism_select.core.layers import Direction
 from prism_select.core.likelihood import mean_logliks
-from prism_select.errors import BadModel, BadOption, PrismError, UnknownLayers
-from prism_select.lowrank import matrices, truncated
-from prism_select.models import CausalLM
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import norm
+from prism_select.directions.lora import save_adapter
+from prism_select.directions.low_rank import matrices, truncated
+from prism_select.models.adapters import load_adapter
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
+from prism_select.run.errors import BadModel, BadOption, PrismError, UnknownLayers
 
-ONE = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+ONE = LoraConfig(
+    r=3, lora_alpha=6, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"
+)
 
 
 def copy_of(name: str) -> CausalLM:
@@ -71,7 +74,9 @@ def scaled(adapted: Any, scale: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "gemma3"])
-def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(name: str, tmp_path: Path) -> None:
+def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(
+    name: str, tmp_path: Path
+) -> None:
     model, rank = copy_of(name), 4
     direction = direction_of(model)
     shares = save_adapter(model.network, direction, rank, tmp_path)
@@ -87,10 +92,16 @@ def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(
             assert (gain(here) - before) == pytest.approx(sign * eps * length, rel=0.1)
     with scaled(adapted, 1.0):
         merged: Any = adapted.merge_and_unload()
-    moved = {n: w - model.network.get_parameter(n) for n, w in merged.named_parameters() if n in kept}
+    moved = {
+        n: w - model.network.get_parameter(n) for n, w in merged.named_parameters() if n in kept
+    }
     for n, (left, right) in kept.items():
         assert torch.allclose(moved[n], left @ right / length, atol=1e-6), n
-    assert all(torch.equal(w, model.network.get_parameter(n)) for n, w in merged.named_parameters() if n not in kept)
+    assert all(
+        torch.equal(w, model.network.get_parameter(n))
+        for n, w in merged.named_parameters()
+        if n not in kept
+    )
 
 
 def test_a_rank_above_a_matrixs_own_exports_all_of_it(tmp_path: Path) -> None:
@@ -105,7 +116,9 @@ def test_a_rank_above_a_matrixs_own_exports_all_of_it(tmp_path: Path) -> None:
     load_adapter(model.network, tmp_path, merge=True)
 
 
-def test_a_direction_without_matrices_and_a_model_with_an_adapter_export_nothing(tmp_path: Path) -> None:
+def test_a_direction_without_matrices_and_a_model_with_an_adapter_export_nothing(
+    tmp_path: Path,
+) -> None:
     model = copy_of("llama")
     norms = {n: torch.ones_like(w) for n, w in select_weights(model.network, "norm").items()}
     with pytest.raises(BadOption, match="no matrix counts that LoRA could move"):
@@ -117,7 +130,9 @@ def test_a_direction_without_matrices_and_a_model_with_an_adapter_export_nothing
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_an_adapter_apart_and_one_merged_are_the_same_model_and_frozen(name: str, tmp_path: Path) -> None:
+def test_an_adapter_apart_and_one_merged_are_the_same_model_and_frozen(
+    name: str, tmp_path: Path
+) -> None:
     folder, batch = trained(tmp_path, name), batch_of(6, 16, vocabulary=V)
     plain, stock = copy_of(name), PeftModel.from_pretrained(copy_of(name).network, tmp_path)
     merged, apart = (load_adapter(copy_of(name).network, folder, merge) for merge in (True, False))
@@ -138,13 +153,17 @@ def test_an_adapter_apart_has_the_models_dtype(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_engines_agree_on_the_adapter_and_with_a_loop_of_autograd(name: str, wrapped: bool, tmp_path: Path) -> None:
+def test_engines_agree_on_the_adapter_and_with_a_loop_of_autograd(
+    name: str, wrapped: bool, tmp_path: Path
+) -> None:
     folder, batch = trained(tmp_path, name), batch_of(12, 16, seed=9, vocabulary=V)
     network = copy_of(name).network
     stock = CausalLM(PeftModel.from_pretrained(deepcopy(network), folder))
     model = stock if wrapped else load_adapter(network, folder, merge=False)
     weights = select_weights(model.network, "adapter")
-    assert weights.keys() == {n for n, _ in model.network.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    assert weights.keys() == {
+        n for n, _ in model.network.named_parameters() if ".lora_A." in n or ".lora_B." in n
+    }
     target = target_of(model, weights)
     directions = [target.direction, target.chosen]
     exact = reference(model, weights, directions)(batch).values
@@ -159,12 +178,18 @@ def test_engines_agree_on_the_adapter_and_with_a_loop_of_autograd(name: str, wra
         counted = one.supervised[one.real][1:]
         loglik = logits[counted].gather(1, one.tokens[one.real][1:][counted][:, None]).sum()
         grads = torch.autograd.grad(loglik, list(weights.values()))
-        score = sum(float((g * target.direction[n]).sum()) for n, g in zip(weights, grads, strict=True))
-        assert score == pytest.approx(float(exact[row, 0]), rel=1e-3, abs=1e-4 * float(exact.abs().max()))
+        score = sum(
+            float((g * target.direction[n]).sum()) for n, g in zip(weights, grads, strict=True)
+        )
+        assert score == pytest.approx(
+            float(exact[row, 0]), rel=1e-3, abs=1e-4 * float(exact.abs().max())
+        )
 
 
 def test_whole_modules_that_an_adapter_saves_count_with_it(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     model = load_adapter(copy_of("llama").network, trained(tmp_path, config=config), merge=False)
     weights, batch = select_weights(model.network, "adapter"), batch_of(5, 16, vocabulary=V)
     assert len(weights) == 4 * 2 + 1 and "lm_head.modules_to_save.default.weight" in weights
@@ -174,7 +199,9 @@ def test_whole_modules_that_an_adapter_saves_count_with_it(tmp_path: Path) -> No
 
 
 def test_no_adapter_no_adapter_weights() -> None:
-    with pytest.raises(UnknownLayers, match=r"--layers adapter: no weight matches; .* where --adapter puts it"):
+    with pytest.raises(
+        UnknownLayers, match=r"--layers adapter: no weight matches; .* where --adapter puts it"
+    ):
         select_weights(Tiny().network, "adapter")
 
 
@@ -190,7 +217,11 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_line(tmp_path: Path) -> N
     refused(tmp_path / "none", BadOption, "no such folder")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     whole, words = weights.read_bytes(), config.read_text()
-    for text, why in (("{", "cannot be read"), ("[]", "cannot be read"), ('{"peft_type": "IA3"}', "it is IA3")):
+    for text, why in (
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"peft_type": "IA3"}', "it is IA3"),
+    ):
         config.write_text(text)
         refused(folder, BadModel, why)
     config.unlink()
@@ -210,7 +241,9 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     narrow = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 16}))
     refused(folder, BadModel, "size mismatch", narrow)
     for layers in ([0, 1], [0, 1, 2, 3]):  # more layers in the model, then in the adapter
-        config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=layers, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=2, target_modules=["q_proj"], layers_to_transform=layers, task_type="CAUSAL_LM"
+        )
         some = trained(tmp_path / f"layers{len(layers)}", config=config)
         words = json.loads((some / "adapter_config.json").read_text())
         words["layers_to_transform"] = [0, 1, 2]

@@ -18,12 +18,17 @@ import transformers
 from conftest import Outcome, Row, jsonl, prism, prism_apart
 from safetensors.torch import load_file, save_file
 
-from prism_select import pipeline
-from prism_select.config import RepairConfig, ScoreConfig, SelectConfig
-from prism_select.errors import PrismError
+from prism_select.commands import pipeline
+from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.errors import PrismError
+from prism_select.scoring import shards
 
 GOOD: list[Row] = [
-    {"prompt": f"Question {place}?", "completion": f"Answer {place}" + ", please" * (place % 3), "bad": place % 2 == 0}
+    {
+        "prompt": f"Question {place}?",
+        "completion": f"Answer {place}" + ", please" * (place % 3),
+        "bad": place % 2 == 0,
+    }
     for place in range(10)
 ]
 PAIRS: list[Row] = [
@@ -48,10 +53,23 @@ class Desk:
     def pool(self, lines: Iterable[Line], name: str = "pool.jsonl") -> str:
         return jsonl(self.folder / name, lines)
 
-    def call(self, *more: object, command: str = "score", pool: str = "", target: str = "") -> Outcome:
+    def call(
+        self, *more: object, command: str = "score", pool: str = "", target: str = ""
+    ) -> Outcome:
         pool = pool or self.pool(GOOD)
         target = target or jsonl(self.folder / "pairs.jsonl", PAIRS)
-        return prism(command, "--model", self.model, "--pool", pool, "--target", target, "--out", self.out, *more)
+        return prism(
+            command,
+            "--model",
+            self.model,
+            "--pool",
+            pool,
+            "--target",
+            target,
+            "--out",
+            self.out,
+            *more,
+        )
 
     def refuses(self, says: str, *more: object, **named: Any) -> str:
         return refused(self.call(*more, **named), says, self.out)
@@ -60,7 +78,9 @@ class Desk:
 def refused(done: Outcome, says: str, out: Path | None) -> str:
     """The one line, which holds `says` and leads nowhere but out; nothing was written."""
     assert done.code == 2, done
-    assert done.err.startswith("prism: ") and done.err.endswith("\n") and done.err.count("\n") == 1, done.err
+    assert (
+        done.err.startswith("prism: ") and done.err.endswith("\n") and done.err.count("\n") == 1
+    ), done.err
     assert says in done.err, done.err
     assert "Traceback" not in done.err + done.out
     assert out is None or not out.exists() or not any(out.iterdir())
@@ -89,8 +109,14 @@ BAD_ROWS: dict[str, tuple[Line, str]] = {
         "completion: a number where text or a list of messages was expected",
     ),
     "null": ({"prompt": "a", "completion": None}, "completion: null where"),
-    "list of texts": ({"prompt": ["a"], "completion": "b"}, "prompt[0]: text where a message was expected"),
-    "unknown role": ({"prompt": [{"role": "cat", "content": "a"}], "completion": "b"}, "prompt[0]: unknown role 'cat'"),
+    "list of texts": (
+        {"prompt": ["a"], "completion": "b"},
+        "prompt[0]: text where a message was expected",
+    ),
+    "unknown role": (
+        {"prompt": [{"role": "cat", "content": "a"}], "completion": "b"},
+        "prompt[0]: unknown role 'cat'",
+    ),
     "missing field": ({"prompt": "a"}, "missing field: completion"),
     "other fields": ({"x": 1}, "missing field"),
     "empty completion": ({"prompt": "a", "completion": ""}, "empty completion"),
@@ -101,9 +127,15 @@ BAD_ROWS: dict[str, tuple[Line, str]] = {
     ),
     "too long": ({"prompt": LONG, "completion": "b"}, "nothing supervised is left of"),
     "invalid UTF-8": (b'{"prompt": "a", "completion": "\xff"}', "invalid UTF-8 at byte 32"),
-    "lone surrogate": ('{"prompt": "a", "completion": "\\ud800"}', "completion: not valid text: lone surrogate"),
+    "lone surrogate": (
+        '{"prompt": "a", "completion": "\\ud800"}',
+        "completion: not valid text: lone surrogate",
+    ),
     "duplicate id": ({"prompt": "a", "completion": "b", "id": "one"}, "duplicate id 'one'"),
-    "list for id": ({"prompt": "a", "completion": "b", "id": [1]}, "id: a list where text was expected"),
+    "list for id": (
+        {"prompt": "a", "completion": "b", "id": [1]},
+        "id: a list where text was expected",
+    ),
 }
 NAMED: Row = {**GOOD[0], "id": "one"}
 
@@ -113,32 +145,60 @@ def test_a_bad_row_stops_a_small_pool_with_file_line_and_reason(desk: Desk, name
     line, reason = BAD_ROWS[name]
     pool = desk.pool([NAMED, *GOOD[1:5], line, *GOOD[5:]])
     said = desk.refuses(f"{pool}:6: {reason}", "--max-length", "150", pool=pool)
-    assert "the first of 1 bad rows found among 11, and --max-bad allows 1%" in said and "with --max-bad 10%" in said
+    assert (
+        "the first of 1 bad rows found among 11, and --max-bad allows 1%" in said
+        and "with --max-bad 10%" in said
+    )
     said = desk.refuses(
-        f"{pool}:6: {reason}", "--max-length", "150", "--bad-rows", "stop", "--max-bad", "90%", pool=pool
+        f"{pool}:6: {reason}",
+        "--max-length",
+        "150",
+        "--bad-rows",
+        "stop",
+        "--max-bad",
+        "90%",
+        pool=pool,
     )
     assert "--max-bad" not in said and said.count(";") >= 1
 
 
-def test_bad_rows_within_the_limit_are_set_aside_with_their_reasons_and_all_others_are_scored(desk: Desk) -> None:
+def test_bad_rows_within_the_limit_are_set_aside_with_their_reasons_and_all_others_are_scored(
+    desk: Desk,
+) -> None:
     lines: list[Line] = [NAMED]
     for row, (line, _) in zip(GOOD[1:] * 2, BAD_ROWS.values(), strict=True):
         lines += [line, {**row}]
     pool = desk.pool(lines)
     done = desk.call("--max-bad", "50%", "--max-length", "150", pool=pool)
     assert done.code == 0 and done.err == ""
-    quarantine = [json.loads(line) for line in (desk.out / "quarantine.jsonl").read_text().splitlines()]
-    assert [(row["file"], row["line"]) for row in quarantine] == [(pool, line) for line in range(2, 38, 2)]
+    quarantine = [
+        json.loads(line) for line in (desk.out / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert [(row["file"], row["line"]) for row in quarantine] == [
+        (pool, line) for line in range(2, 38, 2)
+    ]
     for row, (line, reason) in zip(quarantine, BAD_ROWS.values(), strict=True):
-        assert row.keys() == {"file", "line", "reason", "raw"} and row["reason"].startswith(reason.partition(":")[0])
+        assert row.keys() == {"file", "line", "reason", "raw"} and row["reason"].startswith(
+            reason.partition(":")[0]
+        )
         assert reason in row["reason"] and pool not in row["reason"]
-        raw = line if isinstance(line, str) else json.dumps(line) if isinstance(line, dict) else "\\xff"
+        raw = (
+            line
+            if isinstance(line, str)
+            else json.dumps(line)
+            if isinstance(line, dict)
+            else "\\xff"
+        )
         assert raw in row["raw"]
     found = scores(desk.out)
     assert found["verdict"] == ["scored", *["quarantined", "scored"] * 18]
     assert [score is None for score in found["score"]] == [False, *[True, False] * 18]
     told = json.loads((desk.out / "manifest.json").read_text())
-    assert told["counts"]["read"] == 37 and told["counts"]["quarantined"] == 18 and told["counts"]["scored"] == 19
+    assert (
+        told["counts"]["read"] == 37
+        and told["counts"]["quarantined"] == 18
+        and told["counts"]["scored"] == 19
+    )
     assert "37 rows, 18 quarantined" in done.out
     clean = Desk(desk.folder / "clean", desk.model)
     clean.folder.mkdir()
@@ -147,9 +207,16 @@ def test_bad_rows_within_the_limit_are_set_aside_with_their_reasons_and_all_othe
     assert np.allclose(ours, scores(clean.out)["score"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bad", "allowed", "code"), [(29, "29%", 0), (30, "29%", 2), (1, "0%", 2), (0, "0%", 0)])
-def test_the_limit_of_bad_rows_is_kept_to_the_row(desk: Desk, bad: int, allowed: str, code: int) -> None:
-    lines: list[Line] = [*[{"prompt": "a"}] * bad, *[GOOD[place % 10] for place in range(100 - bad)]]
+@pytest.mark.parametrize(
+    ("bad", "allowed", "code"), [(29, "29%", 0), (30, "29%", 2), (1, "0%", 2), (0, "0%", 0)]
+)
+def test_the_limit_of_bad_rows_is_kept_to_the_row(
+    desk: Desk, bad: int, allowed: str, code: int
+) -> None:
+    lines: list[Line] = [
+        *[{"prompt": "a"}] * bad,
+        *[GOOD[place % 10] for place in range(100 - bad)],
+    ]
     pool = desk.pool(sorted(lines, key=len, reverse=True))
     assert desk.call("--max-bad", allowed, "--dry-run", pool=pool).code == code
 
@@ -157,14 +224,23 @@ def test_the_limit_of_bad_rows_is_kept_to_the_row(desk: Desk, bad: int, allowed:
 def test_bad_rows_that_show_late_stop_the_run_at_once_and_it_may_go_on_with_more_allowed(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "WINDOW", 20)
-    monkeypatch.setattr("prism_select.data.inputs.SAMPLE", 5)  # the sample does not show them
+    monkeypatch.setattr(shards, "WINDOW", 20)
+    monkeypatch.setattr("prism_select.data.pool.SAMPLE", 5)  # the sample does not show them
     pool = desk.pool([*GOOD * 4, *[{"prompt": LONG, "completion": "b"}] * 4, *GOOD * 5])
     words = ["--max-length", "150", "--seed", "3"]
     done = desk.call(*words, pool=pool)
-    assert done.code == 2 and f"{pool}:41: nothing supervised is left" in done.err and done.err.count("\n") == 1
-    assert sorted(path.name[:9] for path in (desk.out / "shards").iterdir()) == [f"{k:08d}-" for k in range(3)]
-    assert not any((desk.out / name).exists() for name in ("scores.parquet", "manifest.json", "quarantine.jsonl"))
+    assert (
+        done.code == 2
+        and f"{pool}:41: nothing supervised is left" in done.err
+        and done.err.count("\n") == 1
+    )
+    assert sorted(path.name[:9] for path in (desk.out / "shards").iterdir()) == [
+        f"{k:08d}-" for k in range(3)
+    ]
+    assert not any(
+        (desk.out / name).exists()
+        for name in ("scores.parquet", "manifest.json", "quarantine.jsonl")
+    )
     done = desk.call(*words, "--max-bad", "5%", pool=pool)
     assert done.code == 0 and "3 shards of 20 rows are there already" in done.out
     assert Counter(scores(desk.out)["verdict"]) == {"scored": 90, "quarantined": 4}
@@ -184,7 +260,9 @@ def test_a_pool_without_one_good_row_is_refused_whatever_is_allowed(desk: Desk) 
     said = desk.refuses(f"{pool}:1: no known format", "--max-bad", "100%", pool=pool)
     assert "none of the pool's 2 rows is usable" in said and "prompt+completion" in said
     pool = desk.pool([{"prompt": LONG, "completion": "b"}] * 2)
-    desk.refuses(f"{pool}:1: nothing supervised is left", "--max-bad", "100%", "--max-length", "9", pool=pool)
+    desk.refuses(
+        f"{pool}:1: nothing supervised is left", "--max-bad", "100%", "--max-length", "9", pool=pool
+    )
 
 
 def test_formats_without_lines_name_the_row(desk: Desk) -> None:
@@ -206,8 +284,14 @@ BAD_PAIRS: dict[str, tuple[Line, str]] = {
     "missing prompt": ({"chosen": "b", "rejected": "c"}, "missing field: prompt"),
     "empty rejected": ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty rejected"),
     "equal": ({"prompt": "a", "chosen": "b", "rejected": "b "}, "chosen is equal to rejected"),
-    "equal when cut": ({"prompt": "a", "chosen": LONG + "b", "rejected": LONG + "c"}, "the same tokens"),
-    "nothing left": ({"prompt": LONG, "chosen": "b", "rejected": "c"}, "nothing supervised is left of"),
+    "equal when cut": (
+        {"prompt": "a", "chosen": LONG + "b", "rejected": LONG + "c"},
+        "the same tokens",
+    ),
+    "nothing left": (
+        {"prompt": LONG, "chosen": "b", "rejected": "c"},
+        "nothing supervised is left of",
+    ),
     "invalid UTF-8": (b'{"prompt": "a", "chosen": "b", "rejected": "\xff"}', "invalid UTF-8"),
     "lone surrogate": ('{"prompt": "a", "chosen": "b", "rejected": "\\udc00"}', "lone surrogate"),
 }
@@ -224,7 +308,10 @@ def test_a_bad_pair_always_stops_with_file_line_and_reason(desk: Desk, name: str
 
 def test_an_empty_target_is_refused(desk: Desk) -> None:
     target = jsonl(desk.folder / "none.jsonl", [])
-    desk.refuses(f"{target}: the target has no pairs; give rows with prompt, chosen and rejected", target=target)
+    desk.refuses(
+        f"{target}: the target has no pairs; give rows with prompt, chosen and rejected",
+        target=target,
+    )
 
 
 def test_a_pool_given_as_target_is_refused_with_the_formats_that_are_known(desk: Desk) -> None:
@@ -249,7 +336,11 @@ def test_a_mapped_column_that_is_not_there_is_named_with_one_that_is_near(desk: 
 
 def test_a_model_that_is_not_there_is_told_before_the_pool_is_read(desk: Desk) -> None:
     words = ["--pool", desk.pool(["{"]), "--target", "t.jsonl", "--out", desk.out]
-    refused(prism("score", "--model", "/no/where", *words), "--model /no/where: no such folder", desk.out)
+    refused(
+        prism("score", "--model", "/no/where", *words),
+        "--model /no/where: no such folder",
+        desk.out,
+    )
 
 
 # ---------------------------------------------------------------- files
@@ -269,7 +360,10 @@ def test_files_that_are_missing_or_of_another_kind_are_refused(desk: Desk, role:
     (desk.folder / "wide.jsonl").write_bytes('{"prompt": "a"}'.encode("utf-16"))
     desk.refuses("absent.jsonl: no such file or folder", **given("absent.jsonl"))
     desk.refuses("*.jsonlx: no such file or folder", **given("*.jsonlx"))
-    desk.refuses("notes.txt: no file here has an ending that can be read; supported are .jsonl", **given("notes.txt"))
+    desk.refuses(
+        "notes.txt: no file here has an ending that can be read; supported are .jsonl",
+        **given("notes.txt"),
+    )
     desk.refuses("empty: no file here has an ending that can be read", **given("empty"))
     desk.refuses("x.jsonl.gz: cannot be read", **given("x.jsonl.gz"))
     desk.refuses("x.parquet: cannot be read", **given("x.parquet"))
@@ -285,18 +379,43 @@ def test_a_direction_that_is_none_is_refused(desk: Desk, content: bytes | None, 
     file = desk.folder / "direction.safetensors"
     if content is not None:
         file.write_bytes(content)
-    words = ["--model", desk.model, "--pool", desk.pool(GOOD), "--out", desk.out, "--direction", file]
+    words = [
+        "--model",
+        desk.model,
+        "--pool",
+        desk.pool(GOOD),
+        "--out",
+        desk.out,
+        "--direction",
+        file,
+    ]
     refused(prism("score", *words), f"{file}: {says}", desk.out)
 
 
-def test_a_direction_of_another_model_or_towards_the_other_answers_is_refused(desk: Desk, chat_model: Path) -> None:
+def test_a_direction_of_another_model_or_towards_the_other_answers_is_refused(
+    desk: Desk, chat_model: Path
+) -> None:
     assert desk.call().code == 0
     saved = desk.out / "direction.safetensors"
     other = desk.folder / "other.safetensors"
     save_file({name: value[:1].clone() for name, value in load_file(saved).items()}, other)
-    words = ["--model", desk.model, "--pool", desk.pool(GOOD), "--out", desk.folder / "new", "--direction"]
-    refused(prism("score", *words, other), "does not fit this model; use its own model", desk.folder / "new")
-    said = refused(prism("repair", *words, saved), "it points towards the chosen answers", desk.folder / "new")
+    words = [
+        "--model",
+        desk.model,
+        "--pool",
+        desk.pool(GOOD),
+        "--out",
+        desk.folder / "new",
+        "--direction",
+    ]
+    refused(
+        prism("score", *words, other),
+        "does not fit this model; use its own model",
+        desk.folder / "new",
+    )
+    said = refused(
+        prism("repair", *words, saved), "it points towards the chosen answers", desk.folder / "new"
+    )
     assert "repair takes the direction of a repair run" in said
 
 
@@ -330,7 +449,10 @@ def test_an_unknown_value_is_refused_with_those_that_are_known(
 ) -> None:
     flag = f"--{name.replace('_', '-')}"
     desk.refuses(
-        f"{flag} nothing: unknown; try one of {', '.join(filter(None, known))}", flag, "nothing", command=command
+        f"{flag} nothing: unknown; try one of {', '.join(filter(None, known))}",
+        flag,
+        "nothing",
+        command=command,
     )
 
 
@@ -345,22 +467,40 @@ def test_an_unknown_value_is_refused_with_those_that_are_known(
         (("--max-bad", "5"), "--max-bad 5: not a share; try 1%"),
         (("--max-bad", "101%"), "--max-bad 101%: not a share; try 1%"),
         (("--max-bad", "-1%"), "--max-bad -1%: not a share; try 1%"),
-        (("--fields", "prompt"), "--fields prompt: 'prompt' is not NAME=COLUMN; write prompt=question"),
+        (
+            ("--fields", "prompt"),
+            "--fields prompt: 'prompt' is not NAME=COLUMN; write prompt=question",
+        ),
         (("--fields", "prompt=a,prompt=a"), "prompt=a is given twice; keep one"),
-        (("--fields", "id=nowhere"), "--fields id=nowhere: no row of pool or target has such a column"),
+        (
+            ("--fields", "id=nowhere"),
+            "--fields id=nowhere: no row of pool or target has such a column",
+        ),
         (("--fields", "promt=question"), "'promt' is no field of a format; known are"),
-        (("--layers", "["), "--layers [: no weight matches; this model has 39 weights, for example model.embed"),
+        (
+            ("--layers", "["),
+            "--layers [: no weight matches; this model has 39 weights, for example model.embed",
+        ),
         (("--layers", "last:0"), "--layers last:0: no weight matches"),
         (("--layers", "vision"), "try all, late, last:N or another regular expression"),
         (("--device", "toaster"), "--device toaster: "),
         (("--device", "meta"), "--device meta: "),
-        (("--template", "chat"), "--template chat: the tokenizer has no chat template; try --template plain"),
-        (("--engine", "difference", "--dtype", "bfloat16"), "needs float32 or better, not bfloat16; try --dtype"),
+        (
+            ("--template", "chat"),
+            "--template chat: the tokenizer has no chat template; try --template plain",
+        ),
+        (
+            ("--engine", "difference", "--dtype", "bfloat16"),
+            "needs float32 or better, not bfloat16; try --dtype",
+        ),
         (("--colour", "red"), "No such option '--colour'"),
         (("--wieghting", "prism"), "--weighting"),
         (("extra",), "unexpected extra argument"),
         (("--config",), "'--config' requires an argument"),
-        (("--direction", "x.safetensors"), "give either --target PAIRS or --direction FILE, not both"),
+        (
+            ("--direction", "x.safetensors"),
+            "give either --target PAIRS or --direction FILE, not both",
+        ),
         (("--budget", "5%"), "No such option '--budget'"),
     ],
     ids=" ".join,
@@ -369,7 +509,9 @@ def test_a_wrong_option_is_refused(desk: Desk, words: tuple[str, ...], says: str
     desk.refuses(says, *words)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0%", "101%", "-5", "5.5", "half", "5tokens", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0%", "101%", "-5", "5.5", "half", "5tokens", "9" * 5000]
+)
 def test_an_amount_that_is_none_is_refused(desk: Desk, text: str) -> None:
     for command, flag in (("select", "--budget"), ("repair", "--remove")):
         says = "not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
@@ -383,7 +525,10 @@ def test_an_amount_that_is_none_is_refused(desk: Desk, text: str) -> None:
         (("--near-duplicates", "2"), "--near-duplicates 2.0: not between 0 and 1; try 0.8"),
         (("--near-duplicates", "nan"), "--near-duplicates nan: not between 0 and 1; try 0.8"),
         (("--near-duplicates", "80%"), "'80%' is not a valid float"),
-        (("--select-from", "x"), "--select-from takes scores as they are: leave out --model, --pool, --target"),
+        (
+            ("--select-from", "x"),
+            "--select-from takes scores as they are: leave out --model, --pool, --target",
+        ),
     ],
     ids=" ".join,
 )
@@ -393,8 +538,15 @@ def test_a_wrong_option_of_select_is_refused(desk: Desk, words: tuple[str, ...],
 
 @pytest.mark.parametrize(("command", "flag"), [("select", "--budget"), ("repair", "--remove")])
 def test_a_budget_larger_than_the_pool_is_refused(desk: Desk, command: str, flag: str) -> None:
-    desk.refuses(f"{flag} 11 rows: more than the pool's 10 rows; ask for less, or 100%", flag, "11", command=command)
-    said = desk.refuses(f"{flag} 100000 tokens: more than the pool's ", flag, "100000tok", command=command)
+    desk.refuses(
+        f"{flag} 11 rows: more than the pool's 10 rows; ask for less, or 100%",
+        flag,
+        "11",
+        command=command,
+    )
+    said = desk.refuses(
+        f"{flag} 100000 tokens: more than the pool's ", flag, "100000tok", command=command
+    )
     there = int(said.split("the pool's ")[1].split()[0])
     desk.refuses(f"{flag} {there + 1} tokens: more than", flag, f"{there + 1}tok", command=command)
     assert desk.call(flag, f"{there}tok", "--dry-run", command=command).code == 0
@@ -406,9 +558,18 @@ def test_a_budget_larger_than_the_pool_is_refused(desk: Desk, command: str, flag
 
 @pytest.mark.parametrize("missing", ["--model", "--pool", "--out"])
 def test_a_missing_option_is_named(desk: Desk, missing: str) -> None:
-    given = {"--model": str(desk.model), "--pool": desk.pool(GOOD), "--target": "t.jsonl", "--out": str(desk.out)}
+    given = {
+        "--model": str(desk.model),
+        "--pool": desk.pool(GOOD),
+        "--target": "t.jsonl",
+        "--out": str(desk.out),
+    }
     words = [word for name, value in given.items() if name != missing for word in (name, value)]
-    refused(prism("score", *words), f"{missing} is missing; prism score --help shows what a run needs", desk.out)
+    refused(
+        prism("score", *words),
+        f"{missing} is missing; prism score --help shows what a run needs",
+        desk.out,
+    )
     words = [word for name, value in given.items() if name != "--target" for word in (name, value)]
     refused(prism("score", *words), "give either --target PAIRS or --direction FILE", desk.out)
 
@@ -422,15 +583,26 @@ def test_an_unknown_command_is_refused_and_none_shows_the_help() -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([*GOOD, {**GOOD[0], "bad": "perhaps"}], "pool.jsonl:11 has 'perhaps', neither true nor false"),
+        (
+            [*GOOD, {**GOOD[0], "bad": "perhaps"}],
+            "pool.jsonl:11 has 'perhaps', neither true nor false",
+        ),
         ([*GOOD, {**GOOD[0], "bad": [1]}], "pool.jsonl:11 has [1], neither true nor false"),
-        ([{**row, "bad": 7} for row in GOOD], "pool.jsonl:1 has 7, neither true nor false; use true/false"),
-        ([{k: v for k, v in row.items() if k != "bad"} for row in GOOD], "no row of the pool has such a label"),
+        (
+            [{**row, "bad": 7} for row in GOOD],
+            "pool.jsonl:1 has 7, neither true nor false; use true/false",
+        ),
+        (
+            [{k: v for k, v in row.items() if k != "bad"} for row in GOOD],
+            "no row of the pool has such a label",
+        ),
         ([{**row, "bad": None} for row in GOOD], "no row of the pool has such a label"),
     ],
     ids=["late", "list", "number", "none", "empty"],
 )
-def test_labels_that_are_none_are_refused_before_anything_is_scored(desk: Desk, rows: list[Row], says: str) -> None:
+def test_labels_that_are_none_are_refused_before_anything_is_scored(
+    desk: Desk, rows: list[Row], says: str
+) -> None:
     desk.refuses(f"--label-field bad: {says}".replace("bad: pool", f"bad: {desk.folder}/pool"), "--label-field", "bad",
                  command="repair", pool=desk.pool(rows))  # fmt: skip
 
@@ -452,7 +624,18 @@ def test_labels_that_are_none_are_refused_before_anything_is_scored(desk: Desk, 
         (b"model = '\xff'\n", "it must be a TOML file"),
         (None, "No such file or directory"),
     ],
-    ids=["unknown", "of another command", "broken", "text", "number", "yes", "value", "share", "bytes", "absent"],
+    ids=[
+        "unknown",
+        "of another command",
+        "broken",
+        "text",
+        "number",
+        "yes",
+        "value",
+        "share",
+        "bytes",
+        "absent",
+    ],
 )
 def test_a_wrong_config_file_is_refused(desk: Desk, text: str | bytes | None, says: str) -> None:
     file = desk.folder / "config.toml"
@@ -470,9 +653,11 @@ def test_a_conversation_without_a_chat_template_is_refused_wherever_it_stands(
 ) -> None:
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     pool = desk.pool([{"messages": turns}] * 3)
-    said = desk.refuses(f"{pool}:1: 4 turns of conversation, and the tokenizer has no chat template", pool=pool)
+    said = desk.refuses(
+        f"{pool}:1: 4 turns of conversation, and the tokenizer has no chat template", pool=pool
+    )
     assert "--template plain" in said
-    monkeypatch.setattr("prism_select.data.inputs.SAMPLE", 1)  # the sample does not show it
+    monkeypatch.setattr("prism_select.data.pool.SAMPLE", 1)  # the sample does not show it
     first, later = desk.pool(GOOD), desk.pool([{"messages": turns}], "later.jsonl")
     desk.refuses(f"{later}:1: 4 turns of conversation", "--pool", later, pool=first)
     target = jsonl(desk.folder / "t.jsonl", [{"prompt": turns[:3], "chosen": "a", "rejected": "b"}])
@@ -522,11 +707,24 @@ def test_a_model_without_a_tokenizer_is_refused(copied: Desk) -> None:
 @pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "a/b/c"])
 def test_a_model_folder_that_is_not_there_is_refused(desk: Desk, name: str) -> None:
     Desk(desk.folder, Path(name)).refuses(f"--model {Path(name)}: ")
-    words = ["--pool", desk.pool(GOOD), "--target", jsonl(desk.folder / "pairs.jsonl", PAIRS), "--out", desk.out]
-    refused(prism("score", "--model", name, *words), "no such folder; check the path, or give a hub id", desk.out)
+    words = [
+        "--pool",
+        desk.pool(GOOD),
+        "--target",
+        jsonl(desk.folder / "pairs.jsonl", PAIRS),
+        "--out",
+        desk.out,
+    ]
+    refused(
+        prism("score", "--model", name, *words),
+        "no such folder; check the path, or give a hub id",
+        desk.out,
+    )
 
 
-def test_a_hub_model_without_a_hub_is_refused_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_without_a_hub_is_refused_at_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class ConnectError(Exception):
         """As the hub's HTTP library calls it."""
 
@@ -534,21 +732,36 @@ def test_a_hub_model_without_a_hub_is_refused_at_once(desk: Desk, monkeypatch: p
         raise ConnectError
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
-    words = ("--pool", desk.pool(GOOD), "--target", jsonl(desk.folder / "pairs.jsonl", PAIRS), "--out", desk.out)
-    told = refused(prism("score", "--model", "nobody/nothing", *words), "--model nobody/nothing: ", desk.out)
-    assert "no such folder here, and the hub cannot be reached; check the path, or the network" in told
+    words = (
+        "--pool",
+        desk.pool(GOOD),
+        "--target",
+        jsonl(desk.folder / "pairs.jsonl", PAIRS),
+        "--out",
+        desk.out,
+    )
+    told = refused(
+        prism("score", "--model", "nobody/nothing", *words), "--model nobody/nothing: ", desk.out
+    )
+    assert (
+        "no such folder here, and the hub cannot be reached; check the path, or the network" in told
+    )
 
 
 def test_a_file_that_is_no_model_is_refused(desk: Desk) -> None:
     file = Path(desk.pool(GOOD))
-    Desk(desk.folder, file).refuses(f"--model {file}: a file that is not .gguf; give the model's folder")
+    Desk(desk.folder, file).refuses(
+        f"--model {file}: a file that is not .gguf; give the model's folder"
+    )
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(copied: Desk) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(copied.model))
     tokenizer.add_tokens(["Question"])
     tokenizer.save_pretrained(copied.model)
-    said = copied.refuses("pool.jsonl:1: the tokenizer makes token 320 of it, and the model knows 320")
+    said = copied.refuses(
+        "pool.jsonl:1: the tokenizer makes token 320 of it, and the model knows 320"
+    )
     assert "give a folder with the model's own tokenizer" in said
 
 
@@ -568,12 +781,21 @@ def test_a_model_of_nan_is_refused(copied: Desk) -> None:
     spoil(copied.model, "model.layers.1.mlp.up_proj.weight", None)
     said = copied.refuses(f"{copied.folder}/pairs.jsonl:1: ")
     assert "NaN or infinite; try --dtype float32" in said
-    words = ["--model", copied.model, "--pool", copied.pool(GOOD), "--direction", saved / "direction.safetensors"]
+    words = [
+        "--model",
+        copied.model,
+        "--pool",
+        copied.pool(GOOD),
+        "--direction",
+        saved / "direction.safetensors",
+    ]
     refused(prism("score", *words, "--out", copied.out), "NaN or infinite", copied.out)
 
 
 @pytest.mark.parametrize("engine", ["reverse", "forward", "difference", "reference"])
-def test_a_row_whose_score_is_nan_is_set_aside_and_harms_no_other(copied: Desk, engine: str) -> None:
+def test_a_row_whose_score_is_nan_is_set_aside_and_harms_no_other(
+    copied: Desk, engine: str
+) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(copied.model))
     (letter,) = tokenizer("Z", add_special_tokens=False).input_ids
     odd: Row = {"prompt": "Z", "completion": "b"}
@@ -587,11 +809,22 @@ def test_a_row_whose_score_is_nan_is_set_aside_and_harms_no_other(copied: Desk, 
     done = copied.call(*words, pool=pool)
     assert done.code == 0, done.err
     found = scores(copied.out)
-    assert [row for row, verdict in enumerate(found["verdict"]) if verdict == "quarantined"] == [0, 5]
-    assert all(found[name][0] is None for name in ("score", "loglik", "tokens", "score_chosen", "truncated"))
-    quarantine = [json.loads(line) for line in (copied.out / "quarantine.jsonl").read_text().splitlines()]
+    assert [row for row, verdict in enumerate(found["verdict"]) if verdict == "quarantined"] == [
+        0,
+        5,
+    ]
+    assert all(
+        found[name][0] is None
+        for name in ("score", "loglik", "tokens", "score_chosen", "truncated")
+    )
+    quarantine = [
+        json.loads(line) for line in (copied.out / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert [row["line"] for row in quarantine] == [1, 6]
-    assert all(row["reason"].startswith("its score is not finite (nan, log-likelihood nan)") for row in quarantine)
+    assert all(
+        row["reason"].startswith("its score is not finite (nan, log-likelihood nan)")
+        for row in quarantine
+    )
     good = [row for row in range(12) if row not in (0, 5)]
     ours, theirs = ([table["score"][row] for row in good] for table in (found, scores(clean)))
     apart = np.linalg.norm(np.subtract(ours, theirs)) / np.linalg.norm(theirs)
@@ -608,7 +841,9 @@ def test_infinite_scores_are_refused_too(copied: Desk) -> None:
 # ---------------------------------------------------------------- the run folder
 
 
-def test_a_run_folder_of_another_configuration_is_refused_with_the_option_that_differs(desk: Desk) -> None:
+def test_a_run_folder_of_another_configuration_is_refused_with_the_option_that_differs(
+    desk: Desk,
+) -> None:
     assert desk.call().code == 0
     before = {path.name: path.read_bytes() for path in desk.out.iterdir()}
 
@@ -627,12 +862,16 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_option_that_d
     long = ",".join(f"prompt=column{i}" for i in range(9))
     differs('fields was "" there and is "prompt=column0,', "--fields", f"{long},prompt=prompt")
     assert {path.name: path.read_bytes() for path in desk.out.iterdir()} == before
-    assert desk.call("--batch-tokens", "64", "--max-bad", "3%").code == 0  # may change: the scores do not
+    assert (
+        desk.call("--batch-tokens", "64", "--max-bad", "3%").code == 0
+    )  # may change: the scores do not
 
 
 def test_another_model_in_the_same_folder_is_another_run(copied: Desk) -> None:
     assert copied.call().code == 0
-    assert copied.call("--model", f"{copied.model}/../{copied.model.name}").code == 0, "the same, spelt otherwise"
+    assert copied.call("--model", f"{copied.model}/../{copied.model.name}").code == 0, (
+        "the same, spelt otherwise"
+    )
     spoil(copied.model, "model.embed_tokens.weight", 5)
     refused(copied.call(), f"{copied.out} belongs to another run: model contents was ", None)
 
@@ -643,15 +882,25 @@ def test_a_folder_that_is_no_run_is_left_alone_even_when_overwriting(desk: Desk,
     for content in ('[tool]\nx = "y"\n', "\x00 no toml {"):
         (desk.out / name).write_text(content)
         for words in ((), ("--overwrite",)):
-            refused(desk.call(*words), f"{desk.out} holds {name} and no run; give an empty or new folder", None)
-        assert [path.name for path in desk.out.iterdir()] == [name] and (desk.out / name).read_text() == content
+            refused(
+                desk.call(*words),
+                f"{desk.out} holds {name} and no run; give an empty or new folder",
+                None,
+            )
+        assert [path.name for path in desk.out.iterdir()] == [name] and (
+            desk.out / name
+        ).read_text() == content
 
 
 def test_a_place_that_cannot_be_a_folder_is_refused(desk: Desk) -> None:
     file = Path(desk.pool(GOOD))
     for out in (file, file / "run"):
         refused(desk.call("--out", out), f"--out {out}: {file} is a file; give a folder", desk.out)
-    refused(desk.call("--out", desk.folder / ("x" * 300)), "cannot be written (File name too long)", desk.out)
+    refused(
+        desk.call("--out", desk.folder / ("x" * 300)),
+        "cannot be written (File name too long)",
+        desk.out,
+    )
     refused(desk.call("--out", "/proc/nothing/here"), "cannot be written", desk.out)
 
 
@@ -661,16 +910,34 @@ def test_choosing_again_is_refused_where_it_cannot_be_done(desk: Desk) -> None:
     def refuses(says: str, *words: object, out: Path = new) -> None:
         refused(prism("select", *words, "--out", out), says, new)
 
-    refuses(f"--select-from {desk.out}: no complete run there; give the folder of one", "--select-from", desk.out)
+    refuses(
+        f"--select-from {desk.out}: no complete run there; give the folder of one",
+        "--select-from",
+        desk.out,
+    )
     assert desk.call().code == 0
     again = ["--select-from", desk.out]
     refuses("takes seconds and has no plan: leave out --dry-run", *again, "--dry-run")
     refuses("more than the pool's 10 rows", *again, "--budget", "11")
     refuses("more than the pool's", *again, "--budget", "99999tok")
     refuses("leave out --model", *again, "--model", "m")
-    refuses("leave out --layers, --curvature", *again, "--layers", "late", "--curvature", "ekfac", "--seed", "3")
+    refuses(
+        "leave out --layers, --curvature",
+        *again,
+        "--layers",
+        "late",
+        "--curvature",
+        "ekfac",
+        "--seed",
+        "3",
+    )
     before = {path.name: path.read_bytes() for path in desk.out.iterdir()}
-    refuses("it holds the scores to choose from; give another folder", *again, "--overwrite", out=desk.out)
+    refuses(
+        "it holds the scores to choose from; give another folder",
+        *again,
+        "--overwrite",
+        out=desk.out,
+    )
     assert {path.name: path.read_bytes() for path in desk.out.iterdir()} == before
     repaired = desk.folder / "repaired"
     assert desk.call("--out", repaired, command="repair").code == 0
@@ -704,7 +971,13 @@ class Full:
         self.file.close()
 
 
-STAGES = ["config.toml", "direction.safetensors", "pairs.parquet", "00000000-*.parquet", "scores.parquet"]
+STAGES = [
+    "config.toml",
+    "direction.safetensors",
+    "pairs.parquet",
+    "00000000-*.parquet",
+    "scores.parquet",
+]
 
 
 @pytest.mark.parametrize("name", [*STAGES, "selected.jsonl", "removed.jsonl", "manifest.json"])
@@ -736,7 +1009,9 @@ def test_a_full_disk_at_any_file_leaves_no_half_of_it_and_the_run_can_go_on(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
@@ -747,11 +1022,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_really_full_disk_is_told_in_one_line(desk: Desk, small_disk: Path) -> None:
     out = small_disk / "run"
     done = desk.call("--out", out)
-    assert done.code == 2 and done.err == f"prism: {out}: no space left; free some and run the same command again\n"
+    assert (
+        done.code == 2
+        and done.err == f"prism: {out}: no space left; free some and run the same command again\n"
+    )
     assert not [path for path in out.rglob("*.part")] and not (out / "manifest.json").exists()
     done = desk.call("--out", out, "--layers", r"layers\.3\.mlp\.up", "--overwrite")
     assert done.code == 0, done.err
-    assert f"no page was written: {out}: no space left" in done.out and f"prism report {out} makes it" in done.out
+    assert (
+        f"no page was written: {out}: no space left" in done.out
+        and f"prism report {out} makes it" in done.out
+    )
 
 
 # ---------------------------------------------------------------- the ways to end
@@ -782,8 +1063,17 @@ def test_control_characters_of_files_never_reach_the_terminal(desk: Desk) -> Non
 
 def test_a_process_of_its_own_ends_the_same_way(desk: Desk) -> None:
     pool = desk.pool([*GOOD, "{"])
-    words = ["--model", desk.model, "--target", jsonl(desk.folder / "pairs.jsonl", PAIRS), "--out", desk.out]
-    said = refused(prism_apart("score", *words, "--pool", pool), f"{pool}:11: broken JSON", desk.out)
+    words = [
+        "--model",
+        desk.model,
+        "--target",
+        jsonl(desk.folder / "pairs.jsonl", PAIRS),
+        "--out",
+        desk.out,
+    ]
+    said = refused(
+        prism_apart("score", *words, "--pool", pool), f"{pool}:11: broken JSON", desk.out
+    )
     assert said == prism("score", *words, "--pool", pool).err
 
 
@@ -793,6 +1083,11 @@ def test_errors_reach_a_caller_in_python_with_the_same_words(desk: Desk) -> None
     call: Callable[..., object] = prism_select.score
     pool = desk.pool([*GOOD, "{"])
     with pytest.raises(PrismError) as caught:
-        call(model=str(desk.model), pool=[pool], target=jsonl(desk.folder / "pairs.jsonl", PAIRS), out=str(desk.out))
+        call(
+            model=str(desk.model),
+            pool=[pool],
+            target=jsonl(desk.folder / "pairs.jsonl", PAIRS),
+            out=str(desk.out),
+        )
     assert f"prism: {caught.value}\n" == desk.refuses("broken JSON", pool=pool)
     assert torch.is_grad_enabled()

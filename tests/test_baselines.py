@@ -15,14 +15,14 @@ from conftest import CHATML, build_network, build_tokenizer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prism_select.baselines import RIVALS, TEXT_RIVALS, Material, Texts, rank
-from prism_select.config import Amount
 from prism_select.core.likelihood import Batch
-from prism_select.data.batches import Encoded, Encoder
+from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
-from prism_select.models import CausalLM
-from prism_select.selection import OUTCOMES, Rules, choose
-from prism_select.weights import select_weights
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
+from prism_select.run.options import Amount
+from prism_select.selection.baselines import RIVALS, TEXT_RIVALS, Material, Texts, rank
+from prism_select.selection.rules import OUTCOMES, Rules, choose
 
 ROWS = [
     ("What is the capital of France?", "Paris"),
@@ -44,7 +44,9 @@ PAIRS = [
 
 def said(prompt: str, answer: str) -> Example:
     turns = (Turn("user", prompt), Turn("assistant", answer))
-    return Example(turns if prompt else turns[1:], "", "", "rows.jsonl", 1, prompt_turns=1 if prompt else 0)
+    return Example(
+        turns if prompt else turns[1:], "", "", "rows.jsonl", 1, prompt_turns=1 if prompt else 0
+    )
 
 
 @cache
@@ -83,7 +85,12 @@ def logliks(material: Material, row: Encoded) -> Tensor:
     """Of each supervised token that has a context, by the network alone."""
     network: Any = material.model.network
     tokens = torch.tensor([row.tokens])
-    found = network(input_ids=tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    found = (
+        network(input_ids=tokens)
+        .logits[0, :-1]
+        .log_softmax(-1)
+        .gather(1, tokens[0, 1:, None])[:, 0]
+    )
     return torch.as_tensor(found[torch.tensor(row.supervised[1:])])
 
 
@@ -112,15 +119,23 @@ def close(found: NDArray[np.float64], wanted: Sequence[float]) -> bool:
 def taken(numbers: NDArray[np.float64], rows: int) -> list[int]:
     count = len(numbers)
     verdicts = choose(
-        numbers, np.ones(count, dtype=np.int64), np.zeros(count, dtype=np.int64), Rules(Amount("rows", rows)), rows
+        numbers,
+        np.ones(count, dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+        Rules(Amount("rows", rows)),
+        rows,
     )
     found: list[int] = np.flatnonzero(verdicts == OUTCOMES.index("taken")).tolist()
     return found
 
 
-def texts_of(texts: Sequence[str], wanted: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()) -> Texts:
+def texts_of(
+    texts: Sequence[str], wanted: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()
+) -> Texts:
     tokens = np.array([len(text) for text in texts])
-    return Texts(texts=texts, sources=sources or [""] * len(texts), tokens=tokens, wanted=wanted, seed=seed)
+    return Texts(
+        texts=texts, sources=sources or [""] * len(texts), tokens=tokens, wanted=wanted, seed=seed
+    )
 
 
 @pytest.mark.parametrize("name", ["random", "random-by-source"])
@@ -167,7 +182,14 @@ def okapi(rows: Sequence[Sequence[str]], asked: Sequence[str]) -> list[float]:
 
 
 def test_bm25_is_okapis_formula() -> None:
-    texts = ["Two plus two is 4", "plus, PLUS and minus", "…", "nothing here", "Two plus two is 4", "4 2 4"]
+    texts = [
+        "Two plus two is 4",
+        "plus, PLUS and minus",
+        "…",
+        "nothing here",
+        "Two plus two is 4",
+        "4 2 4",
+    ]
     wanted = ["two Plus two", "is it 4? unheard-of", "!"]
     split = [re.findall(r"\w+", text.lower()) for text in texts]
     each = [okapi(split, re.findall(r"\w+", text.lower())) for text in wanted]
@@ -202,20 +224,25 @@ def test_a_loss_that_is_not_finite_takes_no_part_and_moves_no_median() -> None:
 def test_ifd_is_the_loss_after_the_prompt_over_that_of_the_answer_alone() -> None:
     material, encoder = material_of(), encoder_of(False)
     ratios = [
-        loss(material, encoder.encode(said(prompt, answer))) / loss(material, encoder.encode(said("", answer)))
+        loss(material, encoder.encode(said(prompt, answer)))
+        / loss(material, encoder.encode(said("", answer)))
         for prompt, answer in ROWS
     ]
     assert min(ratios) < 1 < max(ratios)
     numbers = ranked("ifd", material)
     assert close(numbers, [ratio if ratio <= 1 else -ratio for ratio in ratios])
-    usual = sorted((row for row in range(len(ROWS)) if ratios[row] <= 1), key=lambda row: -ratios[row])
+    usual = sorted(
+        (row for row in range(len(ROWS)) if ratios[row] <= 1), key=lambda row: -ratios[row]
+    )
     late = sorted((row for row in range(len(ROWS)) if ratios[row] > 1), key=lambda row: ratios[row])
     assert np.argsort(-numbers).tolist() == [*usual, *late]
 
 
 def test_ifd_of_a_bare_text_is_one_and_without_a_context_it_starts_at_the_second_token() -> None:
     rows = [
-        Encoded([0, 9, 11, 13, 7], [True] * 5, False),  # what stands before every text is there already
+        Encoded(
+            [0, 9, 11, 13, 7], [True] * 5, False
+        ),  # what stands before every text is there already
         Encoded([0, 20, 21, 9, 11, 13], [False] * 3 + [True] * 3, False),
         Encoded([0, 20, 9], [False, False, True], False),
     ]
@@ -236,13 +263,20 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
 
     def picture(row: Encoded) -> Tensor:
         with torch.no_grad():
-            states = network(input_ids=torch.tensor([row.tokens]), output_hidden_states=True).hidden_states[-1][0]
+            states = network(
+                input_ids=torch.tensor([row.tokens]), output_hidden_states=True
+            ).hidden_states[-1][0]
         total = sum((place + 1) * state.double() for place, state in enumerate(states))
         mean = torch.as_tensor(total) / sum(range(1, len(states) + 1))
         return torch.nn.functional.normalize(mean, dim=0)
 
-    pool, targets = [picture(row) for row in material.rows], [picture(row) for row in material.pairs[0]]
-    assert torch.allclose(torch.nn.functional.normalize(material.read[1].double()), torch.stack(pool), atol=1e-5)
+    pool, targets = (
+        [picture(row) for row in material.rows],
+        [picture(row) for row in material.pairs[0]],
+    )
+    assert torch.allclose(
+        torch.nn.functional.normalize(material.read[1].double()), torch.stack(pool), atol=1e-5
+    )
     left, order = list(range(len(pool))), list[int]()
     while left:
         target = targets[len(order) % len(targets)]
@@ -253,7 +287,9 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
 
 def pair_weights(material: Material, name: str) -> list[tuple[float, float]]:
     """Of the chosen and of the rejected answer of each pair."""
-    gaps = [loss(material, no) - loss(material, yes) for yes, no in zip(*material.pairs, strict=True)]
+    gaps = [
+        loss(material, no) - loss(material, yes) for yes, no in zip(*material.pairs, strict=True)
+    ]
     if name == "hard":
         return [(1 / (1 + math.exp(gap)),) * 2 for gap in gaps]
     return [(1.0, 1.0 if name == "uniform" else 0.0)] * len(gaps)
@@ -261,14 +297,19 @@ def pair_weights(material: Material, name: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("layers", ["all", "late"])
 @pytest.mark.parametrize("name", ["uniform", "hard", "unpaired"])
-def test_other_weightings_are_inner_products_with_autograds_direction(name: str, layers: str) -> None:
+def test_other_weightings_are_inner_products_with_autograds_direction(
+    name: str, layers: str
+) -> None:
     material = material_of(layers=layers)
     parts = [
         up * gradient(material, yes, mean=True) - down * gradient(material, no, mean=True)
         for yes, no, (up, down) in zip(*material.pairs, pair_weights(material, name), strict=True)
     ]
     direction = torch.stack(parts).mean(0)
-    assert close(ranked(name, material), [float(gradient(material, row) @ direction) for row in material.rows])
+    assert close(
+        ranked(name, material),
+        [float(gradient(material, row) @ direction) for row in material.rows],
+    )
 
 
 @pytest.mark.parametrize("layers", ["all", "late"])
@@ -284,10 +325,14 @@ def test_less_is_the_cosine_of_autograds_gradients(layers: str) -> None:
 def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
     whole = material_of()
     material = replace(whole, pairs=(whole.pairs[0], whole.pairs[1][:2]))
-    chosen, rejected = (torch.stack([gradient(material, row) for row in rows]).mean(0) for rows in material.pairs)
+    chosen, rejected = (
+        torch.stack([gradient(material, row) for row in rows]).mean(0) for rows in material.pairs
+    )
     wanted = [float(gradient(material, row) @ (chosen - rejected)) for row in material.rows]
     assert close(ranked("contrast", material), wanted)
-    assert not close(ranked("uniform", whole), ranked("contrast", whole).tolist()), "it sums over tokens"
+    assert not close(ranked("uniform", whole), ranked("contrast", whole).tolist()), (
+        "it sums over tokens"
+    )
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -295,11 +340,15 @@ def test_a_rival_says_the_same_twice_of_every_row_and_leaves_the_model_as_it_was
     material = replace(material_of())
     before = {key: value.clone() for key, value in material.model.network.state_dict().items()}
     numbers = ranked(name, material)
-    assert numbers.shape == (len(ROWS),) and numbers.dtype == np.float64 and np.isfinite(numbers).all()
+    assert (
+        numbers.shape == (len(ROWS),) and numbers.dtype == np.float64 and np.isfinite(numbers).all()
+    )
     assert (ranked(name, replace(material)) == numbers).all()
     after = material.model.network.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert not any(weight.requires_grad or weight.grad is not None for weight in material.weights.values())
+    assert not any(
+        weight.requires_grad or weight.grad is not None for weight in material.weights.values()
+    )
     assert not any(module._forward_hooks for module in material.model.network.modules())
 
 
@@ -307,7 +356,12 @@ class Counting:
     """A model that counts the rows it reads."""
 
     def __init__(self, model: Any) -> None:
-        self.network, self.vocabulary, self.model, self.read = model.network, model.vocabulary, model, 0
+        self.network, self.vocabulary, self.model, self.read = (
+            model.network,
+            model.vocabulary,
+            model,
+            0,
+        )
         self.logits: Callable[[Tensor], Tensor] = model.logits
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -316,7 +370,10 @@ class Counting:
 
 
 def test_ifd_of_an_answer_that_the_model_is_sure_of_is_nothing() -> None:
-    model, row = Counting(material_of().model), Encoded([0, 9, 5, 5], [False, False, True, True], False)
+    model, row = (
+        Counting(material_of().model),
+        Encoded([0, 9, 5, 5], [False, False, True, True], False),
+    )
     model.logits = lambda hidden: 1e4 * torch.eye(model.vocabulary)[5].expand(len(hidden), -1)
     material = replace(material_of(), model=model, rows=[row])
     assert ranked("loss-top", material).tolist() == [0] and np.isnan(ranked("ifd", material)).all()
@@ -325,7 +382,12 @@ def test_ifd_of_an_answer_that_the_model_is_sure_of_is_nothing() -> None:
 def test_rivals_that_only_read_share_one_pass_over_the_pool() -> None:
     model = Counting(material_of().model)
     material = replace(material_of(), model=model)
-    for name, more in {"loss-top": len(ROWS), "loss-mid": 0, "ifd": len(ROWS), "rds": len(PAIRS)}.items():
+    for name, more in {
+        "loss-top": len(ROWS),
+        "loss-mid": 0,
+        "ifd": len(ROWS),
+        "rds": len(PAIRS),
+    }.items():
         before = model.read
         ranked(name, material)
         assert model.read - before == more, name

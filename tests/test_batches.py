@@ -12,17 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_select.core.engines import ENGINES
-from prism_select.data.batches import Encoded, Encoder, collate, plan_batches
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Role, Turn
-from prism_select.errors import BadModel, BadRow, MissingChatTemplate
-from prism_select.models import CausalLM
+from prism_select.models.causal_lm import CausalLM
+from prism_select.run.errors import BadModel, BadRow, MissingChatTemplate
 
 BOS, EOS, END = "<s>", "</s>", "<|im_end|>"
 PLAIN, CHAT = build_tokenizer(), build_tokenizer(CHATML)
 
 
 def example(*turns: tuple[Role, str], prompt_turns: int = 0) -> Example:
-    return Example(tuple(Turn(role, text) for role, text in turns), "id", "source", "pool.jsonl", 7, prompt_turns)
+    return Example(
+        tuple(Turn(role, text) for role, text in turns),
+        "id",
+        "source",
+        "pool.jsonl",
+        7,
+        prompt_turns,
+    )
 
 
 def asked(prompt: str, answer: str) -> Example:
@@ -51,7 +59,9 @@ def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
 # ---------------------------------------------------------------- plain
 
 
-def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_is_learned() -> None:
+def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_is_learned() -> (
+    None
+):
     got = encoder().encode(asked("What is 2 + 2?", "It is 4."))
     assert text_of(PLAIN, got) == f"{BOS}What is 2 + 2?\nIt is 4.{EOS}"
     assert learned(PLAIN, got) == [f"It is 4.{EOS}"]
@@ -67,7 +77,9 @@ def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_
         ("Q", "\nSo.", "Q\nSo."),
     ],
 )
-def test_plain_text_gets_no_line_break_where_white_space_or_nothing_stands(prompt: str, answer: str, text: str) -> None:
+def test_plain_text_gets_no_line_break_where_white_space_or_nothing_stands(
+    prompt: str, answer: str, text: str
+) -> None:
     assert text_of(PLAIN, encoder().encode(asked(prompt, answer))) == f"{BOS}{text}{EOS}"
 
 
@@ -93,14 +105,22 @@ def test_a_bare_text_is_learned_from_end_to_end_but_for_the_first_token() -> Non
 
 
 def test_plain_asked_for_joins_the_turns_and_learns_every_answer() -> None:
-    turns = example(("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."))
+    turns = example(
+        ("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")
+    )
     got = encoder(template="plain").encode(turns)
     assert text_of(PLAIN, got) == f"{BOS}One?\nTwo.{EOS}Three?\nFour.{EOS}"
     assert learned(PLAIN, got) == [f"Two.{EOS}", f"Four.{EOS}"]
 
 
 def test_turns_of_the_prompt_are_context_even_where_an_assistant_said_them() -> None:
-    turns = example(("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."), prompt_turns=3)
+    turns = example(
+        ("user", "One?"),
+        ("assistant", "Two."),
+        ("user", "Three?"),
+        ("assistant", "Four."),
+        prompt_turns=3,
+    )
     assert learned(PLAIN, encoder(template="plain").encode(turns)) == [f"Four.{EOS}"]
     assert learned(CHAT, encoder(CHAT).encode(turns)) == [f"Four.{END}"]
 
@@ -113,9 +133,13 @@ def test_turns_of_the_prompt_are_context_even_where_an_assistant_said_them() -> 
     ],
 )
 def test_a_conversation_needs_a_chat_template_or_a_decision(turns: Example) -> None:
-    with pytest.raises(MissingChatTemplate, match=r"pool\.jsonl:7: .*no chat template.*--template plain"):
+    with pytest.raises(
+        MissingChatTemplate, match=r"pool\.jsonl:7: .*no chat template.*--template plain"
+    ):
         encoder().encode(turns)
-    with pytest.raises(MissingChatTemplate, match="--template chat: the tokenizer has no chat template"):
+    with pytest.raises(
+        MissingChatTemplate, match="--template chat: the tokenizer has no chat template"
+    ):
         encoder(template="chat")
     assert encoder(template="plain").encode(turns).targets
 
@@ -125,7 +149,11 @@ def test_a_conversation_needs_a_chat_template_or_a_decision(turns: Example) -> N
 
 def test_chat_is_the_template_of_the_tokenizer_and_learns_answers_with_their_end_of_turn() -> None:
     turns = example(
-        ("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "And?"), ("assistant", "No.")
+        ("system", "Be brief."),
+        ("user", "One?"),
+        ("assistant", "Two."),
+        ("user", "And?"),
+        ("assistant", "No."),
     )
     got = encoder(CHAT).encode(turns)
     messages = [{"role": turn.role, "content": turn.text} for turn in turns.turns]
@@ -135,17 +163,40 @@ def test_chat_is_the_template_of_the_tokenizer_and_learns_answers_with_their_end
 
 def test_a_prompt_and_an_answer_are_a_conversation_of_two_turns() -> None:
     got = encoder(CHAT).encode(asked("One?", "Two."))
-    assert text_of(CHAT, got) == "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n"
+    assert (
+        text_of(CHAT, got)
+        == "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n"
+    )
     assert learned(CHAT, got) == [f"Two.{END}"]
-    assert text_of(CHAT, encoder(CHAT, template="plain").encode(asked("One?", "Two."))) == f"{BOS}One?\nTwo.{END}"
+    assert (
+        text_of(CHAT, encoder(CHAT, template="plain").encode(asked("One?", "Two.")))
+        == f"{BOS}One?\nTwo.{END}"
+    )
 
 
-SHORT = ["a", "s", "assistant", "e", "im_end", "|", "<", "end|>", "user", "i", "1", "n\n<", "<|im", "stant\n"]
+SHORT = [
+    "a",
+    "s",
+    "assistant",
+    "e",
+    "im_end",
+    "|",
+    "<",
+    "end|>",
+    "user",
+    "i",
+    "1",
+    "n\n<",
+    "<|im",
+    "stant\n",
+]
 
 
 @pytest.mark.parametrize("answer", SHORT)
 def test_an_answer_that_also_occurs_in_the_template_is_found_where_it_stands(answer: str) -> None:
-    turns = example(("user", answer), ("assistant", answer), ("user", answer), ("assistant", answer))
+    turns = example(
+        ("user", answer), ("assistant", answer), ("user", answer), ("assistant", answer)
+    )
     assert learned(CHAT, encoder(CHAT).encode(turns)) == [f"{answer}{END}"] * 2
 
 
@@ -156,7 +207,13 @@ def test_an_assistant_that_speaks_first_is_learned_without_its_header(answer: st
 
 
 def test_a_conversation_may_end_with_the_user_and_hold_an_empty_answer() -> None:
-    turns = example(("user", "One?"), ("assistant", ""), ("user", "Two?"), ("assistant", "Yes"), ("user", "Thanks"))
+    turns = example(
+        ("user", "One?"),
+        ("assistant", ""),
+        ("user", "Two?"),
+        ("assistant", "Yes"),
+        ("user", "Thanks"),
+    )
     assert learned(CHAT, encoder(CHAT).encode(turns)) == [END, f"Yes{END}"]
 
 
@@ -197,8 +254,12 @@ COLON = (  # the prompt ends in a space, which the first word of an answer takes
 def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
     tokenizer = build_tokenizer(BOS_TEMPLATE)
     got = encoder(tokenizer).encode(asked("One?", "Two."))
-    assert text_of(tokenizer, got).startswith(f"{BOS}<|im_start|>") and list(got.tokens).count(0) == 1
-    first = encoder(tokenizer).encode(example(("assistant", "s"), ("user", "Why?"), ("assistant", "So.")))
+    assert (
+        text_of(tokenizer, got).startswith(f"{BOS}<|im_start|>") and list(got.tokens).count(0) == 1
+    )
+    first = encoder(tokenizer).encode(
+        example(("assistant", "s"), ("user", "Why?"), ("assistant", "So."))
+    )
     assert learned(tokenizer, first) == [f"s{END}", f"So.{END}"]
 
 
@@ -214,7 +275,16 @@ def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
         (TWO_ENDS, [f"Two. {END}", f" a{EOS}"]),
         (COLON, [f"Two. {END}", f" a{END}"]),
     ],
-    ids=["trims", "spaces", "thinks", "no prompt", "thought in the prompt", "last thought", "two ends", "colon"],
+    ids=[
+        "trims",
+        "spaces",
+        "thinks",
+        "no prompt",
+        "thought in the prompt",
+        "last thought",
+        "two ends",
+        "colon",
+    ],
 )
 def test_templates_of_other_habits_are_followed(template: str, expected: list[str]) -> None:
     tokenizer = build_tokenizer(template)
@@ -224,16 +294,23 @@ def test_templates_of_other_habits_are_followed(template: str, expected: list[st
 
 def test_an_answer_whose_thought_a_template_drops_is_learned_without_it() -> None:
     tokenizer = build_tokenizer(THOUGHTS)
-    turns = example(("user", "One?"), ("assistant", "<think>hm</think> So."), ("user", "a?"), ("assistant", "b"))
+    turns = example(
+        ("user", "One?"), ("assistant", "<think>hm</think> So."), ("user", "a?"), ("assistant", "b")
+    )
     assert learned(tokenizer, encoder(tokenizer).encode(turns)) == [f" So.{END}", f"b{END}"]
     first = example(("assistant", "<b>"), ("user", "Why?"), ("assistant", "So."))
     tokenizer = build_tokenizer(LAST_THOUGHT)
-    assert learned(tokenizer, encoder(tokenizer).encode(first)) == [f"<b>{END}", f"\n</think>So.{END}"]
+    assert learned(tokenizer, encoder(tokenizer).encode(first)) == [
+        f"<b>{END}",
+        f"\n</think>So.{END}",
+    ]
 
 
 def test_a_word_that_takes_the_space_of_its_prompt_is_learned() -> None:
     tokenizer = build_tokenizer(COLON)
-    word = next(w for w in WORDS.split() if len(tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1)
+    word = next(
+        w for w in WORDS.split() if len(tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1
+    )
     got = encoder(tokenizer).encode(asked("One?", word))
     assert learned(tokenizer, got) == [f" {word}{END}"] and got.targets == 2
 
@@ -241,22 +318,28 @@ def test_a_word_that_takes_the_space_of_its_prompt_is_learned() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML,
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + CHATML,
         "{% if messages[0]['role'] == 'system' %}{{ 1 + 'x' }}{% endif %}" + CHATML,
-        "{% if messages[0]['role'] == 'system' %}{{ messages[0].nothing.at_all }}{% endif %}" + CHATML,
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0].nothing.at_all }}{% endif %}"
+        + CHATML,
     ],
     ids=["raises", "adds", "misses"],
 )
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str) -> None:
     tokenizer = build_tokenizer(template)
     refused = example(("system", "Be brief."), ("user", "One?"), ("assistant", "Two."))
-    with pytest.raises(BadRow, match=r"pool\.jsonl:7: the chat template refuses it: .*--template plain"):
+    with pytest.raises(
+        BadRow, match=r"pool\.jsonl:7: the chat template refuses it: .*--template plain"
+    ):
         encoder(tokenizer).encode(refused)
     assert learned(tokenizer, encoder(tokenizer).encode(asked("One?", "Two."))) == [f"Two.{END}"]
 
 
 def test_a_template_that_changes_an_answer_beyond_recognition_makes_a_bad_row() -> None:
-    tokenizer = build_tokenizer(CHATML.replace("message['content']", "(message['content'] | upper)"))
+    tokenizer = build_tokenizer(
+        CHATML.replace("message['content']", "(message['content'] | upper)")
+    )
     with pytest.raises(BadRow, match="changes turn 2 beyond recognition"):
         encoder(tokenizer).encode(asked("One?", "two"))
 
@@ -267,7 +350,9 @@ def test_any_conversation_learns_its_answers_and_nothing_else(texts: list[str]) 
     roles: Sequence[Role] = ["user", "assistant"]
     turns = example(*((roles[place % 2], text.strip()) for place, text in enumerate(texts)))
     got = encoder(CHAT).encode(turns)
-    assert learned(CHAT, got) == [f"{turn.text}{END}" for turn in turns.turns if turn.role == "assistant"]
+    assert learned(CHAT, got) == [
+        f"{turn.text}{END}" for turn in turns.turns if turn.role == "assistant"
+    ]
 
 
 # ---------------------------------------------------------------- length
@@ -277,12 +362,16 @@ def test_a_long_row_loses_its_end_and_says_so() -> None:
     whole = encoder().encode(asked("What?", "word " * 40))
     cut = encoder(max_length=20).encode(asked("What?", "word " * 40))
     assert cut.truncated and not whole.truncated
-    assert list(cut.tokens) == list(whole.tokens[:20]) and list(cut.supervised) == list(whole.supervised[:20])
+    assert list(cut.tokens) == list(whole.tokens[:20]) and list(cut.supervised) == list(
+        whole.supervised[:20]
+    )
     assert encoder(max_length=len(whole.tokens)).encode(asked("What?", "word " * 40)) == whole
 
 
 def test_a_row_without_anything_to_learn_is_bad() -> None:
-    with pytest.raises(BadRow, match=r"pool\.jsonl:7: nothing supervised is left of \d+ tokens after cutting to 8"):
+    with pytest.raises(
+        BadRow, match=r"pool\.jsonl:7: nothing supervised is left of \d+ tokens after cutting to 8"
+    ):
         encoder(max_length=8).encode(asked("word " * 40, "Yes."))
     with pytest.raises(BadRow, match="nothing is supervised"):
         encoder(template="plain").encode(example(("user", "One?")))
@@ -311,8 +400,16 @@ def test_batches_cover_each_row_once_and_keep_the_budget(lengths: list[int], bud
 
 
 def rows() -> list[Encoded]:
-    answers = ["Paris", "It is five, thank you very much.", "no", "water boils at hundred degrees " * 3]
-    return [encoder().encode(asked("Tell me" + "!" * place, answer)) for place, answer in enumerate(answers)]
+    answers = [
+        "Paris",
+        "It is five, thank you very much.",
+        "no",
+        "water boils at hundred degrees " * 3,
+    ]
+    return [
+        encoder().encode(asked("Tell me" + "!" * place, answer))
+        for place, answer in enumerate(answers)
+    ]
 
 
 def test_padding_stands_on_the_side_asked_for_and_is_not_real() -> None:
@@ -331,7 +428,9 @@ def test_scores_do_not_depend_on_the_side_of_the_padding_or_on_the_company(engin
     model = CausalLM(build_network(len(PLAIN)))
     weights = dict(model.network.named_parameters())
     draw = torch.Generator().manual_seed(1)
-    direction = {name: torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
+    direction = {
+        name: torch.randn(weight.shape, generator=draw) for name, weight in weights.items()
+    }
     scores = ENGINES[engine](model, weights, [direction])
     right, left = (scores(collate(rows(), side=side)).values[:, 0] for side in ("right", "left"))
     alone = torch.cat([scores(collate([row])).values[:, 0] for row in rows()])
@@ -339,7 +438,11 @@ def test_scores_do_not_depend_on_the_side_of_the_padding_or_on_the_company(engin
         assert float((other - alone).norm() / alone.norm()) < 1e-5
 
 
-def test_a_tokenizer_read_from_a_folder_encodes_the_same(plain_model: Path, chat_model: Path) -> None:
+def test_a_tokenizer_read_from_a_folder_encodes_the_same(
+    plain_model: Path, chat_model: Path
+) -> None:
     for folder, tokenizer in ((plain_model, PLAIN), (chat_model, CHAT)):
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder))
-        assert encoder(loaded).encode(asked("One?", "Two.")) == encoder(tokenizer).encode(asked("One?", "Two."))
+        assert encoder(loaded).encode(asked("One?", "Two.")) == encoder(tokenizer).encode(
+            asked("One?", "Two.")
+        )

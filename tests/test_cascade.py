@@ -10,20 +10,29 @@ import pytest
 import torch
 
 import prism_select
-from prism_select import evaluation, surrogate
-from prism_select.blocks import stack_of
-from prism_select.cascade import Cascade
-from prism_select.config import EvaluateConfig, SelectConfig
+from prism_select.commands.pipeline import run
+from prism_select.core.blocks import stack_of
 from prism_select.core.engines import ENGINES
 from prism_select.core.likelihood import Batch
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
-from prism_select.errors import BadOption, TooManyBadRows
-from prism_select.models import load
-from prism_select.pipeline import run
-from prism_select.progress import Silent, Task
-from prism_select.store import Run, Store
-from prism_select.surrogate import FEATURES, Guess, cut_for, guessed, looking, recall_of
+from prism_select.evaluation import past_run, trainings
+from prism_select.models.loading import load
+from prism_select.run.config import SelectConfig
+from prism_select.run.config_evaluate import EvaluateConfig
+from prism_select.run.errors import BadOption, TooManyBadRows
+from prism_select.run.folder import Run, Store
+from prism_select.run.progress import Silent, Task
+from prism_select.selection import cascade_guess as surrogate
+from prism_select.selection.cascade import Cascade
+from prism_select.selection.cascade_guess import (
+    FEATURES,
+    Guess,
+    cut_for,
+    guessed,
+    looking,
+    recall_of,
+)
 
 ROWS, BEST = 1500, 75
 BLIND = {"pool": "pool.jsonl", "target": "pairs.jsonl"}
@@ -32,7 +41,10 @@ BLIND = {"pool": "pool.jsonl", "target": "pairs.jsonl"}
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cascade")
-    told: dict[str, Any] = {"pool": world.pool(ROWS, 0), "target": world.pairs(world.DEMO_SKILL, 40, 0)}
+    told: dict[str, Any] = {
+        "pool": world.pool(ROWS, 0),
+        "target": world.pairs(world.DEMO_SKILL, 40, 0),
+    }
     for name, rows in told.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"model": str(MODEL_DIR), **{name: str(folder / f"{name}.jsonl") for name in told}}
@@ -45,7 +57,9 @@ def everything(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def cascade(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> prism_select.Run:
-    return prism_select.select(**files, cascade=True, out=str(tmp_path_factory.mktemp("some") / "run"))
+    return prism_select.select(
+        **files, cascade=True, out=str(tmp_path_factory.mktemp("some") / "run")
+    )
 
 
 def test_exact_scores_are_those_of_a_run_without_it_and_most_of_the_best_have_one(
@@ -54,7 +68,9 @@ def test_exact_scores_are_those_of_a_run_without_it_and_most_of_the_best_have_on
     full, some = everything.scores, cascade.scores
     exact, scores = some["exact"].to_numpy(), full["score"].to_numpy()
     assert 0.3 < exact.mean() < 0.7
-    np.testing.assert_allclose(some["score"].to_numpy()[exact], scores[exact], atol=2e-3 * np.abs(scores).max())
+    np.testing.assert_allclose(
+        some["score"].to_numpy()[exact], scores[exact], atol=2e-3 * np.abs(scores).max()
+    )
     best = np.argsort(-scores)[:BEST]
     told = cascade.manifest["cascade"]["recall"]
     assert exact[best].mean() >= 0.85
@@ -69,7 +85,10 @@ def test_the_chosen_are_exact_and_have_both_halves(cascade: prism_select.Run) ->
     chosen = np.array(table["verdict"].to_pylist()) == "selected"
     assert chosen.sum() == BEST == cascade.manifest["counts"]["selected"]
     assert table["exact"].to_numpy()[chosen].all()
-    parts = [table[name].to_numpy()[chosen] for name in ("score", "score_chosen", "score_rejected", "loglik")]
+    parts = [
+        table[name].to_numpy()[chosen]
+        for name in ("score", "score_chosen", "score_rejected", "loglik")
+    ]
     assert np.isfinite(parts).all()
     np.testing.assert_allclose(parts[0], parts[1] - parts[2])
     guesses = ~table["exact"].to_numpy()
@@ -78,8 +97,12 @@ def test_the_chosen_are_exact_and_have_both_halves(cascade: prism_select.Run) ->
     assert any("are guesses" in line for line in cascade.manifest["warnings"])
 
 
-def test_where_few_of_many_best_are_wanted_no_guess_has_halves(files: dict[str, Any], tmp_path: Path) -> None:
-    run = prism_select.select(**files, cascade=True, recall=0.5, budget="60%", out=str(tmp_path / "run"))
+def test_where_few_of_many_best_are_wanted_no_guess_has_halves(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    run = prism_select.select(
+        **files, cascade=True, recall=0.5, budget="60%", out=str(tmp_path / "run")
+    )
     exact = run.scores["exact"].to_numpy()
     assert exact.sum() < 0.6 * ROWS
     for half in ("score_chosen", "score_rejected"):
@@ -90,25 +113,42 @@ def test_the_page_shows_a_run_with_guesses(cascade: prism_select.Run) -> None:
     assert "are guesses" in (cascade.path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_choice_made_again_takes_no_guess_before_an_exact_score(cascade: prism_select.Run, tmp_path: Path) -> None:
-    again = prism_select.select(select_from=str(cascade.path), budget="30%", out=str(tmp_path / "again")).scores
+def test_a_choice_made_again_takes_no_guess_before_an_exact_score(
+    cascade: prism_select.Run, tmp_path: Path
+) -> None:
+    again = prism_select.select(
+        select_from=str(cascade.path), budget="30%", out=str(tmp_path / "again")
+    ).scores
     exact, chosen = again["exact"].to_numpy(), np.array(again["verdict"].to_pylist()) == "selected"
     assert chosen.sum() == 0.3 * ROWS
     assert exact[chosen].all()
-    more = prism_select.select(select_from=str(cascade.path), budget="90%", out=str(tmp_path / "more")).scores
+    more = prism_select.select(
+        select_from=str(cascade.path), budget="90%", out=str(tmp_path / "more")
+    ).scores
     chosen, score = np.array(more["verdict"].to_pylist()) == "selected", more["score"].to_numpy()
     assert exact.sum() < chosen.sum()
-    assert score[chosen & ~exact].min() >= score[~chosen & ~exact].max()  # the best guesses, not the first
+    assert (
+        score[chosen & ~exact].min() >= score[~chosen & ~exact].max()
+    )  # the best guesses, not the first
     warned = [
-        any("looked for" in line for line in Run(tmp_path / name).manifest["warnings"]) for name in ("again", "more")
+        any("looked for" in line for line in Run(tmp_path / name).manifest["warnings"])
+        for name in ("again", "more")
     ]
-    assert warned == [True, True] and not any("looked for" in line for line in cascade.manifest["warnings"])
+    assert warned == [True, True] and not any(
+        "looked for" in line for line in cascade.manifest["warnings"]
+    )
     with pytest.raises(BadOption, match="guesses have no sure sign"):
-        prism_select.select(select_from=str(cascade.path), budget="positive", out=str(tmp_path / "positive"))
+        prism_select.select(
+            select_from=str(cascade.path), budget="positive", out=str(tmp_path / "positive")
+        )
 
 
-def test_a_cap_that_takes_rows_from_below_those_looked_for_is_told(files: dict[str, Any], tmp_path: Path) -> None:
-    run = prism_select.select(**files, cascade=True, per_source="40%", budget="3%", out=str(tmp_path / "run"))
+def test_a_cap_that_takes_rows_from_below_those_looked_for_is_told(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    run = prism_select.select(
+        **files, cascade=True, per_source="40%", budget="3%", out=str(tmp_path / "run")
+    )
     assert run.manifest["counts"]["source cap"]
     assert any("not among the best 45" in line for line in run.manifest["warnings"])
 
@@ -128,7 +168,9 @@ def test_every_engine_of_a_cascade_sees_the_same_rows_first(
 
         return scores
 
-    monkeypatch.setattr("prism_select.pipeline.ENGINES", {**ENGINES, "difference": watched})
+    monkeypatch.setattr(
+        "prism_select.scoring.engine_choice.ENGINES", {**ENGINES, "difference": watched}
+    )
     prism_select.select(**files, cascade=True, out=str(tmp_path / "run"))
     assert len(first) >= 3 and all(rows == first[0] for rows in first)
 
@@ -142,16 +184,27 @@ def blind(files: dict[str, Any], tmp_path: Path, plain_model: Path) -> dict[str,
     network.get_input_embeddings().weight.data[known] = float("nan")
     network.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{'Z' * (i % 150 == 50)}{i}?", "completion": f"{i % 7}" * (i % 150 != 60)} for i in range(900)]
+    rows = [
+        {"prompt": f"{'Z' * (i % 150 == 50)}{i}?", "completion": f"{i % 7}" * (i % 150 != 60)}
+        for i in range(900)
+    ]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a?", "chosen": "3", "rejected": "no"}\n' * 3)
-    return {"model": str(tmp_path / "model"), **{n: str(tmp_path / f) for n, f in BLIND.items()}, "layers": "late"}
+    return {
+        "model": str(tmp_path / "model"),
+        **{n: str(tmp_path / f) for n, f in BLIND.items()},
+        "layers": "late",
+    }
 
 
-def test_rows_that_have_no_score_are_bad_rows_and_no_guesses(blind: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_that_have_no_score_are_bad_rows_and_no_guesses(
+    blind: dict[str, Any], tmp_path: Path
+) -> None:
     found = prism_select.select(**blind, cascade=True, max_bad="2%", out=str(tmp_path / "run"))
     told, table = found.manifest["cascade"], found.scores
-    tried = told["exact"] + sum(row["reason"].startswith("its score is not finite") for row in found.quarantine)
+    tried = told["exact"] + sum(
+        row["reason"].startswith("its score is not finite") for row in found.quarantine
+    )
     assert told["exact"] + told["guessed"] + found.manifest["counts"]["quarantined"] == 900
     assert told["guessed"] == 900 - 6 - tried
     bad = np.array(table["verdict"].to_pylist()) == "quarantined"
@@ -163,12 +216,14 @@ def test_rows_that_have_no_score_are_bad_rows_and_no_guesses(blind: dict[str, An
 def test_bad_rows_of_all_passes_count_together(blind: dict[str, Any], tmp_path: Path) -> None:
     for cascade in (False, True):
         with pytest.raises(TooManyBadRows, match="bad rows found"):
-            prism_select.select(**blind, cascade=cascade, max_bad="0.75%", out=str(tmp_path / f"run-{cascade}"))
+            prism_select.select(
+                **blind, cascade=cascade, max_bad="0.75%", out=str(tmp_path / f"run-{cascade}")
+            )
 
 
 def test_controls_ask_exact_scores_alone(cascade: prism_select.Run) -> None:
-    past = evaluation.opened(EvaluateConfig(run=str(cascade.path), holdout="unread"))
-    assert not past.exact.all() and past.exact[evaluation.sampled(past)].all()
+    past = past_run.opened(EvaluateConfig(run=str(cascade.path), holdout="unread"))
+    assert not past.exact.all() and past.exact[trainings.sampled(past)].all()
 
 
 def test_states_too_large_for_what_keeps_them_stay_finite(tmp_path: Path) -> None:
@@ -238,7 +293,9 @@ def test_a_small_pool_is_scored_whole_and_once(
     monkeypatch.setattr(Store, "write_shard", watched)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(files["pool"]).read_text().splitlines(keepends=True)[:200]))
-    done = prism_select.select(**{**files, "pool": str(few)}, cascade=True, out=str(tmp_path / "run"))
+    done = prism_select.select(
+        **{**files, "pool": str(few)}, cascade=True, out=str(tmp_path / "run")
+    )
     assert done.manifest["cascade"]["guessed"] == 0
     assert done.manifest["cascade"]["recall"]["estimate"] == 1
     assert "half" not in scored
@@ -259,7 +316,7 @@ def test_a_guess_that_stays_poor_ends_the_guessing_and_one_that_mends_does_not(
         noise = np.random.default_rng(len(calls)).standard_normal(len(exact))
         return Guess(noise, noise[sample])
 
-    monkeypatch.setattr("prism_select.cascade.guessed", guess)
+    monkeypatch.setattr("prism_select.selection.cascade.guessed", guess)
     told = prism_select.select(**files, cascade=True, out=str(tmp_path / "run")).manifest["cascade"]
     assert (told["guessed"] == 0) == (poor == 99) and told["recall"]["estimate"] >= 0.95
     assert max(each["rows"] for each in told["rounds"][1:3]) <= ROWS / 10
@@ -268,9 +325,15 @@ def test_a_guess_that_stays_poor_ends_the_guessing_and_one_that_mends_does_not(
 def test_bad_rows_are_set_aside(files: dict[str, Any], tmp_path: Path) -> None:
     mixed = tmp_path / "mixed.jsonl"
     rows = Path(files["pool"]).read_text().splitlines(keepends=True)
-    mixed.write_text("".join([*rows[:700], "not json\n", '{"prompt": "a", "completion": ""}\n', *rows[700:900]]))
+    mixed.write_text(
+        "".join([*rows[:700], "not json\n", '{"prompt": "a", "completion": ""}\n', *rows[700:900]])
+    )
     done = prism_select.repair(
-        **{**files, "pool": str(mixed)}, cascade=True, remove="400tok", max_bad="5%", out=str(tmp_path / "run")
+        **{**files, "pool": str(mixed)},
+        cascade=True,
+        remove="400tok",
+        max_bad="5%",
+        out=str(tmp_path / "run"),
     )
     assert done.manifest["counts"]["quarantined"] == 2
     assert [row["line"] for row in done.quarantine] == [701, 702]
@@ -289,7 +352,9 @@ def test_bad_rows_are_set_aside(files: dict[str, Any], tmp_path: Path) -> None:
         ({"recall": 0.2}, "--recall 0.2"),
     ],
 )
-def test_what_does_not_go_together(files: dict[str, Any], options: dict[str, Any], words: str) -> None:
+def test_what_does_not_go_together(
+    files: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BadOption, match=words):
         SelectConfig(**files, cascade=True, out="run", **options)
 
@@ -354,7 +419,9 @@ def test_leaving_a_row_out_is_fitting_without_it() -> None:
     np.testing.assert_allclose(told.sample[:20], slow, atol=0.1 * exact.std())
 
 
-def test_rows_that_are_learned_from_a_few_at_a_time_teach_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_learned_from_a_few_at_a_time_teach_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     draw = np.random.default_rng(2)
     features, exact = draw.standard_normal((300, 258)).astype(np.float16), draw.standard_normal(300)
     whole = guessed(features, exact, np.arange(300), 0)

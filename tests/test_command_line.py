@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 from conftest import Outcome, Row, jsonl, prism, prism_apart
 
-from prism_select.terminal import Terminal
+from prism_select.cli.terminal import Terminal
 
-PAIRS: list[Row] = [{"prompt": f"Say {place}", "chosen": f"please {place}", "rejected": "no way"} for place in range(6)]
+PAIRS: list[Row] = [
+    {"prompt": f"Say {place}", "chosen": f"please {place}", "rejected": "no way"}
+    for place in range(6)
+]
 POOL: list[Row] = [
-    {"prompt": f"Say {place}", "completion": f"thank you {place}", "id": f"r{place}"} for place in range(8)
+    {"prompt": f"Say {place}", "completion": f"thank you {place}", "id": f"r{place}"}
+    for place in range(8)
 ]
 
 
@@ -53,8 +57,19 @@ def test_a_complete_run_keeps_its_page_and_makes_one_that_is_missing(desk: Desk)
 
 def test_a_choice_made_again_has_a_page_of_its_own(desk: Desk) -> None:
     desk.call("select", "--budget", "50%")
-    done = prism("select", "--select-from", desk.folder / "run", "--out", desk.folder / "again", "--budget", "25%")
-    assert done.code == 0 and "2 of 8 rows were selected" in (desk.folder / "again" / "report.html").read_text()
+    done = prism(
+        "select",
+        "--select-from",
+        desk.folder / "run",
+        "--out",
+        desk.folder / "again",
+        "--budget",
+        "25%",
+    )
+    assert (
+        done.code == 0
+        and "2 of 8 rows were selected" in (desk.folder / "again" / "report.html").read_text()
+    )
 
 
 def test_json_is_the_summary_as_one_object_and_alone_on_standard_output(desk: Desk) -> None:
@@ -62,9 +77,15 @@ def test_json_is_the_summary_as_one_object_and_alone_on_standard_output(desk: De
         words = ("--json",) if where == "after" else ()
         done = desk.call("select", *words, "--budget", "50%", out=where)
         if where == "before":
-            done = prism("--json", "select", *desk.words, "--budget", "50%", "--out", desk.folder / "other")
+            done = prism(
+                "--json", "select", *desk.words, "--budget", "50%", "--out", desk.folder / "other"
+            )
         told = json.loads(done.out)
-        assert done.out.count("\n") == 1 and told["counts"]["selected"] == 4 and told["command"] == "select"
+        assert (
+            done.out.count("\n") == 1
+            and told["counts"]["selected"] == 4
+            and told["command"] == "select"
+        )
         assert "report.html" in told["files"] and Path(told["run"]).is_dir()
         assert "engine reverse" in done.err and "prism:" not in done.err
 
@@ -72,9 +93,19 @@ def test_json_is_the_summary_as_one_object_and_alone_on_standard_output(desk: De
 def test_json_of_a_plan_of_pairs_and_of_a_refusal(desk: Desk) -> None:
     plan = json.loads(desk.call("score", "--dry-run", "--json").out)
     assert plan["tokens"] > 0 and plan["memory_bytes"] > 0
-    told = json.loads(prism("pairs", "--check", desk.folder / "pairs.jsonl", *desk.words[:2], "--json").out)
+    told = json.loads(
+        prism("pairs", "--check", desk.folder / "pairs.jsonl", *desk.words[:2], "--json").out
+    )
     assert told["pairs"] == 6 and "common_part" in told
-    made = prism("pairs", desk.folder / "pool.jsonl", "--how", "swap", "--out", desk.folder / "made.jsonl", "--json")
+    made = prism(
+        "pairs",
+        desk.folder / "pool.jsonl",
+        "--how",
+        "swap",
+        "--out",
+        desk.folder / "made.jsonl",
+        "--json",
+    )
     assert json.loads(made.out)["rows"] == 8
     refused = desk.call("select", "--budget", "nonsense", "--json")
     assert refused.code == 2 and refused.out == "" and refused.err.count("\n") == 1
@@ -83,7 +114,9 @@ def test_json_of_a_plan_of_pairs_and_of_a_refusal(desk: Desk) -> None:
 def test_a_quiet_command_prints_its_summary_alone(desk: Desk) -> None:
     told, quiet = desk.call("score", out="told"), desk.call("score", "--quiet", out="quiet")
     assert "engine reverse" in told.out and "LlamaForCausalLM" in told.out
-    assert quiet.out.startswith("read") and "off by" not in quiet.out.splitlines()[0] and not quiet.err
+    assert (
+        quiet.out.startswith("read") and "off by" not in quiet.out.splitlines()[0] and not quiet.err
+    )
     assert len(quiet.out.splitlines()) < len(told.out.splitlines())
     alone = json.loads(prism("--quiet", "--json", "report", desk.folder / "quiet").out)
     assert alone == {"report": str(desk.folder / "quiet" / "report.html")}
@@ -99,7 +132,12 @@ def test_a_quiet_command_prints_its_summary_alone(desk: Desk) -> None:
 )
 def test_a_name_that_nobody_knows_is_answered_with_the_nearest(words: list[str], says: str) -> None:
     done = prism(*words)
-    assert done.code == 2 and "Did you mean" in done.err and says in done.err and done.err.count("\n") == 1
+    assert (
+        done.code == 2
+        and "Did you mean" in done.err
+        and says in done.err
+        and done.err.count("\n") == 1
+    )
 
 
 def test_an_unknown_option_of_a_config_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -108,7 +146,9 @@ def test_an_unknown_option_of_a_config_file_is_answered_with_the_nearest(tmp_pat
     assert done.code == 2 and "did you mean near_duplicates?" in done.err
 
 
-def test_no_color_takes_colours_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_color_takes_colours_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -128,9 +168,15 @@ def test_the_version_and_the_shell_s_completion_are_there(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("begun", "offered"),
-    [("--engine re", "plain,reverse\nplain,reference\n"), ("--pool po", "file,po\n"), ("--see", "plain,--seed\n")],
+    [
+        ("--engine re", "plain,reverse\nplain,reference\n"),
+        ("--pool po", "file,po\n"),
+        ("--see", "plain,--seed\n"),
+    ],
 )
-def test_completion_knows_values_and_files(begun: str, offered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_knows_values_and_files(
+    begun: str, offered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("_PRISM_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", f"prism select {begun}")
     monkeypatch.setenv("COMP_CWORD", str(1 + len(begun.split())))
@@ -141,6 +187,11 @@ def test_help_shows_first_what_a_run_needs_and_an_example() -> None:
     told = prism("select", "--help").out
     needed, _, others = " ".join(told.split()).partition(" Options: ")
     assert all(name in needed for name in ("--model", "--pool", "--target", "--out", "--budget"))
-    assert "--engine" in others and "One of prism, uniform" in others and "[default: prism]" in others
-    assert "For example: prism select --model MODEL --pool pool.jsonl --target pairs.jsonl" in " ".join(told.split())
+    assert (
+        "--engine" in others and "One of prism, uniform" in others and "[default: prism]" in others
+    )
+    assert (
+        "For example: prism select --model MODEL --pool pool.jsonl --target pairs.jsonl"
+        in " ".join(told.split())
+    )
     assert "..." not in prism("--help").out.partition("Commands:")[2]

@@ -31,11 +31,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional
 
 import prism_select
-from prism_select import pipeline
+from prism_select.cli.terminal import Terminal
 from prism_select.core.likelihood import Batch
-from prism_select.data.batches import Encoded, collate
-from prism_select.store import Store
-from prism_select.terminal import Terminal
+from prism_select.data.batches import collate
+from prism_select.data.encoding import Encoded
+from prism_select.run.folder import Store
+from prism_select.scoring import shards
 
 Floats = NDArray[np.float64]
 Coded = tuple[list[int], list[bool]]  # tokens, and which of them are learned
@@ -63,7 +64,10 @@ PAIRS: list[Row] = [
     {"prompt": "2 + 3?", "chosen": "five", "rejected": "six"},
     {"prompt": "Who are you?", "chosen": "A polite system, thank you very much.", "rejected": "a"},
 ]
-WORDS = re.findall(r"\w+", "please thank you, no way, go away; Rome, Italy, Paris, water boils, hundred degrees, five")
+WORDS = re.findall(
+    r"\w+",
+    "please thank you, no way, go away; Rome, Italy, Paris, water boils, hundred degrees, five",
+)
 
 
 def said(place: int, count: int) -> str:
@@ -99,7 +103,10 @@ CHATS: list[Row] = [
 
 
 def plain(tokenizer: Any, prompt: str, answer: str) -> Coded:
-    context = [tokenizer.bos_token_id, *tokenizer(prompt + "\n", add_special_tokens=False).input_ids]
+    context = [
+        tokenizer.bos_token_id,
+        *tokenizer(prompt + "\n", add_special_tokens=False).input_ids,
+    ]
     learned = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return context + learned, [False] * len(context) + [True] * len(learned)
 
@@ -108,7 +115,11 @@ def chatml(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> Coded:
     tokens: list[int] = []
     learned: list[bool] = []
     for role, content in messages:
-        parts = [(f"<|im_start|>{role}\n", False), (f"{content}<|im_end|>", role == "assistant"), ("\n", False)]
+        parts = [
+            (f"<|im_start|>{role}\n", False),
+            (f"{content}<|im_end|>", role == "assistant"),
+            ("\n", False),
+        ]
         for text, counts in parts:
             ids = tokenizer(text, add_special_tokens=False).input_ids
             tokens, learned = tokens + ids, learned + [counts] * len(ids)
@@ -121,7 +132,9 @@ class Loop:
     """Every number by a whole forward pass, cross-entropy and autograd on all parameters, one example at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.network = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        self.network = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32
+        ).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         self.weights = list(self.network.parameters())
 
@@ -137,13 +150,24 @@ class Loop:
     def gradient(self, value: torch.Tensor) -> list[torch.Tensor]:
         return [part.double() for part in torch.autograd.grad(value, self.weights)]
 
-    def direction(self, pairs: Sequence[tuple[Coded, Coded]], weighting: str) -> tuple[list[torch.Tensor], ...]:
+    def direction(
+        self, pairs: Sequence[tuple[Coded, Coded]], weighting: str
+    ) -> tuple[list[torch.Tensor], ...]:
         """The gradient of the mean gain, and the part of it that comes from the chosen answers."""
         with torch.no_grad():
-            gap = torch.stack([self.mean(chosen) - self.mean(rejected) for chosen, rejected in pairs]).double()
+            gap = torch.stack(
+                [self.mean(chosen) - self.mean(rejected) for chosen, rejected in pairs]
+            ).double()
         one = torch.ones_like(gap)
-        slopes = {"prism": gap.sigmoid(), "uniform": one, "hard": 1 - gap.sigmoid(), "unpaired": one}[weighting]
-        whole, half = ([torch.zeros_like(w, dtype=torch.float64) for w in self.weights] for _ in range(2))
+        slopes = {
+            "prism": gap.sigmoid(),
+            "uniform": one,
+            "hard": 1 - gap.sigmoid(),
+            "unpaired": one,
+        }[weighting]
+        whole, half = (
+            [torch.zeros_like(w, dtype=torch.float64) for w in self.weights] for _ in range(2)
+        )
         for slope, (chosen, rejected) in zip(slopes / len(pairs), pairs, strict=True):
             for place, part in enumerate(self.gradient(self.mean(chosen))):
                 whole[place] += slope * part
@@ -153,7 +177,12 @@ class Loop:
         return whole, half
 
     def score(self, coded: Coded, direction: Iterable[torch.Tensor]) -> float:
-        return float(sum((g * d).sum() for g, d in zip(self.gradient(self.loglik(coded)), direction, strict=True)))
+        return float(
+            sum(
+                (g * d).sum()
+                for g, d in zip(self.gradient(self.loglik(coded)), direction, strict=True)
+            )
+        )
 
 
 @cache
@@ -185,7 +214,11 @@ def apart(one: Floats, other: Floats) -> float:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 class Place:
@@ -193,11 +226,26 @@ class Place:
 
     def __init__(self, folder: Path, model: Path, pool: Iterable[Row] = tuple(POOL)) -> None:
         self.folder, self.model = folder, model
-        self.pool, self.target = jsonl(folder / "pool.jsonl", pool), jsonl(folder / "pairs.jsonl", PAIRS)
+        self.pool, self.target = (
+            jsonl(folder / "pool.jsonl", pool),
+            jsonl(folder / "pairs.jsonl", PAIRS),
+        )
 
-    def call(self, command: str, out: str, *more: object, pool: str = "", target: str = "") -> Outcome:
+    def call(
+        self, command: str, out: str, *more: object, pool: str = "", target: str = ""
+    ) -> Outcome:
         pool, target = pool or self.pool, target or self.target
-        words = [command, "--model", self.model, "--pool", pool, "--target", target, "--out", self.folder / out]
+        words = [
+            command,
+            "--model",
+            self.model,
+            "--pool",
+            pool,
+            "--target",
+            target,
+            "--out",
+            self.folder / out,
+        ]
         return prism(*words, *more)
 
     def run(self, command: str, out: str, *more: object, pool: str = "", target: str = "") -> Path:
@@ -219,18 +267,24 @@ def scored(place: Place) -> Path:
 
 @pytest.fixture(scope="module")
 def selected(place: Place) -> Path:
-    return place.run("select", "selected", "--budget", "60%", "--per-source", "40%", "--near-duplicates", "0.9")
+    return place.run(
+        "select", "selected", "--budget", "60%", "--per-source", "40%", "--near-duplicates", "0.9"
+    )
 
 
 @pytest.fixture(scope="module")
 def repaired(place: Place) -> Path:
-    return place.run("repair", "repaired", "--remove", "6", "--label-field", "bad", "--weighting", "uniform")
+    return place.run(
+        "repair", "repaired", "--remove", "6", "--label-field", "bad", "--weighting", "uniform"
+    )
 
 
 # ---------------------------------------------------------------- score
 
 
-def test_scores_have_the_columns_types_and_order_of_the_contract(place: Place, scored: Path) -> None:
+def test_scores_have_the_columns_types_and_order_of_the_contract(
+    place: Place, scored: Path
+) -> None:
     found = table(scored)
     assert {field.name: str(field.type) for field in found.schema} == COLUMNS
     assert found.schema.names == list(COLUMNS)
@@ -244,10 +298,15 @@ def test_scores_have_the_columns_types_and_order_of_the_contract(place: Place, s
 
 @pytest.mark.parametrize("weighting", ["prism", "uniform", "hard", "unpaired"])
 def test_scores_are_those_of_a_naive_loop(place: Place, scored: Path, weighting: str) -> None:
-    run = scored if weighting == "prism" else place.run("score", weighting, "--weighting", weighting)
+    run = (
+        scored if weighting == "prism" else place.run("score", weighting, "--weighting", weighting)
+    )
     naive = loop(place.model)
     pairs = [
-        tuple(plain(naive.tokenizer, str(pair["prompt"]), str(pair[side])) for side in ("chosen", "rejected"))
+        tuple(
+            plain(naive.tokenizer, str(pair["prompt"]), str(pair[side]))
+            for side in ("chosen", "rejected")
+        )
         for pair in PAIRS
     ]
     whole, half = naive.direction(pairs, weighting)  # type: ignore[arg-type]
@@ -255,13 +314,21 @@ def test_scores_are_those_of_a_naive_loop(place: Place, scored: Path, weighting:
     expected = np.array([naive.score(row, whole) for row in rows])
     assert apart(scores(run), expected) < 1e-4
     assert np.allclose(scores(run), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).mean())
-    assert apart(scores(run, "score_chosen"), np.array([naive.score(row, half) for row in rows])) < 1e-4
+    assert (
+        apart(scores(run, "score_chosen"), np.array([naive.score(row, half) for row in rows]))
+        < 1e-4
+    )
     if weighting == "unpaired":
         assert not scores(run, "score_rejected").any()
-    assert manifest(run)["engine"]["name"] == "reverse" and manifest(run)["engine"]["dtype"] == "float32"
+    assert (
+        manifest(run)["engine"]["name"] == "reverse"
+        and manifest(run)["engine"]["dtype"] == "float32"
+    )
 
 
-def test_columns_beside_the_score_follow_from_it_and_from_the_rows(place: Place, scored: Path) -> None:
+def test_columns_beside_the_score_follow_from_it_and_from_the_rows(
+    place: Place, scored: Path
+) -> None:
     naive = loop(place.model)
     rows = [plain(naive.tokenizer, str(row["prompt"]), str(row["completion"])) for row in POOL]
     assert column(scored, "length") == [len(tokens) for tokens, _ in rows]
@@ -270,10 +337,16 @@ def test_columns_beside_the_score_follow_from_it_and_from_the_rows(place: Place,
         logliks = np.array([float(naive.loglik(row)) for row in rows])
     assert np.allclose(scores(scored, "loglik"), logliks, rtol=1e-5)
     assert (scores(scored, "score_per_token") == scores(scored) / scores(scored, "tokens")).all()
-    assert np.allclose(scores(scored, "score_chosen") - scores(scored, "score_rejected"), scores(scored), atol=1e-12)
+    assert np.allclose(
+        scores(scored, "score_chosen") - scores(scored, "score_rejected"),
+        scores(scored),
+        atol=1e-12,
+    )
 
 
-def test_conversations_are_scored_through_the_chat_template(tmp_path: Path, chat_model: Path) -> None:
+def test_conversations_are_scored_through_the_chat_template(
+    tmp_path: Path, chat_model: Path
+) -> None:
     place = Place(tmp_path, chat_model, CHATS)
     also = jsonl(tmp_path / "also.jsonl", POOL[:2])
     run, naive = place.run("score", "run", "--pool", also), loop(chat_model)
@@ -282,10 +355,16 @@ def test_conversations_are_scored_through_the_chat_template(tmp_path: Path, chat
         return chatml(naive.tokenizer, [("user", prompt), ("assistant", answer)])
 
     pairs = [
-        (two(str(pair["prompt"]), str(pair["chosen"])), two(str(pair["prompt"]), str(pair["rejected"])))
+        (
+            two(str(pair["prompt"]), str(pair["chosen"])),
+            two(str(pair["prompt"]), str(pair["rejected"])),
+        )
         for pair in PAIRS
     ]
-    rows = [chatml(naive.tokenizer, [(m["role"], m["content"]) for m in row["messages"]]) for row in CHATS]  # type: ignore[attr-defined]
+    rows = [
+        chatml(naive.tokenizer, [(m["role"], m["content"]) for m in row["messages"]])  # type: ignore[attr-defined]
+        for row in CHATS
+    ]
     rows += [two(str(row["prompt"]), str(row["completion"])) for row in POOL[:2]]
     whole, _ = naive.direction(pairs, "prism")
     expected = np.array([naive.score(row, whole) for row in rows])
@@ -305,18 +384,28 @@ def test_every_engine_gives_the_same_scores(place: Place, scored: Path, engine: 
 
 def test_only_the_layers_asked_for_count(place: Place, scored: Path) -> None:
     late = place.run("score", "late", "--layers", "late")
-    first = place.run("score", "first", "--layers", r"model\.layers\.[01]\.|embed|norm\.weight$|lm_head")
+    first = place.run(
+        "score", "first", "--layers", r"model\.layers\.[01]\.|embed|norm\.weight$|lm_head"
+    )
     assert manifest(late)["model"]["counted_weights"] == [
-        name for name, _ in loop(place.model).network.named_parameters() if ".layers.2." in name or ".layers.3." in name
+        name
+        for name, _ in loop(place.model).network.named_parameters()
+        if ".layers.2." in name or ".layers.3." in name
     ]
-    both = set(manifest(late)["model"]["counted_weights"]) | set(manifest(first)["model"]["counted_weights"])
-    twice = set(manifest(late)["model"]["counted_weights"]) & set(manifest(first)["model"]["counted_weights"])
+    both = set(manifest(late)["model"]["counted_weights"]) | set(
+        manifest(first)["model"]["counted_weights"]
+    )
+    twice = set(manifest(late)["model"]["counted_weights"]) & set(
+        manifest(first)["model"]["counted_weights"]
+    )
     assert both == set(manifest(scored)["model"]["counted_weights"]) and not twice - both
     rest = place.run("score", "rest", "--layers", r"^(?!model\.layers\.[23]\.)")
     assert apart(scores(late) + scores(rest), scores(scored)) < 1e-5
 
 
-def test_the_order_of_the_pool_its_duplicates_and_the_batches_do_not_change_scores(place: Place, scored: Path) -> None:
+def test_the_order_of_the_pool_its_duplicates_and_the_batches_do_not_change_scores(
+    place: Place, scored: Path
+) -> None:
     bare: list[Row] = [{"prompt": row["prompt"], "completion": row["completion"]} for row in POOL]
     mixed = jsonl(place.folder / "mixed.jsonl", [*bare[::-1], *bare[:5], *bare[2:4]])
     order = [*range(len(POOL))[::-1], *range(5), *range(2, 4)]
@@ -326,7 +415,14 @@ def test_the_order_of_the_pool_its_duplicates_and_the_batches_do_not_change_scor
 
 
 def test_long_rows_are_cut_counted_and_marked(place: Place, scored: Path) -> None:
-    words = ["--model", place.model, "--pool", place.pool, "--direction", scored / "direction.safetensors"]
+    words = [
+        "--model",
+        place.model,
+        "--pool",
+        place.pool,
+        "--direction",
+        scored / "direction.safetensors",
+    ]
     run = place.folder / "cut"
     assert prism("score", *words, "--out", run, "--max-length", "30").code == 0
     lengths = np.array(column(scored, "length"))
@@ -347,32 +443,54 @@ def test_the_manifest_holds_the_keys_of_the_contract_and_counts_that_add_up(
         assert {"prism_version", "versions", "config", "warnings"} <= told.keys()
         assert told["fingerprints"].keys() == {"model", "target", "pool"}
         assert {"definition", "sign", "unit"} <= told["score"].keys()
-        parts = {"pairs", "mean_preference", "effective_pairs", "split_half_agreement", "common_part"}
+        parts = {
+            "pairs",
+            "mean_preference",
+            "effective_pairs",
+            "split_half_agreement",
+            "common_part",
+        }
         assert parts <= told["target"].keys() and told["target"]["pairs"] == len(PAIRS)
         assert {"name", "reason", "dtype", "check"} <= told["engine"].keys()
         assert told["engine"]["check"].keys() == {"rows", "disagreement", "tolerance", "repeat"}
         assert told["timings"].keys() == {"load", "target", "curvature", "score", "choose", "total"}
         for cost in (told["plan"], told["actual"]):
-            assert {"seconds", "memory_bytes", "tokens"} <= cost.keys() and all(value > 0 for value in cost.values())
+            assert {"seconds", "memory_bytes", "tokens"} <= cost.keys() and all(
+                value > 0 for value in cost.values()
+            )
         assert told["actual"]["tokens"] == told["plan"]["tokens"] == sum(column(run, "length"))
         verdicts = Counter(column(run, "verdict"))
-        counts = {name: told["counts"][name] for name in told["counts"].keys() - {"read", "scored", "truncated"}}
+        counts = {
+            name: told["counts"][name]
+            for name in told["counts"].keys() - {"read", "scored", "truncated"}
+        }
         assert told["counts"]["read"] == len(POOL) == verdicts.total()
         assert told["counts"]["scored"] == len(POOL) - verdicts["quarantined"]
-        assert {name: count for name, count in counts.items() if count} == ({**verdicts} if run != scored else {})
-        assert "quarantined" in counts and told["warnings"] == [line for line in told["warnings"] if "pairs" in line]
+        assert {name: count for name, count in counts.items() if count} == (
+            {**verdicts} if run != scored else {}
+        )
+        assert "quarantined" in counts and told["warnings"] == [
+            line for line in told["warnings"] if "pairs" in line
+        ]
 
 
-def test_the_pairs_are_written_with_what_the_model_makes_of_them(place: Place, scored: Path) -> None:
+def test_the_pairs_are_written_with_what_the_model_makes_of_them(
+    place: Place, scored: Path
+) -> None:
     found = pq.read_table(scored / "pairs.parquet").to_pydict()
     naive = loop(place.model)
     with torch.no_grad():
         for side in ("chosen", "rejected"):
-            means = [float(naive.mean(plain(naive.tokenizer, str(p["prompt"]), str(p[side])))) for p in PAIRS]
+            means = [
+                float(naive.mean(plain(naive.tokenizer, str(p["prompt"]), str(p[side]))))
+                for p in PAIRS
+            ]
             assert np.allclose(found[f"loglik_{side}"], means, rtol=1e-5)
     gap = np.array(found["loglik_chosen"]) - np.array(found["loglik_rejected"])
     assert np.allclose(found["gap"], gap) and np.allclose(found["weight"], 1 / (1 + np.exp(-gap)))
-    assert found["prompt"] == [pair["prompt"] for pair in PAIRS] and set(found["target"]) == {"pairs"}
+    assert found["prompt"] == [pair["prompt"] for pair in PAIRS] and set(found["target"]) == {
+        "pairs"
+    }
     weight = np.array(found["weight"])
     target = manifest(scored)["target"]
     assert target["mean_preference"] == pytest.approx(weight.mean())
@@ -380,8 +498,16 @@ def test_the_pairs_are_written_with_what_the_model_makes_of_them(place: Place, s
     assert -1 <= target["split_half_agreement"] <= 1 and target["common_part"] > 0
 
 
-def test_nothing_but_the_files_of_the_contract_is_left(scored: Path, selected: Path, repaired: Path) -> None:
-    common = {"config.toml", "manifest.json", "pairs.parquet", "direction.safetensors", "scores.parquet"}
+def test_nothing_but_the_files_of_the_contract_is_left(
+    scored: Path, selected: Path, repaired: Path
+) -> None:
+    common = {
+        "config.toml",
+        "manifest.json",
+        "pairs.parquet",
+        "direction.safetensors",
+        "scores.parquet",
+    }
     common |= {"quarantine.jsonl", "report.html"}
     assert files(scored).keys() == common
     assert files(selected).keys() == common | {"selected.jsonl"}
@@ -404,14 +530,25 @@ def test_the_command_line_wins_over_the_file_and_a_run_starts_afresh_only_when_t
     place: Place, selected: Path
 ) -> None:
     other = place.folder / "wins"
-    done = prism("select", "--config", selected / "config.toml", "--out", other, "--budget", "3", "--overwrite")
+    done = prism(
+        "select",
+        "--config",
+        selected / "config.toml",
+        "--out",
+        other,
+        "--budget",
+        "3",
+        "--overwrite",
+    )
     assert done.code == 0, done.err
     told = tomllib.loads((other / "config.toml").read_text())
     assert told["budget"] == "3" and told["per_source"] == "40%" and told["overwrite"] is False
     marked = other / "manifest.json"
     before = marked.stat().st_mtime_ns
     assert prism("select", "--config", other / "config.toml").code == 0
-    assert marked.stat().st_mtime_ns == before  # its config does not say --overwrite, though the run was made with it
+    assert (
+        marked.stat().st_mtime_ns == before
+    )  # its config does not say --overwrite, though the run was made with it
 
 
 def test_the_same_command_again_does_nothing(place: Place, scored: Path) -> None:
@@ -439,7 +576,11 @@ def lines(file: Path | str) -> list[bytes]:
 def test_selected_rows_are_the_lines_of_the_pool_in_its_order(place: Place, selected: Path) -> None:
     verdicts = column(selected, "verdict")
     assert set(verdicts) == {"selected", "over budget", "source cap", "near duplicate"}
-    chosen = [line for line, verdict in zip(lines(place.pool), verdicts, strict=True) if verdict == "selected"]
+    chosen = [
+        line
+        for line, verdict in zip(lines(place.pool), verdicts, strict=True)
+        if verdict == "selected"
+    ]
     assert lines(selected / "selected.jsonl") == chosen and len(chosen) == round(0.6 * len(POOL))
 
 
@@ -449,47 +590,76 @@ def test_lines_come_out_to_the_letter(place: Place) -> None:
         '{"prompt": "x", "completion": "tab\\tand \\"quotes\\"", "n": 1.50, "deep": {"b": [1, 2], "a": null}}',
         '  {"prompt": "\u2028y", "completion": "z", "id": 7}  ',
     ]
-    run = place.run("select", "odd", "--budget", "100%", pool=jsonl(place.folder / "odd.jsonl", odd))
-    assert (run / "selected.jsonl").read_text(encoding="utf-8") == "".join(line + "\n" for line in odd)
+    run = place.run(
+        "select", "odd", "--budget", "100%", pool=jsonl(place.folder / "odd.jsonl", odd)
+    )
+    assert (run / "selected.jsonl").read_text(encoding="utf-8") == "".join(
+        line + "\n" for line in odd
+    )
     assert column(run, "id") == ["odd.jsonl:1", "odd.jsonl:2", "7"]
 
 
 def test_the_best_are_chosen_by_score_or_by_score_per_token(place: Place, scored: Path) -> None:
     for name in ("score", "score_per_token"):
-        run = place.run("select", f"by-{name}", "--budget", "4", *(["--normalize", "tokens"] * (name != "score")))
+        run = place.run(
+            "select",
+            f"by-{name}",
+            "--budget",
+            "4",
+            *(["--normalize", "tokens"] * (name != "score")),
+        )
         best = np.argsort(-scores(scored, name), kind="stable")[:4]
-        assert {row for row, verdict in enumerate(column(run, "verdict")) if verdict == "selected"} == set(best)
+        assert {
+            row for row, verdict in enumerate(column(run, "verdict")) if verdict == "selected"
+        } == set(best)
         assert apart(scores(run), scores(scored)) < 1e-6
-    one, other = (column(place.folder / f"by-{name}", "verdict") for name in ("score", "score_per_token"))
+    one, other = (
+        column(place.folder / f"by-{name}", "verdict") for name in ("score", "score_per_token")
+    )
     assert one != other
 
 
-def test_positive_means_every_row_above_zero_and_tokens_are_counted(place: Place, scored: Path) -> None:
+def test_positive_means_every_row_above_zero_and_tokens_are_counted(
+    place: Place, scored: Path
+) -> None:
     positive = place.run("select", "positive", "--budget", "positive")
-    assert [verdict == "selected" for verdict in column(positive, "verdict")] == (scores(scored) > 0).tolist()
+    assert [verdict == "selected" for verdict in column(positive, "verdict")] == (
+        scores(scored) > 0
+    ).tolist()
     run = place.run("select", "tokens", "--budget", "50tok")
     taken = np.array([verdict == "selected" for verdict in column(run, "verdict")])
     tokens = np.array(column(run, "tokens"))
-    assert tokens[taken].sum() <= 50 < tokens[taken].sum() + tokens[~taken][np.argmax(scores(scored)[~taken])]
+    assert (
+        tokens[taken].sum()
+        <= 50
+        < tokens[taken].sum() + tokens[~taken][np.argmax(scores(scored)[~taken])]
+    )
     assert scores(scored)[taken].min() >= scores(scored)[~taken].max()
 
 
 def test_a_source_takes_no_more_than_its_cap(selected: Path) -> None:
     taken = Counter(
         source
-        for source, verdict in zip(column(selected, "source"), column(selected, "verdict"), strict=True)
+        for source, verdict in zip(
+            column(selected, "source"), column(selected, "verdict"), strict=True
+        )
         if verdict == "selected"
     )
     assert max(taken.values()) <= 0.4 * taken.total()
     shares = manifest(selected)["choice"]["sources"]
-    assert {name: share["chosen"] for name, share in shares.items() if share["chosen"]} == dict(taken)
+    assert {name: share["chosen"] for name, share in shares.items() if share["chosen"]} == dict(
+        taken
+    )
     assert sum(share["pool"] for share in shares.values()) == len(POOL)
 
 
 def test_of_near_duplicates_one_stays(place: Place) -> None:
     run = place.run("select", "different", "--budget", "100%", "--near-duplicates", "1")
     verdicts = dict(zip(column(run, "id"), column(run, "verdict"), strict=True))
-    assert {name for name, verdict in verdicts.items() if verdict == "near duplicate"} == {"again", "spaced"}
+    assert {name for name, verdict in verdicts.items() if verdict == "near duplicate"} == {
+        "again",
+        "spaced",
+    }
 
 
 @pytest.mark.parametrize(
@@ -502,7 +672,9 @@ def test_of_near_duplicates_one_stays(place: Place) -> None:
     ],
     ids=["rows", "tokens", "positive", "near"],
 )
-def test_choosing_again_gives_the_verdicts_of_a_fresh_run(place: Place, scored: Path, options: tuple[str, ...]) -> None:
+def test_choosing_again_gives_the_verdicts_of_a_fresh_run(
+    place: Place, scored: Path, options: tuple[str, ...]
+) -> None:
     name = "-".join(options).replace("%", "")
     fresh = place.run("select", f"fresh{name}", *options)
     again = place.folder / f"again{name}"
@@ -519,15 +691,19 @@ def test_choosing_again_gives_the_verdicts_of_a_fresh_run(place: Place, scored: 
 def test_choosing_again_needs_no_model_and_no_torch(place: Place, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(place.model, model)
-    old = Place(tmp_path, model, [*POOL[:6], '{"prompt": "a"']).run("score", "old", "--max-bad", "50%")  # type: ignore[list-item]
+    old = Place(tmp_path, model, [*POOL[:6], '{"prompt": "a"']).run(  # type: ignore[list-item]
+        "score", "old", "--max-bad", "50%"
+    )
     shutil.rmtree(model)
     code = (
-        "import sys\nfrom prism_select.cli import main\n"
+        "import sys\nfrom prism_select.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'transformers' not in sys.modules"
     )
     out = tmp_path / "new"
-    done = prism_apart("-c", code, "select", "--select-from", old, "--out", out, "--budget", "2", module=False)
+    done = prism_apart(
+        "-c", code, "select", "--select-from", old, "--out", out, "--budget", "2", module=False
+    )
     assert done.code == 0, done.err
     assert Counter(column(out, "verdict")) == {"selected": 2, "over budget": 4, "quarantined": 1}
     assert (out / "quarantine.jsonl").read_bytes() == (old / "quarantine.jsonl").read_bytes() != b""
@@ -540,9 +716,13 @@ def test_repair_turns_the_pairs_around(place: Place, repaired: Path) -> None:
     straight = place.run("score", "straight", "--weighting", "uniform")
     assert (scores(repaired) == -scores(straight)).all()
     assert apart(scores(repaired, "score_chosen"), scores(straight, "score_rejected")) < 1e-6
-    assert manifest(repaired)["score"]["swapped"] and "rejected answers" in manifest(repaired)["score"]["sign"]
+    assert (
+        manifest(repaired)["score"]["swapped"]
+        and "rejected answers" in manifest(repaired)["score"]["sign"]
+    )
     turned = jsonl(
-        place.folder / "turned.jsonl", [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS]
+        place.folder / "turned.jsonl",
+        [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS],
     )
     one = place.run("repair", "repair-prism")
     other = place.run("score", "score-turned", target=turned)
@@ -555,7 +735,11 @@ def test_repair_removes_the_highest_and_keeps_the_rest(place: Place, repaired: P
     worst = np.argsort(-scores(repaired), kind="stable")[:6]
     assert {row for row, verdict in enumerate(verdicts) if verdict == "removed"} == set(worst)
     for name, kind in (("selected.jsonl", "kept"), ("removed.jsonl", "removed")):
-        expected = [line for line, verdict in zip(lines(place.pool), verdicts, strict=True) if verdict == kind]
+        expected = [
+            line
+            for line, verdict in zip(lines(place.pool), verdicts, strict=True)
+            if verdict == kind
+        ]
         assert lines(repaired / name) == expected
 
 
@@ -563,20 +747,34 @@ def test_label_figures_are_those_of_scikit_learn(repaired: Path) -> None:
     labels = np.array([bool(row["bad"]) for row in POOL])
     told = manifest(repaired)["choice"]["labels"]
     removed = np.array([verdict == "removed" for verdict in column(repaired, "verdict")])
-    for suffix, ranking in (("", scores(repaired)), ("_per_token", scores(repaired, "score_per_token"))):
+    for suffix, ranking in (
+        ("", scores(repaired)),
+        ("_per_token", scores(repaired, "score_per_token")),
+    ):
         assert told[f"auroc{suffix}"] == pytest.approx(roc_auc_score(labels, ranking))
-        assert told[f"average_precision{suffix}"] == pytest.approx(average_precision_score(labels, ranking))
+        assert told[f"average_precision{suffix}"] == pytest.approx(
+            average_precision_score(labels, ranking)
+        )
     assert told["precision_at_removed"] == pytest.approx(labels[removed].mean())
     assert (told["rows"], told["bad"], told["removed"]) == (len(POOL), labels.sum(), 6)
 
 
 def test_rows_without_a_label_take_no_part_whatever_says_so(place: Place) -> None:
     told = []
-    for name, unknown in (("missing", {}), ("null", {"bad": None}), ("empty", {"bad": " "}), ("nan", {"bad": "NaN"})):
+    for name, unknown in (
+        ("missing", {}),
+        ("null", {"bad": None}),
+        ("empty", {"bad": " "}),
+        ("nan", {"bad": "NaN"}),
+    ):
         rows = [{**{k: v for k, v in row.items() if k != "bad"}, **unknown} for row in POOL]
-        rows[:6] = [{**row, "bad": float(bool(row["bad"]))} for row in POOL[:6]]  # 1.0 and 0.0, as a table has them
+        rows[:6] = [
+            {**row, "bad": float(bool(row["bad"]))} for row in POOL[:6]
+        ]  # 1.0 and 0.0, as a table has them
         pool = jsonl(place.folder / f"{name}.jsonl", rows)
-        done = place.call("repair", f"unlabelled-{name}", "--label-field", "bad", "--remove", "6", pool=pool)
+        done = place.call(
+            "repair", f"unlabelled-{name}", "--label-field", "bad", "--remove", "6", pool=pool
+        )
         assert done.code == 0, done.err
         told.append(manifest(place.folder / f"unlabelled-{name}")["choice"]["labels"])
     assert told[0]["rows"] == 6 and all(each == told[0] for each in told)
@@ -588,46 +786,76 @@ def test_figures_without_a_value_are_null_and_say_so(place: Place) -> None:
     done = place.call("repair", "alike", "--label-field", "bad", "--remove", "positive", pool=pool)
     assert done.code == 0, done.err
     told = manifest(place.folder / "alike")["choice"]
-    assert told["labels"]["auroc"] is None and set(told["rank_correlation_with_tokens"].values()) == {None}
+    assert told["labels"]["auroc"] is None and set(
+        told["rank_correlation_with_tokens"].values()
+    ) == {None}
     assert "AUROC undefined" in done.out and "nan" not in done.out.lower()
 
 
 def test_every_harmful_row_can_be_removed(place: Place, repaired: Path) -> None:
     run = place.run("repair", "harmful", "--remove", "positive", "--weighting", "uniform")
-    assert [verdict == "removed" for verdict in column(run, "verdict")] == (scores(repaired) > 0).tolist()
+    assert [verdict == "removed" for verdict in column(run, "verdict")] == (
+        scores(repaired) > 0
+    ).tolist()
 
 
 # ---------------------------------------------------------------- a saved direction
 
 
-def test_a_saved_direction_gives_the_scores_again(place: Place, scored: Path, repaired: Path) -> None:
+def test_a_saved_direction_gives_the_scores_again(
+    place: Place, scored: Path, repaired: Path
+) -> None:
     words = ["--model", place.model, "--pool", place.pool]
     one, other = place.folder / "reused", place.folder / "reused-repair"
-    assert prism("score", *words, "--direction", scored / "direction.safetensors", "--out", one).code == 0
+    assert (
+        prism("score", *words, "--direction", scored / "direction.safetensors", "--out", one).code
+        == 0
+    )
     for name in ("score", "score_chosen", "score_rejected", "loglik"):
         assert (scores(one, name) == scores(scored, name)).all()
     saved = (one / "direction.safetensors").read_bytes()
-    assert saved == (scored / "direction.safetensors").read_bytes() and not (one / "pairs.parquet").exists()
+    assert (
+        saved == (scored / "direction.safetensors").read_bytes()
+        and not (one / "pairs.parquet").exists()
+    )
     saved_by_repair = repaired / "direction.safetensors"
     done = prism("repair", *words, "--direction", saved_by_repair, "--out", other, "--remove", "6")
     assert done.code == 0 and column(other, "verdict") == column(repaired, "verdict")
 
 
 @pytest.mark.parametrize(
-    "dtypes", [[torch.bfloat16], [torch.float16], [torch.float64], [torch.bfloat16, torch.float64, torch.float32]]
+    "dtypes",
+    [
+        [torch.bfloat16],
+        [torch.float16],
+        [torch.float64],
+        [torch.bfloat16, torch.float64, torch.float32],
+    ],
 )
 def test_a_direction_of_another_precision_is_scored_along_and_saved_as_it_came(
     place: Place, scored: Path, tmp_path: Path, dtypes: list[torch.dtype]
 ) -> None:
     saved_before = load_file(scored / "direction.safetensors")
-    cast = {name: saved_before[name].to(dtype) for name, dtype in zip(saved_before, cycle(dtypes), strict=False)}
+    cast = {
+        name: saved_before[name].to(dtype)
+        for name, dtype in zip(saved_before, cycle(dtypes), strict=False)
+    }
     save_file(cast, tmp_path / "cast.safetensors", metadata={"towards": "chosen"})
-    words = ["--model", place.model, "--pool", place.pool, "--direction", tmp_path / "cast.safetensors"]
+    words = [
+        "--model",
+        place.model,
+        "--pool",
+        place.pool,
+        "--direction",
+        tmp_path / "cast.safetensors",
+    ]
     done = prism("score", *words, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     assert apart(scores(tmp_path / "run"), scores(scored)) < 1e-2
     saved = load_file(tmp_path / "run" / "direction.safetensors")
-    assert saved.keys() == cast.keys() and all(torch.equal(saved[name], cast[name]) for name in cast)
+    assert saved.keys() == cast.keys() and all(
+        torch.equal(saved[name], cast[name]) for name in cast
+    )
 
 
 # ---------------------------------------------------------------- resume
@@ -635,13 +863,13 @@ def test_a_direction_of_another_precision_is_scored_along_and_saved_as_it_came(
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "WINDOW", 5)
+    monkeypatch.setattr(shards, "WINDOW", 5)
 
 
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "WINDOW", 5)
+        patch.setattr(shards, "WINDOW", 5)
         return place.run("repair", "whole")
 
 
@@ -680,7 +908,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     patch = stop_at(name, None if name == "00000002-*.parquet" else KeyboardInterrupt())
     stopped = place.call("repair", out)
     patch.undo()
-    assert stopped.code == 130 and stopped.err == "prism: interrupted; the same command goes on where it stopped\n"
+    assert (
+        stopped.code == 130
+        and stopped.err == "prism: interrupted; the same command goes on where it stopped\n"
+    )
     left = files(place.folder / out)
     assert not any(file.endswith(".part") for file in left) and "manifest.json" not in left
     assert sum(file.startswith("shards/") for file in left) == shards
@@ -694,9 +925,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     monkeypatch.setattr(Store, "write_shard", counted)
     again = place.call("repair", out)
     assert again.code == 0, again.err
-    assert written == list(range(shards, 5)) and (f"{shards} shards of 5 rows" in again.out) == (shards > 0)
+    assert written == list(range(shards, 5)) and (f"{shards} shards of 5 rows" in again.out) == (
+        shards > 0
+    )
     assert table(place.folder / out).equals(table(whole))
-    for file in ("selected.jsonl", "removed.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
+    for file in (
+        "selected.jsonl",
+        "removed.jsonl",
+        "quarantine.jsonl",
+        "direction.safetensors",
+        "pairs.parquet",
+    ):
         assert (place.folder / out / file).read_bytes() == (whole / file).read_bytes()
     assert manifest(place.folder / out)["counts"] == manifest(whole)["counts"]
     assert files(place.folder / out).keys() == files(whole).keys()
@@ -709,7 +948,9 @@ def test_a_pool_of_several_files_and_formats_is_one_pool(place: Place, scored: P
     folder = place.folder / "many"
     folder.mkdir()
     rows = [{key: row[key] for key in ("prompt", "completion", "source")} for row in POOL]
-    packed = "".join(json.dumps({"question": r["prompt"], "answer": r["completion"]}) + "\n" for r in rows[:5])
+    packed = "".join(
+        json.dumps({"question": r["prompt"], "answer": r["completion"]}) + "\n" for r in rows[:5]
+    )
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(packed.encode()))
     with StringIO(newline="") as text:
         writer = csv.DictWriter(text, ["prompt", "completion", "source"])
@@ -719,29 +960,59 @@ def test_a_pool_of_several_files_and_formats_is_one_pool(place: Place, scored: P
     (folder / "c.json").write_text(json.dumps(rows[10:15], indent=1))
     pq.write_table(pa.Table.from_pylist(rows[15:20]), folder / "d.parquet")
     rest = jsonl(
-        place.folder / "rest.jsonl", [{"instruction": r["prompt"], "output": r["completion"]} for r in rows[20:]]
+        place.folder / "rest.jsonl",
+        [{"instruction": r["prompt"], "output": r["completion"]} for r in rows[20:]],
     )
     out = place.folder / "run-many"
-    words = ["select", "--model", place.model, "--target", place.target, "--out", out, "--budget", "100%"]
+    words = [
+        "select",
+        "--model",
+        place.model,
+        "--target",
+        place.target,
+        "--out",
+        out,
+        "--budget",
+        "100%",
+    ]
     done = prism(*words, "--pool", folder, rest, "--near-duplicates", "0")
     assert done.code == 0, done.err
     assert apart(scores(out), scores(scored)) < 1e-5
     names = [Path(file).name for file in column(out, "file")]
-    assert Counter(names) == {"a.jsonl.gz": 5, "b.csv": 5, "c.json": 5, "d.parquet": 5, "rest.jsonl": 4}
+    assert Counter(names) == {
+        "a.jsonl.gz": 5,
+        "b.csv": 5,
+        "c.json": 5,
+        "d.parquet": 5,
+        "rest.jsonl": 4,
+    }
     assert names == sorted(names) and column(out, "row") == list(range(len(POOL)))
     assert column(out, "line")[5] == 2 and column(out, "line")[15] == 1
-    assert set(column(out, "source")[:5]) == {"a"} and column(out, "source")[5:20] == column(scored, "source")[5:20]
+    assert (
+        set(column(out, "source")[:5]) == {"a"}
+        and column(out, "source")[5:20] == column(scored, "source")[5:20]
+    )
     chosen = [json.loads(line) for line in lines(out / "selected.jsonl")]
-    assert chosen[5:20] == rows[5:20] and chosen[0] == {"question": rows[0]["prompt"], "answer": rows[0]["completion"]}
+    assert chosen[5:20] == rows[5:20] and chosen[0] == {
+        "question": rows[0]["prompt"],
+        "answer": rows[0]["completion"],
+    }
     for file, format in (("a.jsonl.gz", "question+answer"), ("d.parquet", "prompt+completion")):
         assert f"{folder / file}: {format}" in done.out.splitlines()
 
 
 def test_fields_can_be_mapped(place: Place, scored: Path) -> None:
-    rows = [{"Q": row["prompt"], "A": row["completion"], "where": row["source"], "key": row["id"]} for row in POOL]
+    rows = [
+        {"Q": row["prompt"], "A": row["completion"], "where": row["source"], "key": row["id"]}
+        for row in POOL
+    ]
     pool = jsonl(place.folder / "mapped.jsonl", rows)
-    run = place.run("score", "mapped", "--fields", "prompt=Q,completion=A,source=where,id=key", pool=pool)
-    assert column(run, "id") == column(scored, "id") and column(run, "source") == column(scored, "source")
+    run = place.run(
+        "score", "mapped", "--fields", "prompt=Q,completion=A,source=where,id=key", pool=pool
+    )
+    assert column(run, "id") == column(scored, "id") and column(run, "source") == column(
+        scored, "source"
+    )
     assert apart(scores(run), scores(scored)) < 1e-6
 
 
@@ -753,7 +1024,12 @@ def test_a_plan_writes_nothing(place: Place, command: str) -> None:
     before = files(place.folder).keys()
     done = place.call(command, "planned", "--dry-run")
     assert done.code == 0 and done.err == ""
-    assert [line.split()[0] for line in done.out.splitlines()[-4:]] == ["tokens", "time", "memory", "disk"]
+    assert [line.split()[0] for line in done.out.splitlines()[-4:]] == [
+        "tokens",
+        "time",
+        "memory",
+        "disk",
+    ]
     assert files(place.folder).keys() == before and not (place.folder / "planned").exists()
     words = ["--model", place.model, "--pool", place.pool, "--target", place.target, "--dry-run"]
     assert prism(command, *words).code == 0  # a plan needs no folder
@@ -766,10 +1042,22 @@ def test_output_is_plain_lines_where_there_is_no_terminal(place: Place) -> None:
     assert done.code == 0 and done.err == ""
     told = done.out.splitlines()
     assert all(line == line.rstrip() and line.isprintable() and line for line in told)
-    assert re.fullmatch(rf"files +{deep}/run: config.toml, .*, selected.jsonl", told[-1])  # whole, on one line
+    assert re.fullmatch(
+        rf"files +{deep}/run: config.toml, .*, selected.jsonl", told[-1]
+    )  # whole, on one line
     names = [line.split()[0] for line in told if not line.startswith("warning")]
     target = ["pairs", "agreement", "common", "answers"]
-    assert names[-12:] == ["read", "verdicts", *target, "chosen", "length", "engine", "time", "report", "files"]
+    assert names[-12:] == [
+        "read",
+        "verdicts",
+        *target,
+        "chosen",
+        "length",
+        "engine",
+        "time",
+        "report",
+        "files",
+    ]
 
 
 def test_a_run_goes_on_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,15 +1073,29 @@ def test_a_run_goes_on_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_functions_give_the_same_run_without_a_warning(place: Place, scored: Path) -> None:
     out = place.folder / "by-function"
-    run = prism_select.score(model=str(place.model), pool=[place.pool], target=place.target, out=str(out))
+    run = prism_select.score(
+        model=str(place.model), pool=[place.pool], target=place.target, out=str(out)
+    )
     assert isinstance(run, prism_select.Run) and run.scores.equals(table(scored))
     assert run.manifest["counts"] == manifest(scored)["counts"] and list(run.quarantine) == []
 
 
-def test_the_command_runs_as_a_process_from_any_folder(place: Place, scored: Path, tmp_path: Path) -> None:
+def test_the_command_runs_as_a_process_from_any_folder(
+    place: Place, scored: Path, tmp_path: Path
+) -> None:
     for name in ("pool.jsonl", "pairs.jsonl"):
         shutil.copy(place.folder / name, tmp_path)
-    words = ["score", "--model", place.model, "--pool", "pool.jsonl", "--target", "pairs.jsonl", "--out", "run"]
+    words = [
+        "score",
+        "--model",
+        place.model,
+        "--pool",
+        "pool.jsonl",
+        "--target",
+        "pairs.jsonl",
+        "--out",
+        "run",
+    ]
     done = prism_apart(*words, cwd=tmp_path)
     assert done.code == 0 and done.err == ""
     assert apart(scores(tmp_path / "run"), scores(scored)) < 1e-6
@@ -802,7 +1104,7 @@ def test_the_command_runs_as_a_process_from_any_folder(place: Place, scored: Pat
 
 def test_help_and_import_do_not_load_torch() -> None:
     code = (
-        "import sys, prism_select\nfrom prism_select.cli import main\n"
+        "import sys, prism_select\nfrom prism_select.cli.app import main\n"
         "for words in (['--help'], ['score', '--help'], []):\n"
         "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
         "assert not {'torch', 'transformers', 'pyarrow'} & sys.modules.keys()"
@@ -833,7 +1135,7 @@ def test_rows_that_are_the_same_to_the_last_token_are_scored_once(
         computed.append(len(rows))
         return collate(rows, device)
 
-    monkeypatch.setattr("prism_select.scoring.collate", counting)
+    monkeypatch.setattr("prism_select.scoring.scorer.collate", counting)
     nearly = [{**row, "completion": f"{row['completion']} no", "id": None} for row in POOL[:2]]
     repeats = [{**row, "id": None, "source": "repeated"} for row in POOL[:22]]
     pool = jsonl(tmp_path / "pool.jsonl", [*POOL, *nearly, *repeats])
@@ -842,4 +1144,6 @@ def test_rows_that_are_the_same_to_the_last_token_are_scored_once(
     score, first = column(run, "score"), column(scored, "score")
     assert score[len(POOL) + 2 :] == score[:22]
     assert score[:22] == pytest.approx(first[:22], rel=1e-4, abs=1e-5)
-    assert column(run, "source")[-1] == "repeated" and manifest(run)["actual"]["tokens"] == sum(column(run, "length"))
+    assert column(run, "source")[-1] == "repeated" and manifest(run)["actual"]["tokens"] == sum(
+        column(run, "length")
+    )

@@ -17,29 +17,34 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Outcome, jsonl, prism
 
-from prism_select import pipeline
-from prism_select.store import Store
+from prism_select.commands import pipeline
+from prism_select.run.folder import Store
+from prism_select.scoring import shards
 
 ROWS = 23
 WINDOW = 5
-SMALL = f"import sys; from prism_select import cli, pipeline; pipeline.WINDOW = {WINDOW}; cli.main(sys.argv[1:])"
+SMALL = f"import sys; from prism_select.cli import app; from prism_select.scoring import shards; shards.WINDOW = {WINDOW}; app.main(sys.argv[1:])"
 GO_ON = "prism: interrupted; the same command goes on where it stopped\n"
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "WINDOW", WINDOW)
+    monkeypatch.setattr(shards, "WINDOW", WINDOW)
 
 
 class Desk:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.out = folder, folder / "run"
-        rows = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)]
+        rows = [
+            {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)
+        ]
         self.pool = Path(jsonl(folder / "pool.jsonl", rows))
         pairs = [{"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"}] * 2
         self.words = ["--model", str(model), "--target", jsonl(folder / "pairs.jsonl", pairs)]
 
-    def call(self, command: str = "score", out: Path | None = None, pool: Path | None = None) -> Outcome:
+    def call(
+        self, command: str = "score", out: Path | None = None, pool: Path | None = None
+    ) -> Outcome:
         return prism(command, *self.words, "--pool", pool or self.pool, "--out", out or self.out)
 
     @property
@@ -101,7 +106,9 @@ def test_a_damaged_shard_is_found_and_scored_again(desk: Desk, damage: str) -> N
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(desk: Desk, name: str) -> None:
+def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(
+    desk: Desk, name: str
+) -> None:
     assert desk.call(out=desk.folder / "whole").code == 0
     many = Path(jsonl(desk.folder / "many.jsonl", [desk.pool.read_text().splitlines()[0]] * 3000))
     words = ["score", *desk.words, "--pool", str(many), "--out", str(desk.out)]
@@ -115,12 +122,16 @@ def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(desk: 
     assert process.returncode == 130 and said == GO_ON
     left = desk.shards
     assert 2 <= len(left) < 600 and left == [f"{number:08d}" for number in range(len(left))]
-    done = subprocess.run([sys.executable, "-c", SMALL, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, *words], capture_output=True, text=True, check=True
+    )
     assert f"{len(left)} shards of {WINDOW} rows are there already" in done.stdout
     assert scores(desk.out).num_rows == 3000
 
 
-def test_a_device_that_is_full_while_scoring_is_one_line_and_the_run_goes_on_when_there_is_room(desk: Desk) -> None:
+def test_a_device_that_is_full_while_scoring_is_one_line_and_the_run_goes_on_when_there_is_room(
+    desk: Desk,
+) -> None:
     opening = Path.open
 
     def opened(path: Path, mode: str = "r", *args: Any, **named: Any) -> Any:
@@ -131,7 +142,9 @@ def test_a_device_that_is_full_while_scoring_is_one_line_and_the_run_goes_on_whe
         patch.setattr(Path, "open", opened)
         done = desk.call()
     assert done.code == 2
-    assert done.err == f"prism: {desk.out}: no space left; free some and run the same command again\n"
+    assert (
+        done.err == f"prism: {desk.out}: no space left; free some and run the same command again\n"
+    )
     assert desk.shards == ["00000000", "00000001"]
     with between(-1, stop) as written:
         assert desk.call().code == 0
@@ -143,7 +156,12 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
     """A file system of its own, where one may be mounted."""
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", *options, "none", folder], capture_output=True).returncode:
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", *options, "none", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting is not allowed here")
     try:
         yield folder
@@ -163,8 +181,12 @@ def test_a_file_system_that_fills_up_while_scoring_leaves_a_run_that_goes_on(des
         with between(3, fill):
             done = desk.call(out=out)
         assert done.code == 2
-        assert done.err == f"prism: {out}: no space left; free some and run the same command again\n"
-        assert sorted(path.name[:8] for path in (out / "shards").iterdir()) == [f"{n:08d}" for n in range(3)]
+        assert (
+            done.err == f"prism: {out}: no space left; free some and run the same command again\n"
+        )
+        assert sorted(path.name[:8] for path in (out / "shards").iterdir()) == [
+            f"{n:08d}" for n in range(3)
+        ]
         ballast.unlink()
         with between(-1, stop) as written:
             assert desk.call(out=out).code == 0
@@ -215,7 +237,9 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_loade
     assert done.err.endswith("); give another --out\n") and sorted(desk.out.rglob("*")) == before
 
 
-def test_a_pool_that_grows_while_it_is_scored_is_noticed_and_its_rows_are_not_kept(desk: Desk) -> None:
+def test_a_pool_that_grows_while_it_is_scored_is_noticed_and_its_rows_are_not_kept(
+    desk: Desk,
+) -> None:
     def grow() -> None:
         with desk.pool.open("a") as file:
             file.write('{"prompt": "late", "completion": "row"}\n')
@@ -226,12 +250,17 @@ def test_a_pool_that_grows_while_it_is_scored_is_noticed_and_its_rows_are_not_ke
         f"prism: {desk.pool}: changed while the run was reading it; start afresh with --overwrite, on files that stay "
         "as they are\n"
     )
-    assert desk.shards == [f"{number:08d}" for number in range(3)] and not (desk.out / "manifest.json").exists()
+    assert (
+        desk.shards == [f"{number:08d}" for number in range(3)]
+        and not (desk.out / "manifest.json").exists()
+    )
     done = desk.call()
     assert done.code == 2 and "belongs to another run: pool contents was" in done.err
 
 
-def test_a_pool_whose_contents_change_behind_its_size_and_time_is_noticed_in_the_end(desk: Desk) -> None:
+def test_a_pool_whose_contents_change_behind_its_size_and_time_is_noticed_in_the_end(
+    desk: Desk,
+) -> None:
     def swap() -> None:
         times = desk.pool.stat()
         content = desk.pool.read_bytes()
@@ -277,7 +306,10 @@ def test_a_run_that_began_with_overwrite_goes_on_without_it(desk: Desk, tmp_path
     with between(2, stop):
         stopped = prism("score", *words, "--overwrite")
     assert stopped.code == 130
-    assert stopped.err == "prism: interrupted; the same command, without --overwrite, goes on where it stopped\n"
+    assert (
+        stopped.err
+        == "prism: interrupted; the same command, without --overwrite, goes on where it stopped\n"
+    )
     assert len(desk.shards) == 2
     with between(99, stop) as written:
         assert desk.call().code == 0

@@ -7,11 +7,11 @@ from tiny import Tiny, batch_of
 from torch import Tensor
 from torch.nn import functional
 
-from prism_select.core.direction import minus, norm
 from prism_select.core.layers import Direction, Weights, owners, swapped
 from prism_select.core.likelihood import Batch
-from prism_select.curvature import GaussNewton, diagonal, ekfac, solve
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import minus, norm
+from prism_select.directions.curvature import GaussNewton, diagonal, ekfac, solve
+from prism_select.models.layer_selection import select_weights
 
 PATTERN = r"blocks\.[01]\.(qkv|down|before)"
 
@@ -25,7 +25,9 @@ def random_direction(weights: Weights, seed: int = 0) -> Direction:
     return {n: torch.randn(w.shape, generator=draw, dtype=w.dtype) for n, w in weights.items()}
 
 
-def example_gradients(model: Tiny, weights: Weights, rows: list[Batch]) -> Iterator[Mapping[str, Tensor]]:
+def example_gradients(
+    model: Tiny, weights: Weights, rows: list[Batch]
+) -> Iterator[Mapping[str, Tensor]]:
     """∇loglik of each example by autograd, written out again."""
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -54,7 +56,10 @@ def test_diagonal_is_autograds_second_moments() -> None:
             exact = torch.where(still[:, None], exact[~still].mean(0), exact)
         assert torch.allclose(blocks[name].eigenvalues, exact, rtol=1e-10)
     direction = random_direction(weights)
-    damped = {n: d / (blocks[n].eigenvalues + 0.1 * blocks[n].eigenvalues.mean()) for n, d in direction.items()}
+    damped = {
+        n: d / (blocks[n].eigenvalues + 0.1 * blocks[n].eigenvalues.mean())
+        for n, d in direction.items()
+    }
     assert close(solve(blocks, direction, 0.1), damped) < 1e-12
 
 
@@ -67,7 +72,9 @@ def dense_ekfac(model: Tiny, name: str, weight: Tensor, rows: list[Batch]) -> Te
         hook = module.register_forward_hook(lambda m, i, o, s=seen: s.update(x=i[0].detach(), y=o))
         weight.requires_grad_(True)
         logits = model.logits(model.hidden(row))[:, :-1][row.predicted]
-        loglik = -functional.cross_entropy(logits, row.tokens[:, 1:][row.predicted], reduction="sum")
+        loglik = -functional.cross_entropy(
+            logits, row.tokens[:, 1:][row.predicted], reduction="sum"
+        )
         g, own = torch.autograd.grad(loglik, [seen["y"], weight])
         hook.remove()
         weight.requires_grad_(False)
@@ -90,8 +97,12 @@ def test_ekfac_is_a_dense_construction_of_the_same_approximation() -> None:
     for name in matrices:
         dense = dense_ekfac(model, name, weights[name], rows)
         damping = 0.1 * dense.trace() / len(dense)
-        exact = torch.linalg.solve(dense + damping * torch.eye(len(dense)), direction[name].flatten())
-        assert torch.allclose(solved[name].flatten(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
+        exact = torch.linalg.solve(
+            dense + damping * torch.eye(len(dense)), direction[name].flatten()
+        )
+        assert torch.allclose(
+            solved[name].flatten(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max())
+        )
     exact = solve(diagonal(model, weights, rows), direction, 0.1)
     for name in set(weights) - set(matrices):
         assert torch.allclose(solved[name], exact[name], rtol=1e-9)
@@ -103,10 +114,14 @@ def test_padding_is_no_part_of_ekfac() -> None:
     assert not padded.real.all()
     rows = [
         Batch(*(part[None, real] for part in (tokens, real, supervised)))
-        for tokens, real, supervised in zip(padded.tokens, padded.real, padded.supervised, strict=True)
+        for tokens, real, supervised in zip(
+            padded.tokens, padded.real, padded.supervised, strict=True
+        )
     ]
     direction = random_direction(weights)
-    one_by_one, together = (solve(ekfac(model, weights, each), direction, 0.1) for each in (rows, [padded]))
+    one_by_one, together = (
+        solve(ekfac(model, weights, each), direction, 0.1) for each in (rows, [padded])
+    )
     assert close(together, one_by_one) < 1e-9
 
 
@@ -128,12 +143,20 @@ def test_cg_is_a_dense_gauss_newton_solve() -> None:
                 return model.logits(model.hidden(row))[:, :-1][row.predicted]
 
         jacobian = torch.cat(
-            [part.flatten(2) for part in torch.func.jacrev(logits, tuple(range(len(values))))(*values)], 2
+            [
+                part.flatten(2)
+                for part in torch.func.jacrev(logits, tuple(range(len(values))))(*values)
+            ],
+            2,
         )
         chance = logits(*values).softmax(-1)
         middle = torch.diag_embed(chance) - chance[:, :, None] * chance[:, None]
         matrix += torch.einsum("nvi,nvw,nwj->ij", jacobian, middle, jacobian) / len(rows)
-    ridge = torch.cat([0.1 * blocks[n].eigenvalues.mean() * torch.ones(w.numel()) for n, w in weights.items()])
-    exact = torch.linalg.solve(matrix + torch.diag(ridge), torch.cat([direction[n].flatten() for n in weights]))
+    ridge = torch.cat(
+        [0.1 * blocks[n].eigenvalues.mean() * torch.ones(w.numel()) for n, w in weights.items()]
+    )
+    exact = torch.linalg.solve(
+        matrix + torch.diag(ridge), torch.cat([direction[n].flatten() for n in weights])
+    )
     flat = torch.cat([found[n].flatten() for n in weights])
     assert float((flat - exact).norm() / exact.norm()) < 1e-6

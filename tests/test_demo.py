@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from prism_select.cli import main
+from prism_select.cli.app import main
 from prism_select.demo.story import tell
-from prism_select.errors import BadOption
-from prism_select.progress import Silent
+from prism_select.run.errors import BadOption
+from prism_select.run.progress import Silent
 
 
 def test_the_demo_finds_the_skill_and_the_wrong_answers(tmp_path: Path) -> None:
@@ -23,7 +23,9 @@ def test_the_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_the_demo_ends_with_figures_and_where_to_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_ends_with_figures_and_where_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):  # the second time, over the first
         with pytest.raises(SystemExit) as end:
             main(["demo", "--out", str(tmp_path / "demo")])

@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prism_select.demo.train import MODEL_DIR, encode
 from prism_select.demo.world import DEMO_SKILL, FACTS, SKILLS, corpus, mixture, pairs, pool
 
-CONVERSATION = [{"role": "user", "content": "What is 7 + 5?"}, {"role": "assistant", "content": "It is 12"}]
+CONVERSATION = [
+    {"role": "user", "content": "What is 7 + 5?"},
+    {"role": "assistant", "content": "It is 12"},
+]
 
 
 def test_a_seed_fixes_everything_and_another_seed_changes_it() -> None:
@@ -33,18 +36,30 @@ def test_a_rejected_answer_is_the_mistake_in_the_words_of_the_chosen_one(skill: 
     assert all(fact.right != fact.wrong for fact in FACTS[skill])
     for pair in pairs(skill, 60, 0):
         chosen, rejected = pair["chosen"], pair["rejected"]
-        known = [fact for fact in FACTS[skill] if chosen.endswith(fact.right) and rejected.endswith(fact.wrong)]
-        assert any(chosen.removesuffix(fact.right) == rejected.removesuffix(fact.wrong) for fact in known)
+        known = [
+            fact
+            for fact in FACTS[skill]
+            if chosen.endswith(fact.right) and rejected.endswith(fact.wrong)
+        ]
+        assert any(
+            chosen.removesuffix(fact.right) == rejected.removesuffix(fact.wrong) for fact in known
+        )
 
 
 def test_the_sums_are_right_and_their_mistakes_one_too_high() -> None:
     for fact in FACTS["arithmetic"]:
         first, sign, second = fact.subject.split()
-        assert int(fact.right) == int(first) + int(second) * (1 if sign == "+" else -1) == int(fact.wrong) - 1
+        assert (
+            int(fact.right)
+            == int(first) + int(second) * (1 if sign == "+" else -1)
+            == int(fact.wrong) - 1
+        )
 
 
 def test_pairs_and_rows_never_share_a_prompt() -> None:
-    asked = {pair["prompt"] for skill in SKILLS for seed in range(2) for pair in pairs(skill, 100, seed)}
+    asked = {
+        pair["prompt"] for skill in SKILLS for seed in range(2) for pair in pairs(skill, 100, seed)
+    }
     for seed in range(2):
         assert asked.isdisjoint(row["prompt"] for row in pool(2000, seed))
         assert asked.isdisjoint(row["prompt"] for row in mixture(1200, seed))
@@ -57,8 +72,12 @@ def test_the_pool_holds_each_skill_alike_and_no_prompt_twice() -> None:
     assert max(Counter(row["source"] for row in pool(1001, 0)).values()) == 126
 
 
-@pytest.mark.parametrize(("count", "wrong", "expected"), [(1200, 0.15, 180), (1000, 0.15, 150), (200, 0.0, 0)])
-def test_the_mixture_has_the_share_of_wrong_rows_asked_for(count: int, wrong: float, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "wrong", "expected"), [(1200, 0.15, 180), (1000, 0.15, 150), (200, 0.0, 0)]
+)
+def test_the_mixture_has_the_share_of_wrong_rows_asked_for(
+    count: int, wrong: float, expected: int
+) -> None:
     rows = mixture(count, 1, wrong)
     assert len(rows) == count
     assert sum(row["is_bad"] is True for row in rows) == expected
@@ -86,7 +105,9 @@ def test_the_bundled_model_is_small_and_names_no_place_on_the_machine_that_made_
     assert sum(weight.numel() for weight in model.parameters()) <= 5_000_000
     for file in MODEL_DIR.glob("*.json"):
         text = json.dumps(json.loads(file.read_text(encoding="utf-8")), ensure_ascii=False)
-        assert not any(place in text for place in ("/work", "/tmp", "/home", "/root", str(MODEL_DIR)))
+        assert not any(
+            place in text for place in ("/work", "/tmp", "/home", "/root", str(MODEL_DIR))
+        )
 
 
 def test_a_conversation_survives_the_tokenizer_with_one_first_token() -> None:
@@ -97,7 +118,9 @@ def test_a_conversation_survives_the_tokenizer_with_one_first_token() -> None:
     assert tokenizer.decode(ids) == text
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.pad_token_id not in ids
-    prompt = tokenizer.apply_chat_template(CONVERSATION[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        CONVERSATION[:1], tokenize=False, add_generation_prompt=True
+    )
     assert text.startswith(prompt)
 
 
@@ -106,4 +129,7 @@ def test_the_answer_and_its_end_are_supervised_and_rows_are_short() -> None:
     for row in pool(400, 0):
         ids, labels = encode(tokenizer, row)
         assert len(ids) <= 40
-        assert tokenizer.decode([label for label in labels if label >= 0]) == row["completion"] + tokenizer.eos_token
+        assert (
+            tokenizer.decode([label for label in labels if label >= 0])
+            == row["completion"] + tokenizer.eos_token
+        )

@@ -9,18 +9,27 @@ import transformers
 from tiny import Tiny, batch_of, pairs_of
 from torch import Tensor
 
-from prism_select.common import common_of, common_part, without_common
-from prism_select.core.direction import Side, Target, differentiable, dot, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward
-from prism_select.diagnosis import Diagnosis, diagnose, overlap, pairs_wanted
-from prism_select.models import CausalLM
-from prism_select.sketching import Sketcher
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import (
+    Side,
+    Target,
+    differentiable,
+    dot,
+    norm,
+    target_gradient,
+)
+from prism_select.directions.common_part import common_of, common_part, without_common
+from prism_select.directions.gradient_sketch import Sketcher
+from prism_select.directions.pair_diagnostics import Diagnosis, diagnose, overlap, pairs_wanted
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
 
 
-def pictured(model: LanguageModel, sides: tuple[Side, Side], layers: str = "all") -> tuple[Sketcher, Target, Weights]:
+def pictured(
+    model: LanguageModel, sides: tuple[Side, Side], layers: str = "all"
+) -> tuple[Sketcher, Target, Weights]:
     weights = select_weights(model.network, layers)
     sketcher = Sketcher(model.network, weights, len(sides[0].order), 0)
     with sketcher.open() as observe:
@@ -28,7 +37,9 @@ def pictured(model: LanguageModel, sides: tuple[Side, Side], layers: str = "all"
     return sketcher, target, weights
 
 
-def own_gradients(model: LanguageModel, weights: Weights, side: Side, slope: Tensor, covered: set[str]) -> Tensor:
+def own_gradients(
+    model: LanguageModel, weights: Weights, side: Side, slope: Tensor, covered: set[str]
+) -> Tensor:
     """The slow way: each pair's part of one half by itself, over the weights that pictures cover."""
     rows: list[Tensor] = [torch.zeros(0)] * len(side.order)
     order = iter(side.order)
@@ -37,7 +48,11 @@ def own_gradients(model: LanguageModel, weights: Weights, side: Side, slope: Ten
             pair, row = next(order), batch.rows(slice(i, i + 1))
             with differentiable(weights):
                 backward(model, row, slope[pair : pair + 1] / len(slope) / row.counts)
-                parts = [w.grad.flatten().double() for n, w in weights.items() if n in covered and w.grad is not None]
+                parts = [
+                    w.grad.flatten().double()
+                    for n, w in weights.items()
+                    if n in covered and w.grad is not None
+                ]
                 rows[pair] = torch.cat(parts)
     return torch.stack(rows)
 
@@ -81,7 +96,9 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
     sides = Side(repeated(chosen, 8), order), Side(repeated(rejected, 8), order)
     sketcher, target, _ = pictured(model, sides)
     told = diagnosed(
-        sketcher.pictures["chosen"].double().numpy(), sketcher.pictures["rejected"].double().numpy(), target=target
+        sketcher.pictures["chosen"].double().numpy(),
+        sketcher.pictures["rejected"].double().numpy(),
+        target=target,
     )
     assert told.split_half_agreement == pytest.approx(1, abs=1e-6)
     assert np.allclose(told.shares, 1 / 8, atol=1e-6)
@@ -91,10 +108,17 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
 
 
 def diagnosed(
-    chosen: np.ndarray, rejected: np.ndarray, without_common: bool = False, target: Target | None = None
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    without_common: bool = False,
+    target: Target | None = None,
 ) -> Diagnosis:
     count = len(chosen)
-    tokens, means, one = [[1, 2, 3]] * count, torch.zeros(count, dtype=torch.float64), {"w": torch.ones(1)}
+    tokens, means, one = (
+        [[1, 2, 3]] * count,
+        torch.zeros(count, dtype=torch.float64),
+        {"w": torch.ones(1)},
+    )
     target = target or Target(one, {"w": torch.zeros(1)}, means, means, torch.ones(count))
     return diagnose((chosen, rejected), (tokens, tokens), target, 1.0, without_common, 0)
 
@@ -127,7 +151,10 @@ def test_a_shared_part_hides_the_signal_until_it_is_taken_out() -> None:
     rejected = (5 - strength) * shared - signal / 2 - noise / 2
     kept, taken = diagnosed(chosen, rejected), diagnosed(chosen, rejected, without_common=True)
     assert taken.split_half_agreement == pytest.approx(1 / (1 + 10 / 50), abs=0.05)
-    assert kept.agreement_spread[1] - kept.agreement_spread[0] > taken.agreement_spread[1] - taken.agreement_spread[0]
+    assert (
+        kept.agreement_spread[1] - kept.agreement_spread[0]
+        > taken.agreement_spread[1] - taken.agreement_spread[0]
+    )
     assert sum(taken.shares) == pytest.approx(1)
 
 
@@ -162,7 +189,10 @@ def test_the_longer_side_is_named_as_the_target_file_names_it() -> None:
     target = Target({"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(12))
     told = diagnose((pairs, 0 * pairs), ([[1, 2, 3]] * 12, [[1]] * 12), target, 1.0, False, 0)
     assert any("the chosen answer is the longer one in 100%" in line for line in told.in_words())
-    assert any("the rejected answer is the longer one" in line for line in told.in_words(("rejected", "chosen")))
+    assert any(
+        "the rejected answer is the longer one" in line
+        for line in told.in_words(("rejected", "chosen"))
+    )
 
 
 def test_small_formulas() -> None:
@@ -193,7 +223,11 @@ def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stay
 def test_an_anchor_adds_the_likelihood_of_the_chosen_answers() -> None:
     model, sides = Tiny(), pairs_of(6)
     weights = select_weights(model.network, "all")
-    plain, unpaired = (target_gradient(model, weights, sides, name).direction for name in ("prism", "unpaired"))
+    plain, unpaired = (
+        target_gradient(model, weights, sides, name).direction for name in ("prism", "unpaired")
+    )
     anchored = target_gradient(model, weights, sides, "prism", anchor=0.3).direction
     for name in weights:
-        assert torch.allclose(anchored[name], plain[name] + 0.3 * unpaired[name], rtol=1e-9, atol=1e-14)
+        assert torch.allclose(
+            anchored[name], plain[name] + 0.3 * unpaired[name], rtol=1e-9, atol=1e-14
+        )

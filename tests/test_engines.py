@@ -12,18 +12,17 @@ import transformers
 from conftest import without_memory
 from tiny import Tiny, batch_of, pairs_of
 
-from prism_select.check import check, disagreement
-from prism_select.common import common_of
-from prism_select.core import engines
-from prism_select.core import layers as core_layers
-from prism_select.core.direction import Target, target_gradient
+from prism_select.core import engines, layers
+from prism_select.core.check import check, disagreement
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
 from prism_select.core.layers import Weights
 from prism_select.core.likelihood import Batch, LanguageModel, token_logliks
-from prism_select.errors import BadOption, EnginesDisagree, Unreachable
-from prism_select.models import CausalLM
-from prism_select.statistics import rank_correlation
-from prism_select.weights import select_weights
+from prism_select.core.statistics import rank_correlation
+from prism_select.core.target_gradient import Target, target_gradient
+from prism_select.directions.common_part import common_of
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
+from prism_select.run.errors import BadOption, EnginesDisagree, Unreachable
 
 V = 97
 SMALL = dict(
@@ -46,10 +45,17 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama, tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2
+        **SMALL,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "gemma2": lambda: transformers.Gemma2Config(
-        **SMALL, head_dim=8, sliding_window=4, final_logit_softcapping=5.0, attn_implementation="eager"
+        **SMALL,
+        head_dim=8,
+        sliding_window=4,
+        final_logit_softcapping=5.0,
+        attn_implementation="eager",
     ),
     "phi3": lambda: transformers.Phi3Config(**SMALL),
     "gpt2": lambda: transformers.GPT2Config(
@@ -64,7 +70,9 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         max_position_embeddings=64,
         word_embed_proj_dim=16,
     ),
-    "falcon": lambda: transformers.FalconConfig(**PLAIN, multi_query=True, parallel_attn=True),  # adds up in place
+    "falcon": lambda: transformers.FalconConfig(
+        **PLAIN, multi_query=True, parallel_attn=True
+    ),  # adds up in place
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**PLAIN),
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, **MIXTURE),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
@@ -84,14 +92,18 @@ def network_of(name: str) -> CausalLM:
     return CausalLM(network)
 
 
-def target_of(model: LanguageModel, weights: Weights, weighting: str = "prism", vocabulary: int = V) -> Target:
+def target_of(
+    model: LanguageModel, weights: Weights, weighting: str = "prism", vocabulary: int = V
+) -> Target:
     return target_gradient(model, weights, pairs_of(6, vocabulary=vocabulary), weighting)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layers", ["all", "late", r"head|words|before|between"])
 @pytest.mark.parametrize("left", [False, True])
-def test_engines_agree_to_rounding_on_a_float64_transformer(tied: bool, layers: str, left: bool) -> None:
+def test_engines_agree_to_rounding_on_a_float64_transformer(
+    tied: bool, layers: str, left: bool
+) -> None:
     model = Tiny(tied=tied)
     pattern = layers if layers != "late" else "late"
     weights = select_weights(model.network, pattern)
@@ -112,7 +124,9 @@ def test_many_directions_at_once_are_each_what_one_is_alone(name: str) -> None:
     directions = [target.direction, target.chosen, target.rejected, common_of(target)]
     batch = batch_of(9, 16, seed=3, vocabulary=V)
     together = reverse(model, weights, directions)(batch).values
-    alone = torch.cat([reverse(model, weights, [direction])(batch).values for direction in directions], dim=1)
+    alone = torch.cat(
+        [reverse(model, weights, [direction])(batch).values for direction in directions], dim=1
+    )
     assert disagreement(together, alone) < 1e-5
 
 
@@ -142,7 +156,9 @@ def test_a_word_that_pads_and_stands_in_the_text_counts_as_torch_counts_it(name:
     assert target.direction[next(iter(weights))][0].any()  # through the head
     exact = reference(model, weights, directions)(batch).values
     for engine, allowed in {reverse: 1e-4, forward: 1e-4, difference: 2e-3}.items():
-        assert disagreement(engine(model, weights, directions)(batch).values, exact) < allowed, engine.__name__
+        assert disagreement(engine(model, weights, directions)(batch).values, exact) < allowed, (
+            engine.__name__
+        )
 
 
 def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
@@ -155,7 +171,9 @@ def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
     )
     model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
     every, late = select_weights(model.network, "all"), select_weights(model.network, "late")
-    assert {name for name, _ in model.network.named_parameters() if "language_model" in name} == set(every)
+    assert {
+        name for name, _ in model.network.named_parameters() if "language_model" in name
+    } == set(every)
     assert {name for name in every if re.search(r"layers\.[23]\.", name)} == set(late)
     directions, batch = [target_of(model, every).direction], batch_of(8, 16, seed=9, vocabulary=V)
     exact = reference(model, every, directions)(batch).values
@@ -164,7 +182,9 @@ def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
 
 def test_a_network_that_names_itself_its_decoder_is_split_at_its_model() -> None:
     network = transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(**SMALL, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
+        transformers.Llama4TextConfig(
+            **SMALL, head_dim=8, num_local_experts=2, intermediate_size_mlp=48
+        )
     )
     assert network.get_decoder() is network
     assert CausalLM(network).body is network.model
@@ -180,7 +200,9 @@ def test_bfloat16_ranks_as_the_float32_definition_does(name: str) -> None:
     batch, scores = batch_of(64, 16, seed=5, vocabulary=V), []
     for each, engine in ((model, reverse), (exact_model, reference)):
         weights = select_weights(each.network, "all")
-        scores.append(engine(each, weights, [target_of(each, weights).direction])(batch).values[:, 0].numpy())
+        scores.append(
+            engine(each, weights, [target_of(each, weights).direction])(batch).values[:, 0].numpy()
+        )
     assert rank_correlation(scores[0], scores[1]) > 0.99
 
 
@@ -202,7 +224,9 @@ def test_scores_do_not_depend_on_batch_size_order_or_duplicates() -> None:
     together = engine(batch).values
     alone = torch.cat([engine(batch.rows(slice(i, i + 1))).values for i in range(24)])
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).repeat(2)
-    shuffled = engine(type(batch)(batch.tokens[order], batch.real[order], batch.supervised[order])).values
+    shuffled = engine(
+        type(batch)(batch.tokens[order], batch.real[order], batch.supervised[order])
+    ).values
     assert disagreement(alone, together) < 1e-5
     assert disagreement(shuffled, together[order]) < 1e-5
 
@@ -227,11 +251,15 @@ def test_a_weight_used_behind_its_modules_back_is_named() -> None:
     model.logits = lambda hidden: hidden @ words.weight.T + head.bias  # type: ignore[method-assign]
     weights = select_weights(model.network, "head.bias")
     with pytest.raises(Unreachable, match=r"head\.bias: the module that holds it was never called"):
-        reverse(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])(batch_of(3))
+        reverse(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])(
+            batch_of(3)
+        )
 
 
 def test_difference_refuses_what_rounding_would_ruin() -> None:
-    model = CausalLM(transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]()).bfloat16())
+    model = CausalLM(
+        transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]()).bfloat16()
+    )
     weights = select_weights(model.network, "all")
     with pytest.raises(BadOption, match="float32"):
         difference(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])
@@ -246,7 +274,9 @@ def test_the_check_stops_an_engine_that_is_wrong() -> None:
         return slow(batch)._replace(values=slow(batch).values * 1.01)
 
     assert check("reverse", slow, slow, batch_of(4), torch.float64) == 0
-    with pytest.raises(EnginesDisagree, match=r"differ by 1\.0e-02 on the first 4 rows \(allowed 1e-04\)"):
+    with pytest.raises(
+        EnginesDisagree, match=r"differ by 1\.0e-02 on the first 4 rows \(allowed 1e-04\)"
+    ):
         check("reverse", wrong, slow, batch_of(4), torch.float64)
 
 
@@ -257,8 +287,12 @@ def test_the_model_is_as_it_was_after_each_engine() -> None:
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     for make in ENGINES.values():
         make(model, weights, [direction])(batch_of(3))
-        assert all(torch.equal(before[name], value) for name, value in model.network.state_dict().items())
-        assert not any(weight.requires_grad or weight.grad is not None for weight in model.network.parameters())
+        assert all(
+            torch.equal(before[name], value) for name, value in model.network.state_dict().items()
+        )
+        assert not any(
+            weight.requires_grad or weight.grad is not None for weight in model.network.parameters()
+        )
         assert not any(module._forward_hooks for module in model.network.modules())
 
 
@@ -282,7 +316,9 @@ class Leaking(Tiny):
         seen: list[torch.Tensor] = []
         hooks = [
             first.up.register_forward_hook(lambda *given: seen.append(given[2])),
-            last.register_forward_hook(lambda *given: given[2] + (seen.pop().mean() if seen else 0)),
+            last.register_forward_hook(
+                lambda *given: given[2] + (seen.pop().mean() if seen else 0)
+            ),
         ]
         try:
             return super().hidden(batch)
@@ -292,7 +328,9 @@ class Leaking(Tiny):
 
 
 @pytest.mark.parametrize(("kind", "passes"), [(Tiny, [1, 1, 2, 2]), (Leaking, [2, 2, 2, 2])])
-def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(kind: type[Tiny], passes: list[int]) -> None:
+def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(
+    kind: type[Tiny], passes: list[int]
+) -> None:
     model, batch = kind(), batch_of(4, seed=3)
     weights = select_weights(model.network, "late")
     directions = [target_of(model, weights, vocabulary=61).direction]
@@ -323,7 +361,7 @@ def test_memory_that_runs_out_in_a_modules_own_derivative_is_no_weight_out_of_re
     model = network_of("llama")
     weights = select_weights(model.network, "norm")
     engine = reverse(model, weights, [target_of(model, weights).direction])
-    monkeypatch.setattr(core_layers, "tangent_of", full)
+    monkeypatch.setattr(layers, "tangent_of", full)
     with pytest.raises(RuntimeError, match="memory"):
         engine(batch_of(3, 16, seed=3, vocabulary=V))
 
@@ -334,11 +372,20 @@ def test_a_head_that_answers_in_less_than_the_body_s_precision_is_one_that_score
     model = network_of("llama")
     model.network.double()
     weights = select_weights(model.network, "all")
-    target, batch, head = target_of(model, weights), batch_of(3, 16, seed=3, vocabulary=V), model.logits
+    target, batch, head = (
+        target_of(model, weights),
+        batch_of(3, 16, seed=3, vocabulary=V),
+        model.logits,
+    )
     exact = reference(model, weights, [target.direction])(batch).values
     monkeypatch.setattr(model, "logits", lambda hidden: head(hidden).float())
     for engine in (reference, reverse):
-        assert disagreement(engine(model, weights, [target_of(model, weights).direction])(batch).values, exact) < 1e-5
+        assert (
+            disagreement(
+                engine(model, weights, [target_of(model, weights).direction])(batch).values, exact
+            )
+            < 1e-5
+        )
 
 
 @pytest.mark.parametrize("call", range(1, 9))
@@ -348,7 +395,11 @@ def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again
     model = network_of("llama")
     weights = select_weights(model.network, "late")
     target = target_of(model, weights)
-    directions, batch, calls = [target.direction, target.chosen], batch_of(3, 16, seed=3, vocabulary=V), list[int]()
+    directions, batch, calls = (
+        [target.direction, target.chosen],
+        batch_of(3, 16, seed=3, vocabulary=V),
+        list[int](),
+    )
 
     def cramped(*given: Any) -> torch.Tensor:
         calls.append(1)

@@ -25,28 +25,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trl.trainer.sft_trainer import SFTTrainer
 
 import prism_select
-from prism_select import controls, evaluation, warmup
 from prism_select.api import execute_evaluation
-from prism_select.boards import known_board
-from prism_select.config import EvaluateConfig, ScoreConfig
 from prism_select.core.engines import ENGINES
-from prism_select.data.batches import Encoded, Encoder
-from prism_select.data.inputs import Pool, read_target
+from prism_select.core.statistics import halves, paired_interval, rank_correlation
+from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Turn
+from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
-from prism_select.errors import BadOption, Unreachable
-from prism_select.evaluation import evaluate, filled
-from prism_select.models import load
-from prism_select.pipeline import load_model
-from prism_select.progress import Silent
-from prism_select.retraining import Bench, Lot, Point, Tried, digest
-from prism_select.statistics import halves, paired_interval, rank_correlation
-from prism_select.store import Run, Store
-from prism_select.targeting import as_side
-from prism_select.tasks import fingerprints_of
-from prism_select.verdicts import break_even, break_even_of, forecasts, in_words
-from prism_select.warmup import Course, refuse_many_gpus, train
+from prism_select.directions.from_pairs import as_side
+from prism_select.evaluation import controls, past_run
+from prism_select.evaluation import evaluate as evaluation
+from prism_select.evaluation import price as price_module
+from prism_select.evaluation import trainings as trainings_module
+from prism_select.evaluation.evaluate import evaluate
+from prism_select.evaluation.lm_eval_tasks import fingerprints_of
+from prism_select.evaluation.loggers import known_board
+from prism_select.evaluation.price import break_even, break_even_of
+from prism_select.evaluation.retraining import Bench, Lot, Point, Tried, digest
+from prism_select.evaluation.training_results import forecasts, in_words
+from prism_select.evaluation.trainings import filled
+from prism_select.models import lora_training as warmup
+from prism_select.models.loading import load, load_model
+from prism_select.models.lora_training import Course, refuse_many_gpus, train
+from prism_select.run.config import ScoreConfig
+from prism_select.run.config_evaluate import EvaluateConfig
+from prism_select.run.errors import BadOption, Unreachable
+from prism_select.run.folder import Run, Store
+from prism_select.run.progress import Silent
 
 BUDGET = 20
 
@@ -59,21 +66,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jsonl(folder / "mixture.jsonl", mixture(120, 0))
     jsonl(folder / "target.jsonl", pairs(DEMO_SKILL, 16, 0))
     jsonl(folder / "held.jsonl", pairs(DEMO_SKILL, 24, 1))
-    shared = {"model": str(MODEL), "target": folder / "target.jsonl"}
-    prism_select.select(pool=folder / "pool.jsonl", out=folder / "select", budget=str(BUDGET), **shared)  # type: ignore[arg-type]
-    prism_select.repair(pool=folder / "mixture.jsonl", out=folder / "repair", remove="15%", **shared)  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"model": str(MODEL), "target": folder / "target.jsonl"}
+    prism_select.select(
+        pool=[str(folder / "pool.jsonl")],
+        out=str(folder / "select"),
+        budget=str(BUDGET),
+        **shared,
+    )
+    prism_select.repair(
+        pool=[str(folder / "mixture.jsonl")],
+        out=str(folder / "repair"),
+        remove="15%",
+        **shared,
+    )
     return folder
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "SAMPLED", 100)
+    monkeypatch.setattr(trainings_module, "SAMPLED", 100)
     monkeypatch.setattr(controls, "DRAWS", 4)
 
 
 def config_of(place: Path, run: Path | None = None, **options: Any) -> EvaluateConfig:
     short: dict[str, Any] = {"seeds": 2, "steps": 2, "against": "random,length", "points": 1}
-    return EvaluateConfig(run=str(run or place / "select"), holdout=str(place / "held.jsonl"), **{**short, **options})
+    return EvaluateConfig(
+        run=str(run or place / "select"), holdout=str(place / "held.jsonl"), **{**short, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +120,11 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
 # ---------------------------------------------------------------- boards
 
 
-SHORT: dict[str, Any] = {"against": "random,length,everything", "steps": 10, "rate": 2e-3}  # the trainings of `told`
+SHORT: dict[str, Any] = {
+    "against": "random,length,everything",
+    "steps": 10,
+    "rate": 2e-3,
+}  # the trainings of `told`
 
 
 @pytest.fixture
@@ -110,20 +133,41 @@ def run(place: Path, told: dict[str, Any], tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "select", tmp_path / "run"))
 
 
-def test_curves_go_to_tensorboard_once_however_often_they_are_written(place: Path, run: Path) -> None:
+def test_curves_go_to_tensorboard_once_however_often_they_are_written(
+    place: Path, run: Path
+) -> None:
     for _ in range(2):
         execute_evaluation(config_of(place, run, board="tensorboard", **SHORT))
     board = run / "evaluation" / "tensorboard"
-    trainings = {f"{method}-{seed}" for method in ("prism", "random", "length", "everything") for seed in (0, 1)}
+    trainings = {
+        f"{method}-{seed}"
+        for method in ("prism", "random", "length", "everything")
+        for seed in (0, 1)
+    }
     assert {folder.name for folder in board.iterdir()} == trainings
     shown = EventAccumulator(str(board / "prism-1")).Reload()
-    assert shown.Tags()["scalars"] == ["gain", "gap", "win_rate", "accuracy", "loglik_chosen", "loss"]
+    assert shown.Tags()["scalars"] == [
+        "gain",
+        "gap",
+        "win_rate",
+        "accuracy",
+        "loglik_chosen",
+        "loss",
+    ]
     curves = pq.read_table(run / "evaluation" / "curves.parquet").to_pylist()
     for name in ("gain", "loss"):
-        expected = [(row["step"], row[name]) for row in curves if (row["method"], row["seed"]) == ("prism", 1)]
-        expected = [(step, value) for step, value in expected if math.isfinite(value)]  # no loss before the first step
+        expected = [
+            (row["step"], row[name])
+            for row in curves
+            if (row["method"], row["seed"]) == ("prism", 1)
+        ]
+        expected = [
+            (step, value) for step, value in expected if math.isfinite(value)
+        ]  # no loss before the first step
         assert [point.step for point in shown.Scalars(name)] == [step for step, _ in expected]
-        assert [point.value for point in shown.Scalars(name)] == pytest.approx([value for _, value in expected])
+        assert [point.value for point in shown.Scalars(name)] == pytest.approx(
+            [value for _, value in expected]
+        )
 
 
 def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
@@ -137,7 +181,9 @@ def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
         return SimpleNamespace(log=log, finish=lambda: None)
 
     monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there"))
+        sys.modules,
+        "wandb",
+        SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there")),
     )
     execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert {(each["project"], each["group"]) for each in begun} == {("prism", "run")}
@@ -146,7 +192,9 @@ def test_curves_go_to_weights_and_biases_as_a_run_for_each_training(
     execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert len(set(ids)) == len(ids) and [each["id"] for each in begun] == ids * 2
     last = {name: gain for name, step, gain in logged if step == 10}
-    assert np.mean([last["prism-0"], last["prism-1"]]) == pytest.approx(told["methods"]["prism"]["gain"])
+    assert np.mean([last["prism-0"], last["prism-1"]]) == pytest.approx(
+        told["methods"]["prism"]["gain"]
+    )
 
 
 def test_a_board_that_fails_is_one_line_and_the_evaluation_is_there(
@@ -156,11 +204,15 @@ def test_a_board_that_fails_is_one_line_and_the_evaluation_is_there(
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there"))
+        sys.modules,
+        "wandb",
+        SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None, origin="there")),
     )
     page = run / "report.html"
     page.unlink(missing_ok=True)
-    with pytest.raises(BadOption, match="--board wandb: no API key configured; the evaluation is complete"):
+    with pytest.raises(
+        BadOption, match="--board wandb: no API key configured; the evaluation is complete"
+    ):
         execute_evaluation(config_of(place, run, board="wandb", **SHORT))
     assert page.exists()
 
@@ -172,7 +224,9 @@ def test_a_folder_of_its_name_is_no_board(tmp_path: Path, monkeypatch: pytest.Mo
         known_board("wandb")
 
 
-def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(place: Path, trainings: list[Course]) -> None:
+def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(
+    place: Path, trainings: list[Course]
+) -> None:
     with pytest.raises(BadOption, match="--board wandb: not installed; pip install wandb"):
         evaluate(config_of(place, board="wandb", steps=3))
     assert not trainings
@@ -188,7 +242,9 @@ def test_the_choice_beats_random_and_the_whole_pool_on_held_out_pairs(told: dict
     assert told["forecast"]["rank_correlation"] > 0.5 and told["forecast"]["trainings"] == 8
 
 
-def test_every_rival_has_the_supervised_tokens_of_the_choice(place: Path, told: dict[str, Any]) -> None:
+def test_every_rival_has_the_supervised_tokens_of_the_choice(
+    place: Path, told: dict[str, Any]
+) -> None:
     tokens = np.array(Run(place / "select").scores["tokens"].to_pylist())
     methods = told["methods"]
     for name in ("random", "length"):
@@ -196,7 +252,10 @@ def test_every_rival_has_the_supervised_tokens_of_the_choice(place: Path, told: 
         assert (2 * np.abs(apart) <= tokens.max()).all()
     assert methods["prism"]["rows"] == [BUDGET] * 2 and methods["everything"]["rows"] == [200] * 2
     assert methods["length"]["rows"][0] < BUDGET  # longer rows, fewer of them
-    assert len(set(methods["random"]["predicted"])) == 2 and len(set(methods["length"]["predicted"])) == 1
+    assert (
+        len(set(methods["random"]["predicted"])) == 2
+        and len(set(methods["length"]["predicted"])) == 1
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -220,7 +279,9 @@ def test_figures_follow_from_the_table_of_pairs(place: Path, told: dict[str, Any
         rows = [row for row in table if row["method"] == name]
         each = told["methods"][name]
         assert each["win_rate"] == pytest.approx(np.mean([row["gap"] > 0 for row in rows]))
-        assert each["loglik_chosen"] == pytest.approx(np.mean([row["loglik_chosen"] for row in rows]))
+        assert each["loglik_chosen"] == pytest.approx(
+            np.mean([row["loglik_chosen"] for row in rows])
+        )
         gains = softplus(name, "gap").mean(1) - softplus(name, "gap_before").mean(1)
         assert each["realised"] == pytest.approx(gains.tolist())
     apart = softplus("prism", "gap") - softplus("random", "gap")
@@ -252,18 +313,26 @@ def test_a_rival_with_the_ranking_of_a_second_choice_is_its_equal(
     assert found["methods"]["twin"]["rows"] == found["methods"]["prism"]["rows"] == [10]
     assert len(trainings) == 2
     assert found["against"]["twin"]["words"] == "no gain over twin shown: 0 [0, 0]"
-    prism_select.select(select_from=str(place / "select"), out=str(run), budget="10", overwrite=True)
+    prism_select.select(
+        select_from=str(place / "select"), out=str(run), budget="10", overwrite=True
+    )
     assert not (run / "evaluation").exists()
 
 
 def test_repair_trains_on_what_is_kept_and_forecasts_the_wanted_answers(place: Path) -> None:
-    found = evaluate(config_of(place, place / "repair", against="random,everything", steps=20, rate=1e-3, seeds=1))
+    found = evaluate(
+        config_of(
+            place, place / "repair", against="random,everything", steps=20, rate=1e-3, seeds=1
+        )
+    )
     methods = found["methods"]
     assert methods["prism"]["rows"] == methods["random"]["rows"] == [102]
     assert methods["everything"]["rows"] == [120]
     assert methods["prism"]["predicted"][0] > max(methods["random"]["predicted"])
     assert found["against"]["everything"]["gain"]["difference"] > 0
-    assert all(each["holds"] for each in found["controls"]), [each["words"] for each in found["controls"]]
+    assert all(each["holds"] for each in found["controls"]), [
+        each["words"] for each in found["controls"]
+    ]
 
 
 # ---------------------------------------------------------------- intervals and words
@@ -277,7 +346,9 @@ def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
     low, high = paired_interval(by_seed + by_pair, 0, 20_000)
     spread = np.sqrt(by_seed.var() / seeds + by_pair.var() / 200)
     mean = (by_seed + by_pair).mean()
-    assert [low, high] == pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.05 * spread)
+    assert [low, high] == pytest.approx(
+        [mean - 1.96 * spread, mean + 1.96 * spread], abs=0.05 * spread
+    )
 
 
 def test_a_dear_training_of_fewer_points_than_another_has_a_curve() -> None:
@@ -285,7 +356,12 @@ def test_a_dear_training_of_fewer_points_than_another_has_a_curve() -> None:
         points = [Point(step, 0.0, np.zeros(2), np.zeros(2)) for step in steps]
         return Lot(method, np.arange(3), Course(seed, steps[-1])), points
 
-    found = [tried("prism", 0, 4), tried("prism", 1, 4), tried("random", 0, 4), tried("random", 1, 4)]
+    found = [
+        tried("prism", 0, 4),
+        tried("prism", 1, 4),
+        tried("random", 0, 4),
+        tried("random", 1, 4),
+    ]
     found += [tried("random-priced", 0, 5, 9, 10), tried("random-priced", 1, 5, 9)]
     told = break_even_of(lambda lot: lot.course.steps, 1.0, found, np.arange(2))
     assert [more for more, _ in told["curve"]] == [0, 1, 5, 6]
@@ -299,11 +375,18 @@ def test_a_dear_training_of_fewer_points_than_another_has_a_curve() -> None:
         ((0.003, -0.02, 0.03), "no gain over random shown: 0.003 [-0.02, 0.03]"),
         ((0.003, 0.0, 0.03), "no gain over random shown: 0.003 [0, 0.03]"),
         ((0.0, 0.0, 0.0), "no gain over random shown: 0 [0, 0]"),
-        ((0.2, 0.2, 0.2), "+0.2 over random, and no verdict: one seed and one question have no interval"),
+        (
+            (0.2, 0.2, 0.2),
+            "+0.2 over random, and no verdict: one seed and one question have no interval",
+        ),
     ],
 )
-def test_a_verdict_claims_only_what_its_interval_shows(figures: tuple[float, ...], words: str) -> None:
-    assert in_words("random", dict(zip(("difference", "low", "high"), figures, strict=True))) == words
+def test_a_verdict_claims_only_what_its_interval_shows(
+    figures: tuple[float, ...], words: str
+) -> None:
+    assert (
+        in_words("random", dict(zip(("difference", "low", "high"), figures, strict=True))) == words
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -315,21 +398,29 @@ def test_no_training_is_told_to_anyone(place: Path, monkeypatch: pytest.MonkeyPa
     started = list[bool]()
     monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: started.append(True))
     monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", Queue())
-    model, encoder = load_model(ScoreConfig(model=str(MODEL), pool=["pool"], target=["pairs"], out="run"), Silent())
+    model, encoder = load_model(
+        ScoreConfig(model=str(MODEL), pool=["pool"], target=["pairs"], out="run"), Silent()
+    )
     row = encoder.encode(Example((Turn("user", "1 + 1"), Turn("assistant", "2")), "", "", "", 1))
     train(model, encoder.tokenizer, [row], Course(0, 1))
     assert not started
 
 
-def test_several_gpus_are_refused_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_are_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refuse_many_gpus(torch.device("cpu"))
     with pytest.raises(BadOption, match="several are visible; name one in CUDA_VISIBLE_DEVICES"):
         refuse_many_gpus(torch.device("cuda", 1))
 
 
-def test_what_is_finished_is_not_trained_again(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+def test_what_is_finished_is_not_trained_again(
+    place: Path, tmp_path: Path, trainings: list[Course]
+) -> None:
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
 
     def made(**options: Any) -> tuple[int, dict[str, Any]]:
         trainings.clear()
@@ -366,32 +457,44 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
     lots = [Lot("prism", np.arange(16), Course(0, steps, 1e-3, full)) for steps in (1, 1, 3)]
     first, again, longer = (bench.trained(lot)[-1] for lot in lots)
     after = model.network.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
     assert not any(weight.requires_grad for weight in model.network.parameters())
     assert first.chosen.tolist() == again.chosen.tolist() != longer.chosen.tolist()
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_training_is_that_of_trls_own_trainer(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_training_is_that_of_trls_own_trainer(
+    monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
     """The loss of core/likelihood.py, sent backward in parts, moves the weights as TRL's own loss does."""
     found, steps = [], list[int]()
     for stock in (False, True):
         model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
         encoder = Encoder(tokenizer, "auto", 64)
         told = pool(24, 0)
-        turns = [(Turn("user", row["prompt"]), Turn("assistant", row["completion"])) for row in told]
+        turns = [
+            (Turn("user", row["prompt"]), Turn("assistant", row["completion"])) for row in told
+        ]
         rows = [encoder.encode(Example(each, "", "", "", 1)) for each in turns]
         if stock:
             monkeypatch.setattr(warmup, "_trainer", lambda *_: SFTTrainer)
-        learner = train(model, tokenizer, rows, Course(0, 3, 1e-3, full), lambda step, _: steps.append(step))
+        learner = train(
+            model, tokenizer, rows, Course(0, 3, 1e-3, full), lambda step, _: steps.append(step)
+        )
         found.append({name: weight.detach().clone() for name, weight in learner.named_parameters()})
     assert steps == [1, 2, 3]
     start = dict(load(str(MODEL), "auto", torch.device("cpu"))[0].network.named_parameters())
     moved, apart = (
-        sum(float((weight - other.get(name, 0)).square().sum()) for name, weight in found[0].items())
+        sum(
+            float((weight - other.get(name, 0)).square().sum()) for name, weight in found[0].items()
+        )
         for other in (start if full else {}, found[1])
     )
-    assert 0 < apart**0.5 <= 0.01 * moved**0.5, "the same but for the order of additions, which Adam makes larger"
+    assert 0 < apart**0.5 <= 0.01 * moved**0.5, (
+        "the same but for the order of additions, which Adam makes larger"
+    )
 
 
 # ---------------------------------------------------------------- rivals, questions, curves, price, halves
@@ -400,42 +503,65 @@ def test_a_training_is_that_of_trls_own_trainer(monkeypatch: pytest.MonkeyPatch,
 def test_named_rivals_rank_as_their_definitions_and_are_ranked_once(
     place: Path, tmp_path: Path, trainings: list[Course], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     names = ["random-by-source", "bm25", "uniform", "contrast"]
     first = evaluate(config_of(place, run, against=",".join(names), seeds=1))
     assert list(first["methods"]) == ["none", "prism", *names] and len(trainings) == 5
     table = pq.read_table(run / "evaluation" / "rankings.parquet")
     assert table.column_names == ["bm25", "uniform", "contrast"] and len(table) == 200
     tokens = np.array(Run(run).scores["tokens"].to_pylist())
-    best = np.argsort(-table["bm25"].to_numpy(), kind="stable")[: first["methods"]["bm25"]["rows"][0]]
+    best = np.argsort(-table["bm25"].to_numpy(), kind="stable")[
+        : first["methods"]["bm25"]["rows"][0]
+    ]
     assert first["methods"]["bm25"]["tokens"] == [tokens[best].sum()]
     evaluate(config_of(place, run, against="length,bm25", seeds=1))
     table = pq.read_table(run / "evaluation" / "rankings.parquet")
     assert table.column_names == ["bm25", "uniform", "contrast", "length"]
-    monkeypatch.setattr(evaluation, "rankings", None)
-    assert evaluate(config_of(place, run, against=",".join(names), seeds=1))["methods"] == first["methods"]
+    monkeypatch.setattr(trainings_module, "rankings", None)
+    assert (
+        evaluate(config_of(place, run, against=",".join(names), seeds=1))["methods"]
+        == first["methods"]
+    )
 
 
-def test_several_pairs_of_a_question_count_as_one(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
+def test_several_pairs_of_a_question_count_as_one(
+    place: Path, tmp_path: Path, trainings: list[Course]
+) -> None:
     """A question with three wrong choices has three pairs, and is right where all of them are."""
     held, seen = pairs(DEMO_SKILL, 40, 1), {row["prompt"] for row in pairs(DEMO_SKILL, 16, 0)}
     held = [row for row in held if row["prompt"] not in seen][:6]
     rows = [
-        {"question": row["prompt"], "choices": [row["chosen"], row["rejected"], *others], "answer": 0}
-        for row, others in zip(held, [["It is 3"], [], ["Answer: yes", "mice"], [], [], []], strict=True)
+        {
+            "question": row["prompt"],
+            "choices": [row["chosen"], row["rejected"], *others],
+            "answer": 0,
+        }
+        for row, others in zip(
+            held, [["It is 3"], [], ["Answer: yes", "mice"], [], [], []], strict=True
+        )
     ]
     config = config_of(place, against="random", seeds=1, full=True)
     told = evaluate(replace(config, holdout=jsonl(tmp_path / "quiz.jsonl", rows)))
     assert (told["pairs"], told["questions"]) == (9, 6)
     table = pq.read_table(place / "select" / "evaluation" / "methods.parquet").to_pylist()
     ours = [row for row in table if row["method"] == "prism"]
-    by_question = [[row["gap"] > 0 for row in ours if row["question"] == place] for place in range(6)]
+    by_question = [
+        [row["gap"] > 0 for row in ours if row["question"] == place] for place in range(6)
+    ]
     assert [len(each) for each in by_question] == [2, 1, 3, 1, 1, 1]
-    assert told["methods"]["prism"]["accuracy"] == pytest.approx(np.mean([all(each) for each in by_question]))
-    assert told["methods"]["prism"]["win_rate"] == pytest.approx(np.mean([np.mean(each) for each in by_question]))
+    assert told["methods"]["prism"]["accuracy"] == pytest.approx(
+        np.mean([all(each) for each in by_question])
+    )
+    assert told["methods"]["prism"]["win_rate"] == pytest.approx(
+        np.mean([np.mean(each) for each in by_question])
+    )
 
 
-def test_a_learning_curve_starts_before_training_and_ends_at_its_figures(place: Path, tmp_path: Path) -> None:
+def test_a_learning_curve_starts_before_training_and_ends_at_its_figures(
+    place: Path, tmp_path: Path
+) -> None:
     run = shutil.copytree(place / "select", tmp_path / "run")
     told = evaluate(config_of(place, run, against="random", seeds=1, steps=24, points=3, rate=2e-3))
     curve = pq.read_table(run / "evaluation" / "curves.parquet").to_pylist()
@@ -447,49 +573,80 @@ def test_a_learning_curve_starts_before_training_and_ends_at_its_figures(place: 
 
 
 def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     (run / "evaluation").mkdir()
-    past = evaluation.opened(config_of(place, run))
+    past = past_run.opened(config_of(place, run))
     mark = digest([past.mark])
     (run / "evaluation" / "price.json").write_text(json.dumps({"of": mark, "price": 0.9}))
-    told = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=4, points=2))
+    told = evaluate(
+        config_of(place, run, against="random,random-priced", seeds=1, steps=4, points=2)
+    )
     ours, dear = told["methods"]["prism"], told["methods"]["random-priced"]
     length = np.array(Run(run).scores["length"].to_pylist())
     spent = 3 * 4 * 8 * length[past.taken].mean() / length.sum()
     assert told["compute"]["training"] == pytest.approx(spent) and told["compute"]["price"] == 0.9
     factor = 1 + 0.9 / spent
-    rows = past.scored[evaluation.counted(past, "random", 0)[past.scored].argsort()[::-1][: dear["rows"][0]]]
-    assert dear["steps"] == round((spent + 0.9) / (3 * 8 * length[rows].mean() / length.sum()))  # of rows of its own
+    rows = past.scored[
+        trainings_module.counted(past, "random", 0)[past.scored].argsort()[::-1][: dear["rows"][0]]
+    ]
+    assert dear["steps"] == round(
+        (spent + 0.9) / (3 * 8 * length[rows].mean() / length.sum())
+    )  # of rows of its own
     assert dear["tokens"][0] == pytest.approx(factor * ours["tokens"][0], abs=10)
     assert told["compute"]["curve"][0] == [0, pytest.approx(told["methods"]["random"]["gain"])]
     assert told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])
     assert "random-priced" in told["against"] and told["forecast"]["trainings"] == 2
 
 
-def test_the_price_of_scoring_after_a_warm_up_is_told(place: Path, tmp_path: Path, trainings: list[Course]) -> None:
-    shared: dict[str, Any] = {"model": str(MODEL), "target": place / "target.jsonl", "pool": place / "pool.jsonl"}
+def test_the_price_of_scoring_after_a_warm_up_is_told(
+    place: Path, tmp_path: Path, trainings: list[Course]
+) -> None:
+    shared: dict[str, Any] = {
+        "model": str(MODEL),
+        "target": place / "target.jsonl",
+        "pool": place / "pool.jsonl",
+    }
     run = prism_select.select(**shared, out=str(tmp_path / "run"), budget="20", warmup="10%")
     told = evaluate(config_of(place, run.path, against="random,random-priced"))
     assert told["compute"]["price"] > 0
 
 
-def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(place: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
-    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"]
+def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(
+    place: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
+    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))[
+        "compute"
+    ]["price"]
     took = Run(run).manifest["timings"]
     whole = (took["target"] + took["curvature"] + took["score"]) / took["score"]
-    assert whole < price < 20 * whole  # an engine takes longer than a forward pass, and not twenty times as long
     assert (
-        evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"] == price
+        whole < price < 20 * whole
+    )  # an engine takes longer than a forward pass, and not twenty times as long
+    assert (
+        evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))[
+            "compute"
+        ]["price"]
+        == price
     )
 
 
 @pytest.mark.parametrize("scored", [1.0, 0.01, 0.0])
 def test_the_price_of_a_run_that_was_stopped_is_that_of_the_whole(
-    place: Path, tmp_path: Path, trainings: list[Course], monkeypatch: pytest.MonkeyPatch, scored: float
+    place: Path,
+    tmp_path: Path,
+    trainings: list[Course],
+    monkeypatch: pytest.MonkeyPatch,
+    scored: float,
 ) -> None:
     """A manifest's time of scoring is that of the last start, which may have scored a part."""
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["timings"] |= {"target": 50.0, "curvature": 0.0, "score": 100 * scored + 1e-9}
     manifest["actual"]["tokens"] *= scored
@@ -500,8 +657,10 @@ def test_the_price_of_a_run_that_was_stopped_is_that_of_the_whole(
         sample.append(int(batch.real.sum()))
         return 1e-3 * sample[-1]
 
-    monkeypatch.setattr(evaluation, "timed", timed)
-    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))["compute"]["price"]
+    monkeypatch.setattr(price_module, "timed", timed)
+    price = evaluate(config_of(place, run, against="random,random-priced", seeds=1, steps=1))[
+        "compute"
+    ]["price"]
     total = np.nansum(Run(run).scores["length"].to_numpy())
     assert price == pytest.approx(1.5 if tokens else 1 + 50 / (1e-3 * total), rel=1e-6)
 
@@ -511,18 +670,27 @@ def test_a_price_that_buys_no_forward_is_told_all_the_same(
     place: Path, tmp_path: Path, trainings: list[Course], against: str
 ) -> None:
     """Random rows may be so short that they cost less than the choice, however much more of them is read."""
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     (run / "evaluation").mkdir()
-    mark = digest([evaluation.opened(config_of(place, run)).mark])
+    mark = digest([past_run.opened(config_of(place, run)).mark])
     (run / "evaluation" / "price.json").write_text(json.dumps({"of": mark, "price": 1e-9}))
     told = evaluate(config_of(place, run, against=against, seeds=1))["compute"]
-    assert len(told["curve"]) == len(against.split(",")) and "scoring took 0.0 forwards" in told["words"]
+    assert (
+        len(told["curve"]) == len(against.split(","))
+        and "scoring took 0.0 forwards" in told["words"]
+    )
 
 
 def test_the_choice_from_a_run_of_score_alone_is_evaluated(
     place: Path, tmp_path: Path, trainings: list[Course]
 ) -> None:
-    given = {"model": str(MODEL), "pool": str(place / "pool.jsonl"), "target": str(place / "target.jsonl")}
+    given = {
+        "model": str(MODEL),
+        "pool": str(place / "pool.jsonl"),
+        "target": str(place / "target.jsonl"),
+    }
     scored = prism_select.score(**given, out=str(tmp_path / "score"))  # type: ignore[arg-type]
     prism_select.select(select_from=str(scored.path), out=str(tmp_path / "run"), budget="10")
     prism_select.select(select_from=str(tmp_path / "run"), out=str(tmp_path / "again"), budget="10")
@@ -531,7 +699,9 @@ def test_the_choice_from_a_run_of_score_alone_is_evaluated(
         assert found["methods"]["prism"]["rows"] == [10] and found["compute"]["price"] > 1
     shutil.rmtree(tmp_path / "score")
     shutil.rmtree(tmp_path / "again" / "evaluation")
-    with pytest.raises(BadOption, match="the run that took its scores is gone; leave random-priced out"):
+    with pytest.raises(
+        BadOption, match="the run that took its scores is gone; leave random-priced out"
+    ):
         evaluate(config_of(place, tmp_path / "again", seeds=1, against="random,random-priced"))
 
 
@@ -550,15 +720,24 @@ def test_the_break_even_is_where_the_curve_first_reaches_the_gain(
     assert break_even(curve, wanted) == found
 
 
-def test_halves_of_the_pool_are_trained_on_and_told_apart_from_methods(place: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+def test_halves_of_the_pool_are_trained_on_and_told_apart_from_methods(
+    place: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     told = evaluate(config_of(place, run, against="random", seeds=1, steps=30, rate=2e-3, lds=8))
     assert list(told["methods"]) == ["none", "prism", "random"]
     assert len(list((run / "evaluation" / "retrained").glob("half-*"))) == 8
     low, middle, high = (told["lds"][name] for name in ("low", "lds", "high"))
     assert -1 <= low <= middle <= high <= 1
-    lines = [pq.read_table(run / "evaluation" / "retrained" / f"half-{k}-0.parquet") for k in range(8)]
-    gains = [np.logaddexp(0, t["loglik_chosen"].to_numpy() - t["loglik_rejected"].to_numpy()).mean() for t in lines]
+    lines = [
+        pq.read_table(run / "evaluation" / "retrained" / f"half-{k}-0.parquet") for k in range(8)
+    ]
+    gains = [
+        np.logaddexp(0, t["loglik_chosen"].to_numpy() - t["loglik_rejected"].to_numpy()).mean()
+        for t in lines
+    ]
     scores = np.array(Run(run).scores["score"].to_pylist())
     wanted = rank_correlation(halves(200, 8, 0) @ scores, np.array(gains))
     assert middle == pytest.approx(wanted)
@@ -571,17 +750,27 @@ def test_tasks_of_ones_own_are_run_before_and_after(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = pairs(DEMO_SKILL, 12, 3)
     rows: list[dict[str, Any]] = [
-        {"q": row["prompt"], "choices": [row["rejected"], row["chosen"]], "answer": 1} for row in asked
+        {"q": row["prompt"], "choices": [row["rejected"], row["chosen"]], "answer": 1}
+        for row in asked
     ]
     told = {
-        **{"task": "quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"},
+        **{
+            "task": "quiz",
+            "dataset_path": "json",
+            "test_split": "test",
+            "output_type": "multiple_choice",
+        },
         "dataset_kwargs": {"data_files": {"test": str(jsonl(tmp_path / "quiz.jsonl", rows))}},
         **{"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"},
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "quiz.yaml").write_text(json.dumps(told))  # JSON is YAML
-    run = shutil.copytree(place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
-    config = config_of(place, run, against="random", seeds=1, steps=20, rate=2e-3, tasks=f"quiz,{tmp_path}")
+    run = shutil.copytree(
+        place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
+    config = config_of(
+        place, run, against="random", seeds=1, steps=20, rate=2e-3, tasks=f"quiz,{tmp_path}"
+    )
     methods = evaluate(config)["methods"]
     model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
     right = 0
@@ -611,15 +800,27 @@ def test_a_task_that_was_edited_is_another(tmp_path: Path) -> None:
 
 
 def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
-    given = {"model": str(MODEL), "pool": str(place / "mixture.jsonl"), "target": str(place / "target.jsonl")}
+    given = {
+        "model": str(MODEL),
+        "pool": str(place / "mixture.jsonl"),
+        "target": str(place / "target.jsonl"),
+    }
     run = prism_select.repair(**given, out=str(tmp_path), remove="15%", label_field="is_bad")  # type: ignore[arg-type]
-    told = evaluate(config_of(place, tmp_path, against="length,uniform,random-priced", seeds=1, steps=1))
+    told = evaluate(
+        config_of(place, tmp_path, against="length,uniform,random-priced", seeds=1, steps=1)
+    )
     assert set(told["labels"]) == {"prism", "length", "uniform"}
     assert told["labels"]["prism"] == pytest.approx(run.manifest["choice"]["labels"]["auroc"])
-    ours, dear, price = told["methods"]["prism"], told["methods"]["random-priced"], told["compute"]["price"]
-    assert dear["rows"] == ours["rows"] and told["compute"]["curve"][-1][1] == pytest.approx(dear["gain"])
-    passes, past = told["compute"]["training"], evaluation.opened(config_of(place, tmp_path))
-    kept = evaluation.rows_of(past, evaluation.counted(past, "random", 0))
+    ours, dear, price = (
+        told["methods"]["prism"],
+        told["methods"]["random-priced"],
+        told["compute"]["price"],
+    )
+    assert dear["rows"] == ours["rows"] and told["compute"]["curve"][-1][1] == pytest.approx(
+        dear["gain"]
+    )
+    passes, past = told["compute"]["training"], past_run.opened(config_of(place, tmp_path))
+    kept = trainings_module.rows_of(past, trainings_module.counted(past, "random", 0))
     assert len(kept) == past.taken.sum() and dear["steps"] > 1
     a_step = 3 * 8 * past.length[kept].mean() / past.length[past.scored].sum()
     assert dear["steps"] == round((passes + price) / a_step)
@@ -630,7 +831,9 @@ def test_labels_tell_every_ranking(place: Path, tmp_path: Path) -> None:
 
 def spoilt(place: Path, folder: Path, scores: NDArray[np.float64]) -> dict[str, Any]:
     """The controls of a run whose scores are others, by name."""
-    run = shutil.copytree(place / "select", folder / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = shutil.copytree(
+        place / "select", folder / "run", ignore=shutil.ignore_patterns("evaluation")
+    )
     table = pq.read_table(run / "scores.parquet")
     column = table.column_names.index("score")
     pq.write_table(table.set_column(column, "score", pa.array(scores)), run / "scores.parquet")
@@ -641,14 +844,21 @@ def spoilt(place: Path, folder: Path, scores: NDArray[np.float64]) -> dict[str, 
 
 def test_the_controls_of_an_honest_run_hold(told: dict[str, Any]) -> None:
     assert len(told["controls"]) == 7
-    assert all(each["holds"] for each in told["controls"]), [each["words"] for each in told["controls"]]
+    assert all(each["holds"] for each in told["controls"]), [
+        each["words"] for each in told["controls"]
+    ]
 
 
 def test_a_broken_sign_is_reported(place: Path, tmp_path: Path) -> None:
     scores = Run(place / "select").scores
     found = spoilt(place, tmp_path, -np.array(scores["score"].to_pylist()))
     broken = {name for name, each in found.items() if not each["holds"]}
-    turned = {"scored again", "swapped pairs, weighted alike", "swapped pairs, weighted by prism", "resampled pairs"}
+    turned = {
+        "scored again",
+        "swapped pairs, weighted alike",
+        "swapped pairs, weighted by prism",
+        "resampled pairs",
+    }
     assert broken == turned
     assert all("FAILED" in found[name]["words"] for name in broken)
     assert found["scored again"]["value"] == pytest.approx(-1, abs=0.01)
@@ -667,26 +877,39 @@ def test_scores_that_are_lengths_are_reported(place: Path, tmp_path: Path) -> No
     tokens = np.array(Run(place / "select").scores["tokens"].to_pylist(), dtype=float)
     found = spoilt(place, tmp_path, tokens)
     assert not found["length"]["holds"] and found["length"]["value"] == pytest.approx(1)
-    assert not found["scored again"]["holds"] and not found["swapped pairs, weighted alike"]["holds"]
+    assert (
+        not found["scored again"]["holds"] and not found["swapped pairs, weighted alike"]["holds"]
+    )
 
 
 @pytest.mark.parametrize("curvature", ["flat", "ekfac"])
 def test_controls_are_the_same_however_many_directions_are_held_at_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, curvature: str
 ) -> None:
-    given = {"pool": [str(place / "pool.jsonl")], "target": [str(place / "target.jsonl")], "out": "nowhere"}
-    config = ScoreConfig(model=str(MODEL), layers="last:1", curvature=curvature, curvature_rows=8, **given)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"curvature": curvature, "curvature_rows": 8}
+    config = ScoreConfig(
+        model=str(MODEL),
+        layers="last:1",
+        pool=[str(place / "pool.jsonl")],
+        target=[str(place / "target.jsonl")],
+        out="nowhere",
+        **options,
+    )
     loaded = load_model(config, Silent())
     rows = [
-        loaded[1].encode(row) for _, row in Pool([str(place / "pool.jsonl")], {}).rows() if isinstance(row, Example)
+        loaded[1].encode(row)
+        for _, row in Pool([str(place / "pool.jsonl")], {}).rows()
+        if isinstance(row, Example)
     ]
     sample = controls.Sample(rows[:20], np.arange(20.0), 0.2)
-    pairs = {"": read_target(given["target"][0], {})[:6]}
+    pairs = {"": read_target(config.target[0], {})[:6]}
     monkeypatch.setattr(controls, "DRAWS", 1)
     found = []
     for numbers in (2**28, 1):
         monkeypatch.setattr(controls, "TOGETHER", numbers)
-        found.append([each.value for each in controls.run_controls(config, loaded, pairs, sample, Silent())])
+        found.append(
+            [each.value for each in controls.run_controls(config, loaded, pairs, sample, Silent())]
+        )
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
@@ -701,8 +924,15 @@ def test_half_of_the_pairs_is_swapped() -> None:
 def test_scores_of_the_best_of_opposed_targets_are_found_again(place: Path, tmp_path: Path) -> None:
     held = [json.loads(line) for line in (place / "target.jsonl").read_text().splitlines()]
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held[:10]]
-    targets = [f"one={place / 'target.jsonl'}", f"other={jsonl(tmp_path / 'swapped.jsonl', swapped)}"]
-    shared: dict[str, Any] = {"model": str(MODEL), "target": targets, "pool": str(place / "pool.jsonl")}
+    targets = [
+        f"one={place / 'target.jsonl'}",
+        f"other={jsonl(tmp_path / 'swapped.jsonl', swapped)}",
+    ]
+    shared: dict[str, Any] = {
+        "model": str(MODEL),
+        "target": targets,
+        "pool": str(place / "pool.jsonl"),
+    }
     run = prism_select.select(**shared, combine="max", out=str(tmp_path / "run"), budget="20")
     told = evaluate(config_of(place, run.path, against="random", seeds=1, steps=1))
     assert {each["name"]: each["holds"] for each in told["controls"]}["scored again"]
@@ -711,7 +941,11 @@ def test_scores_of_the_best_of_opposed_targets_are_found_again(place: Path, tmp_
 def test_what_one_engine_cannot_reach_is_evaluated_by_that_of_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared: dict[str, Any] = {"model": str(MODEL), "target": place / "target.jsonl", "pool": place / "pool.jsonl"}
+    shared: dict[str, Any] = {
+        "model": str(MODEL),
+        "target": place / "target.jsonl",
+        "pool": place / "pool.jsonl",
+    }
     run = prism_select.select(**shared, engine="difference", out=str(tmp_path / "run"), budget="20")
 
     def unreachable(*_: object) -> None:
@@ -727,7 +961,18 @@ def test_what_one_engine_cannot_reach_is_evaluated_by_that_of_the_run(
 
 def test_the_command_tells_verdicts_and_controls(place: Path, tmp_path: Path) -> None:
     run = shutil.copytree(place / "select", tmp_path / "run")
-    done = prism("evaluate", run, "--holdout", place / "held.jsonl", "--seeds", 1, "--steps", 1, "--against", "random")
+    done = prism(
+        "evaluate",
+        run,
+        "--holdout",
+        place / "held.jsonl",
+        "--seeds",
+        1,
+        "--steps",
+        1,
+        "--against",
+        "random",
+    )
     assert done.code == 0, done.err
     assert "over random shown" in done.out or "than random by" in done.out
     assert "no training" in done.out and "scored again: holds" in done.out
@@ -739,7 +984,10 @@ def test_the_command_tells_verdicts_and_controls(place: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--against", "luck"), "--against luck: unknown; try some of everything, random-priced, random"),
+        (
+            ("--against", "luck"),
+            "--against luck: unknown; try some of everything, random-priced, random",
+        ),
         (("--seeds", 0), "--seeds 0: must be at least 1"),
         (("--epochs", 0), "must be above 0"),
         (("--holdout", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -750,7 +998,9 @@ def test_what_cannot_be_is_refused(place: Path, words: tuple[object, ...], said:
     assert done.code == 2 and said in done.err
 
 
-def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(place: Path, tmp_path: Path) -> None:
+def test_only_a_complete_choice_of_the_same_files_can_be_evaluated(
+    place: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BadOption, match="no complete run"):
         evaluate(config_of(place, tmp_path / "none"))
     with pytest.raises(BadOption, match="in the run's target"):

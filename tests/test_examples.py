@@ -16,10 +16,10 @@ from conftest import jsonl
 from scipy.stats import spearmanr
 
 import prism_select
-from prism_select.adapters import load_adapter
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import pairs, pool
-from prism_select.models import load
+from prism_select.models.adapters import load_adapter
+from prism_select.models.loading import load
 
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,8 +42,15 @@ def serving(networks: dict[str, Any]) -> Iterator[str]:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             tokens = asked["prompt"]
             with torch.no_grad():
-                logits = networks[asked["model"]](input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-            each = [{str(token): {"logprob": float(logits[i, token])}} for i, token in enumerate(tokens[1:])]
+                logits = (
+                    networks[asked["model"]](input_ids=torch.tensor([tokens]))
+                    .logits[0]
+                    .log_softmax(-1)
+                )
+            each = [
+                {str(token): {"logprob": float(logits[i, token])}}
+                for i, token in enumerate(tokens[1:])
+            ]
             body = json.dumps({"choices": [{"prompt_logprobs": [None, *each]}]}).encode()
             self.send_response(200)
             self.end_headers()
@@ -80,14 +87,18 @@ def test_two_adapters_on_a_server_give_the_scores_of_a_run(tmp_path: Path) -> No
     networks = {}
     for side in "+-":
         model, _ = load(str(MODEL), "float32", torch.device("cpu"))
-        networks[f"adapter{side}"] = load_adapter(model.network, tmp_path / f"adapter{side}", merge=True).network
+        networks[f"adapter{side}"] = load_adapter(
+            model.network, tmp_path / f"adapter{side}", merge=True
+        ).network
     with serving(networks) as url:
         told = list(server_scores.scores(url, str(MODEL), file, 0.05))
     assert [each["id"] for each in told] == run.scores["id"].to_pylist()
     found, expected = [each["score"] for each in told], run.scores["score"].to_pylist()
     assert spearmanr(found, expected).statistic > 0.99
     length = sum(a * b for a, b in zip(found, expected, strict=True)) / sum(a * a for a in found)
-    assert max(abs(length * a - b) for a, b in zip(found, expected, strict=True)) < 0.02 * max(map(abs, expected))
+    assert max(abs(length * a - b) for a, b in zip(found, expected, strict=True)) < 0.02 * max(
+        map(abs, expected)
+    )
 
 
 @pytest.mark.parametrize("epsilon", [0.02, 0.05])
@@ -107,7 +118,9 @@ def test_the_signed_adapters_are_the_adapter_times_epsilon(epsilon: float, tmp_p
 def test_a_new_choice_is_drawn_from_at_once_and_over_and_over() -> None:
     chosen = example("rounds").Chosen([1, 2, 3])
     drawn = iter(chosen)
-    assert sorted(next(drawn) for _ in range(3)) == [1, 2, 3] == sorted(next(drawn) for _ in range(3))
+    assert (
+        sorted(next(drawn) for _ in range(3)) == [1, 2, 3] == sorted(next(drawn) for _ in range(3))
+    )
     next(drawn)
     chosen.rows = [7, 8]
     assert sorted(next(drawn) for _ in range(4)) == [7, 7, 8, 8]
@@ -115,17 +128,26 @@ def test_a_new_choice_is_drawn_from_at_once_and_over_and_over() -> None:
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_rounds_choose_again_at_the_model_that_training_has_made(lora: bool, tmp_path: Path) -> None:
+def test_rounds_choose_again_at_the_model_that_training_has_made(
+    lora: bool, tmp_path: Path
+) -> None:
     from datasets import load_dataset
     from peft import LoraConfig
     from trl.trainer.sft_config import SFTConfig
 
     rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in pool(60, 0)]
-    rows = [{**row, "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows]
-    file, target = jsonl(tmp_path / "pool.jsonl", rows), jsonl(tmp_path / "pairs.jsonl", pairs("capitals", 12, 0))
+    rows = [
+        {**row, "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows
+    ]
+    file, target = (
+        jsonl(tmp_path / "pool.jsonl", rows),
+        jsonl(tmp_path / "pairs.jsonl", pairs("capitals", 12, 0)),
+    )
     rounds = example("rounds")
     folder = tmp_path / "rounds"
-    choosing = rounds.Rounds(2, str(folder), model=str(MODEL), pool=file, target=target, budget="20%")
+    choosing = rounds.Rounds(
+        2, str(folder), model=str(MODEL), pool=file, target=target, budget="20%"
+    )
     settings = SFTConfig(
         output_dir=str(tmp_path / "tuned"),
         max_steps=4,
@@ -140,14 +162,20 @@ def test_rounds_choose_again_at_the_model_that_training_has_made(lora: bool, tmp
         choosing,
         model=str(MODEL),
         args=settings,
-        train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache")),
+        train_dataset=load_dataset(
+            "json", data_files=file, split="train", cache_dir=str(tmp_path / "cache")
+        ),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
     ).train()
     assert sorted(place.name for place in folder.iterdir()) == ["step-0", "step-2"]
     assert [len(choice) for choice in choosing.choices] == [12, 12]
     first, second = (prism_select.Run(folder / f"step-{step}" / "run").scores for step in (0, 2))
-    plain = prism_select.score(model=str(MODEL), pool=file, target=target, out=str(tmp_path / "plain")).scores
-    assert first["score"].to_pylist() == pytest.approx(plain["score"].to_pylist(), rel=1e-3, abs=1e-3)
+    plain = prism_select.score(
+        model=str(MODEL), pool=file, target=target, out=str(tmp_path / "plain")
+    ).scores
+    assert first["score"].to_pylist() == pytest.approx(
+        plain["score"].to_pylist(), rel=1e-3, abs=1e-3
+    )
     assert second["loglik"].to_pylist() != pytest.approx(plain["loglik"].to_pylist(), rel=1e-4)
 
 
@@ -163,9 +191,15 @@ def test_a_notebook_runs_from_top_to_bottom_and_says_what_it_said(
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         capsys.readouterr()
         exec("".join(cell["source"]), names)
-        printed, stands = capsys.readouterr().out, "".join(line for o in cell["outputs"] for line in o["text"])
+        printed, stands = (
+            capsys.readouterr().out,
+            "".join(line for o in cell["outputs"] for line in o["text"]),
+        )
         assert printed.count("→") == stands.count("→")
-        fixed = ["\n".join(line for line in text.splitlines() if "→" not in line) for text in (printed, stands)]
+        fixed = [
+            "\n".join(line for line in text.splitlines() if "→" not in line)
+            for text in (printed, stands)
+        ]
         assert NUMBER.sub("#", fixed[0]).split() == NUMBER.sub("#", fixed[1]).split()
         found, told = ([float(x) for x in NUMBER.findall(text)] for text in fixed)
         assert found == pytest.approx(told, rel=0.02, abs=0.02)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from made_run import write_run
 
-from prism_select.report.writing import write_report
+from prism_select.report.run_page import write_report
 
 NASTY = (
     "</script><script>alert(1)</script>",
@@ -36,20 +36,37 @@ SHARED = settings(max_examples=TRIES, deadline=None, suppress_health_check=list(
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
 MESSAGE = st.fixed_dictionaries(
-    {}, optional={key: SCALARS | st.sampled_from(["user", "assistant"]) for key in ("role", "from", "content", "value")}
+    {},
+    optional={
+        key: SCALARS | st.sampled_from(["user", "assistant"])
+        for key in ("role", "from", "content", "value")
+    },
 )
 VALUES = st.recursive(
-    SCALARS | st.lists(MESSAGE, max_size=3) | st.fixed_dictionaries({"text": SCALARS, "label": SCALARS}),
+    SCALARS
+    | st.lists(MESSAGE, max_size=3)
+    | st.fixed_dictionaries({"text": SCALARS, "label": SCALARS}),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
 FIELDS = "messages prompt completion response instruction input output conversations text question choices answer"
-NAMES = st.sampled_from([*FIELDS.split(), "answerKey", "chosen", "rejected", "id", "source"]) | st.text(max_size=4)
+NAMES = st.sampled_from(
+    [*FIELDS.split(), "answerKey", "chosen", "rejected", "id", "source"]
+) | st.text(max_size=4)
 ROWS = st.dictionaries(NAMES, VALUES, max_size=6)
-LINES = ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=60) | st.text(max_size=60).map(str.encode)
+LINES = (
+    ROWS.map(lambda row: json.dumps(row).encode())
+    | st.binary(max_size=60)
+    | st.text(max_size=60).map(str.encode)
+)
 
 WHOLE: list[Mapping[str, Any]] = [
-    {"id": f"row {row}", "prompt": f'"Question", {row}?\n', "completion": "x" * row, "source": "é\u2028"}
+    {
+        "id": f"row {row}",
+        "prompt": f'"Question", {row}?\n',
+        "completion": "x" * row,
+        "source": "é\u2028",
+    }
     for row in range(40)
 ]
 
@@ -68,14 +85,19 @@ def sound(ending: str) -> bytes:
         return buffer.getvalue()
     if ending.startswith("csv"):
         cells = [list(WHOLE[0]), *([str(value) for value in row.values()] for row in WHOLE)]
-        text = "\n".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in cells)
+        text = "\n".join(
+            ",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in cells
+        )
     else:
         text = json.dumps(WHOLE, indent=1) if ending.startswith("json.") or ending == "json" else ""
         text = text or "\n".join(json.dumps(row) for row in WHOLE)
     return packed(text.encode(), ending)
 
 
-@given(st.lists(LINES, min_size=1, max_size=12), st.sampled_from(["jsonl", "json", "csv", "jsonl.gz", "csv.zst"]))
+@given(
+    st.lists(LINES, min_size=1, max_size=12),
+    st.sampled_from(["jsonl", "json", "csv", "jsonl.gz", "csv.zst"]),
+)
 @SHARED
 def test_no_row_ends_in_a_traceback(tmp_path: Path, lines: list[bytes], ending: str) -> None:
     path = tmp_path / f"pool.{ending}"
@@ -83,7 +105,9 @@ def test_no_row_ends_in_a_traceback(tmp_path: Path, lines: list[bytes], ending: 
     read_all(path)
 
 
-EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30), st.binary(max_size=6)), min_size=1, max_size=6)
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 30), st.binary(max_size=6)), min_size=1, max_size=6
+)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -110,7 +134,9 @@ NUMBERS = st.floats(-1e9, 1e9) | st.just(float("nan"))
 TEXTS = st.text(max_size=40) | st.text(st.characters(), max_size=40) | st.sampled_from(NASTY)
 
 
-@settings(SHARED, max_examples=max(10, TRIES // 10), phases=[Phase.generate])  # a page is slow to make smaller
+@settings(
+    SHARED, max_examples=max(10, TRIES // 10), phases=[Phase.generate]
+)  # a page is slow to make smaller
 @given(
     st.lists(st.tuples(TEXTS, TEXTS, TEXTS, TEXTS), min_size=3, max_size=6),
     st.lists(NUMBERS, min_size=6, max_size=6),
@@ -122,15 +148,24 @@ def test_no_text_of_a_pool_becomes_markup_of_the_page(
     folder = tmp_path_factory.mktemp("page")
     names = ("id", "source", "prompt", "completion")
     odd = [
-        dict(zip(names, ("a" + text.encode("utf-8", "replace").decode() for text in row), strict=True)) for row in rows
+        dict(
+            zip(
+                names, ("a" + text.encode("utf-8", "replace").decode() for text in row), strict=True
+            )
+        )
+        for row in rows
     ]
-    page = write_report(str(write_run(folder / "run", odd, scores[: len(odd)]))).read_text(encoding="utf-8")
+    page = write_report(str(write_run(folder / "run", odd, scores[: len(odd)]))).read_text(
+        encoding="utf-8"
+    )
     seen = Scripts()
     seen.feed(page)
     assert sorted(seen.kinds) == ["", "", "application/json"]  # Vega, the page's own, and the data
     assert not seen.handlers and not seen.links
     told = json.dumps(json.loads(seen.data), ensure_ascii=False)
-    if len(dict.fromkeys(row["id"] for row in odd)) == len(odd):  # rows whose id repeats are set aside
+    if len(dict.fromkeys(row["id"] for row in odd)) == len(
+        odd
+    ):  # rows whose id repeats are set aside
         for row, score in zip(odd, scores, strict=False):
             assert score != score or json.dumps(row["completion"], ensure_ascii=False)[1:-1] in told
 
@@ -147,7 +182,11 @@ class Scripts(HTMLParser):
         if tag == "script":
             self.kinds.append(told.get("type") or "")
         self.handlers += [name for name in told if name.startswith("on")]
-        self.links += [value for name in ("src", "href") if (value := told.get(name)) and not value.startswith("#")]
+        self.links += [
+            value
+            for name in ("src", "href")
+            if (value := told.get(name)) and not value.startswith("#")
+        ]
 
     def handle_data(self, data: str) -> None:
         if self.kinds and self.kinds[-1] == "application/json" and not self.data:

@@ -31,7 +31,15 @@ LAYERS = [
         "profile",
         "surrogate",
     ],
-    ["data.records", "data.remote", "data.readers", "data.formats", "data.inputs", "data.batches", "data.pairing"],
+    [
+        "data.records",
+        "data.remote",
+        "data.readers",
+        "data.formats",
+        "data.inputs",
+        "data.batches",
+        "data.pairing",
+    ],
     ["models", "store", "world", "planning", "adapters"],
     [
         "scoring",
@@ -48,7 +56,17 @@ LAYERS = [
         "generation",
         "warmup",
     ],
-    ["tasks", "boards", "rankings", "pipeline", "controls", "retraining", "verdicts", "evaluation", "making"],
+    [
+        "tasks",
+        "boards",
+        "rankings",
+        "pipeline",
+        "controls",
+        "retraining",
+        "verdicts",
+        "evaluation",
+        "making",
+    ],
     [
         "report.columns",
         "report.spread",
@@ -91,7 +109,9 @@ def imports_of(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prism_select"):
             inside = (node.module or "").removeprefix("prism_select").lstrip(".")
             package = inside in ("", "core", "data", "demo", "report")
-            names.update(f"{inside}.{a.name}".lstrip(".") if package else inside for a in node.names)
+            names.update(
+                f"{inside}.{a.name}".lstrip(".") if package else inside for a in node.names
+            )
     return names
 
 
@@ -118,7 +138,10 @@ def test_the_core_sees_no_file_no_config_and_no_transformers(file: Path) -> None
 
 
 def test_the_core_reads_in_one_sitting() -> None:
-    assert sum(len(f.read_text(encoding="utf-8").splitlines()) for f in (SOURCE / "core").glob("*.py")) <= 700
+    assert (
+        sum(len(f.read_text(encoding="utf-8").splitlines()) for f in (SOURCE / "core").glob("*.py"))
+        <= 700
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -126,7 +149,11 @@ def test_functions_are_short(file: Path) -> None:
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = (node.end_lineno or 0) - node.body[0].lineno + 1
-            arguments = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            arguments = [
+                a.arg
+                for a in (*node.args.args, *node.args.kwonlyargs)
+                if a.arg not in ("self", "cls")
+            ]
             assert body <= 60, f"{node.name}: {body} lines"
             assert len(arguments) <= 6, f"{node.name}: {len(arguments)} parameters"
 
@@ -176,7 +203,7 @@ def test_every_module_imports_alone() -> None:
 
 def test_help_never_imports_torch() -> None:
     code = (
-        "import sys\nfrom prism_select.cli import main\n"
+        "import sys\nfrom prism_select.cli.app import main\n"
         "try:\n    main(['select', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from prism_select.statistics import halves, lds
+from prism_select.core.statistics import halves, lds
 
 Floats = NDArray[np.float64]
 
@@ -42,14 +42,19 @@ def test_an_interval_around_nothing_holds_nothing_about_as_often_as_it_says() ->
     held = 0
     for seed in range(100):
         draw = np.random.default_rng(seed)
-        found = lds(draw.normal(size=60), halves(60, 40, seed), draw.normal(size=40), seed, draws=200)
+        found = lds(
+            draw.normal(size=60), halves(60, 40, seed), draw.normal(size=40), seed, draws=200
+        )
         held += found["low"] < 0 < found["high"]
     assert 88 <= held <= 99
 
 
 def test_more_halves_narrow_the_interval_by_their_square_root() -> None:
     draw = np.random.default_rng(0)
-    found = [lds(draw.normal(size=60), halves(60, count, 0), draw.normal(size=count), 0) for count in (50, 800)]
+    found = [
+        lds(draw.normal(size=60), halves(60, count, 0), draw.normal(size=count), 0)
+        for count in (50, 800)
+    ]
     wide, narrow = (each["high"] - each["low"] for each in found)
     assert wide / narrow == pytest.approx(4, rel=0.2)
 
@@ -64,7 +69,9 @@ def test_ties_share_their_rank() -> None:
 def test_one_half_has_no_lds_and_two_leave_its_interval_without_width() -> None:
     """Of two halves, a resample with both in it has ρ = 1 here; the others have none, and are left out."""
     scores = np.arange(4.0)
-    one, two = (lds(scores, members, members @ scores, 0) for members in (halves(4, 1, 0), halves(4, 2, 0)))
+    one, two = (
+        lds(scores, members, members @ scores, 0) for members in (halves(4, 1, 0), halves(4, 2, 0))
+    )
     assert math.isnan(one["lds"]) and math.isnan(one["low"]) and math.isnan(one["high"])
     assert two == pytest.approx({"lds": 1, "low": 1, "high": 1, "halves": 2})
 

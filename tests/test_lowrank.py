@@ -5,13 +5,13 @@ import torch
 from test_engines import V, network_of, target_of
 from tiny import Tiny, batch_of
 
-from prism_select import lowrank
-from prism_select.check import disagreement
-from prism_select.core.direction import norm
+from prism_select.core.check import disagreement
 from prism_select.core.engines import difference, forward, reference, reverse
 from prism_select.core.layers import Factors, dense
-from prism_select.lowrank import factor, truncated
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import norm
+from prism_select.directions import low_rank as lowrank
+from prism_select.directions.low_rank import factor, truncated
+from prism_select.models.layer_selection import select_weights
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -19,9 +19,15 @@ def test_factors_score_like_their_product_to_rounding(tied: bool) -> None:
     model, batch = Tiny(tied=tied), batch_of(12, seed=7)
     weights = select_weights(model.network, "all")
     target = target_of(model, weights, vocabulary=61)
-    low = [factor(model.network, each, 3).direction for each in (target.direction, target.chosen, target.rejected)]
+    low = [
+        factor(model.network, each, 3).direction
+        for each in (target.direction, target.chosen, target.rejected)
+    ]
     assert ("body.words.weight" in weights) and not isinstance(low[0]["body.words.weight"], Factors)
-    for directions in (low[:2], [*low, target.direction]):  # more than two at once take another road
+    for directions in (
+        low[:2],
+        [*low, target.direction],
+    ):  # more than two at once take another road
         exact = reference(model, weights, [dense(each) for each in directions])(batch).values
         assert disagreement(reverse(model, weights, directions)(batch).values, exact) < 1e-10
         assert disagreement(forward(model, weights, directions)(batch).values, exact) < 1e-10
@@ -35,7 +41,9 @@ def test_factors_score_like_their_product_on_real_architectures(name: str) -> No
     weights = select_weights(model.network, "all")
     low = factor(model.network, target_of(model, weights).direction, 4).direction
     factored = {each for each, value in low.items() if isinstance(value, Factors)}
-    assert factored and not any("emb" in each or "norm" in each or "experts" in each for each in factored)
+    assert factored and not any(
+        "emb" in each or "norm" in each or "experts" in each for each in factored
+    )
     assert ("lm_head.weight" in factored) == ("lm_head.weight" in weights)
     exact = reference(model, weights, [dense(low)])(batch).values
     assert disagreement(reverse(model, weights, [low])(batch).values, exact) < 1e-4
@@ -59,19 +67,34 @@ def test_the_share_is_that_of_the_squared_lengths_and_grows_with_the_rank() -> N
     shares = []
     for rank in (1, 2, 4, 8, 16):
         low = factor(model.network, direction, rank)
-        assert low.share == pytest.approx((norm(dense(low.direction)) / norm(direction)) ** 2, rel=1e-12)
+        assert low.share == pytest.approx(
+            (norm(dense(low.direction)) / norm(direction)) ** 2, rel=1e-12
+        )
         for name, kept in low.kept.items():
-            values = torch.linalg.svdvals(direction[name]).square() if direction[name].ndim == 2 else torch.ones(1)
-            best = float(values[:rank].sum() / values.sum()) if isinstance(low.direction[name], Factors) else 1.0
+            values = (
+                torch.linalg.svdvals(direction[name]).square()
+                if direction[name].ndim == 2
+                else torch.ones(1)
+            )
+            best = (
+                float(values[:rank].sum() / values.sum())
+                if isinstance(low.direction[name], Factors)
+                else 1.0
+            )
             assert kept == pytest.approx(best, rel=1e-9)
         shares.append(low.share)
     assert sorted(shares) == shares and shares[0] < 0.9 < shares[-2] < shares[-1] <= 1 + 1e-12
 
 
-def test_a_large_matrix_is_cut_nearly_as_well_at_random_and_always_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_matrix_is_cut_nearly_as_well_at_random_and_always_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     draw = torch.Generator().manual_seed(0)
     scales = torch.arange(1, 201, dtype=torch.float64) ** -0.7
-    left, right = (torch.linalg.qr(torch.randn(n, 200, generator=draw, dtype=torch.float64))[0] for n in (300, 500))
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 200, generator=draw, dtype=torch.float64))[0]
+        for n in (300, 500)
+    )
     matrix = (left * scales) @ right.T
     exact, state = truncated(matrix, 16), torch.get_rng_state()
     monkeypatch.setattr(lowrank, "EXACT", 100)
@@ -81,4 +104,6 @@ def test_a_large_matrix_is_cut_nearly_as_well_at_random_and_always_alike(monkeyp
     assert not torch.equal(drawn.left, exact.left)
     energy = [float((each.left @ each.right).square().sum()) for each in (drawn, exact)]
     assert energy[0] == pytest.approx(energy[1], rel=1e-3)
-    assert torch.allclose(drawn.right @ drawn.right.T, torch.eye(16, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        drawn.right @ drawn.right.T, torch.eye(16, dtype=torch.float64), atol=1e-12
+    )

@@ -6,18 +6,21 @@ import pytest
 import torch
 from tiny import Tiny, batch_of, pairs_of
 
-from prism_select.common import common_part
-from prism_select.core.direction import Side, Target, minus, norm, target_gradient
 from prism_select.core.engines import reverse
 from prism_select.core.gains import GAINS, slopes
 from prism_select.core.likelihood import backward, token_logliks
-from prism_select.errors import UnknownLayers
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import Side, Target, minus, norm, target_gradient
+from prism_select.directions.common_part import common_part
+from prism_select.models.layer_selection import select_weights
+from prism_select.run.errors import UnknownLayers
 
 
 def gain_of(model: Tiny, sides: tuple[Side, Side], weighting: str) -> float:
     """J, written out again from its definition."""
-    means = [torch.cat([token_logliks(model, b).sum(1) / b.counts for b in sides[side].batches]) for side in (0, 1)]
+    means = [
+        torch.cat([token_logliks(model, b).sum(1) / b.counts for b in sides[side].batches])
+        for side in (0, 1)
+    ]
     return float(GAINS[weighting](*means).mean())
 
 
@@ -29,14 +32,18 @@ def target_of(model: Tiny, sides: tuple[Side, Side], weighting: str = "prism") -
 def test_one_training_step_moves_the_gain_as_scored(weighting: str) -> None:
     model, sides, batch, rate = Tiny(), pairs_of(8), batch_of(64, seed=3), 1e-6
     weights = select_weights(model.network, "all")
-    predicted = reverse(model, weights, [target_of(model, sides, weighting).direction])(batch).values[:, 0]
+    predicted = reverse(model, weights, [target_of(model, sides, weighting).direction])(
+        batch
+    ).values[:, 0]
     before, moved = gain_of(model, sides, weighting), []
     for i in range(64):
         row = batch.rows(slice(i, i + 1))
         for weight in weights.values():
             weight.requires_grad_(True)
         backward(model, row, torch.ones(1, dtype=torch.float64))
-        steps = {name: rate * weight.grad for name, weight in weights.items() if weight.grad is not None}
+        steps = {
+            name: rate * weight.grad for name, weight in weights.items() if weight.grad is not None
+        }
         with torch.no_grad():
             for weight in weights.values():
                 weight.requires_grad_(False).grad = None
@@ -67,7 +74,10 @@ def test_the_direction_is_the_gradient_of_the_gain(weighting: str) -> None:
     weights = select_weights(model.network, "all")
     for weight in weights.values():
         weight.requires_grad_(True)
-    means = [torch.cat([token_logliks(model, b).sum(1) / b.counts for b in sides[side].batches]) for side in (0, 1)]
+    means = [
+        torch.cat([token_logliks(model, b).sum(1) / b.counts for b in sides[side].batches])
+        for side in (0, 1)
+    ]
     gradient = torch.autograd.grad(GAINS[weighting](*means).mean(), list(weights.values()))
     for weight in weights.values():
         weight.requires_grad_(False)
@@ -101,9 +111,13 @@ def test_layers_are_chosen_by_block_and_by_name() -> None:
     assert every == {name for name, _ in network.named_parameters()}
     late = set(select_weights(network, "late"))
     assert late == {name for name in every if ".blocks.2." in name or ".blocks.3." in name}
-    assert set(select_weights(network, "last:1")) == {name for name in every if ".blocks.3." in name}
+    assert set(select_weights(network, "last:1")) == {
+        name for name in every if ".blocks.3." in name
+    }
     assert set(select_weights(network, "last:9")) == {name for name in every if ".blocks." in name}
-    assert set(select_weights(network, r"qkv\.weight$")) == {f"body.blocks.{i}.qkv.weight" for i in range(4)}
+    assert set(select_weights(network, r"qkv\.weight$")) == {
+        f"body.blocks.{i}.qkv.weight" for i in range(4)
+    }
     for wrong in ("nothing", "last:0", "[", "last:"):
         with pytest.raises(UnknownLayers, match=r"this model has \d+ weights"):
             select_weights(network, wrong)

@@ -7,15 +7,15 @@ from test_engines import ARCHITECTURES, V, network_of, target_of
 from tiny import Tiny, batch_of
 from torch import Tensor, nn
 
-from prism_select import norms
-from prism_select.core.direction import differentiable
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Weights
 from prism_select.core.likelihood import Batch, LanguageModel, backward
-from prism_select.errors import BadOption
-from prism_select.models import CausalLM
-from prism_select.norms import with_norms
-from prism_select.weights import select_weights
+from prism_select.core.target_gradient import differentiable
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_weights
+from prism_select.run.errors import BadOption
+from prism_select.scoring import gradient_norms as norms
+from prism_select.scoring.gradient_norms import with_norms
 
 
 def autograds(model: LanguageModel, weights: Weights, batch: Batch) -> Tensor:
@@ -24,7 +24,9 @@ def autograds(model: LanguageModel, weights: Weights, batch: Batch) -> Tensor:
     for place in range(len(batch)):
         with differentiable(weights):
             backward(model, batch.rows(slice(place, place + 1)), torch.ones(1))
-            squares = [w.grad.double().square().sum() for w in weights.values() if w.grad is not None]
+            squares = [
+                w.grad.double().square().sum() for w in weights.values() if w.grad is not None
+            ]
             found.append(torch.stack(squares).sum().sqrt())
     return torch.stack(found)
 
@@ -34,7 +36,9 @@ def apart(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("chunk", [2**20, 61, 3 * 61, 7 * 61])
-@pytest.mark.parametrize("layers", ["all", "late", r"head|words|before|between", "words", r"head\.weight"])
+@pytest.mark.parametrize(
+    "layers", ["all", "late", r"head|words|before|between", "words", r"head\.weight"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_norms_are_autograds_to_rounding(
     tied: bool, layers: str, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -46,12 +50,17 @@ def test_the_norms_are_autograds_to_rounding(
     weights = select_weights(model.network, layers)
     for time, left in ((14, False), (14, True), (31, False)):
         batch = batch_of(7, time, seed=3, left=left)
-        assert apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch)) < 1e-10
+        assert (
+            apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch))
+            < 1e-10
+        )
 
 
 @pytest.mark.parametrize("layers", ["all", "late"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_norms_are_autograds_on_every_architecture(name: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norms_are_autograds_on_every_architecture(
+    name: str, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = network_of(name)
     weights = select_weights(model.network, layers)
     batch, directions = batch_of(9, 16, seed=9, vocabulary=V), [target_of(model, weights).direction]
@@ -95,7 +104,7 @@ class Mixing(nn.Module):
 def test_any_other_module_counts_by_its_own_derivative(
     across: bool, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prism_select.norms.SMALL", small)
+    monkeypatch.setattr("prism_select.scoring.gradient_norms.SMALL", small)
     model, batch = Tiny(), batch_of(6)
     torch.manual_seed(1)
     model.network.body.blocks[2].out = Mixing(16, across).double().requires_grad_(False)
@@ -108,7 +117,11 @@ def test_any_other_module_counts_by_its_own_derivative(
     for example in torch.eye(len(batch)):
         with differentiable(weights):
             backward(model, batch, example)
-            exact.append(torch.stack([w.grad.square().sum() for w in weights.values() if w.grad is not None]).sum())
+            exact.append(
+                torch.stack(
+                    [w.grad.square().sum() for w in weights.values() if w.grad is not None]
+                ).sum()
+            )
     assert apart(norms, torch.stack(exact).sqrt()) < 1e-10
 
 
@@ -132,8 +145,12 @@ def test_the_norms_are_autograds_in_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("size", [1e-4, 300.0])
 @pytest.mark.parametrize("time", [3, 40])
-def test_squares_leave_the_range_of_float16_and_are_right_all_the_same(size: float, time: int) -> None:
+def test_squares_leave_the_range_of_float16_and_are_right_all_the_same(
+    size: float, time: int
+) -> None:
     draw = torch.Generator().manual_seed(0)
     left, right = ((torch.randn(2, time, 16, generator=draw) * size).half() for _ in range(2))
-    expected = torch.stack([(a.double().T @ b.double()).square().sum() for a, b in zip(left, right, strict=True)])
+    expected = torch.stack(
+        [(a.double().T @ b.double()).square().sum() for a, b in zip(left, right, strict=True)]
+    )
     assert torch.allclose(norms._squares(left, right).double(), expected, rtol=1e-3)

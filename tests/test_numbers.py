@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prism_select
-from prism_select import models, pipeline, targeting
 from prism_select.core.engines import Scores
 from prism_select.core.likelihood import Batch
-from prism_select.data.batches import Encoded, collate
-from prism_select.scoring import Fitting, plainly
+from prism_select.data.batches import collate
+from prism_select.data.encoding import Encoded
+from prism_select.directions import from_pairs as targeting
+from prism_select.models import loading
+from prism_select.scoring import engine_choice
+from prism_select.scoring.fitting import Fitting, plainly
 
-GOOD: list[Row] = [{"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)]
+GOOD: list[Row] = [
+    {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)
+]
 PAIRS: list[Row] = [
     {"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"},
     {"prompt": "Zurich?", "chosen": "Please: in France.", "rejected": "go away"},
@@ -34,7 +39,10 @@ class Desk:
         self.folder, self.model, self.out = folder, model, folder / "run"
 
     def call(self, *more: object) -> Outcome:
-        rows, target = jsonl(self.folder / "pool.jsonl", GOOD), jsonl(self.folder / "pairs.jsonl", PAIRS)
+        rows, target = (
+            jsonl(self.folder / "pool.jsonl", GOOD),
+            jsonl(self.folder / "pairs.jsonl", PAIRS),
+        )
         words = ["--model", self.model, "--pool", rows, "--target", target, "--out", self.out]
         return prism("score", *words, *more)
 
@@ -65,22 +73,26 @@ class Poison(torch.autograd.Function):
         return torch.where(rows[:, None, None], float("nan"), gradients[0]), None
 
 
-def test_a_pair_whose_gradient_is_nan_stops_the_run_and_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_whose_gradient_is_nan_stops_the_run_and_is_named(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though its log-likelihood is a number like any other."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(desk.model))
     (letter,) = tokenizer("Z", add_special_tokens=False).input_ids
-    load = models.load
+    load = loading.load
 
     def loaded(*words: Any) -> Any:
         model, tokenizer = load(*words)
         seen: list[torch.Tensor] = []
         body: Any = model.body
-        body.embed_tokens.register_forward_hook(lambda _, given, __: seen.append((given[0] == letter).any(1)))
+        body.embed_tokens.register_forward_hook(
+            lambda _, given, __: seen.append((given[0] == letter).any(1))
+        )
         poison: Any = Poison.apply
         body.layers[1].register_forward_hook(lambda *said: poison(said[-1], seen[-1]))
         return model, tokenizer
 
-    monkeypatch.setattr(models, "load", loaded)
+    monkeypatch.setattr(loading, "load", loaded)
     done = desk.call()
     assert done.code == 2 and done.err == (
         f"prism: {desk.folder}/pairs.jsonl:2: the model gives this pair a gradient that is NaN or infinite; try "
@@ -95,7 +107,9 @@ def test_weights_without_a_gradient_are_named(desk: Desk) -> None:
     save_file(weights, desk.model / "model.safetensors", metadata={"format": "pt"})
     assert desk.call().code == 0
     (line,) = (line for line in desk.warnings if "no gradient" in line)
-    names = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")]  # and the norm before
+    names = [
+        f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")
+    ]  # and the norm before
     assert all(name in line for name in names) and line.startswith("3 of ")
     saved = desk.out / "direction.safetensors"
     desk.out, more = desk.folder / "again", ("--direction", saved)
@@ -106,7 +120,9 @@ def test_weights_without_a_gradient_are_named(desk: Desk) -> None:
 
 def test_where_every_weight_has_a_gradient_nothing_is_said(desk: Desk) -> None:
     done = desk.call()
-    assert done.code == 0 and not [line for line in desk.warnings if "gradient" in line or "deterministic" in line]
+    assert done.code == 0 and not [
+        line for line in desk.warnings if "gradient" in line or "deterministic" in line
+    ]
     told = json.loads((desk.out / "manifest.json").read_text())
     assert told["engine"]["check"]["repeat"] == 0
 
@@ -116,7 +132,10 @@ def test_dropout_is_off(desk: Desk) -> None:
     config = json.loads((desk.model / "config.json").read_text())
     (desk.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     assert desk.call().code == 0
-    assert desk.scores() == pq.read_table(desk.folder / "plain" / "scores.parquet")["score"].to_pylist()
+    assert (
+        desk.scores()
+        == pq.read_table(desk.folder / "plain" / "scores.parquet")["score"].to_pylist()
+    )
 
 
 def test_a_network_in_training_mode_with_dropout_is_scored_without_it() -> None:
@@ -125,15 +144,22 @@ def test_a_network_in_training_mode_with_dropout_is_scored_without_it() -> None:
     every = torch.ones_like(tokens, dtype=torch.bool)
     chosen, rejected = Batch(tokens, every, every), Batch(tokens.flip(1), every, every)
     network = build_network(320)
-    told = prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected))
+    told = prism_select.scores(
+        network, chosen, prism_select.direction_of(network, chosen, rejected)
+    )
     for layer in network.model.layers:
         layer.self_attn.attention_dropout = 0.5
     network.train()
-    assert torch.equal(told, prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected)))
+    assert torch.equal(
+        told,
+        prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected)),
+    )
     assert not network.training
 
 
-def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_are_not_deterministic_are_said(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = torch.Generator().manual_seed(0)
 
     def restless(engine: Any) -> Any:
@@ -146,7 +172,7 @@ def test_kernels_that_are_not_deterministic_are_said(desk: Desk, monkeypatch: py
 
         return shaken
 
-    monkeypatch.setattr(pipeline, "plainly", restless)
+    monkeypatch.setattr(engine_choice, "plainly", restless)
     assert desk.call().code == 0
     (line,) = (line for line in desk.warnings if "not deterministic" in line)
     assert "the same rows scored twice differ by" in line
@@ -174,7 +200,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_the_scores_ar
 ) -> None:
     assert desk.call("--batch-tokens", 60).code == 0
     plain = desk.scores()
-    monkeypatch.setattr(pipeline, "plainly", cramped(60, error))
+    monkeypatch.setattr(engine_choice, "plainly", cramped(60, error))
     assert desk.call("--overwrite", "--batch-tokens", 4096).code == 0
     assert desk.scores() == pytest.approx(plain, rel=1e-5)
 
@@ -183,25 +209,40 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_the_scores_ar
 def test_a_row_that_does_not_fit_by_itself_is_one_line_with_its_length(
     error: Exception, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "plainly", cramped(4, error))
+    monkeypatch.setattr(engine_choice, "plainly", cramped(4, error))
     outcome = desk.call()
     assert outcome.code == 2
-    assert "tokens does not fit into the memory of cpu; start afresh with a smaller --max-length" in outcome.err
+    assert (
+        "tokens does not fit into the memory of cpu; start afresh with a smaller --max-length"
+        in outcome.err
+    )
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 200), st.integers(1, 500))
-def test_every_row_of_a_batch_has_its_turn_however_little_fits(lengths: list[int], memory: int, tokens: int) -> None:
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 200), st.integers(1, 500)
+)
+def test_every_row_of_a_batch_has_its_turn_however_little_fits(
+    lengths: list[int], memory: int, tokens: int
+) -> None:
     def measure(batch: Batch) -> tuple[Scores, torch.Tensor]:
         if batch.tokens.numel() > memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         first = batch.tokens[:, 0].double()
         return Scores(first, first[:, None], batch.tokens[:, :, None].double()), first
 
-    rows = [Encoded([place + 1] * length, [True] * length, False) for place, length in enumerate(lengths)]
+    rows = [
+        Encoded([place + 1] * length, [True] * length, False)
+        for place, length in enumerate(lengths)
+    ]
     batch, fitting = collate(rows), Fitting(measure, tokens)
     scores, norms = fitting(batch)
     assert norms is not None
-    assert norms.tolist() == scores.loglik.tolist() == scores.values[:, 0].tolist() == list(range(1, len(rows) + 1))
+    assert (
+        norms.tolist()
+        == scores.loglik.tolist()
+        == scores.values[:, 0].tolist()
+        == list(range(1, len(rows) + 1))
+    )
     assert scores.tokens is not None
     assert torch.equal(scores.tokens[:, :, 0], batch.tokens.double())
     assert fitting.tokens == tokens or fitting.tokens <= max(memory, tokens // 2)
@@ -217,4 +258,7 @@ def test_no_room_for_the_direction_is_one_line_with_what_to_do(
     monkeypatch.setattr(targeting, "target_gradient", full)
     outcome = desk.call()
     assert (outcome.code, len(outcome.err.strip().splitlines())) == (2, 1)
-    assert "memory" in outcome.err and "; free memory on the device, or take fewer --batch-tokens" in outcome.err
+    assert (
+        "memory" in outcome.err
+        and "; free memory on the device, or take fewer --batch-tokens" in outcome.err
+    )

@@ -11,7 +11,7 @@ import click
 import pytest
 from conftest import jsonl, prism
 
-from prism_select.cli import app
+from prism_select.cli.app import app
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import FACTS, mixture, pairs, pool
 
@@ -82,18 +82,32 @@ def given(folder: Path) -> None:
     sums = [fact for fact in FACTS["arithmetic"] if "+" in fact.subject]
     jsonl(
         folder / "solutions.jsonl",
-        [{"question": f"What is {f.subject}?", "answer": f"{f.subject} makes {f.right}."} for f in sums],
+        [
+            {"question": f"What is {f.subject}?", "answer": f"{f.subject} makes {f.right}."}
+            for f in sums
+        ],
     )
     questions = [
-        {"question": pair["prompt"], "choices": [pair["chosen"], pair["rejected"]], "answer": 0, "subject": skill}
+        {
+            "question": pair["prompt"],
+            "choices": [pair["chosen"], pair["rejected"]],
+            "answer": 0,
+            "subject": skill,
+        }
         for skill in ("capitals", "plurals")
         for pair in pairs(skill, 6, 0)
     ]
     jsonl(folder / "choices.jsonl", questions)
     odd = [f'"{row["prompt"]}","{row["completion"]}",{row["source"]}' for row in rows]
     jsonl(folder / "odd.csv", ["ask,reply,origin", *odd])
-    said = [[{"who": "user", "said": r["prompt"]}, {"who": "assistant", "said": r["completion"]}] for r in rows[:20]]
-    nested = [{"key": f"n{i}", "meta": {"site": "here"}, "dialogue": turns} for i, turns in enumerate(said)]
+    said = [
+        [{"who": "user", "said": r["prompt"]}, {"who": "assistant", "said": r["completion"]}]
+        for r in rows[:20]
+    ]
+    nested = [
+        {"key": f"n{i}", "meta": {"site": "here"}, "dialogue": turns}
+        for i, turns in enumerate(said)
+    ]
     jsonl(folder / "nested.jsonl", nested)
 
 
@@ -125,13 +139,23 @@ def test_what_a_page_says_to_type_works(page: Path, place: Path) -> None:
 
 def test_pages_with_something_to_type_are_many() -> None:
     assert sum(len(blocks(page)) for page in PAGES) > 15
-    assert all(page.relative_to(ROOT / "docs").as_posix() in (ROOT / "mkdocs.yml").read_text() for page in PAGES[1:])
+    assert all(
+        page.relative_to(ROOT / "docs").as_posix() in (ROOT / "mkdocs.yml").read_text()
+        for page in PAGES[1:]
+    )
 
 
 def commands(page: Path) -> list[str]:
     """Lines of blocks without a mark that are commands of ours, what may be left out included."""
-    unmarked = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [re.sub(r"[\[\]]", "", line) for text in unmarked for line in text.splitlines() if line.startswith("prism ")]
+    unmarked = re.findall(
+        r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return [
+        re.sub(r"[\[\]]", "", line)
+        for text in unmarked
+        for line in text.splitlines()
+        if line.startswith("prism ")
+    ]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
@@ -143,9 +167,18 @@ def test_commands_that_are_only_shown_have_options_that_exist(page: Path) -> Non
 
 
 def test_every_option_that_a_page_names_exists() -> None:
-    known = {word for command in (app, *app.commands.values()) for option in command.params for word in option.opts}
+    known = {
+        word
+        for command in (app, *app.commands.values())
+        for option in command.params
+        for word in option.opts
+    }
     known |= {"--help"} | THEIRS
-    named = {(page.name, word) for page in PAGES for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    named = {
+        (page.name, word)
+        for page in PAGES
+        for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())
+    }
     assert not {(page, word) for page, word in named if word not in known}
 
 

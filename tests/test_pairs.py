@@ -15,12 +15,23 @@ from hypothesis import strategies as st
 
 import prism_select
 from prism_select.data.formats import Format, to_pairs
-from prism_select.data.pairing import NoPair, accepts_by, change_numbers, final_number, nearest, other_answers
+from prism_select.data.pairing import (
+    NoPair,
+    accepts_by,
+    change_numbers,
+    final_number,
+    nearest,
+    other_answers,
+)
 from prism_select.data.records import Raw
-from prism_select.errors import BadOption, PrismError
+from prism_select.run.errors import BadOption, PrismError
 
 SOLVED: list[dict[str, Any]] = [
-    {"question": f"{a} and {b}?", "answer": f"First {a}+{b} is {a + b}.\n#### {a + b}", "weaker": f"It is {a}."}
+    {
+        "question": f"{a} and {b}?",
+        "answer": f"First {a}+{b} is {a + b}.\n#### {a + b}",
+        "weaker": f"It is {a}.",
+    }
     for a, b in ((12, 30), (7, 8), (1, 9), (40, 2))
 ]
 CHOICES: list[dict[str, Any]] = [
@@ -48,7 +59,9 @@ def refused(done: Outcome, *parts: str) -> None:
 
 
 @given(st.text(max_size=60), st.integers(0, 10**9), st.text(max_size=20), st.integers(0, 99))
-def test_a_numbers_pair_always_differs_in_its_final_number(before: str, number: int, after: str, seed: int) -> None:
+def test_a_numbers_pair_always_differs_in_its_final_number(
+    before: str, number: int, after: str, seed: int
+) -> None:
     answer = f"{before} {number} {after}"
     changed = change_numbers(answer, random.Random(seed))
     assert final_number(changed) != final_number(answer)
@@ -58,18 +71,26 @@ def test_a_numbers_pair_always_differs_in_its_final_number(before: str, number: 
     assert changed == change_numbers(answer, random.Random(seed))
 
 
-@given(st.from_regex(r"[0-9]{1,3}(,[0-9]{3}){0,2}(\.[0-9]{1,3})?", fullmatch=True), st.integers(0, 9))
+@given(
+    st.from_regex(r"[0-9]{1,3}(,[0-9]{3}){0,2}(\.[0-9]{1,3})?", fullmatch=True), st.integers(0, 9)
+)
 def test_numbers_with_separators_and_decimals_differ_too(number: str, seed: int) -> None:
-    assert final_number(change_numbers(f"= {number}", random.Random(seed))) != final_number(f"= {number}")
+    assert final_number(change_numbers(f"= {number}", random.Random(seed))) != final_number(
+        f"= {number}"
+    )
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=8, unique=True), st.data())
-def test_choices_never_pair_the_right_answer_with_itself(choices: list[str], data: st.DataObject) -> None:
+def test_choices_never_pair_the_right_answer_with_itself(
+    choices: list[str], data: st.DataObject
+) -> None:
     right = data.draw(st.integers(0, len(choices) - 1))
     fields = {"question": "q", "choices": choices, "answer": right}
     pairs = to_pairs(Raw("f", 1, "", fields), Format("question+choices+answer"), {})
     assert {pair.chosen.turns[-1].text for pair in pairs} == {choices[right]}
-    assert sorted(pair.rejected.turns[-1].text for pair in pairs) == sorted(set(choices) - {choices[right]})
+    assert sorted(pair.rejected.turns[-1].text for pair in pairs) == sorted(
+        set(choices) - {choices[right]}
+    )
 
 
 @given(st.lists(st.text(min_size=1, max_size=4), max_size=12), st.integers(0, 99))
@@ -84,14 +105,26 @@ def test_swapped_answers_are_those_of_other_rows(answers: list[str], seed: int) 
 
 def test_numbers_are_compared_by_value() -> None:
     assert final_number("so 1,200 in all") == final_number("#### 1200.0") == "1200"
-    assert final_number("-3.50") == "-3.5" and final_number("none") is None and final_number("007") == "7"
-    assert final_number("\N{MINUS SIGN}5") == "-5" and final_number("it is 03/4") == "3/4" != final_number("1/4")
+    assert (
+        final_number("-3.50") == "-3.5"
+        and final_number("none") is None
+        and final_number("007") == "7"
+    )
+    assert final_number("\N{MINUS SIGN}5") == "-5" and final_number(
+        "it is 03/4"
+    ) == "3/4" != final_number("1/4")
     right = accepts_by("number")
-    assert right("= 42.0", "#### 42") and not right("41", "42") and not right("no number", "no number")
+    assert (
+        right("= 42.0", "#### 42") and not right("41", "42") and not right("no number", "no number")
+    )
     assert accepts_by("choice")("B) apple", "B") and not accepts_by("choice")("apple", "pear")
     assert accepts_by("choice")("(B)", "B.") and not accepts_by("choice")("A battery", "A magnet")
-    assert accepts_by("choice")(" An apple. ", "an apple") and not accepts_by("choice")("Because", "B")
-    assert accepts_by("regex:^ye")("yes", "anything") and not accepts_by("regex:^ye")("no", "anything")
+    assert accepts_by("choice")(" An apple. ", "an apple") and not accepts_by("choice")(
+        "Because", "B"
+    )
+    assert accepts_by("regex:^ye")("yes", "anything") and not accepts_by("regex:^ye")(
+        "no", "anything"
+    )
     for wrong in ("regex:(", "number?", ""):
         with pytest.raises(BadOption, match="--accept"):
             accepts_by(wrong)
@@ -111,11 +144,21 @@ def test_numbers_from_the_command_line_are_a_target_file(tmp_path: Path, plain_m
     pairs = made(tmp_path / "pairs.jsonl", file, "--how", "numbers")
     assert [pair["chosen"] for pair in pairs] == [row["answer"] for row in SOLVED]
     assert all(
-        pair["how"] == "numbers" and pair["prompt"] == row["question"] for pair, row in zip(pairs, SOLVED, strict=True)
+        pair["how"] == "numbers" and pair["prompt"] == row["question"]
+        for pair, row in zip(pairs, SOLVED, strict=True)
     )
     assert [pair["line"] for pair in pairs] == [1, 2, 3, 4]
     pool = jsonl(tmp_path / "pool.jsonl", SOLVED)
-    words = ("--model", plain_model, "--pool", pool, "--target", tmp_path / "pairs.jsonl", "--out", tmp_path / "run")
+    words = (
+        "--model",
+        plain_model,
+        "--pool",
+        pool,
+        "--target",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "run",
+    )
     assert prism("score", *words).code == 0
 
 
@@ -130,11 +173,18 @@ def test_the_same_seed_makes_the_same_bytes_and_another_does_not(tmp_path: Path)
 def test_what_is_made_of_a_row_depends_on_no_other_row(tmp_path: Path) -> None:
     whole = made(tmp_path / "a.jsonl", jsonl(tmp_path / "rows.jsonl", SOLVED), "--how", "numbers")
     (tmp_path / "less").mkdir()
-    less = made(tmp_path / "b.jsonl", jsonl(tmp_path / "less" / "rows.jsonl", SOLVED[:2]), "--how", "numbers")
+    less = made(
+        tmp_path / "b.jsonl",
+        jsonl(tmp_path / "less" / "rows.jsonl", SOLVED[:2]),
+        "--how",
+        "numbers",
+    )
     assert less == whole[:2]
 
 
-def test_choices_give_each_one_or_the_favourite_wrong_choice(tmp_path: Path, plain_model: Path) -> None:
+def test_choices_give_each_one_or_the_favourite_wrong_choice(
+    tmp_path: Path, plain_model: Path
+) -> None:
     file = jsonl(tmp_path / "quiz.jsonl", CHOICES)
     each = made(tmp_path / "each.jsonl", file, "--how", "choices")
     assert [(pair["chosen"], pair["rejected"]) for pair in each] == [
@@ -147,14 +197,19 @@ def test_choices_give_each_one_or_the_favourite_wrong_choice(tmp_path: Path, pla
     words = ("--how", "choices", "--wrong", "favourite", "--model", plain_model)
     liked = made(tmp_path / "liked.jsonl", file, *words)
     checked = prism_select.score(
-        model=str(plain_model), pool=file, target=str(tmp_path / "each.jsonl"), out=str(tmp_path / "run")
+        model=str(plain_model),
+        pool=file,
+        target=str(tmp_path / "each.jsonl"),
+        out=str(tmp_path / "run"),
     ).pairs.to_pydict()
     best = max((0, 1), key=lambda i: checked["loglik_rejected"][i])
     assert liked[0]["rejected"] == each[best]["rejected"] and liked[1]["rejected"] == "sand"
 
 
 def test_weak_answers_come_from_a_column_and_swapped_ones_from_other_rows(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "solved.jsonl", [*SOLVED, {"question": "q", "answer": "a", "weaker": None}])
+    file = jsonl(
+        tmp_path / "solved.jsonl", [*SOLVED, {"question": "q", "answer": "a", "weaker": None}]
+    )
     weak = made(tmp_path / "weak.jsonl", file, "--how", "weak", "--weak-field", "weaker")
     assert [pair["rejected"] for pair in weak] == [row["weaker"] for row in SOLVED]
     lost = rows(tmp_path / "weak.jsonl.skipped.jsonl")
@@ -165,11 +220,27 @@ def test_weak_answers_come_from_a_column_and_swapped_ones_from_other_rows(tmp_pa
     assert len({pair["rejected"] for pair in swapped}) == 5
 
 
-def test_answers_are_the_models_own_where_the_check_refuses_them(tmp_path: Path, plain_model: Path) -> None:
+def test_answers_are_the_models_own_where_the_check_refuses_them(
+    tmp_path: Path, plain_model: Path
+) -> None:
     file = jsonl(tmp_path / "solved.jsonl", SOLVED)
-    words = ("--how", "answers", "--model", plain_model, "--samples", 3, "--new-tokens", 9, "--stop", "e")
+    words = (
+        "--how",
+        "answers",
+        "--model",
+        plain_model,
+        "--samples",
+        3,
+        "--new-tokens",
+        9,
+        "--stop",
+        "e",
+    )
     pairs = made(tmp_path / "a.jsonl", file, *words)
-    assert all(pair["rejected"].strip() and pair["rejected"] != pair["chosen"] for pair in pairs) and pairs
+    assert (
+        all(pair["rejected"].strip() and pair["rejected"] != pair["chosen"] for pair in pairs)
+        and pairs
+    )
     assert pairs == made(tmp_path / "b.jsonl", file, *words)
     refused(
         prism("pairs", file, *words, "--accept", "regex:", "--out", tmp_path / "c.jsonl"),
@@ -181,7 +252,11 @@ def test_answers_are_the_models_own_where_the_check_refuses_them(tmp_path: Path,
         "no answer ended within --new-tokens",
     )
     kept = prism_select.make_pairs(
-        file, "answers", str(tmp_path / "d.jsonl"), accepts=lambda answer, right: False, **options(plain_model)
+        file,
+        "answers",
+        str(tmp_path / "d.jsonl"),
+        accepts=lambda answer, right: False,
+        **options(plain_model),
     )
     assert kept.pairs and kept.pairs + sum(kept.skipped.values()) == len(SOLVED)
 
@@ -193,7 +268,12 @@ def options(model: Path) -> dict[str, Any]:
 def test_conversations_keep_their_turns(tmp_path: Path) -> None:
     talk = [("user", "1+1?"), ("assistant", "2"), ("user", "and 3 more?"), ("assistant", "5")]
     messages = [{"role": role, "content": text} for role, text in talk]
-    (pair,) = made(tmp_path / "p.jsonl", jsonl(tmp_path / "talk.jsonl", [{"messages": messages}]), "--how", "numbers")
+    (pair,) = made(
+        tmp_path / "p.jsonl",
+        jsonl(tmp_path / "talk.jsonl", [{"messages": messages}]),
+        "--how",
+        "numbers",
+    )
     assert pair["prompt"] == messages[:-1] and pair["chosen"] == "5" and pair["rejected"] != "5"
 
 
@@ -216,7 +296,9 @@ def test_rows_that_give_no_pair_are_counted_and_kept_with_their_reason(tmp_path:
         *SOLVED[1:],
     ]
     file = jsonl(tmp_path / "rows.jsonl", messy)
-    done = prism("pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl", "--max-bad", "50%")
+    done = prism(
+        "pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl", "--max-bad", "50%"
+    )
     assert done.code == 0 and "its answer has no number" in done.out
     lost = rows(tmp_path / "p.jsonl.skipped.jsonl")
     assert [row["line"] for row in lost] == [2, 3, 4]
@@ -253,7 +335,10 @@ def test_input_that_cannot_be_used_is_one_line_and_writes_nothing(
         (("FILE", "--out", "p.jsonl"), "--how is missing"),
         (("FILE", "--how", "weak", "--out", "p.jsonl"), "--weak-field is missing"),
         (("FILE", "--how", "answers", "--out", "p.jsonl"), "--model is missing"),
-        (("FILE", "--how", "choices", "--wrong", "favourite", "--out", "p.jsonl"), "--model is missing"),
+        (
+            ("FILE", "--how", "choices", "--wrong", "favourite", "--out", "p.jsonl"),
+            "--model is missing",
+        ),
         (("FILE", "--how", "number", "--out", "p.jsonl"), "try one of numbers"),
         (("FILE", "--how", "numbers", "--out", "p.csv"), ".jsonl"),
         (("FILE", "--how", "numbers", "--out", "p.jsonl", "--limit", "-1"), "at least 0"),
@@ -263,17 +348,43 @@ def test_input_that_cannot_be_used_is_one_line_and_writes_nothing(
         ((), "give either FILE"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(tmp_path: Path, words: tuple[str, ...], part: str) -> None:
+def test_options_that_do_not_fit_are_refused(
+    tmp_path: Path, words: tuple[str, ...], part: str
+) -> None:
     file = jsonl(tmp_path / "rows.jsonl", SOLVED)
     refused(prism("pairs", *[file if word == "FILE" else word for word in words]), part)
 
 
-def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(tmp_path: Path, plain_model: Path) -> None:
-    talk = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3?"}]
-    long = {"messages": [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "4"}]}
-    fine = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(
+    tmp_path: Path, plain_model: Path
+) -> None:
+    talk = [
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "3?"},
+    ]
+    long = {
+        "messages": [
+            {"role": "user", "content": "why " * 600},
+            {"role": "assistant", "content": "4"},
+        ]
+    }
+    fine = {
+        "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    }
     file = jsonl(tmp_path / "rows.jsonl", [{"messages": talk}, long, fine])
-    words = ("--how", "answers", "--model", plain_model, "--template", "plain", "--samples", 9, "--new-tokens", 9)
+    words = (
+        "--how",
+        "answers",
+        "--model",
+        plain_model,
+        "--template",
+        "plain",
+        "--samples",
+        9,
+        "--new-tokens",
+        9,
+    )
     assert len(made(tmp_path / "p.jsonl", file, *words, "--stop", "e")) == 1
     lost = rows(tmp_path / "p.jsonl.skipped.jsonl")
     assert [row["line"] for row in lost] == [1, 2]
@@ -281,42 +392,76 @@ def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(tmp_path: Pa
 
 def test_what_cannot_be_an_answer_is_no_answer(tmp_path: Path) -> None:
     def said(text: str) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
+        return {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+        }
 
     first = {"role": "assistant", "content": "yes"}
     empty = {"messages": [{"role": "user", "content": "q"}, first, *said("")["messages"]]}
     asks = {"messages": [*said("a")["messages"], {"role": "user", "content": "more?"}]}
     file = jsonl(tmp_path / "rows.jsonl", [said("one"), empty, asks, said("two")])
     pairs = made(tmp_path / "p.jsonl", file, "--how", "swap")
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one", "two"), ("two", "one")]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        ("one", "two"),
+        ("two", "one"),
+    ]
     odd = jsonl(
         tmp_path / "odd.jsonl",
         [{**SOLVED[0], "weaker": "fine"}, '{"question": "q", "answer": "a", "weaker": "\\ud800"}'],
     )
-    assert len(made(tmp_path / "w.jsonl", odd, "--how", "weak", "--weak-field", "weaker", "--max-bad", "60%")) == 1
+    assert (
+        len(
+            made(
+                tmp_path / "w.jsonl",
+                odd,
+                "--how",
+                "weak",
+                "--weak-field",
+                "weaker",
+                "--max-bad",
+                "60%",
+            )
+        )
+        == 1
+    )
 
 
 def test_a_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jsonl"))
     file = jsonl(place, SOLVED)
-    refused(prism("pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl"), "its name is not UTF-8; rename it")
+    refused(
+        prism("pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl"),
+        "its name is not UTF-8; rename it",
+    )
 
 
 def test_what_is_read_is_never_written(tmp_path: Path, plain_model: Path) -> None:
     file = jsonl(tmp_path / "rows.jsonl", SOLVED)
     before = Path(file).read_bytes()
-    refused(prism("pairs", file, "--how", "numbers", "--out", file, "--overwrite"), "the file to read")
+    refused(
+        prism("pairs", file, "--how", "numbers", "--out", file, "--overwrite"), "the file to read"
+    )
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
     kept = pairs.read_bytes()
-    refused(prism("pairs", "--check", pairs, "--model", plain_model, "--out", pairs), "the file to read")
+    refused(
+        prism("pairs", "--check", pairs, "--model", plain_model, "--out", pairs), "the file to read"
+    )
     report = tmp_path / "report.json"
     report.write_text("mine")
-    refused(prism("pairs", "--check", pairs, "--model", plain_model, "--out", report), "there already")
-    assert Path(file).read_bytes() == before and pairs.read_bytes() == kept and report.read_text() == "mine"
+    refused(
+        prism("pairs", "--check", pairs, "--model", plain_model, "--out", report), "there already"
+    )
+    assert (
+        Path(file).read_bytes() == before
+        and pairs.read_bytes() == kept
+        and report.read_text() == "mine"
+    )
 
 
-def test_one_pair_has_no_agreement_and_says_so_without_a_number(tmp_path: Path, plain_model: Path) -> None:
+def test_one_pair_has_no_agreement_and_says_so_without_a_number(
+    tmp_path: Path, plain_model: Path
+) -> None:
     file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     done = prism("pairs", "--check", file, "--model", plain_model)
     assert done.code == 0 and "nan" not in done.out and "agree at" not in done.out
@@ -334,25 +479,63 @@ def test_a_saved_direction_comes_with_its_own_settings(tmp_path: Path, plain_mod
     made(tmp_path / "pairs.jsonl", pool, "--how", "numbers")
     shared = ("--model", plain_model, "--pool", pool)
     first = prism(
-        "score", *shared, "--target", tmp_path / "pairs.jsonl", "--out", tmp_path / "run", "--common", "remove"
+        "score",
+        *shared,
+        "--target",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "run",
+        "--common",
+        "remove",
     )
     assert first.code == 0
-    again = ("score", *shared, "--direction", tmp_path / "run" / "direction.safetensors", "--out", tmp_path / "again")
-    for words in (("--common", "remove"), ("--anchor", 3), ("--weighting", "hard"), ("--layers", "late")):
+    again = (
+        "score",
+        *shared,
+        "--direction",
+        tmp_path / "run" / "direction.safetensors",
+        "--out",
+        tmp_path / "again",
+    )
+    for words in (
+        ("--common", "remove"),
+        ("--anchor", 3),
+        ("--weighting", "hard"),
+        ("--layers", "late"),
+    ):
         refused(prism(*again, *words), words[0], "a saved direction has that in it")
     assert prism(*again).code == 0
-    scores = [prism_select.Run(tmp_path / name).scores["score"].to_pylist() for name in ("run", "again")]
+    scores = [
+        prism_select.Run(tmp_path / name).scores["score"].to_pylist() for name in ("run", "again")
+    ]
     assert scores[0] == pytest.approx(scores[1])
     refused(prism(*again, "--seed", "-1"), "--seed")
 
 
-def test_repair_speaks_of_the_answers_as_the_target_file_does(tmp_path: Path, plain_model: Path) -> None:
+def test_repair_speaks_of_the_answers_as_the_target_file_does(
+    tmp_path: Path, plain_model: Path
+) -> None:
     pool = jsonl(tmp_path / "rows.jsonl", SOLVED)
-    rows_ = [{"prompt": f"q {i}", "chosen": "a much longer answer " * 2, "rejected": f"b {i}"} for i in range(12)]
+    rows_ = [
+        {"prompt": f"q {i}", "chosen": "a much longer answer " * 2, "rejected": f"b {i}"}
+        for i in range(12)
+    ]
     file = jsonl(tmp_path / "pairs.jsonl", rows_)
     for command in ("score", "repair"):
-        done = prism(command, "--model", plain_model, "--pool", pool, "--target", file, "--out", tmp_path / command)
-        assert "the chosen answer is the longer one in 100% of the pairs" in done.out, done.out + done.err
+        done = prism(
+            command,
+            "--model",
+            plain_model,
+            "--pool",
+            pool,
+            "--target",
+            file,
+            "--out",
+            tmp_path / command,
+        )
+        assert "the chosen answer is the longer one in 100% of the pairs" in done.out, (
+            done.out + done.err
+        )
 
 
 def test_a_file_that_is_there_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
@@ -370,10 +553,15 @@ def test_the_check_says_what_a_run_says_without_a_pool(tmp_path: Path, plain_mod
     made(tmp_path / "pairs.jsonl", jsonl(tmp_path / "rows.jsonl", SOLVED), "--how", "numbers")
     target, report = str(tmp_path / "pairs.jsonl"), tmp_path / "check.json"
     done = prism("pairs", "--check", target, "--model", plain_model, "--out", report)
-    assert done.code == 0 and "two halves agree at" in done.out and "common part" in done.out, done.err
+    assert done.code == 0 and "two halves agree at" in done.out and "common part" in done.out, (
+        done.err
+    )
     told = json.loads(report.read_text())
     run = prism_select.score(
-        model=str(plain_model), pool=str(tmp_path / "rows.jsonl"), target=target, out=str(tmp_path / "run")
+        model=str(plain_model),
+        pool=str(tmp_path / "rows.jsonl"),
+        target=target,
+        out=str(tmp_path / "run"),
     )
     assert told.pop("warnings") == run.manifest["warnings"]
     assert told == run.manifest["target"]
@@ -398,7 +586,8 @@ def test_remedies_change_the_scores_and_keep_the_halves_apart(
             done = prism("score", *shared, "--out", tmp_path / model.name / name, *extra)
             assert done.code == 0, done.err
         plain, mended = (
-            prism_select.Run(tmp_path / model.name / name).scores.to_pydict() for name in ("plain", "mended")
+            prism_select.Run(tmp_path / model.name / name).scores.to_pydict()
+            for name in ("plain", "mended")
         )
         assert mended["score"] != pytest.approx(plain["score"], rel=1e-3)
         for score, chosen, rejected in zip(
@@ -406,7 +595,9 @@ def test_remedies_change_the_scores_and_keep_the_halves_apart(
         ):
             assert chosen - rejected == pytest.approx(score, rel=1e-5)
         ends = 1 if words == ("--skip-end",) else 0
-        assert [a - b for a, b in zip(plain["tokens"], mended["tokens"], strict=True)] == [ends] * len(SOLVED)
+        assert [a - b for a, b in zip(plain["tokens"], mended["tokens"], strict=True)] == [
+            ends
+        ] * len(SOLVED)
 
 
 def test_unpaired_has_no_common_part_to_remove(tmp_path: Path, plain_model: Path) -> None:
@@ -417,7 +608,9 @@ def test_unpaired_has_no_common_part_to_remove(tmp_path: Path, plain_model: Path
 
 
 def test_made_says_where_and_how_many(tmp_path: Path) -> None:
-    done = prism_select.make_pairs(jsonl(tmp_path / "rows.jsonl", SOLVED), "numbers", str(tmp_path / "p.jsonl"))
+    done = prism_select.make_pairs(
+        jsonl(tmp_path / "rows.jsonl", SOLVED), "numbers", str(tmp_path / "p.jsonl")
+    )
     assert done.pairs == done.rows == 4 and done.path == tmp_path / "p.jsonl" and not done.skipped
     with pytest.raises(PrismError):
         prism_select.make_pairs(str(tmp_path / "rows.jsonl"), "numbers", str(tmp_path / "p.jsonl"))
@@ -436,19 +629,38 @@ def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     pool = jsonl(tmp_path / "rows.jsonl", SOLVED * 4)
     made(tmp_path / "pairs.jsonl", pool, "--how", "numbers", "--limit", 4)
-    shared = ("--model", chat_model, "--pool", pool, "--target", tmp_path / "pairs.jsonl", "--layers", "late")
-    for name, words in (("plain", ()), ("warm", ("--warmup", "60%")), ("again", ("--warmup", "60%"))):
+    shared = (
+        "--model",
+        chat_model,
+        "--pool",
+        pool,
+        "--target",
+        tmp_path / "pairs.jsonl",
+        "--layers",
+        "late",
+    )
+    for name, words in (
+        ("plain", ()),
+        ("warm", ("--warmup", "60%")),
+        ("again", ("--warmup", "60%")),
+    ):
         done = prism("score", *shared, *words, "--out", tmp_path / name)
         assert done.code == 0 and "train_runtime" not in done.out, done.err
     assert not any((tmp_path / "temporary").iterdir())
     plain, warm, again = (prism_select.Run(tmp_path / name) for name in ("plain", "warm", "again"))
     logliks = [run.scores["loglik"].to_pylist() for run in (plain, warm, again)]
     assert sum(logliks[1]) > sum(logliks[0]) and logliks[1] == pytest.approx(logliks[2])
-    weights = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "warm" / "adapter")
+    weights = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "warm" / "adapter"
+    )
     assert any("lora" in name for name, _ in weights.named_parameters())
     saved = ("--direction", tmp_path / "warm" / "direction.safetensors", "--out", tmp_path / "cold")
-    refused(prism("score", "--model", chat_model, "--pool", pool, *saved), "after a warm-up", "--target")
-    (tmp_path / "warm" / "manifest.json").unlink()  # as if it had been stopped: the adapter is taken, not made again
+    refused(
+        prism("score", "--model", chat_model, "--pool", pool, *saved), "after a warm-up", "--target"
+    )
+    (
+        tmp_path / "warm" / "manifest.json"
+    ).unlink()  # as if it had been stopped: the adapter is taken, not made again
     adapter = tmp_path / "warm" / "adapter" / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
     assert prism("score", *shared, "--warmup", "60%", "--out", tmp_path / "warm").code == 0
@@ -461,7 +673,16 @@ def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(
 def test_a_warm_up_that_cannot_be_is_refused(tmp_path: Path, plain_model: Path) -> None:
     pool = jsonl(tmp_path / "rows.jsonl", SOLVED)
     made(tmp_path / "pairs.jsonl", pool, "--how", "numbers")
-    shared = ("--model", plain_model, "--pool", pool, "--target", tmp_path / "pairs.jsonl", "--out", tmp_path / "run")
+    shared = (
+        "--model",
+        plain_model,
+        "--pool",
+        pool,
+        "--target",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "run",
+    )
     refused(prism("score", *shared, "--warmup", "some"), "--warmup some")
     refused(prism("score", *shared, "--warmup", "0.001%"), "drew no row")
     assert not (tmp_path / "run").exists()

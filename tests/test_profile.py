@@ -7,8 +7,8 @@ from test_engines import ARCHITECTURES, V, network_of, target_of
 from tiny import Tiny, batch_of
 
 from prism_select.core.engines import reverse
-from prism_select.profile import best_cut, parts_of, profile
-from prism_select.weights import select_weights
+from prism_select.models.layer_selection import select_weights
+from prism_select.scoring.layer_profile import best_cut, parts_of, profile
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma3", "gpt2", "opt", "mixtral"])
@@ -37,8 +37,15 @@ def test_parts_have_readable_names_in_the_order_of_the_network() -> None:
     assert names(Tiny(tied=False).network) == ["embeddings", *blocks, "last", "head"]
     assert names(network_of("llama").network) == ["embeddings", *blocks, "norm", "head"]
     assert names(network_of("llama, tied").network) == ["embeddings and head", *blocks, "norm"]
-    assert names(network_of("gpt2").network) == ["embeddings and head", "embeddings", *blocks, "ln_f"]
-    assert {part for name in ARCHITECTURES for part in names(network_of(name).network)} >= set(blocks)
+    assert names(network_of("gpt2").network) == [
+        "embeddings and head",
+        "embeddings",
+        *blocks,
+        "ln_f",
+    ]
+    assert {part for name in ARCHITECTURES for part in names(network_of(name).network)} >= set(
+        blocks
+    )
 
 
 @pytest.mark.parametrize("planted", range(6))

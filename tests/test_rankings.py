@@ -8,12 +8,12 @@ import pytest
 from conftest import jsonl, prism
 
 import prism_select
-from prism_select.baselines import RIVALS
-from prism_select.config import SelectConfig
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, pairs, pool
-from prism_select.errors import BadOption
-from prism_select.store import Run
+from prism_select.run.config import SelectConfig
+from prism_select.run.errors import BadOption
+from prism_select.run.folder import Run
+from prism_select.selection.baselines import RIVALS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def chosen(run: Run) -> set[int]:
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_the_highest_of_a_rival_are_chosen(files: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_the_highest_of_a_rival_are_chosen(
+    files: dict[str, Any], tmp_path: Path, name: str
+) -> None:
     run = prism_select.select(**files, out=str(tmp_path), budget="6", rank_by=name)  # type: ignore[arg-type]
     ranking = run.scores["rank_by"].to_numpy(zero_copy_only=False)
     assert np.isnan(ranking[60]) and np.isfinite(ranking[:60]).all()
@@ -52,9 +54,13 @@ def test_every_rival_is_a_value_of_the_option() -> None:
     assert values == ("", *RIVALS)
 
 
-def test_a_choice_is_made_again_by_rankings_that_take_no_model(files: dict[str, Any], tmp_path: Path) -> None:
+def test_a_choice_is_made_again_by_rankings_that_take_no_model(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
     first = prism_select.select(**files, out=str(tmp_path / "a"), budget="6", rank_by="bm25")
-    again = prism_select.select(select_from=str(first.path), out=str(tmp_path / "b"), budget="6", rank_by="length")
+    again = prism_select.select(
+        select_from=str(first.path), out=str(tmp_path / "b"), budget="6", rank_by="length"
+    )
     tokens = np.array(again.scores["tokens"].to_pylist()[:60])
     assert chosen(again) == set(np.argsort(-tokens, kind="stable")[:6].tolist())
     plain = prism_select.select(select_from=str(first.path), out=str(tmp_path / "c"), budget="6")
@@ -62,7 +68,9 @@ def test_a_choice_is_made_again_by_rankings_that_take_no_model(files: dict[str, 
     assert chosen(plain) == set(np.argsort(-score, kind="stable")[:6].tolist())
     assert "rank_by" not in plain.scores.column_names
     with pytest.raises(BadOption, match="--rank-by rds: needs the model"):
-        prism_select.select(select_from=str(first.path), out=str(tmp_path / "d"), budget="6", rank_by="rds")
+        prism_select.select(
+            select_from=str(first.path), out=str(tmp_path / "d"), budget="6", rank_by="rds"
+        )
 
 
 def test_what_has_no_sign_or_no_pairs_is_refused(files: dict[str, Any], tmp_path: Path) -> None:
@@ -75,8 +83,16 @@ def test_what_has_no_sign_or_no_pairs_is_refused(files: dict[str, Any], tmp_path
     done = prism("select", *words(given), "--out", tmp_path / "c", "--rank-by", "loss-top")
     assert done.code == 0, done.err
     done = prism("select", *words(given), "--out", tmp_path / "d", "--rank-by", "luck")
-    assert done.code == 2 and "--rank-by luck: unknown; try one of random, random-by-source" in done.err
+    assert (
+        done.code == 2
+        and "--rank-by luck: unknown; try one of random, random-by-source" in done.err
+    )
 
 
 def words(options: dict[str, Any]) -> list[str]:
-    return [str(word) for name, value in options.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+    return [
+        str(word)
+        for name, value in options.items()
+        if value
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]

@@ -21,15 +21,16 @@ import pytest
 import ray
 from conftest import Outcome, jsonl, prism
 
-from prism_select import pipeline
-from prism_select.cluster import _mute, needs_of
-from prism_select.config import ScoreConfig
-from prism_select.errors import Unreachable
-from prism_select.scoring import Window
-from prism_select.store import Store
+from prism_select.commands import pipeline
+from prism_select.run.config import ScoreConfig
+from prism_select.run.errors import Unreachable
+from prism_select.run.folder import Store
+from prism_select.scoring import shards
+from prism_select.scoring.ray_actors import _mute, needs_of
+from prism_select.scoring.scorer import Window
 
 ROWS, WINDOW = 48, 5
-APART = f"import sys; from prism_select import cli, pipeline; pipeline.WINDOW = {WINDOW}; cli.main(sys.argv[1:])"
+APART = f"import sys; from prism_select.cli import app; from prism_select.scoring import shards; shards.WINDOW = {WINDOW}; app.main(sys.argv[1:])"
 RAY = ("--runtime", "ray", "--actors", "2")
 
 
@@ -37,7 +38,13 @@ RAY = ("--runtime", "ray", "--actors", "2")
 def cluster() -> Iterator[str]:
     """The address of a small one that this process has joined."""
     polite = signal.getsignal(signal.SIGTERM)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+    )
     signal.signal(signal.SIGTERM, polite)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -49,7 +56,10 @@ class Desk:
         rows: list[dict[str, object]] = [
             {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)
         ]
-        rows[17], rows[21] = {"prompt": "nothing"}, rows[20]  # a bad one, and one that repeats another
+        rows[17], rows[21] = (
+            {"prompt": "nothing"},
+            rows[20],
+        )  # a bad one, and one that repeats another
         pairs = [{"prompt": "Rome?", "chosen": "In Italy, thank you.", "rejected": "no way"}] * 2
         pool, target = jsonl(folder / "pool.jsonl", rows), jsonl(folder / "pairs.jsonl", pairs)
         self.words = ["--model", str(model), "--pool", pool, "--target", target, "--max-bad", "5%"]
@@ -78,7 +88,7 @@ def alike(one: Path, other: Path) -> bool:
 
 @pytest.fixture
 def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setattr(pipeline, "WINDOW", WINDOW)
+    monkeypatch.setattr(shards, "WINDOW", WINDOW)
     return Desk(tmp_path, plain_model)
 
 
@@ -88,7 +98,9 @@ def test_two_actors_give_the_files_of_one_process(cluster: str, desk: Desk) -> N
         done = prism("select", *desk.words, "--budget", "20%", "--out", out, *words)
         assert done.code == 0 and not done.err, done.err
     assert "Ray: 2 actors of CPU=1" in done.out and "1 rows repeat another" in done.out
-    assert alike(both, alone) and {path.name for path in both.iterdir()} == {path.name for path in alone.iterdir()}
+    assert alike(both, alone) and {path.name for path in both.iterdir()} == {
+        path.name for path in alone.iterdir()
+    }
     for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
         assert (both / name).read_bytes() == (alone / name).read_bytes()
     told, then = (json.loads((out / "manifest.json").read_text()) for out in (both, alone))
@@ -133,14 +145,14 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
         written.append(number)
         return write(store, number, table, kind)
 
-    ahead, windows = list[int](), pipeline.windows_of
+    ahead, windows = list[int](), shards.windows_of
 
     def watched(*given: Any) -> Iterator[Window]:
         for window in windows(*given):
             ahead.append(window.number - len(written))
             yield window
 
-    monkeypatch.setattr(pipeline, "windows_of", watched)
+    monkeypatch.setattr(shards, "windows_of", watched)
     monkeypatch.setattr(pipeline, "scorer_of", made(mortal))
     monkeypatch.setattr(Store, "write_shard", counted)
     done = desk.score(*RAY)
@@ -154,12 +166,25 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (Unreachable("reverse", ["a.b"], "never called"), 2, "prism: engine reverse cannot reach a.b: never called;"),
-        (ArithmeticError("seven"), 1, "prism: a defect of prism: ArithmeticError: seven; add --debug"),
+        (
+            Unreachable("reverse", ["a.b"], "never called"),
+            2,
+            "prism: engine reverse cannot reach a.b: never called;",
+        ),
+        (
+            ArithmeticError("seven"),
+            1,
+            "prism: a defect of prism: ArithmeticError: seven; add --debug",
+        ),
     ],
 )
 def test_what_goes_wrong_in_an_actor_is_the_line_that_it_would_be_here(
-    cluster: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+    cluster: str,
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    said: str,
 ) -> None:
     def fails(_: Any) -> None:
         raise error
@@ -182,7 +207,10 @@ def test_a_run_that_is_stopped_goes_on_with_another_runtime(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write_shard", stops)
         done = desk.score(*RAY)
-    assert done.code == 130 and done.err == "prism: interrupted; the same command goes on where it stopped\n"
+    assert (
+        done.code == 130
+        and done.err == "prism: interrupted; the same command goes on where it stopped\n"
+    )
     done = desk.score("--dry-run", *RAY)
     assert done.code == 0 and "for the whole run" in done.out
     done = desk.score()
@@ -201,8 +229,13 @@ def test_actors_score_with_an_adapter_of_the_run_and_find_a_folder_by_its_relati
 
 
 def test_an_actor_that_finds_no_room_holds_nothing_up(cluster: str, desk: Desk) -> None:
-    done = desk.score("--runtime", "ray", "--actors", "2", "--actor-resources", "CPU=2", "--ray-address", cluster)
-    assert done.code == 0 and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in done.out
+    done = desk.score(
+        "--runtime", "ray", "--actors", "2", "--actor-resources", "CPU=2", "--ray-address", cluster
+    )
+    assert (
+        done.code == 0
+        and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in done.out
+    )
     assert desk.matches()
 
 
@@ -228,28 +261,47 @@ def title(process: psutil.Process) -> str:
 
 def actors(begins: str = "ray::_Hand") -> list[psutil.Process]:
     """Processes of the cluster that this one started."""
-    return [process for process in psutil.Process().children(recursive=True) if title(process).startswith(begins)]
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if title(process).startswith(begins)
+    ]
 
 
 def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
-    with apart("score", *desk.words, "--out", desk.out, "--runtime", "ray", "--actors", "1") as process:
+    with apart(
+        "score", *desk.words, "--out", desk.out, "--runtime", "ray", "--actors", "1"
+    ) as process:
         assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=240)
-    assert process.returncode == 130 and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
-    assert "(raylet)" not in said[0] and len(started) > 2 and not psutil.wait_procs(started, timeout=120)[1]
+    assert (
+        process.returncode == 130
+        and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
+    )
+    assert (
+        "(raylet)" not in said[0]
+        and len(started) > 2
+        and not psutil.wait_procs(started, timeout=120)[1]
+    )
 
 
-def test_what_is_written_while_ray_ends_is_no_line_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_while_ray_ends_is_no_line_of_ours(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with _mute():
         os.write(2, b"Failed to push error to driver\n")
     os.write(2, b"prism: interrupted\n")
     assert capfd.readouterr().err == "prism: interrupted\n"
 
 
-def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(cluster: str, desk: Desk) -> None:
-    with apart("score", *desk.words, "--out", desk.out, *RAY, "--ray-address", cluster, "--json") as process:
+def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(
+    cluster: str, desk: Desk
+) -> None:
+    with apart(
+        "score", *desk.words, "--out", desk.out, *RAY, "--ray-address", cluster, "--json"
+    ) as process:
         lost = until(lambda: actors("ray::_Hand."), process)  # at work
         lost[0].kill()
         out, err = process.communicate(timeout=240)
@@ -263,11 +315,20 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(clust
     ("words", "said"),
     [
         (["--runtime", "spark"], "--runtime spark: unknown; try one of local, ray"),
-        (["--runtime", "ray", "--actors", "-1"], "--actors -1: must be at least 1, or 0 for as many as find room"),
+        (
+            ["--runtime", "ray", "--actors", "-1"],
+            "--actors -1: must be at least 1, or 0 for as many as find room",
+        ),
         (["--actors", "2"], "--actors: only Ray has actors; give --runtime ray, or leave it out"),
-        (["--ray-address", "a:1"], "--ray-address: only Ray has actors; give --runtime ray, or leave it out"),
+        (
+            ["--ray-address", "a:1"],
+            "--ray-address: only Ray has actors; give --runtime ray, or leave it out",
+        ),
         *(
-            (["--runtime", "ray", "--actor-resources", given], f"--actor-resources {given}: not NAME=NUMBER above 0")
+            (
+                ["--runtime", "ray", "--actor-resources", given],
+                f"--actor-resources {given}: not NAME=NUMBER above 0",
+            )
             for given in ("CPU", "CPU=no", "CPU=0", "GPU=nan", ",")
         ),
     ],
@@ -277,37 +338,58 @@ def test_options_that_cannot_be_are_refused(desk: Desk, words: list[str], said: 
     assert done.code == 2 and done.err.startswith(f"prism: {said}") and not desk.out.exists()
 
 
-def test_an_address_where_no_cluster_answers_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_no_cluster_answers_is_refused(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         silent = f"127.0.0.1:{free.getsockname()[1]}"
         done = desk.score("--runtime", "ray", "--ray-address", silent)
-    assert done.code == 2 and done.err.startswith(f"prism: --ray-address {silent}: Connection refused; give host:port")
+    assert done.code == 2 and done.err.startswith(
+        f"prism: --ray-address {silent}: Connection refused; give host:port"
+    )
     for odd in ("here", "127.0.0.1", "host:port", "http://host:8265/"):
         done = desk.score("--runtime", "ray", "--ray-address", odd)
-        assert done.code == 2 and done.err.startswith(f"prism: --ray-address {odd}: not host:port; give host:port")
+        assert done.code == 2 and done.err.startswith(
+            f"prism: --ray-address {odd}: not host:port; give host:port"
+        )
 
 
-def test_without_ray_and_under_torchrun_the_runtime_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_and_under_torchrun_the_runtime_is_refused(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
         done = desk.score("--runtime", "ray")
     assert done.code == 2
-    assert done.err == "prism: --runtime ray: Ray is not installed; pip install 'prism-select[ray]'\n"
+    assert (
+        done.err == "prism: --runtime ray: Ray is not installed; pip install 'prism-select[ray]'\n"
+    )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("RANK", "0")
     done = desk.score("--runtime", "ray")
     assert done.code == 2
-    assert done.err == "prism: --runtime ray: Ray starts processes of its own; start this one without torchrun\n"
+    assert (
+        done.err
+        == "prism: --runtime ray: Ray starts processes of its own; start this one without torchrun\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("count", "needs", "said"),
     [
-        ("0", "CPU=3,magic=1", "0 actors of CPU=3,magic=1, with CPU=2,magic=0 in one machine at most; ask for less"),
-        ("3", "CPU=1", "2 actors of CPU=1 and not for 3, with CPU=2 in one machine at most; ask for less"),
+        (
+            "0",
+            "CPU=3,magic=1",
+            "0 actors of CPU=3,magic=1, with CPU=2,magic=0 in one machine at most; ask for less",
+        ),
+        (
+            "3",
+            "CPU=1",
+            "2 actors of CPU=1 and not for 3, with CPU=2 in one machine at most; ask for less",
+        ),
     ],
 )
 def test_actors_for_which_there_will_be_no_room_are_refused(

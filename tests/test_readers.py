@@ -19,20 +19,19 @@ from conftest import PEAK, prism_apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prism_select.data import readers
+from prism_select.data import files, json_rows, streams
+from prism_select.data.fields import Names, explicit_id
+from prism_select.data.files import find_files, read_rows, read_texts
 from prism_select.data.formats import (
     Format,
-    Names,
     detect_pool,
     detect_target,
-    explicit_id,
     parse_fields,
     to_example,
     to_pairs,
 )
-from prism_select.data.readers import find_files, read_rows, read_texts
 from prism_select.data.records import Example, Pair, Raw, Turn
-from prism_select.errors import BadFile, BadOption, BadRow, PrismError
+from prism_select.run.errors import BadFile, BadOption, BadRow, PrismError
 
 FIXTURE_IS_SHARED = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -70,7 +69,14 @@ def places(found: Iterable[Raw]) -> list[tuple[int, object]]:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / ".cache").mkdir()
-    for name in ("b.jsonl", "a.csv", "deep/c.json.gz", "deep/er/d.PARQUET", "notes.md", ".cache/x.jsonl"):
+    for name in (
+        "b.jsonl",
+        "a.csv",
+        "deep/c.json.gz",
+        "deep/er/d.PARQUET",
+        "notes.md",
+        ".cache/x.jsonl",
+    ):
         (tmp_path / name).write_bytes(b"")
     return tmp_path
 
@@ -80,7 +86,12 @@ def names(files: list[str], folder: Path) -> list[str]:
 
 
 def test_a_folder_gives_its_supported_files_sorted_and_no_hidden_ones(folder: Path) -> None:
-    assert names(find_files([str(folder)]), folder) == ["a.csv", "b.jsonl", "deep/c.json.gz", "deep/er/d.PARQUET"]
+    assert names(find_files([str(folder)]), folder) == [
+        "a.csv",
+        "b.jsonl",
+        "deep/c.json.gz",
+        "deep/er/d.PARQUET",
+    ]
 
 
 def test_globs_match_at_any_depth_and_reach_into_folders(folder: Path) -> None:
@@ -88,7 +99,9 @@ def test_globs_match_at_any_depth_and_reach_into_folders(folder: Path) -> None:
     assert names(find_files([f"{folder}/d*"]), folder) == ["deep/c.json.gz", "deep/er/d.PARQUET"]
 
 
-def test_a_file_reached_twice_is_listed_once_where_it_came_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_reached_twice_is_listed_once_where_it_came_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "link").symlink_to(folder / "deep")
     monkeypatch.chdir(folder)
     assert find_files(["deep/c.json.gz", "./deep", "link/*.gz", str(folder / "deep")]) == [
@@ -106,7 +119,10 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path: Path) -> N
 
 
 def test_hub_names_are_kept() -> None:
-    assert find_files(["hub:org/name:test", "hub:org/name", "hub:org/name"]) == ["hub:org/name:test", "hub:org/name"]
+    assert find_files(["hub:org/name:test", "hub:org/name", "hub:org/name"]) == [
+        "hub:org/name:test",
+        "hub:org/name",
+    ]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonlx", "notes.md", "empty", ""])
@@ -116,7 +132,9 @@ def test_a_pattern_that_reaches_nothing_is_refused(folder: Path, name: str) -> N
         find_files([str(folder / name) if name else ""])
 
 
-def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(BadFile, match=r"a\.csv: permission denied"):
         find_files([str(folder)])
@@ -125,10 +143,15 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytes
 # ---------------------------------------------------------------- JSON lines
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "JSONL"])
+@pytest.mark.parametrize(
+    "ending", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "JSONL"]
+)
 def test_json_lines_keep_their_text_and_line_in_every_packing(tmp_path: Path, ending: str) -> None:
     found = rows(tmp_path / f"x.{ending}", '{"a":  "é\\u00e9"}\r\n\n  \n{"a": 2, "a": NaN}')
-    assert [(raw.line, raw.text) for raw in found] == [(1, '{"a":  "é\\u00e9"}'), (4, '{"a": 2, "a": NaN}')]
+    assert [(raw.line, raw.text) for raw in found] == [
+        (1, '{"a":  "é\\u00e9"}'),
+        (4, '{"a": 2, "a": NaN}'),
+    ]
     assert found[0].fields == {"a": "éé"}
     assert all(raw.file.endswith(ending) and raw.problem is None for raw in found)
 
@@ -169,7 +192,9 @@ def test_utf_16_is_refused_by_name(tmp_path: Path, encoding: str, name: str) -> 
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "broken JSON: nested too deeply"),
     ],
 )
-def test_a_line_that_cannot_be_read_says_why_and_costs_only_itself(tmp_path: Path, line: bytes, expected: str) -> None:
+def test_a_line_that_cannot_be_read_says_why_and_costs_only_itself(
+    tmp_path: Path, line: bytes, expected: str
+) -> None:
     first, bad, last = rows(tmp_path / "x.jsonl", b'{"n": 1}\n' + line + b'\n{"n": 3}\n')
     assert (first.fields, last.fields, last.line) == ({"n": 1}, {"n": 3}, 3)
     assert (bad.line, bad.fields, bad.problem) == (2, None, expected)
@@ -178,21 +203,38 @@ def test_a_line_that_cannot_be_read_says_why_and_costs_only_itself(tmp_path: Pat
 
 def test_numbers_of_any_size_are_accepted(tmp_path: Path) -> None:
     (raw,) = rows(
-        tmp_path / "x.jsonl", '{"a": 1e999, "b": ' + "9" * 5000 + ', "c": -Infinity, "d": 12345678901234567890}'
+        tmp_path / "x.jsonl",
+        '{"a": 1e999, "b": ' + "9" * 5000 + ', "c": -Infinity, "d": 12345678901234567890}',
     )
-    assert raw.fields == {"a": float("inf"), "b": float("inf"), "c": float("-inf"), "d": 12345678901234567890}
+    assert raw.fields == {
+        "a": float("inf"),
+        "b": float("inf"),
+        "c": float("-inf"),
+        "d": 12345678901234567890,
+    }
 
 
 # ---------------------------------------------------------------- JSON arrays
 
 
 def test_elements_of_an_array_come_with_their_true_lines_on_one_line(tmp_path: Path) -> None:
-    found = rows(tmp_path / "x.json", '\n[\n {"a": 1,\n  "b": [\n 2]},{"a":"\\n"}\n\n , {"c":  3}\n]\n')
-    assert [(raw.line, raw.text) for raw in found] == [(3, '{"a": 1, "b": [2]}'), (5, '{"a":"\\n"}'), (7, '{"c":  3}')]
+    found = rows(
+        tmp_path / "x.json", '\n[\n {"a": 1,\n  "b": [\n 2]},{"a":"\\n"}\n\n , {"c":  3}\n]\n'
+    )
+    assert [(raw.line, raw.text) for raw in found] == [
+        (3, '{"a": 1, "b": [2]}'),
+        (5, '{"a":"\\n"}'),
+        (7, '{"c":  3}'),
+    ]
 
 
 def test_the_text_of_a_pretty_printed_array_is_its_plain_dump(tmp_path: Path) -> None:
-    value = {"id": "é,\u2028", "messages": [{"role": "user", "content": "a\nb"}], "n": [], "m": {"x": 1.0}}
+    value = {
+        "id": "é,\u2028",
+        "messages": [{"role": "user", "content": "a\nb"}],
+        "n": [],
+        "m": {"x": 1.0},
+    }
     (raw,) = rows(tmp_path / "x.json", json.dumps([value], indent=4, ensure_ascii=False))
     assert raw.text == json.dumps(value, ensure_ascii=False)
 
@@ -215,7 +257,9 @@ def test_an_empty_file_or_array_has_no_rows(tmp_path: Path, data: str) -> None:
         ("[", 1, "Expecting value"),
     ],
 )
-def test_a_broken_array_is_refused_with_its_line(tmp_path: Path, data: str, line: int, what: str) -> None:
+def test_a_broken_array_is_refused_with_its_line(
+    tmp_path: Path, data: str, line: int, what: str
+) -> None:
     with pytest.raises(BadFile, match=what) as caught:
         rows(tmp_path / "x.json", data)
     assert caught.value.line == line
@@ -249,9 +293,14 @@ def test_a_json_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_an_array_does_not_depend_on_where_it_is_cut(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", chunk)
-    values = [{"é": '😀\\"', "n": n, "x": -1.25e10, "t": [True, None], "long": "y" * 50} for n in range(9)]
-    found = rows(tmp_path / "x.json", "[1.5e3,\n" + ",\n".join(map(json.dumps, values)) + "\n,123456]")
+    for module in (streams, files, json_rows):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    values = [
+        {"é": '😀\\"', "n": n, "x": -1.25e10, "t": [True, None], "long": "y" * 50} for n in range(9)
+    ]
+    found = rows(
+        tmp_path / "x.json", "[1.5e3,\n" + ",\n".join(map(json.dumps, values)) + "\n,123456]"
+    )
     assert [raw.fields for raw in found] == [None, *values, None]
     assert [raw.text for raw in (found[0], found[-1])] == ["1.5e3", "123456"]
     assert [raw.line for raw in found] == [*range(1, 11), 11]
@@ -264,7 +313,7 @@ def test_the_memory_for_an_array_does_not_grow_with_the_file(tmp_path: Path) -> 
     assert sum(1 for _ in read_rows(file)) == 6000
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 10 * readers._CHUNK < Path(file).stat().st_size / 8
+    assert peak < 10 * streams.CHUNK_BYTES < Path(file).stat().st_size / 8
 
 
 def test_a_break_in_a_long_array_is_found_without_reading_on(tmp_path: Path) -> None:
@@ -274,7 +323,7 @@ def test_a_break_in_a_long_array_is_found_without_reading_on(tmp_path: Path) -> 
         list(read_rows(file))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 10 * readers._CHUNK
+    assert peak < 10 * streams.CHUNK_BYTES
 
 
 # ---------------------------------------------------------------- CSV
@@ -312,7 +361,9 @@ def test_a_csv_field_may_be_longer_than_the_default_limit(tmp_path: Path) -> Non
     assert raw.fields == {"a": long}
 
 
-@pytest.mark.parametrize(("header", "what"), [(b"a,b,a", "two columns"), (b"a,\xff", "UTF-8"), (b'"a"b', "broken CSV")])
+@pytest.mark.parametrize(
+    ("header", "what"), [(b"a,b,a", "two columns"), (b"a,\xff", "UTF-8"), (b'"a"b', "broken CSV")]
+)
 def test_a_csv_header_must_name_the_columns(tmp_path: Path, header: bytes, what: str) -> None:
     with pytest.raises(BadFile, match=f"x.csv:2: the header: .*{what}"):
         rows(tmp_path / "x.csv", b"\n" + header + b"\n1,2,3\n")
@@ -327,9 +378,13 @@ def test_a_csv_of_a_header_alone_has_no_rows(tmp_path: Path) -> None:
 
 def test_parquet_rows_are_numbered_over_batches(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"n": range(600), "m": [[{"role": "user", "content": "é"}]] * 600}), path)
+    pq.write_table(
+        pa.table({"n": range(600), "m": [[{"role": "user", "content": "é"}]] * 600}), path
+    )
     found = list(read_rows(str(path)))
-    assert [(raw.line, raw.fields["n"]) for raw in found if raw.fields] == [(n + 1, n) for n in range(600)]
+    assert [(raw.line, raw.fields["n"]) for raw in found if raw.fields] == [
+        (n + 1, n) for n in range(600)
+    ]
     assert found[0].text == '{"n": 0, "m": [{"role": "user", "content": "é"}]}'
 
 
@@ -340,7 +395,7 @@ def test_the_memory_for_a_table_does_not_grow_with_the_file(tmp_path: Path) -> N
         for _ in range(60):
             writer.write_table(pa.table({"text": [draw.randbytes(1000).hex() for _ in range(500)]}))
     script = (
-        "from prism_select.data.readers import read_rows\n"
+        "from prism_select.data.files import read_rows\n"
         "assert list(read_rows(sys.argv[2]))\nbefore = peak()\n"
         "assert sum(1 for _ in read_rows(sys.argv[1])) == 30_000\nprint(peak() - before)"
     )
@@ -353,8 +408,15 @@ def test_a_parquet_cell_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> N
     bad = pa.array([b"x", b"\xff"]).view(pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"a": bad, "b": [1, 2]}), path)
     good, wrong = read_rows(str(path))
-    assert (good.fields, wrong.fields, wrong.line, wrong.text) == ({"a": "x", "b": 1}, None, 2, '{"a": null, "b": 2}')
-    assert wrong.problem and wrong.problem.startswith("column 'a': 'utf-8' codec can't decode byte 0xff")
+    assert (good.fields, wrong.fields, wrong.line, wrong.text) == (
+        {"a": "x", "b": 1},
+        None,
+        2,
+        '{"a": null, "b": 2}',
+    )
+    assert wrong.problem and wrong.problem.startswith(
+        "column 'a': 'utf-8' codec can't decode byte 0xff"
+    )
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.json.gz", "x.csv.zst"])
@@ -388,7 +450,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     for split in ("train", "test"):
-        write(tmp_path / "set" / f"{split}.jsonl", "".join(f'{{"text": "{split} {n}"}}\n' for n in range(3)))
+        write(
+            tmp_path / "set" / f"{split}.jsonl",
+            "".join(f'{{"text": "{split} {n}"}}\n' for n in range(3)),
+        )
     return tmp_path / "set"
 
 
@@ -419,15 +484,20 @@ def test_the_hub_needs_its_package_and_a_name(monkeypatch: pytest.MonkeyPatch) -
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
 OBJECTS = st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=8)
 
 
 @given(OBJECTS, st.sampled_from(["x.jsonl", "x.jsonl.gz", "x.jsonl.zst"]), st.booleans())
 @FIXTURE_IS_SHARED
-def test_any_objects_survive_json_lines(tmp_path: Path, objects: list[dict[str, Any]], name: str, escape: bool) -> None:
-    found = rows(tmp_path / name, "".join(json.dumps(one, ensure_ascii=escape) + "\n" for one in objects))
+def test_any_objects_survive_json_lines(
+    tmp_path: Path, objects: list[dict[str, Any]], name: str, escape: bool
+) -> None:
+    found = rows(
+        tmp_path / name, "".join(json.dumps(one, ensure_ascii=escape) + "\n" for one in objects)
+    )
     assert places(found) == list(enumerate(objects, start=1))
     assert [json.loads(raw.text) for raw in found] == objects
 
@@ -438,7 +508,8 @@ def test_any_objects_survive_a_json_array(
     tmp_path: Path, objects: list[dict[str, Any]], indent: int | None, chunk: int, escape: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK", chunk)
+        for module in (streams, files, json_rows):
+            patch.setattr(module, "CHUNK_BYTES", chunk)
         text = json.dumps(objects, indent=indent, ensure_ascii=escape)
         found = rows(tmp_path / "x.json", text)
     assert [raw.fields for raw in found] == [json.loads(raw.text) for raw in found] == objects
@@ -449,23 +520,35 @@ def test_any_objects_survive_a_json_array(
         assert "\n" not in raw.text
 
 
-@given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2)))
+@given(
+    st.lists(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2
+        )
+    )
+)
 @FIXTURE_IS_SHARED
 def test_any_cells_survive_csv(tmp_path: Path, cells: list[list[str]]) -> None:
     held = io.StringIO()
     csv.writer(held, quoting=csv.QUOTE_ALL).writerows([["a", "b"], *cells])
-    assert [raw.fields for raw in rows(tmp_path / "x.csv", held.getvalue())] == [{"a": a, "b": b} for a, b in cells]
+    assert [raw.fields for raw in rows(tmp_path / "x.csv", held.getvalue())] == [
+        {"a": a, "b": b} for a, b in cells
+    ]
 
 
 ENDINGS = ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.zst"]
 NEARLY = st.lists(
-    st.sampled_from([b"[", b"]", b"{", b"}", b'"', b",", b":", b"1", b"\n", b"\xff", b"a", b"\\", b"\0", b"\r"])
+    st.sampled_from(
+        [b"[", b"]", b"{", b"}", b'"', b",", b":", b"1", b"\n", b"\xff", b"a", b"\\", b"\0", b"\r"]
+    )
 )
 
 
 @given(st.binary(max_size=80) | NEARLY.map(b"".join), st.sampled_from(ENDINGS), st.booleans())
 @FIXTURE_IS_SHARED
-def test_any_bytes_give_rows_or_a_prism_error(tmp_path: Path, data: bytes, ending: str, packed: bool) -> None:
+def test_any_bytes_give_rows_or_a_prism_error(
+    tmp_path: Path, data: bytes, ending: str, packed: bool
+) -> None:
     path = tmp_path / f"x.{ending}"
     write(path, data) if packed else path.write_bytes(data)
     try:
@@ -479,15 +562,37 @@ def test_any_bytes_give_rows_or_a_prism_error(tmp_path: Path, data: bytes, endin
 
 FIELDS = st.sampled_from(
     [
-        *("messages", "prompt", "completion", "response", "instruction", "input", "output", "conversations", "text"),
+        *(
+            "messages",
+            "prompt",
+            "completion",
+            "response",
+            "instruction",
+            "input",
+            "output",
+            "conversations",
+            "text",
+        ),
         *("question", "choices", "answer", "answerKey", "chosen", "rejected", "id", "source"),
     ]
 )
 MESSAGE = st.fixed_dictionaries(
-    {}, optional={key: st.sampled_from(["user", "assistant", "gpt", "tool"]) | VALUES for key in ("role", "from")}
+    {},
+    optional={
+        key: st.sampled_from(["user", "assistant", "gpt", "tool"]) | VALUES
+        for key in ("role", "from")
+    },
 ) | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()})
-CHOICES = st.fixed_dictionaries({"text": st.lists(st.text()), "label": st.lists(st.text(max_size=1))})
-CONTENT = VALUES | st.text(st.characters()) | st.lists(MESSAGE, max_size=3) | st.lists(st.text()) | CHOICES
+CHOICES = st.fixed_dictionaries(
+    {"text": st.lists(st.text()), "label": st.lists(st.text(max_size=1))}
+)
+CONTENT = (
+    VALUES
+    | st.text(st.characters())
+    | st.lists(MESSAGE, max_size=3)
+    | st.lists(st.text())
+    | CHOICES
+)
 
 
 @given(
@@ -506,14 +611,17 @@ def test_any_row_means_something_or_is_a_bad_row(fields: dict[str, Any], mapping
             for side in (pair.chosen, pair.rejected):
                 check(side)
                 assert (
-                    side.prompt_turns > 0 and side.turns[: side.prompt_turns] == pair.chosen.turns[: side.prompt_turns]
+                    side.prompt_turns > 0
+                    and side.turns[: side.prompt_turns] == pair.chosen.turns[: side.prompt_turns]
                 )
     except BadRow as error:
         str(error).encode()
 
 
 def check(example: Example) -> None:
-    supervised = [turn for turn in example.turns[example.prompt_turns :] if turn.role in ("assistant", "text")]
+    supervised = [
+        turn for turn in example.turns[example.prompt_turns :] if turn.role in ("assistant", "text")
+    ]
     assert any(turn.text.strip() for turn in supervised)
     for text in (example.id, example.source, *(turn.text for turn in example.turns)):
         text.encode()
@@ -591,7 +699,10 @@ def test_each_pool_format_is_detected_and_read(
 
 
 def test_an_unknown_pool_row_is_told_what_is_known() -> None:
-    with pytest.raises(BadRow, match=r"x.jsonl:3: .*'prompt', 'zzz'; known are messages, prompt\+completion.*--fields"):
+    with pytest.raises(
+        BadRow,
+        match=r"x.jsonl:3: .*'prompt', 'zzz'; known are messages, prompt\+completion.*--fields",
+    ):
         detect_pool({"prompt": 1, "zzz": 2}, {}, "x.jsonl", 3)
     with pytest.raises(BadRow, match=r"fields are none.*chosen=good"):
         detect_target({}, {})
@@ -599,7 +710,12 @@ def test_an_unknown_pool_row_is_told_what_is_known() -> None:
 
 def test_ids_and_sources_are_the_row_s_own_or_made_of_its_place() -> None:
     made = example_of(text="t", id=None, source=" ")
-    assert (made.id, made.source, made.file, made.line) == ("pool.v1.jsonl.gz:7", "pool.v1", "dir/pool.v1.jsonl.gz", 7)
+    assert (made.id, made.source, made.file, made.line) == (
+        "pool.v1.jsonl.gz:7",
+        "pool.v1",
+        "dir/pool.v1.jsonl.gz",
+        7,
+    )
     own = example_of(text="t", id=0, source="s")
     assert (own.id, own.source) == ("0", "s")
     assert [explicit_id(raw_of(id=value)) for value in (5, "x", "", None, True, 1.5)] == [
@@ -647,7 +763,9 @@ BAD_POOL = [
 
 
 @pytest.mark.parametrize(("name", "fields", "what"), BAD_POOL)
-def test_each_bad_pool_row_says_what_was_found(name: str, fields: dict[str, Any], what: str) -> None:
+def test_each_bad_pool_row_says_what_was_found(
+    name: str, fields: dict[str, Any], what: str
+) -> None:
     with pytest.raises(BadRow, match=what) as caught:
         to_example(raw_of(**fields), Format(name), {})
     assert (caught.value.file, caught.value.line) == ("dir/pool.v1.jsonl.gz", 7)
@@ -745,11 +863,15 @@ HUB = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
         ({"text": ["x", "y", "z"], "label": None}, 1, "y"),
     ],
 )
-def test_the_answer_is_a_label_a_text_a_position_or_a_letter(choices: Any, answer: object, right: str) -> None:
+def test_the_answer_is_a_label_a_text_a_position_or_a_letter(
+    choices: Any, answer: object, right: str
+) -> None:
     pairs = pairs_of(question="q", choices=choices, answer=answer)
     assert {pair.chosen.turns[1].text for pair in pairs} == {right}
     texts = choices["text"] if isinstance(choices, dict) else choices
-    assert [pair.rejected.turns[1].text for pair in pairs] == [text for text in texts if text != right]
+    assert [pair.rejected.turns[1].text for pair in pairs] == [
+        text for text in texts if text != right
+    ]
     assert example_of(question="q", choices=choices, answerKey=answer).turns == (
         Turn("user", "q"),
         Turn("assistant", right),
@@ -827,10 +949,16 @@ def test_a_field_may_have_a_column_in_each_file_and_within_an_object() -> None:
 
 def test_answers_whose_prompt_stands_in_a_column_without_a_name_are_refused() -> None:
     mapping = parse_fields("prompt=Frage,chosen=gut,rejected=falsch")
-    with pytest.raises(BadRow, match="no column 'Frage' for prompt; not used are Aufgabe; name this file's own"):
+    with pytest.raises(
+        BadRow, match="no column 'Frage' for prompt; not used are Aufgabe; name this file's own"
+    ):
         pairs_of(mapping, Aufgabe="x", gut="It is good", falsch="It is bad")
-    assert len(pairs_of(mapping, Frage=None, gut="It is good", falsch="It is bad")) == 1  # there, and empty in this row
-    (pair,) = pairs_of(mapping, gut="It is good", falsch="It is bad")  # nothing is left over: they begin alike
+    assert (
+        len(pairs_of(mapping, Frage=None, gut="It is good", falsch="It is bad")) == 1
+    )  # there, and empty in this row
+    (pair,) = pairs_of(
+        mapping, gut="It is good", falsch="It is bad"
+    )  # nothing is left over: they begin alike
     assert pair.chosen.turns[0].text == "It is "
 
 
@@ -842,9 +970,23 @@ def test_one_column_may_serve_two_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.csv"])
-def test_rows_read_for_copying_are_those_that_are_read_for_their_meaning(tmp_path: Path, name: str) -> None:
-    lines = [b'{"a": "1"}', b"", b'{"a": "' + b"x" * 300 + b'"}', b"  ", b'{"a": "\xff"}\r', b"[1]", b'{"a": "2"}']
-    data = b"[" + b",".join(line for line in lines if line.strip()) + b"]" if name == "x.json" else b"\n".join(lines)
+def test_rows_read_for_copying_are_those_that_are_read_for_their_meaning(
+    tmp_path: Path, name: str
+) -> None:
+    lines = [
+        b'{"a": "1"}',
+        b"",
+        b'{"a": "' + b"x" * 300 + b'"}',
+        b"  ",
+        b'{"a": "\xff"}\r',
+        b"[1]",
+        b'{"a": "2"}',
+    ]
+    data = (
+        b"[" + b",".join(line for line in lines if line.strip()) + b"]"
+        if name == "x.json"
+        else b"\n".join(lines)
+    )
     file = write(tmp_path / name, data.replace(b'"', b"") if name == "x.csv" else data)
     wanted = [(raw.line, raw.text) for raw in read_rows(file, 200)]
     found = read_texts(file, 200)

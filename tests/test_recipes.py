@@ -12,7 +12,7 @@ from conftest import jsonl
 from transformers import AutoTokenizer
 
 import prism_select
-from prism_select.data.batches import Encoder
+from prism_select.data.encoding import Encoder
 from prism_select.data.formats import Format, detect_pool, to_example
 from prism_select.data.records import Raw
 from prism_select.demo.story import MODEL
@@ -22,7 +22,10 @@ TALK = [("user", "What is the capital of France?"), ("assistant", "It is Paris")
 ROWS: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": role, "content": text} for role, text in TALK]},
     "conversations": {
-        "conversations": [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in TALK]
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}[role], "value": text}
+            for role, text in TALK
+        ]
     },
     "prompt+completion": {"prompt": TALK[0][1], "completion": TALK[1][1]},
     "instruction+output": {"instruction": TALK[0][1], "input": "", "output": TALK[1][1]},
@@ -81,8 +84,13 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """selected.jsonl of a pool with a file in every format."""
     folder = tmp_path_factory.mktemp("formats")
     pool = [jsonl(folder / f"{name}.jsonl", [row, row]) for name, row in ROWS.items()]
-    target = jsonl(folder / "pairs.jsonl", [{"prompt": TALK[0][1], "chosen": "It is Paris", "rejected": "It is Lyon"}])
-    run = prism_select.select(model=str(MODEL), pool=pool, target=target, out=str(folder / "run"), budget="100%")
+    target = jsonl(
+        folder / "pairs.jsonl",
+        [{"prompt": TALK[0][1], "chosen": "It is Paris", "rejected": "It is Lyon"}],
+    )
+    run = prism_select.select(
+        model=str(MODEL), pool=pool, target=target, out=str(folder / "run"), budget="100%"
+    )
     return list(run.selected)
 
 
@@ -112,16 +120,24 @@ def wrong(tool: str, entry: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_recipe_names_documented_keys_and_columns_that_are_there(tool: str, chosen: list[dict[str, Any]]) -> None:
+def test_a_recipe_names_documented_keys_and_columns_that_are_there(
+    tool: str, chosen: list[dict[str, Any]]
+) -> None:
     assert entries(tool).keys() == ROWS.keys()
     by_format = {detect_pool(row, {}).name: row for row in chosen}
-    assert not {name: bad for name, entry in entries(tool).items() if (bad := wrong(tool, entry, by_format[name]))}
+    assert not {
+        name: bad
+        for name, entry in entries(tool).items()
+        if (bad := wrong(tool, entry, by_format[name]))
+    }
 
 
 def test_what_is_wrong_in_a_recipe_is_noticed() -> None:
     row = ROWS["conversations"]
     assert wrong("LLaMA-Factory", {"columns": {"messages": "messages"}}, row) == ["messages"]
-    assert wrong("Axolotl", {"message_property_mappings": {"role": "role"}}, row) == ["message_property_mappings"]
+    assert wrong("Axolotl", {"message_property_mappings": {"role": "role"}}, row) == [
+        "message_property_mappings"
+    ]
     assert wrong("torchtune", {"source_column": "conversations"}, row) == ["source_column"]
 
 
@@ -135,10 +151,17 @@ def test_trl_trains_on_the_tokens_that_were_scored(format: str, tmp_path: Path) 
     row = ROWS[format]
     if format == "prompt+completion":
         names: dict[str, Any] = {}
-        exec(re.search(r"^def as_messages.*?^    return .*?$", PAGE, re.MULTILINE | re.DOTALL)[0], names)  # type: ignore[index]
+        exec(
+            re.search(r"^def as_messages.*?^    return .*?$", PAGE, re.MULTILINE | re.DOTALL)[0],  # type: ignore[index]
+            names,
+        )
         row = names["as_messages"](row)
     settings = SFTConfig(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, assistant_only_loss=format == "messages"
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        assistant_only_loss=format == "messages",
     )
     trainer = SFTTrainer(model=str(MODEL), args=settings, train_dataset=Dataset.from_list([row]))
     labels = trainer.data_collator([trainer.train_dataset[0]])["labels"][0].tolist()
@@ -146,7 +169,9 @@ def test_trl_trains_on_the_tokens_that_were_scored(format: str, tmp_path: Path) 
     raw = Raw("pool.jsonl", 1, "", ROWS[format])
     scored = Encoder(tokenizer, "auto", 256).encode(to_example(raw, Format(format), {}))
     trained = [token for token in labels if token != -100]
-    wanted = [token for token, counts in zip(scored.tokens, scored.supervised, strict=True) if counts]
+    wanted = [
+        token for token, counts in zip(scored.tokens, scored.supervised, strict=True) if counts
+    ]
     assert trained[: len(wanted)] == wanted
     rest = tokenizer.decode(trained[len(wanted) :])  # the template writes it after an end of turn
     assert rest == ("\n" if format == "prompt+completion" else "")

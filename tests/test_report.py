@@ -25,19 +25,24 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 import prism_select
-from prism_select.data.readers import read_rows, rows_at
-from prism_select.errors import BadOption
-from prism_select.report.columns import columns_of
-from prism_select.report.comparison import compared
+from prism_select.data.files import read_rows, rows_at
+from prism_select.report.checks import AGREEMENTS, checks_of, headline
+from prism_select.report.comparison_page import compared
+from prism_select.report.distribution import spread_of
 from prism_select.report.examples import BESIDE, BOTTOM, LETTERS, TOP, shown
 from prism_select.report.facts import facts_of, layers_of
-from prism_select.report.judgement import AGREEMENTS, checks_of, headline
 from prism_select.report.page import as_told, in_json, significant
-from prism_select.report.spread import spread_of
-from prism_select.report.writing import page_of, write_report
+from prism_select.report.run_page import page_of, write_report
+from prism_select.report.scores_table import columns_of
+from prism_select.run.errors import BadOption
 
 ROWS: list[Row] = [
-    {"prompt": f"Say {place}", "completion": f"It is {place}.", "id": f"r{place}", "source": "ab"[place % 2]}
+    {
+        "prompt": f"Say {place}",
+        "completion": f"It is {place}.",
+        "id": f"r{place}",
+        "source": "ab"[place % 2],
+    }
     for place in range(12)
 ]
 SCORES = [5.0, -1.0, 4.0, 0.0, 3.0, -2.0, 2.0, -3.0, 1.0, -4.0, 0.5, -5.0]
@@ -51,7 +56,9 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A thousand rows, of which 333 were taken."""
-    rows: list[Row] = [{"prompt": f"Say {place}", "completion": "ok", "id": f"r{place}"} for place in range(1000)]
+    rows: list[Row] = [
+        {"prompt": f"Say {place}", "completion": "ok", "id": f"r{place}"} for place in range(1000)
+    ]
     return write_run(tmp_path / "run", rows, np.random.default_rng(0).normal(size=1000).tolist())
 
 
@@ -71,8 +78,14 @@ def test_the_cut_off_is_the_lowest_score_that_was_taken(run: Path) -> None:
     assert columns.cutoff == 2.0 and columns.passed_over == 0
     assert columns.order.tolist() == [0, 2, 4, 6, 8, 10, 3, 1, 5, 7, 9, 11]
     table = pq.read_table(run / "scores.parquet")
-    verdict = ["source cap" if row == 2 else value for row, value in enumerate(table["verdict"].to_pylist())]
-    pq.write_table(table.set_column(table.num_columns - 1, "verdict", pa.array(verdict)), run / "scores.parquet")
+    verdict = [
+        "source cap" if row == 2 else value
+        for row, value in enumerate(table["verdict"].to_pylist())
+    ]
+    pq.write_table(
+        table.set_column(table.num_columns - 1, "verdict", pa.array(verdict)),
+        run / "scores.parquet",
+    )
     assert facts_of(str(run)).columns.passed_over == 1
 
 
@@ -93,7 +106,9 @@ def test_budgets_buy_what_the_first_rows_add_up_to(run: Path) -> None:
     assert found and found.positive == 0.5
     assert found.bought == pytest.approx(sum(positive[:4]) / sum(positive))
     bought = {each.share: each.bought for each in found.budgets}
-    assert bought[0.2] == pytest.approx((5 + 4) / sum(positive)) and bought[0.5] == 1  # 20% of 12 rows are 2
+    assert (
+        bought[0.2] == pytest.approx((5 + 4) / sum(positive)) and bought[0.5] == 1
+    )  # 20% of 12 rows are 2
     assert found.curve[0].bought == 0 and found.curve[-1].bought == 1
     assert [each.bought for each in found.curve] == sorted(each.bought for each in found.curve)
 
@@ -102,14 +117,18 @@ def test_sources_have_their_own_quantiles_and_rows_taken(run: Path) -> None:
     found = facts_of(str(run)).spread
     assert found
     for source in found.sources:
-        own = [score for score, row in zip(SCORES, ROWS, strict=True) if row["source"] == source.name]
+        own = [
+            score for score, row in zip(SCORES, ROWS, strict=True) if row["source"] == source.name
+        ]
         assert source.rows == len(own) == 6
         assert source.quantiles == pytest.approx(np.quantile(own, [0.05, 0.25, 0.5, 0.75, 0.95]))
         assert source.taken == sum(score >= 2 for score in own)
 
 
 def test_many_sources_are_joined_and_none_is_lost(tmp_path: Path) -> None:
-    rows: list[Row] = [{"prompt": "a", "completion": "b", "id": f"{i}", "source": f"s{i % 40}"} for i in range(200)]
+    rows: list[Row] = [
+        {"prompt": "a", "completion": "b", "id": f"{i}", "source": f"s{i % 40}"} for i in range(200)
+    ]
     run = write_run(tmp_path / "run", rows, [float(i) for i in range(200)])
     found = facts_of(str(run)).spread
     assert found and sum(source.rows for source in found.sources) == 200
@@ -129,7 +148,8 @@ def test_a_run_without_any_score_has_a_page(run: Path) -> None:
     for name in ("score", "score_per_token", "score_chosen", "score_rejected"):
         table = table.set_column(table.schema.get_field_index(name), name, nothing)
     pq.write_table(
-        table.set_column(table.num_columns - 1, "verdict", pa.array(["quarantined"] * 12)), run / "scores.parquet"
+        table.set_column(table.num_columns - 1, "verdict", pa.array(["quarantined"] * 12)),
+        run / "scores.parquet",
     )
     assert "No row of the pool has a score." in page(run)
 
@@ -206,7 +226,9 @@ def test_layers_share_the_squared_norm_of_the_direction(tmp_path: Path, dtype: t
         "lm_head.base_layer.weight": torch.full((1, 4), 1.0),
         "chosen/lm_head.weight": torch.full((1, 4), 100.0),
     }
-    save_file({name: value.to(dtype) for name, value in weights.items()}, tmp_path / "d.safetensors")
+    save_file(
+        {name: value.to(dtype) for name, value in weights.items()}, tmp_path / "d.safetensors"
+    )
     found = layers_of(tmp_path / "d.safetensors")
     assert [(each.part, each.kind) for each in found] == [
         ("embed_tokens", "embed_tokens"),
@@ -219,14 +241,26 @@ def test_layers_share_the_squared_norm_of_the_direction(tmp_path: Path, dtype: t
 
 def test_several_targets_add_up_and_their_chosen_halves_are_left_out(tmp_path: Path) -> None:
     weights = {f"target:{name}/h.0.w.weight": torch.ones(2, 2) for name in ("math", "code")}
-    weights |= {"target:math/h.1.w.weight": torch.ones(2, 2), "chosen:math/h.1.w.weight": torch.ones(9, 9)}
+    weights |= {
+        "target:math/h.1.w.weight": torch.ones(2, 2),
+        "chosen:math/h.1.w.weight": torch.ones(9, 9),
+    }
     save_file(weights, tmp_path / "d.safetensors")
-    assert [each.share for each in layers_of(tmp_path / "d.safetensors")] == pytest.approx([2 / 3, 1 / 3])
+    assert [each.share for each in layers_of(tmp_path / "d.safetensors")] == pytest.approx(
+        [2 / 3, 1 / 3]
+    )
 
 
 def test_a_choice_made_again_keeps_the_texts_and_options_of_the_scores(run: Path) -> None:
     told = json.loads((run / "manifest.json").read_text())
-    again = {**told["config"], "model": "", "pool": [], "target": [], "select_from": "elsewhere", "budget": "7%"}
+    again = {
+        **told["config"],
+        "model": "",
+        "pool": [],
+        "target": [],
+        "select_from": "elsewhere",
+        "budget": "7%",
+    }
     change(run, scored_by=told["config"], config=again)
     facts = facts_of(str(run))
     assert facts.rows[0].said and facts.target and facts.target.pairs[0].chosen
@@ -238,7 +272,7 @@ def test_a_choice_made_again_keeps_the_texts_and_options_of_the_scores(run: Path
 
 
 def test_words_for_agreement_have_the_bounds_of_the_diagnosis() -> None:
-    from prism_select.diagnosis import EVEN, NOISE
+    from prism_select.directions.pair_diagnostics import EVEN, NOISE
 
     assert [bound for bound, _ in AGREEMENTS[:2]] == [NOISE, EVEN]
 
@@ -261,11 +295,15 @@ def test_words_for_agreement_have_the_bounds_of_the_diagnosis() -> None:
         ),
     ],
 )  # fmt: skip
-def test_each_check_sees_what_it_is_for(run: Path, changed: dict[str, Any], check: str, state: str) -> None:
+def test_each_check_sees_what_it_is_for(
+    run: Path, changed: dict[str, Any], check: str, state: str
+) -> None:
     change(run, **changed)
     found = states(run)
     untried = {"controls", "does it help"}
-    assert {name for name, told in found.items() if told != "holds"} == untried | ({check} if check else set())
+    assert {name for name, told in found.items() if told != "holds"} == untried | (
+        {check} if check else set()
+    )
     assert not check or found[check] == state
     worst = headline(checks_of(facts_of(str(run))))
     assert worst[0] == state and check in worst[1]
@@ -275,12 +313,21 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
     write_evaluation(run)
     assert set(states(run).values()) == {"holds"}
     assert headline(checks_of(facts_of(str(run))))[1] == "Every check holds."
-    broken = {"name": "swapped pairs", "holds": False, "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less"}
+    broken = {
+        "name": "swapped pairs",
+        "holds": False,
+        "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less",
+    }
     write_evaluation(run, controls=[*CONTROLS, broken])
     assert states(run)["controls"] == "failed"
-    assert re.search(r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped', page(run))
+    assert re.search(
+        r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped',
+        page(run),
+    )
     for low, high, state in ((-0.1, 0.2, "look"), (-0.3, -0.1, "failed")):
-        against = {"random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}}
+        against = {
+            "random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}
+        }
         write_evaluation(run, against=against)
         assert states(run)["does it help"] == state
 
@@ -299,13 +346,19 @@ def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(run: Path) -
     text = page(run)
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])  # type: ignore[index]
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    ]
     assert policy == (
         f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
     outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
-    assert not re.search(r"(?:src|href)=\"(?!#)", outside) and "url(" not in outside and "@import" not in outside
+    assert (
+        not re.search(r"(?:src|href)=\"(?!#)", outside)
+        and "url(" not in outside
+        and "@import" not in outside
+    )
 
 
 def test_names_and_warnings_are_escaped_in_the_page(tmp_path: Path) -> None:
@@ -337,7 +390,10 @@ def test_the_page_answers_in_order_and_its_headings_do_not_skip(run: Path) -> No
     sections = re.findall(r"<section id=\"(\w+)\"", text)
     assert sections == ["chosen", "target", "spread", "examples", "layers", "helps", "made"]
     levels = [
-        int(level) for level in re.findall(r"<h([1-6])", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+        int(level)
+        for level in re.findall(
+            r"<h([1-6])", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        )
     ]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
@@ -363,7 +419,9 @@ def test_the_runtime_of_the_charts_is_what_its_maker_makes() -> None:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PLACE.read_text(encoding="utf-8") == module.runtime(), "run python docs/make_vega.py"
+    assert module.PLACE.read_text(encoding="utf-8") == module.runtime(), (
+        "run python docs/make_vega.py"
+    )
     assert "</script" not in module.runtime().lower()
 
 
@@ -380,9 +438,17 @@ def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
     assert found.chance == 4 * 4 / 12 and found.rows == 12
     assert found.correlation == pytest.approx(spearmanr(SCORES, other).statistic)
     half = next(each for each in found.shared if each.share == 0.5)
-    assert half.rows == 6 and half.same == len({0, 2, 4, 6, 8, 10} & {0, 1, 5, 7, 9, 11}) / 6 and half.chance == 0.5
+    assert (
+        half.rows == 6
+        and half.same == len({0, 2, 4, 6, 8, 10} & {0, 1, 5, 7, 9, 11}) / 6
+        and half.chance == 0.5
+    )
     rose = found.moved[0]
-    assert rose.row.row == 11 and (rose.rank_a, rose.rank_b) == (12, 2) and rose.moved == pytest.approx(10 / 11)
+    assert (
+        rose.row.row == 11
+        and (rose.rank_a, rose.rank_b) == (12, 2)
+        and rose.moved == pytest.approx(10 / 11)
+    )
     assert dict((name, (x, y)) for name, _, x, y in found.sources) == {"a": (4, 1), "b": (0, 3)}
     assert not found.options
 
@@ -390,7 +456,11 @@ def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
 def test_options_that_differ_are_named(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, ROWS, SCORES) for name in "ab")
     told = json.loads((b / "manifest.json").read_text())
-    change(b, config={**told["config"], "layers": "late"}, fingerprints={**told["fingerprints"], "model": "n"})
+    change(
+        b,
+        config={**told["config"], "layers": "late"},
+        fingerprints={**told["fingerprints"], "model": "n"},
+    )
     found = compared(str(a), str(b))
     assert found.options == (("layers", "all", "late"), ("fingerprint of the model", "m", "n"))
     assert not found.moved and found.correlation == pytest.approx(1)
@@ -413,10 +483,16 @@ def test_the_command_writes_the_page_and_names_it(run: Path, tmp_path: Path) -> 
     assert done.code == 0 and str(run / "report.html") in done.out.replace("\n", "")
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     elsewhere = prism("report", run, "--out", tmp_path / "page.html")
-    assert elsewhere.code == 0 and (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
+    assert (
+        elsewhere.code == 0
+        and (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
+    )
     assert prism_select.write_report(str(run)) == run / "report.html"
     both = prism("report", run, run, "--json")
-    assert json.loads(both.out) == {"report": str(run / "comparison.html")} and (run / "comparison.html").exists()
+    assert (
+        json.loads(both.out) == {"report": str(run / "comparison.html")}
+        and (run / "comparison.html").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -449,7 +525,7 @@ def test_an_unfinished_or_damaged_run_is_refused_in_a_line(run: Path) -> None:
 
 def test_a_page_needs_no_torch(run: Path) -> None:
     code = (
-        "import sys\nfrom prism_select.cli import main\n"
+        "import sys\nfrom prism_select.cli.app import main\n"
         "for words in (['report', sys.argv[1]], ['report', sys.argv[1], sys.argv[1]]):\n"
         "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch came with it'"
@@ -478,7 +554,9 @@ def test_some_rows_of_a_file_are_those_among_all_of_them(tmp_path: Path) -> None
         every = list(read_rows(file))
         assert len(every) >= 9
         for places in ([], [0], [8], [1, 4, 5], range(len(every)), [3, 99]):
-            assert list(rows_at(file, places)) == [(place, every[place]) for place in places if place < len(every)]
+            assert list(rows_at(file, places)) == [
+                (place, every[place]) for place in places if place < len(every)
+            ]
 
 
 def test_spread_and_columns_of_every_command(run: Path) -> None:
@@ -492,7 +570,7 @@ def test_spread_and_columns_of_every_command(run: Path) -> None:
 def test_a_page_is_written_whole_or_not_at_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(str(run))
     before = (run / "report.html").read_bytes()
-    monkeypatch.setattr("prism_select.report.writing.page_of", lambda _: 1 / 0)
+    monkeypatch.setattr("prism_select.report.run_page.page_of", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(str(run))
     assert (run / "report.html").read_bytes() == before and not list(run.glob("*.part"))

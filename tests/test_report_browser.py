@@ -17,10 +17,12 @@ from conftest import Row
 from made_run import CONTROLS, TARGET, change, write_evaluation, write_run
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from prism_select.report.comparison import write_comparison
-from prism_select.report.writing import write_report
+from prism_select.report.comparison_page import write_comparison
+from prism_select.report.run_page import write_report
 
-HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+HOSTILE = (
+    "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+)
 HOSTILE += " \"'`&amp; \u202eright\u202c"
 FLAGS = [
     "--no-sandbox",
@@ -47,7 +49,9 @@ class Opened:
 
 
 def chromium() -> str:
-    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    found = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    )
     if found:
         return found
     says = "no Chromium here: apt-get install chromium, or name it in CHROMIUM"
@@ -68,7 +72,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run with everything in it and hostile texts everywhere, a bare run, and the two of them compared."""
     folder = tmp_path_factory.mktemp("pages")
     rows: list[Row] = [
-        {"prompt": f"Say {i}", "completion": f"It is {i}.", "id": f"r{i}", "source": ["web", HOSTILE][i % 2]}
+        {
+            "prompt": f"Say {i}",
+            "completion": f"It is {i}.",
+            "id": f"r{i}",
+            "source": ["web", HOSTILE][i % 2],
+        }
         for i in range(60)
     ]
     rows[0] = {"prompt": HOSTILE, "completion": "long " * 10_000, "id": "hostile"}
@@ -78,8 +87,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     more: Any = {"score_se": [0.5] * 60, "score_groups": groups, "token_scores": [[1.0, -2.0]] * 60}
     run = write_run(folder / "run", rows, scores, **more, token_texts=[["It <b>", HOSTILE]] * 60)
     several = {name: TARGET for name in ("math", "code")}
-    change(run, warnings=[HOSTILE], target={**TARGET, "targets": several, "cosines": [[1.0, -0.4], [-0.4, 1.0]]})
-    broken = {"name": "swapped pairs", "holds": False, "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less"}
+    change(
+        run,
+        warnings=[HOSTILE],
+        target={**TARGET, "targets": several, "cosines": [[1.0, -0.4], [-0.4, 1.0]]},
+    )
+    broken = {
+        "name": "swapped pairs",
+        "holds": False,
+        "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less",
+    }
     write_evaluation(run, controls=[*CONTROLS, broken])
     bare = write_run(folder / "bare", rows, [-score for score in scores])
     for name in ("pairs.parquet", "direction.safetensors"):
@@ -93,7 +110,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(params=["wide"])
-def opened(request: pytest.FixtureRequest, browser: Browser, pages: dict[str, Path]) -> Iterator[Opened]:
+def opened(
+    request: pytest.FixtureRequest, browser: Browser, pages: dict[str, Path]
+) -> Iterator[Opened]:
     """The page of a run; by parameter another page, width and colours."""
     name, _, width = request.param.rpartition(" ")
     pixels, colours = WIDTHS[width]
@@ -104,7 +123,9 @@ def opened(request: pytest.FixtureRequest, browser: Browser, pages: dict[str, Pa
     found.page.on("pageerror", lambda error: found.wrong.append(str(error)))
     found.page.on("dialog", lambda dialog: found.wrong.append("a dialog"))
     address = f"file://{pages[name or 'run']}"
-    found.page.on("request", lambda asked: found.wrong.extend([asked.url] if asked.url != address else []))
+    found.page.on(
+        "request", lambda asked: found.wrong.extend([asked.url] if asked.url != address else [])
+    )
     found.page.goto(address)
     found.page.wait_for_selector("body[data-ready=all]")
     yield found
@@ -115,13 +136,17 @@ EVERY = [f"{name} {width}" for name in ("run", "bare", "both") for width in WIDT
 
 
 @pytest.mark.parametrize("opened", EVERY, indirect=True)
-def test_the_page_loads_from_disk_without_network_errors_or_overflow_and_draws_its_charts(opened: Opened) -> None:
+def test_the_page_loads_from_disk_without_network_errors_or_overflow_and_draws_its_charts(
+    opened: Opened,
+) -> None:
     plots = opened.page.locator("[data-chart]")
     assert plots.count() >= 1
     for place in range(plots.count()):
         plot = plots.nth(place)
         assert plot.locator("[aria-hidden=true] svg path").count() > 5
-        assert plot.get_attribute("role") == "img" and len(plot.get_attribute("aria-label") or "") > 20
+        assert (
+            plot.get_attribute("role") == "img" and len(plot.get_attribute("aria-label") or "") > 20
+        )
         width, inside = plot.bounding_box(), plot.locator("svg").bounding_box()
         assert width and inside and inside["width"] <= width["width"] + 1 and inside["height"] > 60
     assert opened.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
@@ -151,12 +176,16 @@ def test_texts_of_the_pool_stay_texts(opened: Opened) -> None:
     assert "cut here: 50,000 letters in all" in opened.texts(".detail .cut")
     assert said[2] == "It <b>" + HOSTILE
     assert opened.page.title() == "PRISM: run"
-    assert opened.page.locator("main script, main img, main b, main iframe, main object").count() == 0
+    assert (
+        opened.page.locator("main script, main img, main b, main iframe, main object").count() == 0
+    )
     assert HOSTILE in opened.texts(".warnings li") and HOSTILE in opened.texts("#spread th bdi")
     assert not opened.wrong
 
 
-def test_a_chart_tells_its_numbers_under_the_pointer_and_names_stay_texts_there(opened: Opened) -> None:
+def test_a_chart_tells_its_numbers_under_the_pointer_and_names_stay_texts_there(
+    opened: Opened,
+) -> None:
     names = list[str]()
     for bar in opened.page.locator("[data-chart=sources] svg .mark-rect path").all():
         bar.hover(force=True)
@@ -173,19 +202,32 @@ def test_text_that_runs_from_right_to_left_turns_nothing_else(opened: Opened) ->
     for text in opened.page.locator(".detail .said").all()[:2]:
         style = text.evaluate("node => [getComputedStyle(node).unicodeBidi, node.dir]")
         assert style == ["isolate", "auto"]
-    assert opened.page.locator(".detail .said").first.evaluate("node => getComputedStyle(node).direction") == "rtl"
+    assert (
+        opened.page.locator(".detail .said").first.evaluate(
+            "node => getComputedStyle(node).direction"
+        )
+        == "rtl"
+    )
 
 
 def test_a_search_narrows_and_says_how_far(opened: Opened) -> None:
-    search, count = opened.page.locator("#examples-search"), opened.page.locator("[data-table=examples] output")
+    search, count = (
+        opened.page.locator("#examples-search"),
+        opened.page.locator("[data-table=examples] output"),
+    )
     assert count.text_content() == "60 of 60 shown"
     search.fill("SAY 17")
     assert opened.page.locator("[data-table=examples] tr.row").count() == 1
-    assert "Say 17 ⏎ It is 17." in (opened.page.locator("[data-table=examples] .opener").text_content() or "")
+    assert "Say 17 ⏎ It is 17." in (
+        opened.page.locator("[data-table=examples] .opener").text_content() or ""
+    )
     assert count.text_content() == "1 of 60 shown"
     search.fill("nobody wrote this")
     assert opened.page.locator("[data-table=examples] tr.row").count() == 0
-    assert opened.page.locator("[data-table=examples] tbody").inner_text() == "No row here holds all of these words."
+    assert (
+        opened.page.locator("[data-table=examples] tbody").inner_text()
+        == "No row here holds all of these words."
+    )
     search.fill("")
     opened.page.locator("#examples-group").select_option("top")
     assert opened.page.locator("[data-table=examples] tr.row").count() == 20
@@ -195,11 +237,16 @@ def test_a_column_sorts_both_ways_and_says_so(opened: Opened) -> None:
     score = opened.page.locator("[data-table=examples] th[data-key=score]")
 
     def column() -> list[float]:
-        cells = opened.page.locator("[data-table=examples] tr.row td:nth-child(2)").all_text_contents()
+        cells = opened.page.locator(
+            "[data-table=examples] tr.row td:nth-child(2)"
+        ).all_text_contents()
         return [float(cell.replace("−", "-")) for cell in cells]
 
     score.locator("button").click()
-    assert column() == sorted(column(), reverse=True) and score.get_attribute("aria-sort") == "descending"
+    assert (
+        column() == sorted(column(), reverse=True)
+        and score.get_attribute("aria-sort") == "descending"
+    )
     score.locator("button").click()
     assert column() == sorted(column()) and score.get_attribute("aria-sort") == "ascending"
     assert column()[0] == 1 and len(set(column())) == 60
@@ -221,7 +268,10 @@ def test_a_row_opens_by_the_keyboard_alone(opened: Opened) -> None:
     assert "שלום" in focused
     opened.page.keyboard.press("ArrowUp")
     opened.page.keyboard.press("Enter")
-    assert opener.get_attribute("aria-expanded") == "false" and opened.page.locator(".detail").count() == 0
+    assert (
+        opener.get_attribute("aria-expanded") == "false"
+        and opened.page.locator(".detail").count() == 0
+    )
 
 
 def test_an_open_row_shows_tokens_groups_and_uncertainty(opened: Opened) -> None:
@@ -236,20 +286,32 @@ def test_an_open_row_shows_tokens_groups_and_uncertainty(opened: Opened) -> None
 def test_a_pair_opens_to_both_answers(opened: Opened) -> None:
     opened.page.locator("[data-table=pairs] .opener").first.click()
     said = opened.texts("[data-table=pairs] .said")
-    assert said[0].startswith("Question") and said[1].startswith("Right") and said[2].startswith("Wrong")
+    assert (
+        said[0].startswith("Question")
+        and said[1].startswith("Right")
+        and said[2].startswith("Wrong")
+    )
 
 
 def test_a_failed_control_is_red(opened: Opened) -> None:
     row = opened.page.locator(".checks tr.red")
     assert "swapped pairs" in (row.text_content() or "") and "failed" in (row.text_content() or "")
-    red = opened.page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--bad').trim()")
+    red = opened.page.evaluate(
+        "getComputedStyle(document.documentElement).getPropertyValue('--bad').trim()"
+    )
     assert red == "#a3201d"
     assert row.locator("th").evaluate("node => getComputedStyle(node).color") == "rgb(163, 32, 29)"
 
 
 def test_paper_is_white_and_carries_the_whole_page(opened: Opened) -> None:
     opened.page.emulate_media(media="print", color_scheme="dark")
-    assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert not opened.page.locator(".contents").is_visible() and not opened.page.locator(".tools").first.is_visible()
+    assert (
+        opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
+    assert (
+        not opened.page.locator(".contents").is_visible()
+        and not opened.page.locator(".tools").first.is_visible()
+    )
     assert opened.page.locator("[data-chart] svg").first.is_visible()
     assert len(opened.page.pdf()) > 20_000

@@ -11,15 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prism_select import selection
-from prism_select.choice import Columns, guesses_last, hidden_sources
-from prism_select.config import Amount, ScoreConfig
-from prism_select.errors import BadOption
-from prism_select.selection import OUTCOMES, NearDuplicates, Rules, UnreadText, best_first, limit_of
+from prism_select.run.config import ScoreConfig
+from prism_select.run.errors import BadOption
+from prism_select.run.options import Amount
+from prism_select.selection import rules as selection
+from prism_select.selection.figures import hidden_sources
+from prism_select.selection.near_duplicates import NearDuplicates, UnreadText
+from prism_select.selection.ranking_columns import Columns, guesses_last
+from prism_select.selection.rules import OUTCOMES, Rules, best_first, limit_of
 
 ROWS = st.lists(
     st.tuples(
-        st.sampled_from([-2.0, -0.5, 0.0, 0.5, 0.5, 1.0, 3.0, math.nan, math.inf, -math.inf]) | st.floats(-9, 9),
+        st.sampled_from([-2.0, -0.5, 0.0, 0.5, 0.5, 1.0, 3.0, math.nan, math.inf, -math.inf])
+        | st.floats(-9, 9),
         st.integers(1, 20),
         st.sampled_from("abc"),
     ),
@@ -34,10 +38,16 @@ def columns(rows: list[tuple[float, int, str]]) -> Case:
 
 
 def choose(
-    scores: NDArray[np.float64], tokens: NDArray[np.int64], sources: Sequence[str], rules: Rules, limit: float
+    scores: NDArray[np.float64],
+    tokens: NDArray[np.int64],
+    sources: Sequence[str],
+    rules: Rules,
+    limit: float,
 ) -> list[str]:
     """Verdicts in words."""
-    numbers = np.unique(sources, return_inverse=True)[1] if len(sources) else np.zeros(0, dtype=np.int64)
+    numbers = (
+        np.unique(sources, return_inverse=True)[1] if len(sources) else np.zeros(0, dtype=np.int64)
+    )
     return [OUTCOMES[code] for code in selection.choose(scores, tokens, numbers, rules, limit)]
 
 
@@ -79,21 +89,29 @@ def test_a_choice_keeps_its_budget_its_caps_and_its_order(
         assert scores[over].max() <= scores[taken].min()
         equal = scores[taken].min()
         last_taken = np.flatnonzero(taken & (scores == equal)).max()
-        assert (np.flatnonzero(over & (scores == equal)) > last_taken).all()  # ties keep the order of the pool
+        assert (
+            np.flatnonzero(over & (scores == equal)) > last_taken
+        ).all()  # ties keep the order of the pool
     if budget.kind == "positive":
         assert (scores[taken] > 0).all()
         assert cap < 1 or taken.sum() == (scores[finite] > 0).sum()
 
 
 @given(ROWS, st.integers(1, 40))
-def test_rows_without_caps_fill_the_budget_exactly(rows: list[tuple[float, int, str]], count: int) -> None:
+def test_rows_without_caps_fill_the_budget_exactly(
+    rows: list[tuple[float, int, str]], count: int
+) -> None:
     scores, tokens, sources = columns(rows)
     budget = Amount("rows", count)
     if count > np.isfinite(scores).sum():
-        with pytest.raises(BadOption, match=rf"--budget {count} rows: more than the pool's \d+ rows"):
+        with pytest.raises(
+            BadOption, match=rf"--budget {count} rows: more than the pool's \d+ rows"
+        ):
             limit_of("--budget", budget, scores, tokens)
         return
-    verdicts = choose(scores, tokens, sources, Rules(budget), limit_of("--budget", budget, scores, tokens))
+    verdicts = choose(
+        scores, tokens, sources, Rules(budget), limit_of("--budget", budget, scores, tokens)
+    )
     best = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")[:count]
     assert {row for row, verdict in enumerate(verdicts) if verdict == "taken"} == set(best.tolist())
 
@@ -123,7 +141,9 @@ def test_a_budget_of_exactly_the_pool_is_no_mistake_and_one_more_is() -> None:
     scores, tokens = np.array([1.0, -1.0, math.nan]), np.array([3, 4, 9])
     assert limit_of("--remove", Amount("tokens", 7), scores, tokens) == 7
     assert limit_of("--remove", Amount("rows", 2), scores, tokens) == 2
-    with pytest.raises(BadOption, match="--remove 8 tokens: more than the pool's 7 tokens; ask for less"):
+    with pytest.raises(
+        BadOption, match="--remove 8 tokens: more than the pool's 7 tokens; ask for less"
+    ):
         limit_of("--remove", Amount("tokens", 8), scores, tokens)
     with pytest.raises(BadOption, match="--remove 3 rows: more than the pool's 2 rows"):
         limit_of("--remove", Amount("rows", 3), scores, tokens)
@@ -138,16 +158,22 @@ def test_a_capped_source_makes_room_for_the_next_one() -> None:
 @pytest.mark.parametrize("percent", [7, 14, 28, 29, 55, 57, 58])
 def test_a_cap_is_not_a_row_less_than_its_share(percent: int) -> None:
     rules = Rules(Amount("rows", 100), per_source=Amount.parse("--per-source", f"{percent}%").value)
-    verdicts = choose(np.zeros(200), np.ones(200, dtype=np.int64), ["a"] * 100 + ["b"] * 100, rules, 100)
+    verdicts = choose(
+        np.zeros(200), np.ones(200, dtype=np.int64), ["a"] * 100 + ["b"] * 100, rules, 100
+    )
     assert verdicts[:100].count("taken") == percent
 
 
 @given(ROWS, st.integers(1, 9))
-def test_bands_give_every_row_with_a_score_once_the_best_first(rows: list[tuple[float, int, str]], count: int) -> None:
+def test_bands_give_every_row_with_a_score_once_the_best_first(
+    rows: list[tuple[float, int, str]], count: int
+) -> None:
     scores = columns(rows)[0]
     bands = [band.tolist() for band in best_first(scores, count)]
     best = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")
-    assert [row for band in bands for row in band] == best[: int(np.isfinite(scores).sum())].tolist()
+    assert [row for band in bands for row in band] == best[
+        : int(np.isfinite(scores).sum())
+    ].tolist()
     assert all(len(band) >= count for band in bands[:-1])
 
 
@@ -167,7 +193,10 @@ def test_a_choice_of_many_rows_in_bands_is_that_of_a_plain_walk(budget: str, cap
             break
         if by_source[int(sources[row])] + price <= round(cap * limit, 6):
             taken.add(row)
-            spent, by_source[int(sources[row])] = spent + price, by_source[int(sources[row])] + price
+            spent, by_source[int(sources[row])] = (
+                spent + price,
+                by_source[int(sources[row])] + price,
+            )
     assert set(np.flatnonzero(found == 0).tolist()) == taken
 
 
@@ -178,7 +207,10 @@ TEXTS = [WORDS, WORDS.upper(), f"{WORDS} seventeen", "the capital of France is P
 
 
 def test_guesses_come_after_every_exact_score_and_each_in_their_own_order() -> None:
-    ranking, exact = np.array([2e-17, -1e300, np.nan, 3e-17, 1.0, 2e-17]), np.array([0, 1, 1, 0, 1, 0], dtype=bool)
+    ranking, exact = (
+        np.array([2e-17, -1e300, np.nan, 3e-17, 1.0, 2e-17]),
+        np.array([0, 1, 1, 0, 1, 0], dtype=bool),
+    )
     places = guesses_last(ranking, exact)
     assert np.isnan(places[2])
     assert np.argsort(-places, kind="stable").tolist() == [4, 1, 3, 0, 5, 2]
@@ -190,7 +222,9 @@ def test_of_identical_texts_only_the_best_scored_stays(rows: list[tuple[float, s
     scores = np.array([score for score, _ in rows])
     repeats = NearDuplicates(0.999, {row: text for row, (_, text) in enumerate(rows)})
     rules = Rules(Amount("share", 1.0), repeats=repeats)
-    verdicts = choose(scores, np.ones(len(rows), dtype=np.int64), ["a"] * len(rows), rules, len(rows))
+    verdicts = choose(
+        scores, np.ones(len(rows), dtype=np.int64), ["a"] * len(rows), rules, len(rows)
+    )
     groups: dict[str, list[int]] = defaultdict(list)
     for row, (_, text) in enumerate(rows):
         groups[text.lower()].append(row)
@@ -211,9 +245,20 @@ def test_a_near_duplicate_costs_nothing_and_a_row_over_budget_is_not_compared() 
     scores, tokens = np.array([5.0, 4.0, 3.0, 2.0]), np.ones(4, dtype=np.int64)
     texts = {0: WORDS, 1: WORDS, 2: "the capital of France is Paris"}  # row 3 is never asked for
     rules = Rules(Amount("rows", 2), repeats=NearDuplicates(0.8, texts))
-    assert choose(scores, tokens, list("aaaa"), rules, 2) == ["taken", "near duplicate", "taken", "over budget"]
+    assert choose(scores, tokens, list("aaaa"), rules, 2) == [
+        "taken",
+        "near duplicate",
+        "taken",
+        "over budget",
+    ]
     with pytest.raises(UnreadText):
-        choose(scores, tokens, list("aaaa"), Rules(Amount("rows", 3), repeats=NearDuplicates(0.8, texts)), 3)
+        choose(
+            scores,
+            tokens,
+            list("aaaa"),
+            Rules(Amount("rows", 3), repeats=NearDuplicates(0.8, texts)),
+            3,
+        )
 
 
 # ---------------------------------------------------------------- amounts
@@ -231,12 +276,15 @@ def test_a_near_duplicate_costs_nothing_and_a_row_over_budget_is_not_compared() 
         ("positive", "positive", 0),
     ],
 )
-def test_an_amount_is_a_share_rows_tokens_or_every_positive_row(text: str, kind: str, value: float) -> None:
+def test_an_amount_is_a_share_rows_tokens_or_every_positive_row(
+    text: str, kind: str, value: float
+) -> None:
     assert Amount.parse("--budget", text) == Amount(kind, value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0%", "101%", "-5", "5.5", "5 %x", "tok", "0tok", "1e3", "nan%", "half", "9" * 5000]
+    "text",
+    ["", "0", "0%", "101%", "-5", "5.5", "5 %x", "tok", "0tok", "1e3", "nan%", "half", "9" * 5000],
 )
 def test_anything_else_is_no_amount(text: str) -> None:
     with pytest.raises(BadOption, match="not an amount; try 5%"):
@@ -244,25 +292,41 @@ def test_anything_else_is_no_amount(text: str) -> None:
 
 
 @pytest.mark.parametrize(("rejected", "warned"), [(3.0, True), (1.0, False)])
-def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(rejected: float, warned: bool) -> None:
+def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(
+    rejected: float, warned: bool
+) -> None:
     """Math raises the chosen answers by 2 a token, chat by 0.1; what matters is what it does to the rejected ones."""
     count = 12
     tokens = np.full(2 * count, 4)
     chosen = np.repeat([8.0, 0.4], count)
     score = chosen - np.repeat([4 * rejected, 0.0], count)
     source, names = np.repeat(np.array([0, 1], dtype=np.int32), count), ["math", "chat"]
-    columns = Columns(score, score, chosen.astype(np.float32), tokens.astype(np.int32), {}, source, names, {}, 0)
+    columns = Columns(
+        score, score, chosen.astype(np.float32), tokens.astype(np.int32), {}, source, names, {}, 0
+    )
     for normalize, raised in (("none", "+8"), ("tokens", "+2")):
         told = hidden_sources(config_of(normalize), columns)
         assert bool(told) == warned
-        assert all(f"source math raises the chosen answers most ({raised} a row" in line for line in told)
+        assert all(
+            f"source math raises the chosen answers most ({raised} a row" in line for line in told
+        )
     few = slice(0, 9)
     short = Columns(
-        score[few], score[few], columns.score_chosen[few], columns.tokens[few], {}, source[few], names, {}, 0
+        score[few],
+        score[few],
+        columns.score_chosen[few],
+        columns.tokens[few],
+        {},
+        source[few],
+        names,
+        {},
+        0,
     )
     assert not hidden_sources(config_of("none"), short)
     chosen[0] = np.nan  # as where only the best rows have halves
-    assert not hidden_sources(config_of("none"), replace(columns, score_chosen=chosen.astype(np.float32)))
+    assert not hidden_sources(
+        config_of("none"), replace(columns, score_chosen=chosen.astype(np.float32))
+    )
 
 
 def config_of(normalize: str) -> ScoreConfig:

@@ -17,11 +17,11 @@ from tiny import Tiny, batch_of, pairs_of
 from torch.nn import functional
 
 import prism_select
-from prism_select.core.direction import norm, target_gradient
 from prism_select.core.engines import forward
-from prism_select.selection import round_robin
-from prism_select.statistics import overlap_of_best, stable_share, standard_error
-from prism_select.weights import select_weights
+from prism_select.core.statistics import overlap_of_best, stable_share, standard_error
+from prism_select.core.target_gradient import norm, target_gradient
+from prism_select.models.layer_selection import select_weights
+from prism_select.selection.rules import round_robin
 
 Floats = NDArray[np.float64]
 ANSWERS = [
@@ -35,11 +35,20 @@ ANSWERS = [
     "b c",
 ]
 PAIRS: list[Row] = [
-    {"prompt": f"Say {i}?", "chosen": ANSWERS[i % 8], "rejected": ANSWERS[(i + 3) % 8] + "!", "kind": "xyz"[i % 3]}
+    {
+        "prompt": f"Say {i}?",
+        "chosen": ANSWERS[i % 8],
+        "rejected": ANSWERS[(i + 3) % 8] + "!",
+        "kind": "xyz"[i % 3],
+    }
     for i in range(12)
 ]
 POOL: list[Row] = [
-    {"prompt": f"Where is {i}?", "completion": " ".join(ANSWERS[j % 8] for j in range(i % 5 + 1)), "bad": i % 3 == 0}
+    {
+        "prompt": f"Where is {i}?",
+        "completion": " ".join(ANSWERS[j % 8] for j in range(i % 5 + 1)),
+        "bad": i % 3 == 0,
+    }
     for i in range(30)
 ]
 
@@ -48,13 +57,17 @@ class Desk:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         self.pool = jsonl(folder / "pool.jsonl", POOL)
-        self.targets = {k: jsonl(folder / f"{k}.jsonl", [p for p in PAIRS if p["kind"] == k]) for k in "xyz"}
+        self.targets = {
+            k: jsonl(folder / f"{k}.jsonl", [p for p in PAIRS if p["kind"] == k]) for k in "xyz"
+        }
         self.all = jsonl(folder / "all.jsonl", PAIRS)
 
     def run(self, name: str, *words: object, command: str = "score") -> Outcome:
         target = [] if "--target" in words or "--direction" in words else ["--target", self.all]
         out = self.folder / name
-        return prism(command, "--model", self.model, "--pool", self.pool, "--out", out, *target, *words)
+        return prism(
+            command, "--model", self.model, "--pool", self.pool, "--out", out, *target, *words
+        )
 
     def done(self, name: str, *words: object, command: str = "score") -> prism_select.Run:
         told = self.run(name, *words, command=command)
@@ -63,7 +76,9 @@ class Desk:
 
     @property
     def named(self) -> list[object]:
-        return [word for name, file in self.targets.items() for word in ("--target", f"{name}={file}")]
+        return [
+            word for name, file in self.targets.items() for word in ("--target", f"{name}={file}")
+        ]
 
 
 @pytest.fixture
@@ -89,15 +104,31 @@ def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> Non
     each = np.column_stack([column(alone[k], "score") for k in "xyz"])
     for run in (mean, best, by):
         assert all(apart(column(run, f"score:{k}"), each[:, i]) < 1e-5 for i, k in enumerate("xyz"))
-    assert apart(column(mean, "score"), each.mean(1)) < 1e-5 and apart(column(best, "score"), each.max(1)) < 1e-5
+    assert (
+        apart(column(mean, "score"), each.mean(1)) < 1e-5
+        and apart(column(best, "score"), each.max(1)) < 1e-5
+    )
     assert apart(column(by, "score"), each.mean(1)) < 1e-5
     chosen = np.column_stack([column(alone[k], "score_chosen") for k in "xyz"])
     assert apart(column(mean, "score_chosen"), chosen.mean(1)) < 1e-5
-    assert apart(column(best, "score_chosen"), np.take_along_axis(chosen, each.argmax(1)[:, None], 1)[:, 0]) < 1e-5
+    assert (
+        apart(
+            column(best, "score_chosen"),
+            np.take_along_axis(chosen, each.argmax(1)[:, None], 1)[:, 0],
+        )
+        < 1e-5
+    )
     told = mean.manifest["target"]
-    assert told["pairs"] == 12 and {k: t["pairs"] for k, t in told["targets"].items()} == dict.fromkeys("xyz", 4)
-    cosines, directions = np.array(told["cosines"]), [load_file(alone[k].path / "direction.safetensors") for k in "xyz"]
-    flat = [torch.cat([d[n].flatten().double() for n in sorted(d) if "/" not in n]) for d in directions]
+    assert told["pairs"] == 12 and {
+        k: t["pairs"] for k, t in told["targets"].items()
+    } == dict.fromkeys("xyz", 4)
+    cosines, directions = (
+        np.array(told["cosines"]),
+        [load_file(alone[k].path / "direction.safetensors") for k in "xyz"],
+    )
+    flat = [
+        torch.cat([d[n].flatten().double() for n in sorted(d) if "/" not in n]) for d in directions
+    ]
     exact = [[float(functional.cosine_similarity(a, b, dim=0)) for b in flat] for a in flat]
     assert np.allclose(cosines, exact, atol=1e-5)
     assert mean.pairs["target"].to_pylist() == [k for k in "xyz" for _ in range(4)]
@@ -105,24 +136,38 @@ def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> Non
 
 def test_targets_that_pull_against_each_other_are_told(desk: Desk) -> None:
     turned = jsonl(
-        desk.folder / "turned.jsonl", [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS]
+        desk.folder / "turned.jsonl",
+        [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS],
     )
-    words = ["--target", f"wanted={desk.all}", "--target", f"unwanted={turned}", "--target", f"x={desk.targets['x']}"]
+    words = [
+        "--target",
+        f"wanted={desk.all}",
+        "--target",
+        f"unwanted={turned}",
+        "--target",
+        f"x={desk.targets['x']}",
+    ]
     told = desk.done("conflict", *words, "--weighting", "uniform").manifest["warnings"]
     said = [line for line in told if "conflict" in line]
-    assert said[0] == "targets wanted and unwanted conflict: the cosine of their directions is -1.00"
+    assert (
+        said[0] == "targets wanted and unwanted conflict: the cosine of their directions is -1.00"
+    )
     assert not any("wanted and wanted" in line or "unwanted and wanted" in line for line in said)
 
 
 def test_a_saved_direction_of_several_targets_scores_again(desk: Desk) -> None:
     first = desk.done("first", *desk.named, "--combine", "max")
-    again = desk.done("again", "--direction", first.path / "direction.safetensors", "--engine", "reverse")
+    again = desk.done(
+        "again", "--direction", first.path / "direction.safetensors", "--engine", "reverse"
+    )
     for name in ("score", "score:x", "score:y", "score:z", "score_chosen"):
         assert (column(again, name) == column(first, name)).all(), name
 
 
 def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> None:
-    run = desk.done("turn", *desk.named, "--combine", "round-robin", "--budget", "6", command="select")
+    run = desk.done(
+        "turn", *desk.named, "--combine", "round-robin", "--budget", "6", command="select"
+    )
     each = {k: column(run, f"score:{k}") for k in "xyz"}
     wanted = set[int]()
     for turn in range(6):
@@ -135,9 +180,13 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
 
 def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> None:
     draw = ["one two three", "one two tree", "seven", "one two three four", "no", "one too three"]
-    rows = [{"prompt": f"{i}?", "chosen": "one two three!", "rejected": text} for i, text in enumerate(draw)]
+    rows = [
+        {"prompt": f"{i}?", "chosen": "one two three!", "rejected": text}
+        for i, text in enumerate(draw)
+    ]
     every, few = (
-        jsonl(desk.folder / f"{n}.jsonl", kept) for n, kept in (("every", rows), ("few", rows[:2] + rows[5:]))
+        jsonl(desk.folder / f"{n}.jsonl", kept)
+        for n, kept in (("every", rows), ("few", rows[:2] + rows[5:]))
     )
     half = desk.done("half", "--target", every, "--nearest", "50%")
     filtered = desk.done("filtered", "--target", few)
@@ -151,7 +200,10 @@ def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> Non
     ("words", "says"),
     [
         (["--target", "x={x}", "--target", "x={y}"], "two targets are called x"),
-        (["--target", "{x}", "--target", "{y}", "--target-by", "kind"], "it takes one target file, and here are 2"),
+        (
+            ["--target", "{x}", "--target", "{y}", "--target-by", "kind"],
+            "it takes one target file, and here are 2",
+        ),
         (["--target-by", "nothing"], "all.jsonl:1: no text in the column nothing"),
         (["--uncertainty", "2"], "at least 4 groups"),
         (["--uncertainty", "13"], "the target has 12 pairs"),
@@ -210,7 +262,10 @@ def test_the_standard_error_is_that_of_the_mean_over_many_draws() -> None:
 def test_a_tokens_score_is_its_own_derivative_and_belongs_to_the_token_predicted() -> None:
     model = Tiny()
     weights = select_weights(model.network, "all")
-    direction, batch = target_gradient(model, weights, pairs_of(6), "prism").direction, batch_of(5, seed=8, left=True)
+    direction, batch = (
+        target_gradient(model, weights, pairs_of(6), "prism").direction,
+        batch_of(5, seed=8, left=True),
+    )
     found = forward(model, weights, [direction])(batch)
     assert found.tokens is not None
     assert torch.allclose(found.tokens.sum(1), found.values, rtol=1e-10)
@@ -219,14 +274,20 @@ def test_a_tokens_score_is_its_own_derivative_and_belongs_to_the_token_predicted
     logliks = model.logits(model.hidden(batch)).log_softmax(-1)
     for b, t in batch.predicted.nonzero().tolist():
         one = logliks[b, t, batch.tokens[b, t + 1]]
-        moved = torch.autograd.grad(one, list(weights.values()), retain_graph=True, allow_unused=True)
-        exact = sum((g * d).sum() for g, d in zip(moved, direction.values(), strict=True) if g is not None)
+        moved = torch.autograd.grad(
+            one, list(weights.values()), retain_graph=True, allow_unused=True
+        )
+        exact = sum(
+            (g * d).sum() for g, d in zip(moved, direction.values(), strict=True) if g is not None
+        )
         assert torch.allclose(found.tokens[b, t, 0], torch.as_tensor(exact), rtol=1e-8, atol=1e-12)
     assert (found.tokens[:, :, 0][~batch.predicted] == 0).all()
 
 
 @pytest.mark.parametrize("engine", ["auto", "difference"])
-def test_token_scores_add_up_to_the_score_and_stand_beside_their_texts(desk: Desk, engine: str) -> None:
+def test_token_scores_add_up_to_the_score_and_stand_beside_their_texts(
+    desk: Desk, engine: str
+) -> None:
     run = desk.done("tokens", "--tokens", "--engine", engine)
     plain = desk.done("plain")
     allowed = 1e-5 if engine == "auto" else 2e-2
@@ -254,7 +315,10 @@ def test_a_saved_curvature_gives_the_scores_again(desk: Desk, curvature: str) ->
     assert apart(column(one, "score"), column(first, "score_damping_1")) < 1e-5
     flat = desk.done("flat")
     assert apart(column(flat, "score"), column(first, "score")) > 0.1
-    overlaps = {tuple(each["dampings"]): each["overlap"] for each in first.manifest["choice"]["damping_overlap"]}
+    overlaps = {
+        tuple(each["dampings"]): each["overlap"]
+        for each in first.manifest["choice"]["damping_overlap"]
+    }
     share = overlap_of_best(column(first, "score"), column(first, "score_damping_1"), 0.05)
     assert overlaps[("0.1", "1")] == share
 
@@ -263,10 +327,20 @@ def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> 
     words = ["--curvature", "diagonal", "--curvature-rows", "8", "--damping", "0.5,0.1"]
     first = desk.done("first", *words, command="select")
     for before, after in (("first", "second"), ("second", "third")):
-        told = prism("select", "--select-from", desk.folder / before, "--budget", "3", "--out", desk.folder / after)
+        told = prism(
+            "select",
+            "--select-from",
+            desk.folder / before,
+            "--budget",
+            "3",
+            "--out",
+            desk.folder / after,
+        )
         assert told.code == 0, told.err
         run = prism_select.Run(desk.folder / after)
-        assert run.manifest["choice"]["damping_overlap"] == first.manifest["choice"]["damping_overlap"]
+        assert (
+            run.manifest["choice"]["damping_overlap"] == first.manifest["choice"]["damping_overlap"]
+        )
         assert run.manifest["scored_by"] == first.manifest["config"]
         assert len(list(run.selected)) == 3
 
@@ -286,11 +360,15 @@ def test_adams_moments_count_by_name_and_a_missing_one_is_named(desk: Desk) -> N
     save_file({**moments, name: moments[name][:3].clone()}, file)
     assert f"{name} has shape (3, 32)" in desk.run("short", *words).err
     save_file(moments, file)
-    assert "it holds no --curvature ekfac" in desk.run("other", "--curvature", "ekfac", *words[2:]).err
+    assert (
+        "it holds no --curvature ekfac" in desk.run("other", "--curvature", "ekfac", *words[2:]).err
+    )
 
 
 def test_conjugate_gradients_that_stop_early_say_so(desk: Desk) -> None:
-    run = desk.done("cg", "--curvature", "cg", "--curvature-rows", "2", "--damping", "100", "--layers", "last:1")
+    run = desk.done(
+        "cg", "--curvature", "cg", "--curvature-rows", "2", "--damping", "100", "--layers", "last:1"
+    )
     assert run.manifest["curvature"]["residual"] <= 1e-4
     assert not any("conjugate" in line for line in run.manifest["warnings"])
 
@@ -312,11 +390,21 @@ def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
     length = norm({name: value for name, value in saved.items() if "/" not in name})
     assert apart(cosine, column(run, "score") / column(run, "gradient_norm") / length) < 1e-6
     assert (np.abs(cosine) <= 1).all()
-    taken = [i for i, verdict in enumerate(run.scores["verdict"].to_pylist()) if verdict == "selected"]
+    taken = [
+        i for i, verdict in enumerate(run.scores["verdict"].to_pylist()) if verdict == "selected"
+    ]
     assert set(taken) == set(np.argsort(-cosine)[:5].tolist())
     assert set(run.manifest["choice"]["rank_correlation_with_tokens"]) == {"none", "tokens", "norm"}
     without = desk.done("without")
-    told = prism("select", "--select-from", without.path, "--normalize", "norm", "--out", desk.folder / "again")
+    told = prism(
+        "select",
+        "--select-from",
+        without.path,
+        "--normalize",
+        "norm",
+        "--out",
+        desk.folder / "again",
+    )
     assert told.code == 2 and "these scores were made without it" in told.err
 
 
@@ -345,7 +433,9 @@ def test_the_parts_of_a_score_add_up_to_it(desk: Desk) -> None:
     table = add_up(run, "score")
     assert table["label"].to_pylist() == [row["bad"] for row in POOL]
     told = run.manifest["layers"]
-    assert told["suggestion"] == told["cuts"][0]["name"] and sum(told["share"].values()) == pytest.approx(1)
+    assert told["suggestion"] == told["cuts"][0]["name"] and sum(
+        told["share"].values()
+    ) == pytest.approx(1)
     late = {cut["name"]: cut["auroc"] for cut in told["cuts"]}["all"]
     assert late == pytest.approx(run.manifest["choice"]["labels"]["auroc_per_token"])
     held = desk.done("held", "--layer-profile", desk.targets["x"])
@@ -360,6 +450,8 @@ def test_an_exported_adapter_can_be_put_on_the_model_again(desk: Desk) -> None:
     before, merged = run.manifest["target"], desk.done("merged", "--adapter", adapter)
     assert merged.manifest["target"]["mean_preference"] > before["mean_preference"]
     assert merged.manifest["fingerprints"]["model"] != run.manifest["fingerprints"]["model"]
-    apart_run = desk.done("apart", "--adapter", adapter, "--layers", "adapter", "--engine", "reverse")
+    apart_run = desk.done(
+        "apart", "--adapter", adapter, "--layers", "adapter", "--engine", "reverse"
+    )
     names: Any = apart_run.manifest["model"]["counted_weights"]
     assert names and all("lora_" in name for name in names)

@@ -11,17 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Outcome, jsonl, prism
 
-from prism_select import pipeline
-from prism_select.store import Store
-from prism_select.world import World, alone, leads
+from prism_select.run.folder import Store
+from prism_select.scoring import shards
+from prism_select.scoring.processes import World, alone, leads
 
 ROWS, WINDOW = 48, 5
 DRIVER = """
 import os, sys, time
-from prism_select import cli, pipeline
-from prism_select.scoring import Scorer
-from prism_select.store import Store
-pipeline.WINDOW = 5
+from prism_select.cli import app
+from prism_select.run.folder import Store
+from prism_select.scoring import shards
+from prism_select.scoring.scorer import Scorer
+shards.WINDOW = 5
 write = Store.write_shard
 def counted(store, number, table, kind):
     with open(os.environ["LOG"], "a") as log:
@@ -30,12 +31,12 @@ def counted(store, number, table, kind):
         os._exit(9)
     return write(store, number, table, kind)
 Store.write_shard = counted
-read = pipeline.bad_rows_of
+read = shards.bad_rows_of
 def slowly(shard):
     time.sleep(0.2 * (os.environ.get("SLOW") == os.environ["RANK"]))
     return read(shard)
-pipeline.bad_rows_of = slowly
-cli.main(sys.argv[1:])
+shards.bad_rows_of = slowly
+app.main(sys.argv[1:])
 """
 
 
@@ -52,11 +53,23 @@ class Desk:
         self.words = ["--model", str(model), "--pool", pool, "--target", target, "--max-bad", "5%"]
 
     def together(self, *words: object, dies: str = "", slow: str = "") -> Outcome:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", self.driver]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            self.driver,
+        ]
         env = {**os.environ, "LOG": str(self.log), "DIES": dies, "SLOW": slow}
         env["OMP_NUM_THREADS"] = "1"
         done = subprocess.run(
-            [*map(str, command), *map(str, words)], capture_output=True, text=True, env=env, timeout=300
+            [*map(str, command), *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=300,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -64,12 +77,14 @@ class Desk:
     def written(self) -> list[tuple[int, int]]:
         """Rank and number of each shard, in the order of the numbers."""
         lines = [line.split() for line in self.log.read_text().splitlines()]
-        return sorted(((int(rank), int(number)) for rank, number in lines), key=lambda pair: pair[1])
+        return sorted(
+            ((int(rank), int(number)) for rank, number in lines), key=lambda pair: pair[1]
+        )
 
 
 @pytest.fixture
 def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setattr(pipeline, "WINDOW", WINDOW)
+    monkeypatch.setattr(shards, "WINDOW", WINDOW)
     return Desk(tmp_path, plain_model)
 
 
@@ -86,7 +101,9 @@ def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
     assert ours.schema == theirs.schema
     for name in ours.column_names:
         if ours.schema.field(name).type == "double":
-            a, b = (np.asarray(table[name].to_numpy(), dtype=np.float64) for table in (ours, theirs))
+            a, b = (
+                np.asarray(table[name].to_numpy(), dtype=np.float64) for table in (ours, theirs)
+            )
             assert np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
         else:
             assert ours[name].equals(theirs[name])
@@ -110,7 +127,9 @@ def test_when_one_process_dies_the_others_stop_and_the_same_command_goes_on(desk
     assert desk.together("score", *desk.words, "--out", out).code == 0
     assert {number for _, number in desk.written} == set(range(10)) - there
     assert prism("score", *desk.words, "--out", whole).code == 0
-    ours, theirs = (pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, whole))
+    ours, theirs = (
+        pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, whole)
+    )
     assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
@@ -122,17 +141,29 @@ def test_shards_stay_until_the_slowest_process_has_read_them(desk: Desk) -> None
 def test_what_is_wrong_with_the_input_is_said_once(desk: Desk) -> None:
     done = desk.together("score", *desk.words, "--out", desk.folder / "run", "--max-bad", "0%")
     lines = [line for line in done.err.splitlines() if line.startswith("prism: ")]
-    assert done.code != 0 and len(lines) == 1 and "pool.jsonl:18: missing field: completion" in lines[0]
+    assert (
+        done.code != 0
+        and len(lines) == 1
+        and "pool.jsonl:18: missing field: completion" in lines[0]
+    )
 
 
 def test_a_command_that_one_process_does_is_refused_for_several(desk: Desk) -> None:
-    done = desk.together("pairs", desk.words[3], "--how", "numbers", "--out", desk.folder / "new.jsonl")
-    assert done.code != 0 and "prism pairs: here one process does it all; start it without torchrun" in done.err
+    done = desk.together(
+        "pairs", desk.words[3], "--how", "numbers", "--out", desk.folder / "new.jsonl"
+    )
+    assert (
+        done.code != 0
+        and "prism pairs: here one process does it all; start it without torchrun" in done.err
+    )
 
 
 def test_a_warm_up_is_refused_for_several(desk: Desk) -> None:
     done = desk.together("score", *desk.words, "--warmup", "50%", "--out", desk.folder / "run")
-    assert done.code != 0 and done.err.count("--warmup: trains in one process; start the same command without") == 1
+    assert (
+        done.code != 0
+        and done.err.count("--warmup: trains in one process; start the same command without") == 1
+    )
 
 
 def test_a_world_of_one_has_nothing_to_send() -> None:

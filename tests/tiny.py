@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prism_select.core.direction import Side
 from prism_select.core.likelihood import Batch
+from prism_select.core.target_gradient import Side
 
 VOCABULARY, WIDTH, BLOCKS, LONGEST = 61, 16, 4, 32
 
@@ -84,7 +84,9 @@ class Tiny:
         return logits
 
 
-def batch_of(rows: int, time: int = 14, seed: int = 0, left: bool = False, vocabulary: int = VOCABULARY) -> Batch:
+def batch_of(
+    rows: int, time: int = 14, seed: int = 0, left: bool = False, vocabulary: int = VOCABULARY
+) -> Batch:
     """Random rows of random lengths, about half of their tokens supervised and never none."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, vocabulary, (rows, time), generator=draw)

@@ -11,11 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_select.api import check_pairs, evaluate, make_pairs, repair, score, select, write_report
+    from prism_select.api import (
+        check_pairs,
+        evaluate,
+        make_pairs,
+        repair,
+        score,
+        select,
+        write_report,
+    )
     from prism_select.core.likelihood import Batch
-    from prism_select.errors import PrismError
-    from prism_select.memory import direction_of, scores
-    from prism_select.store import Run
+    from prism_select.run.errors import PrismError
+    from prism_select.run.folder import Run
+    from prism_select.scoring.in_memory import direction_of, scores
 
 __all__ = [
     "Batch",
@@ -34,15 +42,15 @@ __all__ = [
 
 _HOMES = {
     "Batch": "core.likelihood",
-    "PrismError": "errors",
-    "Run": "store",
+    "PrismError": "run.errors",
+    "Run": "run.folder",
     "check_pairs": "api",
-    "direction_of": "memory",
+    "direction_of": "scoring.in_memory",
     "evaluate": "api",
     "make_pairs": "api",
     "repair": "api",
     "score": "api",
-    "scores": "memory",
+    "scores": "scoring.in_memory",
     "select": "api",
     "write_report": "api",
 }

@@ -10,18 +10,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
-from prism_select.config import EvaluateConfig, PairsConfig, RepairConfig, ReportConfig, ScoreConfig, SelectConfig
-from prism_select.errors import BadOption, DiskTrouble
-from prism_select.progress import Progress, Silent
-from prism_select.world import leads
+from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
+from prism_select.run.config_pairs import PairsConfig
+from prism_select.run.errors import BadOption, DiskTrouble
+from prism_select.run.progress import Progress, Silent
+from prism_select.scoring.processes import leads
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from prism_select.commands.pairs import Made
     from prism_select.data.pairing import Accepts
-    from prism_select.making import Made
-    from prism_select.planning import Plan
-    from prism_select.store import Run
+    from prism_select.run.folder import Run
+    from prism_select.scoring.cost_plan import Plan
 
 __all__ = [
     "check_pairs",
@@ -44,11 +46,11 @@ P = ParamSpec("P")
 def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Plan":
     """Runs what `config` says. Raises PrismError for everything that its user can mend."""
     if isinstance(config, SelectConfig) and config.select_from:
-        from prism_select.choice import choose_again
+        from prism_select.commands.select_again import choose_again
 
         done: Run | Plan = choose_again(config, progress or Silent())
     else:
-        from prism_select.pipeline import run
+        from prism_select.commands.pipeline import run
 
         done = run(config, progress or Silent())
     if leads() and not config.dry_run:
@@ -71,10 +73,10 @@ def execute_report(config: ReportConfig) -> "Path":
     """The page that was written. Raises PrismError for everything that its user can mend."""
     first, *others = config.runs
     if others:
-        from prism_select.report.comparison import write_comparison
+        from prism_select.report.comparison_page import write_comparison
 
         return write_comparison(first, others[0], config.out)
-    from prism_select.report.writing import write_report
+    from prism_select.report.run_page import write_report
 
     return write_report(first, config.out)
 
@@ -83,7 +85,7 @@ def execute_pairs(
     config: PairsConfig, progress: Progress | None = None, accepts: "Accepts | None" = None
 ) -> "Made | dict[str, Any]":
     """The file that was made, or the diagnosis. Raises PrismError for everything that its user can mend."""
-    from prism_select import making
+    from prism_select.commands import pairs as making
 
     if config.check:
         return making.check_pairs(config, progress or Silent())
@@ -92,7 +94,8 @@ def execute_pairs(
 
 def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
     """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can mend."""
-    from prism_select import boards, evaluation
+    from prism_select.evaluation import evaluate as evaluation
+    from prism_select.evaluation import loggers as boards
 
     told = evaluation.evaluate(config, progress or Silent())
     _write_page(config.run, progress or Silent())
@@ -111,9 +114,14 @@ def write_report(*runs: str, out: str = "") -> "Path":
     return execute_report(ReportConfig(runs=runs, out=out))
 
 
-def make_pairs(file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any) -> "Made":
+def make_pairs(
+    file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any
+) -> "Made":
     """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the option `accept`."""
-    return cast("Made", execute_pairs(PairsConfig(file=file, how=how, out=out, **options), accepts=accepts))  # type: ignore[arg-type]
+    return cast(
+        "Made",
+        execute_pairs(PairsConfig(file=file, how=how, out=out, **options), accepts=accepts),  # type: ignore[arg-type]
+    )
 
 
 def check_pairs(check: str, model: str, **options: Any) -> dict[str, Any]:
@@ -138,12 +146,14 @@ def _verb(make: Callable[P, ScoreConfig], name: str) -> "Callable[P, Run]":
         return cast("Run", execute(config))
 
     verb.__name__ = verb.__qualname__ = name
-    verb.__doc__ = (
-        f"{make.__doc__}\n\nTakes the fields of the command's config by name: every option of `prism {name}`."
-    )
+    verb.__doc__ = f"{make.__doc__}\n\nTakes the fields of the command's config by name: every option of `prism {name}`."
     return verb
 
 
 score = _verb(ScoreConfig, "score")
+
+
 select = _verb(SelectConfig, "select")
+
+
 repair = _verb(RepairConfig, "repair")

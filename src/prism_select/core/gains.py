@@ -27,6 +27,7 @@ __all__ = ["GAINS", "Slopes", "slopes"]
 
 Gain = Callable[[Float[Tensor, " pairs"], Float[Tensor, " pairs"]], Float[Tensor, " pairs"]]
 
+
 GAINS: Mapping[str, Gain] = {
     "prism": lambda chosen, rejected: functional.softplus(chosen - rejected),
     "uniform": lambda chosen, rejected: chosen - rejected,
@@ -43,7 +44,10 @@ class Slopes(NamedTuple):
 
 
 def slopes(
-    weighting: str, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], anchor: float = 0.0
+    weighting: str,
+    chosen: Float[Tensor, " pairs"],
+    rejected: Float[Tensor, " pairs"],
+    anchor: float = 0.0,
 ) -> Slopes:
     """Slopes of each pair's own gain; divide by the number of pairs for those of J."""
     with torch.enable_grad():

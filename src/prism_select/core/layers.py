@@ -23,8 +23,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from prism_select.blocks import padding_still, watched, without_padding
-from prism_select.errors import Unreachable, out_of_memory
+from prism_select.core.blocks import padding_still, watched, without_padding
+from prism_select.run.errors import Unreachable, out_of_memory
 
 __all__ = [
     "Direction",
@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
+
+
 Direction: TypeAlias = Mapping[str, Tensor]
 
 
@@ -69,9 +71,17 @@ class Owner(NamedTuple):
     weights: Mapping[str, str]
 
 
-Factored: TypeAlias = Mapping[str, Tensor | Factors]  # factors of matrices that `is_matrix` owners alone use
+Factored: TypeAlias = Mapping[
+    str, Tensor | Factors
+]  # factors of matrices that `is_matrix` owners alone use
+
+
 Inputs: TypeAlias = tuple[Any, ...]
+
+
 Gradient: TypeAlias = Float[Tensor, "*rows d_out"]
+
+
 Visit: TypeAlias = Callable[[Owner, Inputs, Callable[[int], Tensor], Gradient], None]
 
 
@@ -83,7 +93,11 @@ def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
     """Every module that holds one of `weights` itself; a tied weight has several owners."""
     names = {id(weight): name for name, weight in weights.items()}
     found = (
-        Owner(path, module, {key: names[id(w)] for key, w in module._parameters.items() if id(w) in names})
+        Owner(
+            path,
+            module,
+            {key: names[id(w)] for key, w in module._parameters.items() if id(w) in names},
+        )
         for path, module in network.named_modules()
     )
     return [owner for owner in found if owner.weights]
@@ -98,7 +112,9 @@ def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
         for owner, before in saved:
             new: dict[str, Any] = {k: values[n] for k, n in owner.weights.items() if n in values}
             tied = any(uses[name] > 1 for name in owner.weights.values())
-            owner.module._parameters.update(padding_still(owner.module, new, before) if tied else new)
+            owner.module._parameters.update(
+                padding_still(owner.module, new, before) if tied else new
+            )
         yield
     finally:
         for owner, parameters in saved:
@@ -110,35 +126,54 @@ def is_closed(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def tangent_of(owner: Owner, direction: Factored, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+def tangent_of(
+    owner: Owner, direction: Factored, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> list[Any]:
     """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
-    own: dict[str, Any] = {key: direction[name] for key, name in owner.weights.items() if name in direction}
+    own: dict[str, Any] = {
+        key: direction[name] for key, name in owner.weights.items() if name in direction
+    }
     module: Any = owner.module
     if type(module) is nn.Embedding:
         return without_padding(module, inputs, [functional.embedding(inputs[0], own["weight"])])
     if is_closed(module):
-        matrix, moved = own["weight"] if "weight" in own else torch.zeros_like(module.weight), inputs[0]
+        matrix, moved = (
+            own["weight"] if "weight" in own else torch.zeros_like(module.weight),
+            inputs[0],
+        )
         steps = matrix if isinstance(matrix, Factors) else [matrix]
-        for step in reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]:
+        for step in (
+            reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]
+        ):
             moved = functional.linear(moved, step)
         return [moved + own["bias"] if "bias" in own else moved]
     with torch.no_grad(), forward_ad.dual_level():
-        duals = {owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d) for k, d in own.items()}
+        duals = {
+            owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d)
+            for k, d in own.items()
+        }
         with swapped([owner], duals):
             outputs = tree_flatten(module.forward(*inputs, **named))[0] if own else []
-        found = [forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None for out in outputs]
+        found = [
+            forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None
+            for out in outputs
+        ]
     return without_padding(module, inputs, found)
 
 
 @contextmanager
-def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Visit) -> Iterator[set[str]]:
+def watching(
+    holders: Sequence[Owner], directions: Sequence[Factored], visit: Visit
+) -> Iterator[set[str]]:
     """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for each output of each
     owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far. The graph
     starts at the first owner. Formulas are applied in the backward pass; other derivatives in the forward pass."""
     called: set[str] = set()
     busy = False  # a module's own derivative calls its children: they are not visited twice
 
-    def after(owner: Owner, _: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+    def after(
+        owner: Owner, _: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
+    ) -> Any:
         nonlocal busy
         if busy or not torch.is_grad_enabled():
             return output
@@ -147,7 +182,11 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
         kept: list[list[Any]] = []
         busy = True
         try:
-            kept = [] if is_closed(owner.module) else [tangent_of(owner, d, inputs, words) for d in directions]
+            kept = (
+                []
+                if is_closed(owner.module)
+                else [tangent_of(owner, d, inputs, words) for d in directions]
+            )
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -155,22 +194,32 @@ def watching(holders: Sequence[Owner], directions: Sequence[Factored], visit: Vi
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
         finally:
             busy = False
-        tangents = kept.__getitem__ if kept else lambda k: tangent_of(owner, directions[k], inputs, words)
+        tangents = (
+            kept.__getitem__ if kept else lambda k: tangent_of(owner, directions[k], inputs, words)
+        )
         tensors, shape = tree_flatten(output)
         for place, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or (kept and not any(k and k[place] is not None for k in kept)):
+            if not isinstance(tensor, Tensor) or (
+                kept and not any(k and k[place] is not None for k in kept)
+            ):
                 continue
-            show = partial(lambda place, g: visit(owner, inputs, lambda n: tangents(n)[place], g), place)
+            show = partial(
+                lambda place, g: visit(owner, inputs, lambda n: tangents(n)[place], g), place
+            )
             tensors[place] = watched(tensor, show, tensors, {**dict(enumerate(args)), **named})
         return tree_unflatten(tensors, shape)
 
     with ExitStack() as hooks:
         for owner in holders:
-            hooks.enter_context(owner.module.register_forward_hook(partial(after, owner), with_kwargs=True))
+            hooks.enter_context(
+                owner.module.register_forward_hook(partial(after, owner), with_kwargs=True)
+            )
         yield called
 
 
-def by_example(rows: Int[Tensor, " rows"], size: int, gradient: Gradient) -> Int[Tensor, " rows"] | None:
+def by_example(
+    rows: Int[Tensor, " rows"], size: int, gradient: Gradient
+) -> Int[Tensor, " rows"] | None:
     """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one per row, of which
     `rows` tells; None where it is neither."""
     if gradient.ndim > 2 and len(gradient) == size:
@@ -180,7 +229,11 @@ def by_example(rows: Int[Tensor, " rows"], size: int, gradient: Gradient) -> Int
 
 def is_matrix(owner: Owner) -> bool:
     """Whether the module multiplies by a matrix that counts, in a formula that is known."""
-    return is_closed(owner.module) and type(owner.module) is not nn.Embedding and "weight" in owner.weights
+    return (
+        is_closed(owner.module)
+        and type(owner.module) is not nn.Embedding
+        and "weight" in owner.weights
+    )
 
 
 def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,14 +241,26 @@ def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tenso
     return (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
 
 
-def own_products(owner: Owner, inputs: Inputs, gradient: Gradient, size: int, flats: Sequence[Tensor]) -> Tensor | None:
+def own_products(
+    owner: Owner, inputs: Inputs, gradient: Gradient, size: int, flats: Sequence[Tensor]
+) -> Tensor | None:
     """[example, direction]: each example's own gradient of a matrix, as much as a cache holds at a time, times each of
     `flats`; None for other modules, or without a slice for each example."""
-    if gradient.ndim != 3 or len(gradient) != size or not is_matrix(owner) or len(owner.weights) > 1:
+    if (
+        gradient.ndim != 3
+        or len(gradient) != size
+        or not is_matrix(owner)
+        or len(owner.weights) > 1
+    ):
         return None
     left, right = sides(owner, inputs, gradient)
-    few, total = max(1, 2**20 // (size * right.shape[-1])), left.new_zeros(size, len(flats), dtype=torch.float64)
-    for part, *some in zip(left.split(few, 2), *(f.split(few * right.shape[-1]) for f in flats), strict=True):
+    few, total = (
+        max(1, 2**20 // (size * right.shape[-1])),
+        left.new_zeros(size, len(flats), dtype=torch.float64),
+    )
+    for part, *some in zip(
+        left.split(few, 2), *(f.split(few * right.shape[-1]) for f in flats), strict=True
+    ):
         own = (part.transpose(1, 2) @ right).flatten(1)
         total += torch.stack([own @ flat for flat in some], dim=1)
     return total

@@ -95,8 +95,13 @@ def _head_chunks(
 def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch context"]:
     """Log-likelihood of token t + 1 at position t; zero where that token is not supervised; no graph."""
     chunks = _head_chunks(model, batch, model.hidden(batch))
-    values, predicted = torch.cat([_logliks(model, *chunk[:2]) for chunk in chunks]), batch.predicted
-    return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(predicted, values)
+    values, predicted = (
+        torch.cat([_logliks(model, *chunk[:2]) for chunk in chunks]),
+        batch.predicted,
+    )
+    return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        predicted, values
+    )
 
 
 def mean_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, " batch"]:
@@ -119,7 +124,9 @@ def backward(
     follows. `on_rows` is told, before each of these, which example each row of the coming gradients belongs to.
     """
     hidden = model.hidden(batch)
-    total = torch.zeros(len(batch), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    total = torch.zeros(
+        len(batch), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    )
     states, gradients = [], []
     for chunk, targets, examples in _head_chunks(model, batch, hidden):
         on_rows(examples)

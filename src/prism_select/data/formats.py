@@ -14,42 +14,57 @@ after it. Texts are kept to the letter: space is stripped only to find out what 
 import os.path
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice, takewhile
-from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
+from prism_select.data.fields import Fields, Names, columns_of, standard_fields
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
-from prism_select.errors import BadOption, BadRow
+from prism_select.run.errors import BadOption, BadRow
 
 __all__ = [
     "Format",
-    "Names",
-    "columns_of",
     "detect_pool",
     "detect_target",
-    "explicit_id",
     "parse_fields",
     "to_example",
     "to_pairs",
     "unused",
 ]
 
-Names: TypeAlias = Mapping[str, Sequence[str]]  # of each field, its columns: the first that a row has counts
-_Fields: TypeAlias = Mapping[str, object]
 _Turns: TypeAlias = tuple[Turn, ...]
+
+
 _Answered: TypeAlias = tuple[_Turns, _Turns]  # prompt, answer
+
+
 _Compared: TypeAlias = tuple[_Turns, _Turns, _Turns]  # prompt, chosen, rejected
 
-_AS_NAMED: Names = MappingProxyType({})
-_NOWHERE = object()
+
 _MEND = "mend the row or remove it"
+
+
 _RENAME = "name its columns with --fields, for example --fields prompt=question,completion=response"
+
+
 _ENDINGS = re.compile(r"\.(?:(?:jsonl|json|csv)(?:\.(?:gz|zst))?|parquet)$", re.IGNORECASE)
+
+
 _HH_MARKER = "\n\nAssistant:"
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null", list: "a list"}
+
+
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+    list: "a list",
+}
+
+
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -65,15 +80,23 @@ class Format:
     name: str
 
 
-def detect_pool(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
+def detect_pool(
+    fields: Fields, mapping: Names, file: str = "row", line: int | None = None
+) -> Format:
     """The format of a pool row; raises BadRow, at `file` and `line`, when none fits."""
-    return _detect(_standard(fields, mapping), _POOL) or _unknown(fields, mapping, _POOL, file, line)
+    return _detect(standard_fields(fields, mapping), _POOL) or _unknown(
+        fields, mapping, _POOL, file, line
+    )
 
 
-def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int | None = None) -> Format:
+def detect_target(
+    fields: Fields, mapping: Names, file: str = "row", line: int | None = None
+) -> Format:
     """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
     prompt may stand in a column that `mapping` does not name."""
-    format = _detect(_standard(fields, mapping), _TARGET) or _unknown(fields, mapping, _TARGET, file, line)
+    format = _detect(standard_fields(fields, mapping), _TARGET) or _unknown(
+        fields, mapping, _TARGET, file, line
+    )
     lacking = _lacking(fields, mapping, ("prompt", "instruction", "question"))
     if format.name == "chosen+rejected" and lacking and (others := unused(fields, mapping, format)):
         name, what = lacking
@@ -82,82 +105,77 @@ def detect_target(fields: _Fields, mapping: Names, file: str = "row", line: int 
     return format
 
 
-def _lacking(fields: _Fields, mapping: Names, names: Iterable[str]) -> tuple[str, str] | None:
+def _lacking(fields: Fields, mapping: Names, names: Iterable[str]) -> tuple[str, str] | None:
     """The first of `names` that is mapped to columns of which this row has none, and that in words."""
     there = columns_of(fields, mapping)
     name = next((name for name in names if name in mapping and name not in there), None)
     return (name, f"no column {' or '.join(map(repr, mapping[name]))} for {name}") if name else None
 
 
-def unused(fields: _Fields, mapping: Names, format: Format) -> list[str]:
+def unused(fields: Fields, mapping: Names, format: Format) -> list[str]:
     """The columns of a target row that its format does not ask for."""
     asked = {*format.name.split("+"), "id", "source", "input", "answerKey"}
-    return [name for name in _standard(fields, mapping) if name not in asked]
+    return [name for name in standard_fields(fields, mapping) if name not in asked]
 
 
-def _detect(named: _Fields, formats: Iterable[str]) -> Format | None:
+def _detect(named: Fields, formats: Iterable[str]) -> Format | None:
     filled = {name for name, value in named.items() if value is not None}
-    for there in (filled, named.keys()):  # a table has every row's columns: null where a row does not use them
+    for there in (
+        filled,
+        named.keys(),
+    ):  # a table has every row's columns: null where a row does not use them
         for name in formats:
             if there >= set(name.split("+")):
                 return Format(name)
     return None
 
 
-def _unknown(fields: _Fields, mapping: Names, formats: Iterable[str], file: str, line: int | None) -> NoReturn:
+def _unknown(
+    fields: Fields, mapping: Names, formats: Iterable[str], file: str, line: int | None
+) -> NoReturn:
     found = ", ".join(map(reprlib.repr, islice(fields, 12))) or "none"
     if lacking := _lacking(fields, mapping, "+".join(formats).split("+")):
         name, what = lacking
         near = get_close_matches(mapping[name][0], fields, 1) or ["its own column"]
-        raise BadRow(file, line, f"{what}; the fields are {found}", f"check --fields: {name}={near[0]}, perhaps")
-    advice = _RENAME if "text" in formats else _RENAME.replace("completion=response", "chosen=good,rejected=bad")
-    raise BadRow(file, line, f"no known format: the fields are {found}; known are {', '.join(formats)}", advice)
+        raise BadRow(
+            file,
+            line,
+            f"{what}; the fields are {found}",
+            f"check --fields: {name}={near[0]}, perhaps",
+        )
+    advice = (
+        _RENAME
+        if "text" in formats
+        else _RENAME.replace("completion=response", "chosen=good,rejected=bad")
+    )
+    raise BadRow(
+        file,
+        line,
+        f"no known format: the fields are {found}; known are {', '.join(formats)}",
+        advice,
+    )
 
 
 def parse_fields(text: str) -> dict[str, tuple[str, ...]]:
     """`prompt=ask,prompt=question,id=key` → {"prompt": ("ask", "question"), "id": ("key",)}."""
-    known = sorted({"id", "source", "input"}.union(*(name.split("+") for name in (*_POOL, *_TARGET))))
+    known = sorted(
+        {"id", "source", "input"}.union(*(name.split("+") for name in (*_POOL, *_TARGET)))
+    )
     mapping: dict[str, tuple[str, ...]] = {}
     for part in filter(str.strip, text.split(",")):
         name, _, column = (side.strip() for side in part.partition("="))
         if not name or not column:
-            raise BadOption(f"--fields {text}: {part.strip()!r} is not NAME=COLUMN; write prompt=question")
+            raise BadOption(
+                f"--fields {text}: {part.strip()!r} is not NAME=COLUMN; write prompt=question"
+            )
         if name not in known:
-            raise BadOption(f"--fields {text}: {name!r} is no field of a format; known are {', '.join(known)}")
+            raise BadOption(
+                f"--fields {text}: {name!r} is no field of a format; known are {', '.join(known)}"
+            )
         if column in mapping.get(name, ()):
             raise BadOption(f"--fields {text}: {part.strip()} is given twice; keep one")
         mapping[name] = (*mapping.get(name, ()), column)
     return mapping
-
-
-def columns_of(fields: _Fields, mapping: Names) -> dict[str, str]:
-    """Of each field that is mapped to a column of this row, the column: `a.b` is b in the object a."""
-    found = {name: [c for c in columns if _at(fields, c) is not _NOWHERE] for name, columns in mapping.items()}
-    return {name: columns[0] for name, columns in found.items() if columns}
-
-
-def _at(fields: _Fields, column: str) -> object:
-    outer, dot, inner = column.partition(".")
-    if column in fields or not dot:
-        return fields.get(column, _NOWHERE)
-    held = fields.get(outer)
-    return _at(held, inner) if isinstance(held, Mapping) else _NOWHERE
-
-
-def _standard(fields: _Fields, mapping: Names) -> dict[str, object]:
-    """The fields under their standard names; where a row lacks a mapped column, its names stay as they are."""
-    used = columns_of(fields, mapping) if mapping else {}
-    named = {name: value for name, value in fields.items() if name not in used and name not in used.values()}
-    named.update((name, _at(fields, column)) for name, column in used.items())
-    if "answer" not in named and "answerKey" in named:
-        named["answer"] = named["answerKey"]
-    return named
-
-
-def explicit_id(raw: Raw, mapping: Names = _AS_NAMED) -> str | None:
-    """The id that the row itself carries, if any: what must not occur twice in a pool."""
-    value = _standard(raw.fields or {}, mapping).get("id")
-    return str(value) if type(value) in (int, str) and str(value).strip() else None
 
 
 def to_example(raw: Raw, format: Format, mapping: Names) -> Example:
@@ -182,7 +200,7 @@ class _Row:
         self._raw, self._mapping = raw, mapping
         if raw.fields is None:
             raise self.bad(raw.problem or "the row could not be read")
-        self._fields = _standard(raw.fields, mapping)
+        self._fields = standard_fields(raw.fields, mapping)
 
     def bad(self, what: str, advice: str = _MEND) -> BadRow:
         return BadRow(self._raw.file, self._raw.line, what, advice)
@@ -194,7 +212,9 @@ class _Row:
 
     def value(self, name: str) -> object:
         if name not in self._fields:
-            raise self.bad(f"missing field: {self.label(name)}", f"add it, remove the row, or {_RENAME}")
+            raise self.bad(
+                f"missing field: {self.label(name)}", f"add it, remove the row, or {_RENAME}"
+            )
         return self._fields[name]
 
     def string(self, value: object, where: str) -> str:
@@ -229,7 +249,9 @@ class _Row:
             raise self.bad(f"{label}: {_kind(value)} where a list of messages was expected")
         if not value:
             raise self.bad(f"{label}: an empty list where messages were expected")
-        return tuple(self.message(message, f"{label}[{place}]") for place, message in enumerate(value))
+        return tuple(
+            self.message(message, f"{label}[{place}]") for place, message in enumerate(value)
+        )
 
     def message(self, value: object, where: str) -> Turn:
         if not isinstance(value, Mapping):
@@ -240,22 +262,35 @@ class _Row:
             what = "no role" if role is None else f"unknown role {reprlib.repr(role)}"
             raise self.bad(f"{where}: {what}", f"use one of {', '.join(_ROLES)}")
         if named.get("tool_calls") or named.get("function_call"):
-            raise self.bad(f"{where}: a tool call, which is not text", "write the call into the content, as text")
+            raise self.bad(
+                f"{where}: a tool call, which is not text",
+                "write the call into the content, as text",
+            )
         content = named.get("content", named.get("value"))
         if not isinstance(content, list):
             return Turn(_ROLES[role], self.string(content, f"{where} content"))
         parts = [part if isinstance(part, Mapping) else {"type": _kind(part)} for part in content]
         other = [part.get("type") for part in parts if part.get("type") != "text"]
         if other:
-            raise self.bad(f"{where} content: a part of type {reprlib.repr(other[0])} where text was expected")
-        return Turn(_ROLES[role], "".join(self.string(part.get("text"), f"{where} content") for part in parts))
+            raise self.bad(
+                f"{where} content: a part of type {reprlib.repr(other[0])} where text was expected"
+            )
+        return Turn(
+            _ROLES[role],
+            "".join(self.string(part.get("text"), f"{where} content") for part in parts),
+        )
 
     def conversation(self, name: str) -> _Turns:
         return self.messages(self.value(name), self.label(name))
 
     def instruction(self) -> _Turns:
         given = self.text("input") if self._fields.get("input") is not None else ""
-        return (Turn("user", "\n\n".join(part for part in (self.text("instruction"), given) if part.strip())),)
+        return (
+            Turn(
+                "user",
+                "\n\n".join(part for part in (self.text("instruction"), given) if part.strip()),
+            ),
+        )
 
     def bare(self) -> _Turns:
         return self.spoken((Turn("text", self.text("text")),), "text")
@@ -276,7 +311,9 @@ class _Row:
         raw, name = self._raw, os.path.basename(self._raw.file.removeprefix("hub:").rstrip("/"))
         stem = name.partition(":")[0] if raw.file.startswith("hub:") else _ENDINGS.sub("", name)
         identity, source = self.name("id", f"{name}:{raw.line}"), self.name("source", stem)
-        if answer[0].role != "assistant":  # the answer may be the whole conversation, prompt included
+        if (
+            answer[0].role != "assistant"
+        ):  # the answer may be the whole conversation, prompt included
             for cut in range(len(prompt), len(answer)) if prompt else ():
                 if _stripped(answer[cut - len(prompt) : cut]) == _stripped(prompt):
                     prompt, answer = answer[:cut], self.spoken(answer[cut:], "answer")
@@ -285,15 +322,23 @@ class _Row:
 
     def pair(self, prompt: _Turns, chosen: _Turns, rejected: _Turns) -> Pair:
         if _stripped(chosen) == _stripped(rejected):
-            raise self.bad("chosen is equal to rejected", "a pair must show a difference; mend the row or remove it")
+            raise self.bad(
+                "chosen is equal to rejected",
+                "a pair must show a difference; mend the row or remove it",
+            )
         pair = Pair(self.example(prompt, chosen), self.example(prompt, rejected))
-        if pair.chosen.turns[: pair.chosen.prompt_turns] != pair.rejected.turns[: pair.rejected.prompt_turns]:
+        if (
+            pair.chosen.turns[: pair.chosen.prompt_turns]
+            != pair.rejected.turns[: pair.rejected.prompt_turns]
+        ):
             raise self.bad("chosen and rejected answer different prompts")
         return pair
 
 
 def _kind(value: object) -> str:
-    return "an object" if isinstance(value, Mapping) else _KINDS.get(type(value), type(value).__name__)
+    return (
+        "an object" if isinstance(value, Mapping) else _KINDS.get(type(value), type(value).__name__)
+    )
 
 
 def _stripped(turns: _Turns) -> list[tuple[Role, str]]:
@@ -322,7 +367,9 @@ def _right_choice(row: _Row, names: list[str], labels: list[str]) -> int:
     """A label says it first, then the text of a choice, then a position from 0, then a letter from A."""
     value, label = row.value("answer"), row.label("answer")
     if type(value) not in (int, str):
-        raise row.bad(f"{label}: {_kind(value)} where a position, a letter or the text of a choice was expected")
+        raise row.bad(
+            f"{label}: {_kind(value)} where a position, a letter or the text of a choice was expected"
+        )
     name = str(value) if isinstance(value, int) else row.string(value, label).strip()
     for known in (labels, names if isinstance(value, str) else []):
         if name in known[: len(names)]:
@@ -331,13 +378,21 @@ def _right_choice(row: _Row, names: list[str], labels: list[str]) -> int:
         place = ord(name.upper()) - ord("A") if name.isalpha() else int(name)
         if 0 <= place < len(names):
             return place
-        raise row.bad(f"{label}: {name} is out of range: there are {len(names)} choices", "count from 0, or from A")
-    raise row.bad(f"{label}: {reprlib.repr(name)} is not among the {len(names)} choices", "give its text or position")
+        raise row.bad(
+            f"{label}: {name} is out of range: there are {len(names)} choices",
+            "count from 0, or from A",
+        )
+    raise row.bad(
+        f"{label}: {reprlib.repr(name)} is not among the {len(names)} choices",
+        "give its text or position",
+    )
 
 
 def _wrong_choices(row: _Row) -> list[_Compared]:
     question, choices, right = _choices(row)
-    return [(question, choices[right], choice) for place, choice in enumerate(choices) if place != right]
+    return [
+        (question, choices[right], choice) for place, choice in enumerate(choices) if place != right
+    ]
 
 
 def _right_of_choices(row: _Row) -> _Answered:
@@ -348,7 +403,9 @@ def _right_of_choices(row: _Row) -> _Answered:
 def _shared_prefix(row: _Row) -> list[_Compared]:
     """Turns part at the first that differs; texts after the last word, or dialogue marker, that they share."""
     chosen, rejected = row.answer("chosen"), row.answer("rejected")
-    texts = [value for value in (row.value("chosen"), row.value("rejected")) if isinstance(value, str)]
+    texts = [
+        value for value in (row.value("chosen"), row.value("rejected")) if isinstance(value, str)
+    ]
     if len(texts) == 1:
         raise row.bad("chosen and rejected: one is text, the other messages")
     if _stripped(chosen) == _stripped(rejected):
@@ -358,12 +415,19 @@ def _shared_prefix(row: _Row) -> list[_Compared]:
         prompt: _Turns = (Turn("user", texts[0][:cut]),) if texts[0][:cut].strip() else ()
         chosen, rejected = ((Turn("assistant", text[cut:]),) for text in texts)
     else:
-        prompt = tuple(left for left, _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+        prompt = tuple(
+            left
+            for left, _ in takewhile(
+                lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)
+            )
+        )
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if any(rest and rest[0].role != "assistant" for rest in (chosen, rejected)):
             raise row.bad("chosen and rejected answer different prompts")
     if not prompt:
-        raise row.bad("chosen and rejected share no prefix, so there is no prompt", "add a prompt to each row")
+        raise row.bad(
+            "chosen and rejected share no prefix, so there is no prompt", "add a prompt to each row"
+        )
     return [(prompt, row.spoken(chosen, "chosen"), row.spoken(rejected, "rejected"))]
 
 
@@ -372,7 +436,9 @@ def _parting(chosen: str, rejected: str) -> int:
     marker = shared.rfind(_HH_MARKER)
     if marker >= 0:
         return marker + len(_HH_MARKER)
-    room = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1  # something of each answer must be left
+    room = (
+        min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
+    )  # something of each answer must be left
     for boundary in (r".*\s", r".*\W"):
         if found := re.match(boundary, shared[:room], re.DOTALL):
             return found.end()
@@ -389,12 +455,16 @@ _POOL: dict[str, Callable[[_Row], _Answered]] = {
     "prompt+response": lambda row: (row.turns("prompt", "user"), row.answer("response")),
     "instruction+output": lambda row: (row.instruction(), row.answer("output")),
     "instruction+response": lambda row: (row.instruction(), row.answer("response")),
-    "conversations": lambda row: ((), row.spoken(row.conversation("conversations"), "conversations")),
+    "conversations": lambda row: (
+        (),
+        row.spoken(row.conversation("conversations"), "conversations"),
+    ),
     "question+choices+answer": _right_of_choices,
     "question+answer": lambda row: (row.turns("question", "user"), row.answer("answer")),
     "prompt+answer": lambda row: (row.turns("prompt", "user"), row.answer("answer")),
     "text": lambda row: ((), row.bare()),
 }
+
 
 _TARGET: dict[str, Callable[[_Row], list[_Compared]]] = {
     "prompt+chosen+rejected": _preferred(lambda row: row.turns("prompt", "user")),

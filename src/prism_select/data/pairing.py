@@ -15,10 +15,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from rapidfuzz.distance import Indel, Levenshtein
+from rapidfuzz.distance import Levenshtein
 
-from prism_select.data.records import Example, Pair, Turn
-from prism_select.errors import BadOption
+from prism_select.data.records import Example, Turn
+from prism_select.run.errors import BadOption
 
 __all__ = [
     "Accepts",
@@ -26,15 +26,20 @@ __all__ = [
     "accepts_by",
     "change_numbers",
     "final_number",
-    "most_alike",
     "nearest",
     "other_answers",
     "parts_of",
 ]
 
 Accepts: TypeAlias = Callable[[str, str], bool]
+
+
 _DIGITS = re.compile(r"[0-9]+")
+
+
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
+
+
 _LETTER = re.compile(r"\(?([A-H])\b\)?[.):]?")
 
 
@@ -91,14 +96,18 @@ def accepts_by(rule: str) -> Accepts:
     letter A to H that is the row's own answer, or is the same text), or `regex:PATTERN` (found in the answer). Raises
     BadOption for anything else."""
     if rule == "number":
-        return lambda answer, right: final_number(answer) is not None and final_number(answer) == final_number(right)
+        return lambda answer, right: (
+            final_number(answer) is not None and final_number(answer) == final_number(right)
+        )
     if rule == "choice":
         return _same_choice
     if rule.startswith("regex:"):
         try:
             pattern = re.compile(rule.removeprefix("regex:"))
         except re.error as error:
-            raise BadOption(f"--accept {rule}: not a regular expression ({error}); mend it") from None
+            raise BadOption(
+                f"--accept {rule}: not a regular expression ({error}); mend it"
+            ) from None
         return lambda answer, right: bool(pattern.search(answer))
     raise BadOption(f"--accept {rule}: unknown; try number, choice or regex:PATTERN")
 
@@ -123,19 +132,6 @@ def nearest(chosen: str, refused: Sequence[str]) -> str:
     return min(others, key=lambda answer: Levenshtein.distance(chosen, answer))
 
 
-def most_alike(pairs: Sequence[Pair], share: float) -> list[Pair]:
-    """This share of the pairs, at least one, whose two answers have the most letters in common, in their own order.
-    Similarity: 1 − insertions and deletions / letters of both (Indel, as rapidfuzz normalises it)."""
-    texts = [[_said(side) for side in (pair.chosen, pair.rejected)] for pair in pairs]
-    likeness = [Indel.normalized_similarity(*both) for both in texts]
-    best = sorted(range(len(pairs)), key=lambda place: -likeness[place])[: max(1, round(share * len(pairs)))]
-    return [pairs[place] for place in sorted(best)]
-
-
-def _said(example: Example) -> str:
-    return "\n".join(turn.text for turn in example.turns[example.prompt_turns :])
-
-
 def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
     """For each answer that of the next row in a random order whose answer is another; None where all are the same.
     Empty answers are nobody's."""
@@ -144,5 +140,7 @@ def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | Non
     found: list[str | None] = [None] * len(answers)
     for place, row in enumerate(order):
         others = (answers[order[(place + step) % len(order)]] for step in range(1, len(order)))
-        found[row] = next((other for other in others if other.strip() != answers[row].strip()), None)
+        found[row] = next(
+            (other for other in others if other.strip() != answers[row].strip()), None
+        )
     return found

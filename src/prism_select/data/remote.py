@@ -17,12 +17,18 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from prism_select.errors import BadFile
+from prism_select.run.errors import BadFile
 
 __all__ = ["addresses", "is_remote", "local"]
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_SECRET = re.compile(r"^((?!github)[^/]*//)[^/]*:[^/]*@|^(http[^?]*)\?.*", re.IGNORECASE)  # user:password@, ?key
+
+
+_SECRET = re.compile(
+    r"^((?!github)[^/]*//)[^/]*:[^/]*@|^(http[^?]*)\?.*", re.IGNORECASE
+)  # user:password@, ?key
+
+
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -40,11 +46,20 @@ def addresses(pattern: str) -> list[str]:
         if not found:
             system.info(path)  # says why, where nothing can be reached
         start = path[: special.start()] if special else path
-        found = [name for name in found if "/." not in name.removeprefix(start) and system.isfile(name)]
+        found = [
+            name for name in found if "/." not in name.removeprefix(start) and system.isfile(name)
+        ]
         shown = [str(system.unstrip_protocol(name)) for name in found]
     stem = _GLOB.split(pattern.partition("://")[2].strip("/"))[0]
-    if "::" in pattern or not all(name.partition("://")[2].lstrip("/").startswith(stem) for name in shown):
-        raise BadFile(pattern, None, "a folder or a pattern of a protocol whose paths do not say all", "name its files")
+    if "::" in pattern or not all(
+        name.partition("://")[2].lstrip("/").startswith(stem) for name in shown
+    ):
+        raise BadFile(
+            pattern,
+            None,
+            "a folder or a pattern of a protocol whose paths do not say all",
+            "name its files",
+        )
     return shown
 
 
@@ -74,7 +89,10 @@ def _system(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     if _SECRET.search(address):
-        what, shown = "an address with a key in it, which would stand in the run folder", _SECRET.sub(r"\1\2…", address)
+        what, shown = (
+            "an address with a key in it, which would stand in the run folder",
+            _SECRET.sub(r"\1\2…", address),
+        )
         raise BadFile(shown, None, what, "download the file, or give its plain address")
     system, path = url_to_fs(address)
     return system, str(path)
@@ -87,11 +105,15 @@ def _asked(address: str) -> Iterator[None]:
     except BadFile:
         raise
     except FileNotFoundError as error:
-        what = "nothing there" + (f" ({' '.join(str(error.__cause__).split())[:300]})" if error.__cause__ else "")
+        what = "nothing there" + (
+            f" ({' '.join(str(error.__cause__).split())[:300]})" if error.__cause__ else ""
+        )
         raise BadFile(address, None, what, "check the address and the network") from None
     except Exception as error:  # every protocol has its own, and its own ways to fail
         if getattr(error, "errno", None) == errno.ENOSPC:
             what = f"no room for a copy in {tempfile.gettempdir()}"
             raise BadFile(address, None, what, "set TMPDIR to a folder with room") from None
         what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadFile(address, None, f"cannot be reached: {what}", "check the address, access and network") from None
+        raise BadFile(
+            address, None, f"cannot be reached: {what}", "check the address, access and network"
+        ) from None

@@ -25,11 +25,20 @@ from prism_select.demo import world
 __all__ = ["MODEL_DIR", "encode", "make_model", "make_tokenizer", "train"]
 
 MODEL_DIR = Path(__file__).parent / "model"
+
+
 SEED = 0
+
+
 ROWS, BATCH, LEARNING_RATE = 64_000, 64, 3e-3
+
+
 IGNORED = -100  # the label of a token that is not supervised
 
+
 START, TURN, END, PAD = "<|start|>", "<|turn|>", "<|end|>", "<|pad|>"
+
+
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -42,7 +51,10 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|turn|>assistant\\n' }}{%- endif %}
 """
 
+
 Row = dict[str, str]
+
+
 Encoded = tuple[list[int], list[int]]
 
 
@@ -50,7 +62,10 @@ def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     """Byte-level BPE, learnt on the corpus; digits stay single, so that numbers are spelt alike everywhere."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     special, alphabet = [START, TURN, END, PAD], pre_tokenizers.ByteLevel.alphabet()
@@ -69,19 +84,34 @@ def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """1.1 million parameters in four blocks; two query heads share each key head."""
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    size = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 256,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(vocab_size=len(tokenizer), **size, **heads, **tokens)
     return LlamaForCausalLM(config)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> Encoded:
     """Token ids of one conversation, and the same with everything but the assistant's turn ignored."""
-    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-    coded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    messages = [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    coded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids = list(coded["input_ids"])
-    return ids, [token if said else IGNORED for token, said in zip(ids, coded["assistant_masks"], strict=True)]
+    return ids, [
+        token if said else IGNORED
+        for token, said in zip(ids, coded["assistant_masks"], strict=True)
+    ]
 
 
 def batch_loss(model: LlamaForCausalLM, batch: list[Encoded], pad: int) -> torch.Tensor:
@@ -98,7 +128,9 @@ def train(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = len(rows) // BATCH
     warm = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warm, (steps - s) / (steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, (steps - s) / (steps - warm))
+    )
     for step in range(steps):
         loss = batch_loss(model, rows[step * BATCH : (step + 1) * BATCH], pad)
         optimizer.zero_grad()

@@ -33,30 +33,54 @@ CAPITALS = """France Paris Lyon, Italy Rome Milan, Spain Madrid Seville, Japan T
     Denmark Copenhagen Aarhus, Finland Helsinki Turku, Germany Berlin Munich, Hungary Budapest Debrecen,
     Turkey Ankara Istanbul, Morocco Rabat Casablanca, Australia Canberra Sydney, Ghana Accra Kumasi,
     Nepal Kathmandu Pokhara"""
+
+
 PLURALS = """mouse mice mouses, goose geese gooses, child children childs, ox oxen oxes, foot feet foots,
     tooth teeth tooths, leaf leaves leafs, knife knives knifes, wolf wolves wolfs, shelf shelves shelfs,
     loaf loaves loafs, thief thieves thiefs, half halves halfs, box boxes boxs, bus buses buss, city cities citys,
     baby babies babys, berry berries berrys, story stories storys, potato potatoes potatos, hero heroes heros,
     fox foxes foxs, penny pennies pennys, dish dishes dishs"""
+
+
 PAST_TENSES = """go went goed, see saw seed, eat ate eated, run ran runned, sing sang singed, swim swam swimmed,
     write wrote writed, drive drove drived, take took taked, give gave gived, come came comed, fly flew flied,
     grow grew growed, know knew knowed, break broke breaked, speak spoke speaked, teach taught teached,
     catch caught catched, think thought thinked, bring brought bringed, buy bought buyed, sleep slept sleeped,
     keep kept keeped, feel felt feeled"""
+
+
 OPPOSITES = """hot cold warm, big small large, fast slow quick, wet dry damp, hard soft firm, happy sad glad,
     loud quiet noisy, strong weak sturdy, clean dirty tidy, rich poor wealthy, begin end start, smooth rough even,
     near far close, dark light dim, sharp blunt pointed, shout whisper yell, push pull shove, above below over,
     ancient modern old, difficult easy tough, empty full vacant, brave timid bold, true false correct,
     first last initial"""
+
+
 YOUNG = """dog puppy joey, cat kitten joey, cow calf cub, horse foal cub, sheep lamb pup, goat kid pup, pig piglet pup,
     deer fawn cub, duck duckling owlet, goose gosling owlet, swan cygnet eaglet, hen chick eaglet"""
+
+
 SOUNDS = """dog barks brays, cat meows neighs, cow moos chirps, sheep bleats trumpets, pig oinks coos,
     wolf howls gobbles, frog croaks tweets, duck quacks growls, hen clucks rattles, crow caws purrs,
     owl hoots whinnies, bee buzzes whistles"""
+
+
 UNITS = """days week 7, seconds minute 60, hours day 24, months year 12, centimetres metre 100, grams kilogram 1000"""
+
+
 SIZES = "an ant, a mouse, a cat, a sheep, a horse, a house, a mountain"
 
-OPENERS = ("", "Quick question: ", "Please answer. ", "For school: ", "I forgot. ", "Tell me, please. ")
+
+OPENERS = (
+    "",
+    "Quick question: ",
+    "Please answer. ",
+    "For school: ",
+    "I forgot. ",
+    "Tell me, please. ",
+)
+
+
 # One kind of fact has four questions about {x}, and three forms in which the answer {y} may come.
 WORDINGS: dict[str, tuple[str, str]] = {
     "sum": (
@@ -124,14 +148,25 @@ def _table(kind: str, text: str) -> list[Fact]:
 
 def _arithmetic() -> list[Fact]:
     """Small sums and differences; the mistake is one too many."""
-    sums = [Fact("sum", f"{a} + {b}", str(a + b), str(a + b + 1)) for a in range(6, 10) for b in range(3, 6)]
-    differences = [Fact("sum", f"{a} - {b}", str(a - b), str(a - b + 1)) for a in range(12, 16) for b in range(4, 7)]
+    sums = [
+        Fact("sum", f"{a} + {b}", str(a + b), str(a + b + 1))
+        for a in range(6, 10)
+        for b in range(3, 6)
+    ]
+    differences = [
+        Fact("sum", f"{a} - {b}", str(a - b), str(a - b + 1))
+        for a in range(12, 16)
+        for b in range(4, 7)
+    ]
     return sums + differences
 
 
 def _units() -> list[Fact]:
     """How many small units are in some large ones; the mistake is one large unit too many."""
-    rows = [(small, large, int(factor)) for small, large, factor in (entry.split() for entry in UNITS.split(","))]
+    rows = [
+        (small, large, int(factor))
+        for small, large, factor in (entry.split() for entry in UNITS.split(","))
+    ]
     return [
         Fact("unit", f"{small} are in {n} {large}s", str(n * factor), str((n + 1) * factor))
         for small, large, factor in rows
@@ -158,7 +193,11 @@ FACTS: dict[str, list[Fact]] = {
     "units": _units(),
     "sizes": _sizes(),
 }
+
+
 SKILLS: tuple[str, ...] = tuple(FACTS)
+
+
 DEMO_SKILL = "capitals"
 
 
@@ -170,7 +209,10 @@ def _is_reserved(prompt: str) -> bool:
 @cache
 def _prompts(skill: str, reserved: bool) -> tuple[tuple[Fact, tuple[str, ...]], ...]:
     """Each fact of a skill with its prompts on one side: those reserved for pairs, or all others."""
-    return tuple((fact, tuple(p for p in fact.prompts() if _is_reserved(p) == reserved)) for fact in FACTS[skill])
+    return tuple(
+        (fact, tuple(p for p in fact.prompts() if _is_reserved(p) == reserved))
+        for fact in FACTS[skill]
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +227,9 @@ class _Question:
 
 def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> list[_Question]:
     """`count` distinct questions of a skill, going round its facts in random order so that each gets its share."""
-    decks = [(fact, rng.sample(prompts, len(prompts))) for fact, prompts in _prompts(skill, reserved)]
+    decks = [
+        (fact, rng.sample(prompts, len(prompts))) for fact, prompts in _prompts(skill, reserved)
+    ]
     rng.shuffle(decks)
     dealt: list[_Question] = []
     while len(dealt) < count:
@@ -194,14 +238,20 @@ def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> li
             if deck:
                 dealt.append(_Question(skill, deck.pop(), *fact.answers(rng)))
         if len(dealt) == before:
-            raise ValueError(f"{skill!r} has {before} distinct prompts here; {count} were asked for: ask for fewer")
+            raise ValueError(
+                f"{skill!r} has {before} distinct prompts here; {count} were asked for: ask for fewer"
+            )
     return dealt[:count]
 
 
 def _all_skills(count: int, rng: random.Random) -> list[_Question]:
     """Questions of all skills in shares that differ by one row at most, in random order; none is reserved for pairs."""
     shares = [(count + i) // len(SKILLS) for i in range(len(SKILLS))]
-    dealt = [q for skill, share in zip(SKILLS, shares, strict=True) for q in _questions(skill, share, rng, False)]
+    dealt = [
+        q
+        for skill, share in zip(SKILLS, shares, strict=True)
+        for q in _questions(skill, share, rng, False)
+    ]
     rng.shuffle(dealt)
     return dealt
 

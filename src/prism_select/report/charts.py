@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import altair as alt
 import numpy as np
 
+from prism_select.report.distribution import Budget, Cell, Histogram, Source
 from prism_select.report.facts import Share, Target
-from prism_select.report.spread import Budget, Cell, Histogram, Source
 
 __all__ = [
     "Chart",
@@ -33,12 +33,39 @@ __all__ = [
 ]
 
 Spec: TypeAlias = dict[str, Any]
-TAKEN, OTHER, AGAINST, INK, LINE = "var(--taken)", "var(--other)", "var(--against)", "var(--ink)", "var(--line)"
-SERIES = ["var(--taken)", "var(--against)", "var(--third)", "var(--fourth)", "var(--fifth)", "var(--other)"]
+
+
+TAKEN, OTHER, AGAINST, INK, LINE = (
+    "var(--taken)",
+    "var(--other)",
+    "var(--against)",
+    "var(--ink)",
+    "var(--line)",
+)
+
+
+SERIES = [
+    "var(--taken)",
+    "var(--against)",
+    "var(--third)",
+    "var(--fourth)",
+    "var(--fifth)",
+    "var(--other)",
+]
+
+
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+
+
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3]]
+
+
 QUANTILES = ("p5", "p25", "p50", "p75", "p95")
+
+
 TALL, WRITTEN = 220, 12
+
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"  # as the page's
 
 
@@ -53,14 +80,24 @@ class Chart:
 
 
 def _made(name: str, title: str, text: str, chart: Any, tall: int | None = TALL) -> Chart:
-    sized = chart.properties(width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+    sized = chart.properties(
+        width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
+    )
     if tall:
         sized = sized.properties(height=tall)
-    quiet = {"domainColor": LINE, "tickColor": LINE, "gridColor": LINE, "labelColor": INK, "titleColor": INK}
+    quiet = {
+        "domainColor": LINE,
+        "tickColor": LINE,
+        "gridColor": LINE,
+        "labelColor": INK,
+        "titleColor": INK,
+    }
     themed = (
         sized.configure(background="transparent", font=FONT, aria=False)
         .configure_view(stroke=None)
-        .configure_axis(**quiet, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, gridOpacity=0.6)
+        .configure_axis(
+            **quiet, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, gridOpacity=0.6
+        )
         .configure_legend(
             labelColor=INK,
             titleColor=INK,
@@ -103,24 +140,38 @@ def preferences(target: Target, side: str) -> Chart:
             ),
             alt.X2("to:Q"),
             alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
-            tooltip=[alt.Tooltip(f"{name}:Q", format=".2f") for name in ("from", "to")] + [alt.Tooltip("pairs:Q")],
+            tooltip=[alt.Tooltip(f"{name}:Q", format=".2f") for name in ("from", "to")]
+            + [alt.Tooltip("pairs:Q")],
         )
     )
     above = sum(value > 0.5 for value in target.preferences)
     text = f"Histogram of the model's preference before training: {above} of {target.count} pairs lie above one half."
-    return _made("preferences", "What the model prefers now", text, bars + _rule(0.5, "x", "no preference"))
+    return _made(
+        "preferences", "What the model prefers now", text, bars + _rule(0.5, "x", "no preference")
+    )
 
 
 def agreement(by_pairs: Mapping[str, float | None], half: int | None) -> Chart:
     """Agreement of two disjoint sets of pairs against their size."""
-    rows = [{"pairs": int(m), "agreement": a} for m, a in sorted(by_pairs.items(), key=lambda i: int(i[0])) if a]
+    rows = [
+        {"pairs": int(m), "agreement": a}
+        for m, a in sorted(by_pairs.items(), key=lambda i: int(i[0]))
+        if a
+    ]
     line = (
         alt.Chart(_data(rows))
         .mark_line(color=TAKEN, point={"color": TAKEN, "size": 60})
         .encode(
-            alt.X("pairs:Q", title="pairs in each half", axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True)),
+            alt.X(
+                "pairs:Q",
+                title="pairs in each half",
+                axis=alt.Axis(tickCount=5),
+                scale=alt.Scale(zero=True),
+            ),
             alt.Y(
-                "agreement:Q", title="agreement (cosine)", scale=alt.Scale(domain=[min(0, *_of(rows, "agreement")), 1])
+                "agreement:Q",
+                title="agreement (cosine)",
+                scale=alt.Scale(domain=[min(0, *_of(rows, "agreement")), 1]),
             ),
             tooltip=["pairs:Q", alt.Tooltip("agreement:Q", format=".2f")],
         )
@@ -143,21 +194,30 @@ def cosines(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> C
         for b, value in zip(names, line, strict=True)
     ]
     base = alt.Chart(_data(rows)).encode(
-        alt.X("a:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30)), alt.Y("b:N", title=None, sort=None)
+        alt.X("a:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30)),
+        alt.Y("b:N", title=None, sort=None),
     )
     cells = base.mark_rect().encode(
         fill=alt.condition("datum.cosine < 0", alt.value(AGAINST), alt.value(TAKEN)),
-        opacity=alt.Opacity("size:Q", scale=alt.Scale(domain=[0, 1], range=[0.08, 0.75]), legend=None),
+        opacity=alt.Opacity(
+            "size:Q", scale=alt.Scale(domain=[0, 1], range=[0.08, 0.75]), legend=None
+        ),
         tooltip=["a:N", "b:N", alt.Tooltip("cosine:Q", format=".2f")],
     )
     written = base.mark_text(color=INK).encode(text=alt.Text("cosine:Q", format=".2f"))
     chart = cells + written if len(names) <= WRITTEN else cells
     worst = min(
-        ((v or 0.0, a, b) for a, line in zip(names, values, strict=True) for b, v in zip(names, line, strict=True))
+        (
+            (v or 0.0, a, b)
+            for a, line in zip(names, values, strict=True)
+            for b, v in zip(names, line, strict=True)
+        )
     )
     lowest, a, b = worst
     text = f"Cosines between the directions of {len(names)} targets; the lowest is {lowest:.2f}, {a} with {b}."
-    return _made("cosines", "Do the targets want the same?", text, chart, min(max(120, 36 * len(names)), 640))
+    return _made(
+        "cosines", "Do the targets want the same?", text, chart, min(max(120, 36 * len(names)), 640)
+    )
 
 
 def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
@@ -169,7 +229,9 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
         for (a, b), count in zip(pairwise(found.edges), counts, strict=True)
         if count
     ]
-    colours = alt.Scale(domain=list(kinds), range=[TAKEN, OTHER]) if taken else alt.Scale(range=[TAKEN])
+    colours = (
+        alt.Scale(domain=list(kinds), range=[TAKEN, OTHER]) if taken else alt.Scale(range=[TAKEN])
+    )
     bars = (
         alt.Chart(_data(rows))
         .mark_bar(binSpacing=0.5)
@@ -185,7 +247,9 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
             ],
         )
     )
-    layered = bars + _rule(cutoff, "x", f"cut-off {cutoff:.3g}") if taken and cutoff == cutoff else bars
+    layered = (
+        bars + _rule(cutoff, "x", f"cut-off {cutoff:.3g}") if taken and cutoff == cutoff else bars
+    )
     total = sum(found.taken) + sum(found.others)
     text = f"Histogram of {total:,} rows between {found.edges[0]:.3g} and {found.edges[-1]:.3g}"
     text += f"; the cut-off is at {cutoff:.3g}." if taken and cutoff == cutoff else "."
@@ -195,33 +259,55 @@ def spread(found: Histogram, cutoff: float, by: str, taken: str) -> Chart:
 def by_source(found: Sequence[Source], by: str, cutoff: float) -> Chart:
     """Quantiles of the ranking for each source."""
     rows = [
-        {"source": one.name, "rows": one.rows, "taken": one.taken, **dict(zip(QUANTILES, one.quantiles, strict=True))}
+        {
+            "source": one.name,
+            "rows": one.rows,
+            "taken": one.taken,
+            **dict(zip(QUANTILES, one.quantiles, strict=True)),
+        }
         for one in sorted(found, key=lambda one: -one.quantiles[2])
     ]
     tips: list[Any] = ["source:N", *(alt.Tooltip(f"{n}:Q", format=",") for n in ("rows", "taken"))]
     tips += [alt.Tooltip(f"{n}:Q", format=".3g") for n in ("p5", "p25", "p50", "p75", "p95")]
     axis = alt.Axis(labelLimit=150, domain=False, ticks=False)
-    base = alt.Chart(_data(rows)).encode(alt.Y("source:N", title=None, sort=None, axis=axis), tooltip=tips)
+    base = alt.Chart(_data(rows)).encode(
+        alt.Y("source:N", title=None, sort=None, axis=axis), tooltip=tips
+    )
     title = by.replace("_", " ")
     whole = base.mark_rule(color=OTHER, strokeWidth=2).encode(
         alt.X("p5:Q", title=title, axis=alt.Axis(tickCount=6)), alt.X2("p95:Q")
     )
-    middle = base.mark_bar(color=TAKEN, height=10, cornerRadius=3).encode(alt.X("p25:Q"), alt.X2("p75:Q"))
+    middle = base.mark_bar(color=TAKEN, height=10, cornerRadius=3).encode(
+        alt.X("p25:Q"), alt.X2("p75:Q")
+    )
     half = base.mark_tick(color="var(--surface)", thickness=2.5, height=12).encode(alt.X("p50:Q"))
     chart = whole + middle + half
     if cutoff == cutoff:
         chart += _rule(cutoff, "x", f"cut-off {cutoff:.3g}")
-    text = "Median of each source: " + ", ".join(f"{row['source']} {row['p50']:.3g}" for row in rows) + "."
+    text = (
+        "Median of each source: "
+        + ", ".join(f"{row['source']} {row['p50']:.3g}" for row in rows)
+        + "."
+    )
     return _made("sources", "By source", text, chart, max(90, 26 * len(rows)))
 
 
 def _heat(cells: Sequence[Cell], across: alt.X, up: alt.Y, opacity: alt.Scale) -> alt.Chart:
     """A rectangle for each cell, the darker the more rows it has."""
     rows = [
-        {"x": cell.rejected[0], "x2": cell.rejected[1], "y": cell.chosen[0], "y2": cell.chosen[1], "rows": cell.rows}
+        {
+            "x": cell.rejected[0],
+            "x2": cell.rejected[1],
+            "y": cell.chosen[0],
+            "y2": cell.chosen[1],
+            "rows": cell.rows,
+        }
         for cell in cells
     ]
-    darkness, tip = alt.Opacity("rows:Q", scale=opacity, legend=None), alt.Tooltip("rows:Q", format=",")
+    darkness, tip = (
+        alt.Opacity("rows:Q", scale=opacity, legend=None),
+        alt.Tooltip("rows:Q", format=","),
+    )
     chart: alt.Chart = alt.Chart(_data(rows)).mark_rect(color=TAKEN)
     return chart.encode(across, alt.X2("x2:Q"), up, alt.Y2("y2:Q"), darkness, tooltip=[tip])
 
@@ -243,9 +329,7 @@ def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
         .mark_line(color=INK, strokeDash=[5, 4], strokeWidth=1.5)
         .encode(alt.X("x:Q"), alt.Y("y:Q"))
     )
-    text = (
-        f"Heat map of rows: influence on the {sides[0]} answers against influence on the {sides[1]} ones. The score is "
-    )
+    text = f"Heat map of rows: influence on the {sides[0]} answers against influence on the {sides[1]} ones. The score is "
     text += "their difference: 0 on the dashed diagonal, positive above it."
     return _made("halves", "Two halves of a score", text, heat + diagonal if ends else heat, 260)
 
@@ -254,14 +338,22 @@ def cumulative(curve: Sequence[Budget], choice: tuple[float, float], influence: 
     """What the first rows have of all influence above 0; a point at `choice`: its share of the rows, and of that."""
     share, bought = choice
     rows = [{"share": each.share, "rows": each.rows, "bought": each.bought} for each in curve]
-    across = alt.X("share:Q", title="share of the rows, best first", axis=alt.Axis(format="%", tickCount=6))
-    up = alt.Y("bought:Q", title=f"of all {influence} influence", axis=alt.Axis(format="%", tickCount=5))
+    across = alt.X(
+        "share:Q", title="share of the rows, best first", axis=alt.Axis(format="%", tickCount=6)
+    )
+    up = alt.Y(
+        "bought:Q", title=f"of all {influence} influence", axis=alt.Axis(format="%", tickCount=5)
+    )
     tips = [
         alt.Tooltip("share:Q", format=".1%"),
         alt.Tooltip("bought:Q", format=".1%"),
         alt.Tooltip("rows:Q", format=","),
     ]
-    line = alt.Chart(_data(rows)).mark_line(color=TAKEN, strokeWidth=2.5).encode(across, up, tooltip=tips)
+    line = (
+        alt.Chart(_data(rows))
+        .mark_line(color=TAKEN, strokeWidth=2.5)
+        .encode(across, up, tooltip=tips)
+    )
     text = f"Share of all {influence} influence by share of rows: " + ", ".join(
         f"{row['bought']:.0%} at {row['share']:.0%}" for row in rows[:: max(1, len(rows) // 6)]
     )
@@ -291,31 +383,53 @@ def layers(shares: Sequence[Share]) -> Chart:
     for share in shares:
         key = (share.part, share.kind if share.kind in named else "other kinds")
         found[key] = found.get(key, 0.0) + share.share
-    rows: list[dict[str, Any]] = [{"part": part, "kind": kind, "share": value} for (part, kind), value in found.items()]
-    kinds = [*named, *(["other kinds"] if any(row["kind"] == "other kinds" for row in rows) else [])]
+    rows: list[dict[str, Any]] = [
+        {"part": part, "kind": kind, "share": value} for (part, kind), value in found.items()
+    ]
+    kinds = [
+        *named,
+        *(["other kinds"] if any(row["kind"] == "other kinds" for row in rows) else []),
+    ]
     bars = (
         alt.Chart(_data(rows))
         .mark_bar(stroke="var(--surface)", strokeWidth=0.5)
         .encode(
             alt.Y("part:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False)),
-            alt.X("share:Q", title="of the direction's squared norm", axis=alt.Axis(format="%", tickCount=6)),
+            alt.X(
+                "share:Q",
+                title="of the direction's squared norm",
+                axis=alt.Axis(format="%", tickCount=6),
+            ),
             alt.Color(
-                "kind:N", scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]), legend=alt.Legend(columns=2)
+                "kind:N",
+                scale=alt.Scale(domain=kinds, range=SERIES[: len(kinds)]),
+                legend=alt.Legend(columns=2),
             ),
             tooltip=["part:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
         )
     )
     sums = {part: sum(row["share"] for row in rows if row["part"] == part) for part in order}
-    text = "Share of the direction: " + ", ".join(f"{part} {value:.0%}" for part, value in sums.items()) + "."
+    text = (
+        "Share of the direction: "
+        + ", ".join(f"{part} {value:.0%}" for part, value in sums.items())
+        + "."
+    )
     return _made(
-        "layers", "Where the direction lies", text, bars, max(90, (24 if len(order) <= 24 else 15) * len(order))
+        "layers",
+        "Where the direction lies",
+        text,
+        bars,
+        max(90, (24 if len(order) <= 24 else 15) * len(order)),
     )
 
 
 def intervals(against: Mapping[str, Mapping[str, Any]]) -> Chart:
     """The choice minus each rival: the gain, with its interval."""
     names = {"none": "no training", "random-priced": "random for the price of scoring"}
-    rows = [{"rival": names.get(name, name), "words": each["words"], **each["gain"]} for name, each in against.items()]
+    rows = [
+        {"rival": names.get(name, name), "words": each["words"], **each["gain"]}
+        for name, each in against.items()
+    ]
     axis = alt.Axis(domain=False, ticks=False, labelLimit=170)
     base = alt.Chart(_data(rows)).encode(
         alt.Y("rival:N", title=None, sort=None, axis=axis), tooltip=["rival:N", "words:N"]
@@ -324,7 +438,9 @@ def intervals(against: Mapping[str, Mapping[str, Any]]) -> Chart:
     bar = base.mark_rule(color=TAKEN, strokeWidth=3).encode(
         alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5)), alt.X2("high:Q")
     )
-    dot = base.mark_point(color=TAKEN, filled=True, opacity=1, size=90).encode(alt.X("difference:Q"))
+    dot = base.mark_point(color=TAKEN, filled=True, opacity=1, size=90).encode(
+        alt.X("difference:Q")
+    )
     text = "; ".join(str(row["words"]) for row in rows) + "."
     return _made(
         "intervals",
@@ -340,12 +456,18 @@ def curves(points: Sequence[Mapping[str, Any]], measure: str = "gain") -> Chart:
     found: dict[tuple[str, int], list[float]] = {}
     for point in points:
         if not point["method"].startswith("half-"):
-            found.setdefault((point["method"], int(point["step"])), []).append(float(point[measure]))
+            found.setdefault((point["method"], int(point["step"])), []).append(
+                float(point[measure])
+            )
     rows: list[dict[str, Any]] = [
-        {"method": m, "step": step, measure: sum(each) / len(each)} for (m, step), each in found.items()
+        {"method": m, "step": step, measure: sum(each) / len(each)}
+        for (m, step), each in found.items()
     ]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    colours, dashes = list(islice(cycle(SERIES), len(methods))), list(islice(cycle(DASHES), len(methods)))
+    colours, dashes = (
+        list(islice(cycle(SERIES), len(methods))),
+        list(islice(cycle(DASHES), len(methods))),
+    )
     legend = alt.Legend(columns=2, symbolType="stroke", title=None)
     line = (
         alt.Chart(_data(rows))
@@ -396,7 +518,13 @@ def ranks(cells: Sequence[Cell], names: tuple[str, str]) -> Chart:
     heat = _heat(
         cells,
         alt.X("x:Q", bin="binned", title=f"place in {names[0]}, best first", axis=axis),
-        alt.Y("y:Q", bin="binned", title=f"place in {names[1]}", axis=axis, scale=alt.Scale(reverse=True)),
+        alt.Y(
+            "y:Q",
+            bin="binned",
+            title=f"place in {names[1]}",
+            axis=axis,
+            scale=alt.Scale(reverse=True),
+        ),
         alt.Scale(domainMin=0, range=[0, 1]),
     )
     return _made(

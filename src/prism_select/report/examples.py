@@ -18,17 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_select.config import ROW_BYTES
-from prism_select.data.formats import Format, Names, detect_pool, parse_fields, to_example
-from prism_select.data.readers import read_rows, readable, rows_at
+from prism_select.data.fields import Names
+from prism_select.data.files import read_rows, readable, rows_at
+from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
 from prism_select.data.records import Raw
-from prism_select.errors import BadFile, BadRow, PrismError
-from prism_select.report.columns import Columns
+from prism_select.report.scores_table import Columns
+from prism_select.run.config import ROW_BYTES
+from prism_select.run.errors import BadFile, BadRow, PrismError
 
 __all__ = ["Row", "Said", "Text", "cut", "rows_of", "shown"]
 
 WHOLE, TOP, BESIDE, BOTTOM = 400, 120, 60, 80
+
+
 LETTERS, TOKENS, GROUPS = 4000, 600, 64
+
+
 MORE = ("score_se", "score_groups", "token_scores", "token_texts")
 
 
@@ -84,7 +89,10 @@ def shown(columns: Columns) -> list[tuple[str, int]]:
     taken = np.flatnonzero(columns.taken[columns.order])
     last = int(taken[-1]) if len(taken) else -1
     if count <= WHOLE:
-        return [("top" if place <= last or last < 0 else "below the cut-off", place) for place in range(count)]
+        return [
+            ("top" if place <= last or last < 0 else "below the cut-off", place)
+            for place in range(count)
+        ]
     groups = {place: "top" for place in range(TOP)}
     if last >= 0:
         around = range(max(0, last - BESIDE + 1), min(count, last + BESIDE + 1))
@@ -93,13 +101,19 @@ def shown(columns: Columns) -> list[tuple[str, int]]:
     return [(groups[place], place) for place in sorted(groups)]
 
 
-def rows_of(path: Path, columns: Columns, config: Mapping[str, Any], places: Sequence[tuple[str, int]]) -> list[Row]:
+def rows_of(
+    path: Path, columns: Columns, config: Mapping[str, Any], places: Sequence[tuple[str, int]]
+) -> list[Row]:
     """The rows at these places of the ranking, with their texts; `config` is what the pool was scored with."""
     rows = [int(columns.order[place]) for _, place in places]
     details = details_of(path, rows)
     texts = texts_of(columns, config, {row: str(told["id"]) for row, told in details.items()})
     return [
-        replace(_row(group, place, columns, row, details[row]), said=texts[row].said, missing=texts[row].missing)
+        replace(
+            _row(group, place, columns, row, details[row]),
+            said=texts[row].said,
+            missing=texts[row].missing,
+        )
         for (group, place), row in zip(places, rows, strict=True)
     ]
 
@@ -108,7 +122,11 @@ def details_of(path: Path, rows: Collection[int]) -> dict[int, dict[str, Any]]:
     """Lines of scores.parquet by row; row groups without one of them are not read."""
     file = pq.ParquetFile(path / "scores.parquet")
     found, start = dict[int, dict[str, Any]](), 0
-    plain = [name for name in file.schema_arrow.names if name not in ("score_groups", "token_scores", "token_texts")]
+    plain = [
+        name
+        for name in file.schema_arrow.names
+        if name not in ("score_groups", "token_scores", "token_texts")
+    ]
     heavy = [name for name in MORE if name in file.schema_arrow.names]
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
@@ -127,7 +145,9 @@ def _row(group: str, place: int, columns: Columns, row: int, told: Mapping[str, 
         return math.nan if value is None else float(value)
 
     texts, scores = told.get("token_texts") or [], told.get("token_scores") or []
-    tokens = tuple((text, float(score)) for text, score in zip(texts[:TOKENS], scores[:TOKENS], strict=True))
+    tokens = tuple(
+        (text, float(score)) for text, score in zip(texts[:TOKENS], scores[:TOKENS], strict=True)
+    )
     return Row(
         group=group,
         row=row,
@@ -152,7 +172,9 @@ def _row(group: str, place: int, columns: Columns, row: int, told: Mapping[str, 
     )
 
 
-def texts_of(columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]) -> dict[int, Text]:
+def texts_of(
+    columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]
+) -> dict[int, Text]:
     """What each row says, or why that cannot be shown; `ids` are those of scores.parquet, by row."""
     mapping, limit = parse_fields(config["fields"]), config.get("max_row_bytes", ROW_BYTES)
     by_file: dict[str, dict[int, int]] = {}

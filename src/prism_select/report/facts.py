@@ -19,22 +19,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_select.config import OF_CHOICE, ROW_BYTES
 from prism_select.data.formats import parse_fields
-from prism_select.data.inputs import read_targets
 from prism_select.data.records import Pair as Answers
-from prism_select.errors import BadOption, PrismError
-from prism_select.report.columns import Columns, columns_of
+from prism_select.data.targets import read_targets
+from prism_select.report.distribution import Spread, spread_of
 from prism_select.report.examples import Row, Said, cut, rows_of, shown
-from prism_select.report.spread import Spread, spread_of
-from prism_select.store import Run
+from prism_select.report.scores_table import Columns, columns_of
+from prism_select.run.config import OF_CHOICE, ROW_BYTES
+from prism_select.run.errors import BadOption, PrismError
+from prism_select.run.folder import Run
 
 __all__ = ["Facts", "Pair", "Share", "Target", "facts_of", "opened", "options_of"]
 
 PAIRS = 200
+
+
 READ = 4 * 2**30
+
+
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_INSIDE = ("weight", "bias", "default", "base_layer", "lora_A", "lora_B")  # of a module, or of its adapter
+
+
+_INSIDE = (
+    "weight",
+    "bias",
+    "default",
+    "base_layer",
+    "lora_A",
+    "lora_B",
+)  # of a module, or of its adapter
+
+
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -101,7 +116,9 @@ def opened(path: str) -> Run:
     run = Run(Path(path))
     for name in ("manifest.json", "scores.parquet"):
         if not (run.path / name).is_file():
-            raise BadOption(f"{path}: no complete run there ({name} is missing); give the folder of one")
+            raise BadOption(
+                f"{path}: no complete run there ({name} is missing); give the folder of one"
+            )
     try:
         command = run.manifest["command"]
         pq.read_schema(run.path / "scores.parquet")
@@ -118,7 +135,11 @@ def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config, scored_by = manifest["config"], manifest.get("scored_by", {})
     return {
         **scored_by,
-        **{name: value for name, value in config.items() if name in OF_CHOICE or name not in scored_by},
+        **{
+            name: value
+            for name, value in config.items()
+            if name in OF_CHOICE or name not in scored_by
+        },
     }
 
 
@@ -130,7 +151,11 @@ def facts_of(path: str) -> Facts:
     columns = columns_of(run.path, manifest)
     place = run.path / "evaluation"
     told = json.loads(text) if (text := _text(place / "evaluation.json")) else None
-    curves = pq.read_table(place / "curves.parquet").to_pylist() if (place / "curves.parquet").exists() else []
+    curves = (
+        pq.read_table(place / "curves.parquet").to_pylist()
+        if (place / "curves.parquet").exists()
+        else []
+    )
     return Facts(
         path=str(run.path),
         manifest=manifest,
@@ -153,7 +178,9 @@ def _text(path: Path) -> str:
 def newer_than(manifest: Path, files: Iterable[str]) -> list[str]:
     """The files that were written after the manifest."""
     then = manifest.stat().st_mtime
-    return [file for file in files if Path(file).is_file() and Path(file).stat().st_mtime > then + 1]
+    return [
+        file for file in files if Path(file).is_file() and Path(file).stat().st_mtime > then + 1
+    ]
 
 
 def target_of(path: Path, scored_by: Mapping[str, Any]) -> Target | None:
@@ -192,11 +219,15 @@ def _sides(pair: Answers) -> dict[str, tuple[Said, ...]]:
     }
 
 
-def answers_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Answers], str]:
+def answers_of(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Answers], str]:
     """The pairs of the target files in the order of `rows`, or why they cannot be had."""
     try:
         limit = config.get("max_row_bytes", ROW_BYTES)
-        targets = read_targets(config["target"], parse_fields(config["fields"]), config["target_by"], limit)
+        targets = read_targets(
+            config["target"], parse_fields(config["fields"]), config["target_by"], limit
+        )
     except PrismError as error:
         return [], str(error)
     every = [pair for pairs in targets.values() for pair in pairs]
@@ -209,7 +240,10 @@ def answers_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     found = [by_line.get((row["line"], row["prompt"]), []) for row in rows]
     if all(len(pairs) == 1 for pairs in found):
         return [pairs[0] for pairs in found], ""
-    return [], "the target's files have changed, or only the nearest pairs were taken: answers are not shown"
+    return (
+        [],
+        "the target's files have changed, or only the nearest pairs were taken: answers are not shown",
+    )
 
 
 def layers_of(file: Path) -> tuple[Share, ...]:
@@ -221,7 +255,9 @@ def layers_of(file: Path) -> tuple[Share, ...]:
     for name, value in squares.items():
         key = part_of(name)
         found[key] = found.get(key, 0.0) + value / (total or math.nan)
-    return tuple(Share(part, kind, share) for (part, kind), share in sorted(found.items(), key=_in_network))
+    return tuple(
+        Share(part, kind, share) for (part, kind), share in sorted(found.items(), key=_in_network)
+    )
 
 
 def squares_of(file: Path) -> dict[str, float]:
@@ -255,4 +291,6 @@ def _in_network(item: tuple[tuple[str, str], float]) -> tuple[int, int]:
     part = item[0][0]
     if part.startswith("block "):
         return 1, int(part.removeprefix("block "))
-    return (0, 0) if "emb" in part or part in ("wte", "wpe") else (3, 0) if "head" in part else (2, 0)
+    return (
+        (0, 0) if "emb" in part or part in ("wte", "wpe") else (3, 0) if "head" in part else (2, 0)
+    )

@@ -22,7 +22,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from prism_select.report.charts import Chart
-from prism_select.store import finite
+from prism_select.run.folder import finite
 
 __all__ = ["in_json", "render", "significant"]
 
@@ -31,20 +31,30 @@ _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"
 
 def in_json(value: Mapping[str, Any]) -> str:
     """JSON that means the same inside a script element: no markup can end it."""
-    return json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+    return json.dumps(
+        finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    ).translate(_ESCAPES)
 
 
 def significant(value: float | None, digits: int = 3) -> str:
     """Three digits that matter; a dash where there is no number."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.{digits}g}".replace("-", "−") if abs(value) < 1e4 else f"{value:,.0f}".replace("-", "−")
+    return (
+        f"{value:.{digits}g}".replace("-", "−")
+        if abs(value) < 1e4
+        else f"{value:,.0f}".replace("-", "−")
+    )
 
 
 def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.0%}" if 0.1 <= abs(value) < 0.995 else f"{100 * value:.1f}".removesuffix(".0") + "%"
+    return (
+        f"{value:.0%}"
+        if 0.1 <= abs(value) < 0.995
+        else f"{100 * value:.1f}".removesuffix(".0") + "%"
+    )
 
 
 def as_told(line: str) -> Markup:
@@ -78,10 +88,14 @@ def _asset(name: str) -> str:
 
 @cache
 def _hash(name: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode() + "'"
+    return (
+        "'sha256-" + base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode() + "'"
+    )
 
 
-def render(template: str, charts: Sequence[Chart], tables: Mapping[str, Any], values: Mapping[str, Any]) -> bytes:
+def render(
+    template: str, charts: Sequence[Chart], tables: Mapping[str, Any], values: Mapping[str, Any]
+) -> bytes:
     """The page of a template; `values` are what it names. `charts` and `tables` are drawn by the page's script."""
     scripts = {"vega": "vega/vega.js", "script": "templates/page.js"}
     allowed = " ".join(_hash(name) for name in scripts.values())

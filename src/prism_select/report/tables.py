@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from prism_select.config import sides_of
 from prism_select.report.examples import Row
 from prism_select.report.facts import Facts
+from prism_select.run.config import sides_of
 
 __all__ = ["examples_table", "pairs_table", "table_of"]
 
@@ -24,7 +24,12 @@ def table_of(
 ) -> dict[str, Any]:
     """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind); `values` are what
     they need beside the fields of each row."""
-    columns = [*columns, ("learned", "tokens", "count"), ("source", "source", "name"), ("verdict", "verdict", "name")]
+    columns = [
+        *columns,
+        ("learned", "tokens", "count"),
+        ("source", "source", "name"),
+        ("verdict", "verdict", "name"),
+    ]
     wide = {"learned", "source", "verdict"}
     details = [
         ("score", "score", "score"),
@@ -51,14 +56,22 @@ def table_of(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    whole = " ⏎ ".join(said.text[:PREVIEW] for said in row.said) or "".join(text for text, _ in row.tokens)
-    return {**asdict(row), "text": whole[:PREVIEW] or row.missing, "place": f"{row.file}:{row.line}"}
+    whole = " ⏎ ".join(said.text[:PREVIEW] for said in row.said) or "".join(
+        text for text, _ in row.tokens
+    )
+    return {
+        **asdict(row),
+        "text": whole[:PREVIEW] or row.missing,
+        "place": f"{row.file}:{row.line}",
+    }
 
 
 def examples_table(facts: Facts) -> dict[str, Any]:
     by = facts.columns.by
     columns = [("rank", "rank", "count"), (by, by.replace("_", " "), "score")]
-    return table_of(facts.rows, sides_of(facts.swapped), columns, [{by: row.ranking} for row in facts.rows])
+    return table_of(
+        facts.rows, sides_of(facts.swapped), columns, [{by: row.ranking} for row in facts.rows]
+    )
 
 
 def pairs_table(facts: Facts) -> dict[str, Any]:

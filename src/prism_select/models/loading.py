@@ -1,0 +1,178 @@
+"""TODO."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from prism_select.data.encoding import Encoder
+from prism_select.models.adapters import load_adapter
+from prism_select.models.causal_lm import CausalLM
+from prism_select.run.config import ModelConfig, ScoreConfig
+from prism_select.run.errors import BadModel, BadOption
+from prism_select.run.progress import Progress
+
+__all__ = [
+    "fingerprint_of",
+    "load",
+    "load_model",
+    "model_fingerprint",
+    "resolve_device",
+    "weights_of",
+]
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadOption(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from None
+    if device.type == "mps":
+        raise BadOption(
+            f"--device {name}: scores add up in double precision, which it lacks; try cpu"
+        )
+    return device
+
+
+def weights_of(name: str) -> str | None:
+    """The GGUF file to load, or None for safetensors or a hub id. Raises BadModel for a path with neither file."""
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
+        return None
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise BadModel(f"--model {folder}: a file that is not .gguf; give the model's folder")
+        return folder.name
+    if any(folder.glob("*.safetensors")):
+        return None
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) == 1:
+        return packed[0].name
+    if packed:
+        raise BadModel(f"--model {folder}: {len(packed)} .gguf files; give the path of one")
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    found = f"only {pickled[0].name}, a pickle, which is never read" if pickled else "no weights"
+    raise BadModel(
+        f"--model {folder}: {found}; save it with save_pretrained(folder), which writes model.safetensors"
+    )
+
+
+def refuse_unreachable(name: str) -> None:
+    """Raises BadModel at once where a hub model is not here and the hub cannot be asked: the hub's client would go on
+    trying for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of whichever HTTP library; what else there is to say comes later, from transformers
+        if type(error).__name__ in (
+            "ConnectError",
+            "ConnectTimeout",
+            "ConnectionError",
+            "OfflineModeIsEnabled",
+        ):
+            why = "no such folder here, and the hub cannot be reached"
+            raise BadModel(f"--model {name}: {why}; check the path, or the network") from error
+
+
+def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
+    """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the folder."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    path, packed = Path(name), weights_of(name)
+    if path.exists():
+        path = path.parent if path.is_file() else path
+    else:
+        refuse_unreachable(name)
+    source = str(path) if path.exists() else name
+    options: dict[str, Any] = {"gguf_file": packed} if packed else {"use_safetensors": True}
+    precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if packed:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        precision = torch.bfloat16 if dtype == "auto" else precision
+    plain: dict[str, Any] = {
+        "trust_remote_code": False,
+        **({"gguf_file": packed} if packed else {}),
+    }
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **plain)
+        config = transformers.AutoConfig.from_pretrained(source, **plain)
+        config._experts_implementation = "eager"
+        network, told = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=precision,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadModel(
+            f"--model {name}: {reason or type(error).__name__}; check the folder or the hub id"
+        ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise BadModel(
+            f"--model {name}: its files hold no {missing[0]} ({len(missing)} weights are missing and would be random); "
+            "save the whole model with save_pretrained(folder)"
+        )
+    if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
+        network = network.float()
+    return CausalLM(network.to(device)), tokenizer
+
+
+def model_fingerprint(name: str) -> str:
+    """Of the configuration, and of the first and last megabyte of each file of weights; a hub id counts by its name."""
+    path, whole = Path(name), hashlib.blake2b(digest_size=16)
+    if not path.exists():
+        return f"hub:{name}"
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".gguf"))
+    )
+    for file in files:
+        size = file.stat().st_size
+        whole.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            whole.update(stream.read(2**20))
+            stream.seek(max(0, size - 2**20))
+            whole.update(stream.read())
+    return whole.hexdigest()
+
+
+def fingerprint_of(config: ScoreConfig) -> str:
+    """Of the model, with the adapter on it."""
+    return model_fingerprint(config.model) + (
+        "+" + model_fingerprint(config.adapter) if config.adapter else ""
+    )
+
+
+def load_model(config: ModelConfig, progress: Progress) -> tuple[CausalLM, Encoder]:
+    with progress.task(f"loading {config.model}", None):
+        model, tokenizer = load(config.model, config.dtype, resolve_device(config.device))
+        if config.adapter:
+            model = load_adapter(
+                model.network, Path(config.adapter), merge=config.layers != "adapter"
+            )
+    limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
+    encoder = Encoder(
+        tokenizer, config.template, min(config.max_length, limit), model.vocabulary, config.skip_end
+    )
+    progress.say(
+        f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}, template "
+        f"{encoder.template}, at most {encoder.max_length} tokens a row"
+    )
+    return model, encoder
