@@ -1,15 +1,16 @@
-"""Where a choice falls short: what was tried, on validation pairs and questions that no hold-out shares.
+"""Where a choice falls short: what was tried, on validation pairs and questions that no hold-out
+shares.
 
     python benchmarks/attempts.py --data DIR        about an hour on one core; may be stopped, goes on where it was
 
     bAbI     each option by itself, then three learning rates: gain and win rate on the validation pairs of babi.py
-             after training on the best 5% (in repair: without the worst 5%), less those of as many random rows
+             after training on the best 5% (in repair: without the worst 5%), less those of as many
+             random rows
     Gemma    the two repairs of curvature.py: AUROC with flat curvature and each remedy that was not tried there
 
-Choices made here: nothing is tried on the hold-out pairs of quality.py. `kinds` makes a target of each answer that the
-pairs want and takes their best rows in turn; it is meant for the reason found in the first study, that the highest
-scores are of few kinds.
-"""
+Choices made here: nothing is tried on the hold-out pairs of quality.py. `kinds` makes a target of
+each answer that the pairs want and takes their best rows in turn; it is meant for the reason found
+in the first study, that the highest scores are of few kinds."""
 
 import argparse
 import warnings

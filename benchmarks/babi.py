@@ -1,4 +1,5 @@
-"""bAbI (arXiv 1502.05698): a Llama of 0.14 million numbers that has read six tasks halfway, and three scenarios on it.
+"""bAbI (arXiv 1502.05698): a Llama of 0.14 million numbers that has read six tasks halfway, and
+three scenarios on it.
 
     babi-select    pool: right answers to all six tasks        target: pairs of qa20
     babi-repair    pool: four tasks, a quarter answered wrong  target: pairs of these tasks
@@ -7,22 +8,24 @@
 
     python benchmarks/babi.py --data DIR     makes all files and tells how training moves the validation pairs
 
-The model reads 1,100 rows of a task, 32 at a time, for two minutes on one core, and stops long before it is done. Of
-qa4 and qa20, it reads 60% with a wrong answer: habits that the right rows can undo. A wrong answer is the place that
-is asked about (qa4), or the next in the alphabet of what such questions are answered with, from the story itself where
-it tells of another. Wrong rows of a pool and of what was read, and rejected answers, follow this one rule.
+The model reads 1,100 rows of a task, 32 at a time, for two minutes on one core, and stops long
+before it is done. Of qa4 and qa20, it reads 60% with a wrong answer: habits that the right rows can
+undo. A wrong answer is the place that is asked about (qa4), or the next in the alphabet of what
+such questions are answered with, from the story itself where it tells of another. Wrong rows of a
+pool and of what was read, and rejected answers, follow this one rule.
 
-Choices made here: hold-out pairs come from the test files, all others from the train files; no prompt is in two of
-what was read, pool, target, validation and hold-out; prompts that train and test share (qa4, qa20) are dropped from
-train; rows of more than 70 words are left out, which shortens qa7 only. The loss counts the story a little, since
-without it the model needs longer to find the words that matter. A first model, which read only 40 rows of qa20 and no
-wrong answers, learned too little in so few steps (60% of the pairs won before, 47% to 67% after everything), and was
-dropped. Steps, rate and `full` were set by what `main` prints, on random rows and on everything, before any run of
-PRISM; the hold-out took no part. Of four schedules of 40 steps, two moved the validation pairs: all weights at 1e-3
-(select, everything: 0.55 won before, 0.62 and 0.73 after) and LoRA at 3e-3 (0.65 and 0.68); 80 steps of LoRA move more
-(0.75 and 0.77) but are twice as many. All weights were taken, as the plainer of the two. J rises with the spread of the
-gaps too: read it with the win rate. `KINDS` was found by attempts.py on the validation pairs.
-"""
+Choices made here: hold-out pairs come from the test files, all others from the train files; no
+prompt is in two of what was read, pool, target, validation and hold-out; prompts that train and
+test share (qa4, qa20) are dropped from train; rows of more than 70 words are left out, which
+shortens qa7 only. The loss counts the story a little, since without it the model needs longer to
+find the words that matter. A first model, which read only 40 rows of qa20 and no wrong answers,
+learned too little in so few steps (60% of the pairs won before, 47% to 67% after everything), and
+was dropped. Steps, rate and `full` were set by what `main` prints, on random rows and on
+everything, before any run of PRISM; the hold-out took no part. Of four schedules of 40 steps, two
+moved the validation pairs: all weights at 1e-3 (select, everything: 0.55 won before, 0.62 and 0.73
+after) and LoRA at 3e-3 (0.65 and 0.68); 80 steps of LoRA move more (0.75 and 0.77) but are twice as
+many. All weights were taken, as the plainer of the two. J rises with the spread of the gaps too:
+read it with the win rate. `KINDS` was found by attempts.py on the validation pairs."""
 
 import argparse
 import json
@@ -47,9 +50,9 @@ from prism_select.data.records import Example
 from prism_select.data.targets import read_target
 from prism_select.demo.train import IGNORED, Encoded, encode
 from prism_select.directions.from_pairs import as_side, encode_sides
-from prism_select.evaluation.retraining import Bench, Lot, Point, measured
+from prism_select.evaluation.retraining import Point, Retrainer, TrainingJob, measured
 from prism_select.models.loading import load
-from prism_select.models.lora_training import Course
+from prism_select.models.lora_training import TrainingSettings
 from prism_select.run.folder import Store
 
 Row = dict[str, Any]
@@ -89,13 +92,15 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of each part, without a prompt in common, and what else a question could have been answered with."""
+    """Rows of each part, without a prompt in common, and what else a question could have been
+    answered with."""
 
     name: str
     parts: Mapping[str, Sequence[Row]]
 
     def answers(self, row: Row) -> list[str]:
-        """All that such a question is answered with; of these, those in the row's own story, if any other is there."""
+        """All that such a question is answered with; of these, those in the row's own story, if any
+        other is there."""
         kind = asks(row)
         known = sorted(
             {
@@ -110,7 +115,8 @@ class Task:
         return near if len(near) > 1 else known
 
     def wrong(self, row: Row) -> str:
-        """The place that is asked about, if there is one; else the next answer in the alphabet, in a circle."""
+        """The place that is asked about, if there is one; else the next answer in the alphabet, in
+        a circle."""
         others = [answer for answer in self.answers(row) if answer != row["answer"]]
         asked = [answer for answer in others if answer in question(row)]
         return str((asked or [answer for answer in others if answer > row["answer"]] or others)[0])
@@ -222,7 +228,8 @@ def make_model(tasks: Mapping[str, Task], folder: Path) -> None:
 
 
 def read(model: LlamaForCausalLM, rows: Sequence[Encoded]) -> None:
-    """Rows of like length stand together, which halves the padding; the rate falls to zero over the second half."""
+    """Rows of like length stand together, which halves the padding; the rate falls to zero over the
+    second half."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1.0, 2 * (STEPS - step) / STEPS)
@@ -343,8 +350,9 @@ def save(path: Path, rows: Iterable[Row]) -> str:
     return str(path)
 
 
-def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
-    """Prints gain and win rate on the validation pairs, before and after training on 75 random rows, or on all."""
+def reaction(scenario: Scenario, courses: Sequence[TrainingSettings]) -> None:
+    """Prints gain and win rate on the validation pairs, before and after training on 75 random
+    rows, or on all."""
     model, tokenizer = load(str(scenario.model), "float32", torch.device("cpu"))
     encoder = Encoder(tokenizer, "auto", 128)
     rows = [
@@ -356,11 +364,11 @@ def reaction(scenario: Scenario, courses: Sequence[Course]) -> None:
     sides = [as_side(side, 8192, model.device) for side in encode_sides(pairs, encoder)]
     before = Point(0, 0.0, *measured(model, sides))
     print(f"{scenario.name}: {told(before)} before, {len(rows)} rows, {len(pairs)} pairs")
-    bench = Bench(model, encoder, dict(enumerate(rows)), sides, Store(""), ())
+    bench = Retrainer(model, encoder, dict(enumerate(rows)), sides, Store(""), ())
     for course in courses:
         few = random.Random(course.seed).sample(range(len(rows)), 75)
         after = [
-            told(bench.trained(Lot("", np.array(some), course))[-1])
+            told(bench.trained(TrainingJob("", np.array(some), course))[-1])
             for some in (few, range(len(rows)))
         ]
         print(f"  {course}: {after[0]} after random rows, {after[1]} after everything", flush=True)
@@ -386,7 +394,7 @@ def main() -> None:
         (40, 3e-3, False),
         (80, 3e-3, False),
     ]
-    courses = [Course(seed, *each) for each in tries for seed in (0, 1)]
+    courses = [TrainingSettings(seed, *each) for each in tries for seed in (0, 1)]
     for scenario in scenarios(parser.parse_args().data, Path(__file__).parent / "work" / "babi"):
         reaction(scenario, courses)
 

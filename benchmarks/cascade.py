@@ -1,15 +1,16 @@
-"""The cascade on two mixed pools: how many rows must be scored exactly until most of the best ones are found?
+"""The cascade on two mixed pools: how many rows must be scored exactly until most of the best ones
+are found?
 
     python benchmarks/cascade.py --data DIR        an hour on two cores; may be stopped, goes on where it was
 
-Pools: 10,540 short rows among which are worked math (`cascade`), or right answers to science questions
-(`cascade-choices`). Targets: 40 worked solutions and the same with other numbers; 40 questions of ARC, all choices.
-Model: a Llama of 13M numbers, trained here from nothing on the same rows for some minutes; float32.
+Pools: 10,540 short rows among which are worked math (`cascade`), or right answers to science
+questions (`cascade-choices`). Targets: 40 worked solutions and the same with other numbers; 40
+questions of ARC, all choices. Model: a Llama of 13M numbers, trained here from nothing on the same
+rows for some minutes; float32.
 
-Choices made here: every row is scored once, and ten cascades look scores up, so that their recall is known; on the
-first pool, on which the cascade was made, two more are run, and the scoring of each is put beside forward passes over
-the pool before and after it.
-"""
+Choices made here: every row is scored once, and ten cascades look scores up, so that their recall
+is known; on the first pool, on which the cascade was made, two more are run, and the scoring of
+each is put beside forward passes over the pool before and after it."""
 
 import argparse
 import random
@@ -36,16 +37,16 @@ from prism_select.data.encoding import Encoder
 from prism_select.data.pairing import change_numbers
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example
-from prism_select.directions.layout import Lines
+from prism_select.directions.layout import DirectionLayout
 from prism_select.models.loading import load
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.progress import Silent
-from prism_select.scoring.fitting import Fitting
+from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.scorer import Scorer
 from prism_select.scoring.shards import WINDOW
-from prism_select.selection.cascade import Cascade, Looker
-from prism_select.selection.cascade_guess import looking
+from prism_select.selection.cascade import Cascade, FeatureScorer
+from prism_select.selection.cascade_prediction import looking
 
 Row = dict[str, Any]
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 320, 8, 160
@@ -183,8 +184,9 @@ def looked(folder: Path) -> list[Path]:
         model, tokenizer = load(str(folder / "model"), "float32", torch.device("cpu"))
         config = ScoreConfig(**shared(folder), out=str(store.path))
         encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
-        looker = Looker(
-            looking(model, 0), Scorer(encoder, Fitting(unused, 1), Lines(), config, model.device)
+        looker = FeatureScorer(
+            looking(model, 0),
+            Scorer(encoder, BatchedEngine(unused, 1), DirectionLayout(), config, model.device),
         )
         rows = list(Pool(config.pool, {}).rows())
         with Silent().task("", None) as task:
@@ -200,7 +202,8 @@ def looked(folder: Path) -> list[Path]:
 
 
 def replayed(folder: Path, seed: int, exact: pa.Table, looks: list[Path]) -> Row:
-    """A cascade whose scores are looked up: how much it scores, what it finds and what it says that it finds."""
+    """A cascade whose scores are looked up: how much it scores, what it finds and what it says that
+    it finds."""
     config = SelectConfig(
         **shared(folder), cascade=True, recall=WISH, seed=seed, out=str(folder / "replay")
     )

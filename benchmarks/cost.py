@@ -1,14 +1,15 @@
-"""What does a score cost? In forwards: one pass over the same rows without a graph, for their log-likelihood alone.
+"""What does a score cost? In forwards: one pass over the same rows without a graph, for their
+log-likelihood alone.
 
     make bench-cost        about twenty minutes on two quiet cores; alone: python benchmarks/cost.py
 
-A random Llama of 34M numbers (8 blocks, width 512, vocabulary 8,192), float32, all weights counted, rows of 127 tokens
-that are all supervised. Choices made here: the ways take turns, round by round, so that a slow minute slows them all;
-figures are medians over rounds of the ratio to the same round's forward, and their intervals go from least to most.
-Beside bergson 2.5.1 and kronfluence 1.0.1 each way runs in a process of its own (cost_sides.py), on more rows, since a
-peer does much once a call, and the rank correlation of each is with the definition, over the weights that it counts:
-kronfluence all linear layers, bergson those but the head.
-"""
+A random Llama of 34M numbers (8 blocks, width 512, vocabulary 8,192), float32, all weights counted,
+rows of 127 tokens that are all supervised. Choices made here: the ways take turns, round by round,
+so that a slow minute slows them all; figures are medians over rounds of the ratio to the same
+round's forward, and their intervals go from least to most. Beside bergson 2.5.1 and kronfluence
+1.0.1 each way runs in a process of its own (cost_sides.py), on more rows, since a peer does much
+once a call, and the rank correlation of each is with the definition, over the weights that it
+counts: kronfluence all linear layers, bergson those but the head."""
 
 import argparse
 import copy
@@ -28,13 +29,13 @@ from results_file import figure, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prism_select.core.engines import difference, forward, reference, reverse
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, token_logliks
 from prism_select.core.statistics import rank_correlation
 from prism_select.demo.story import MODEL
 from prism_select.directions.low_rank import factor
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.scoring.gradient_norms import with_norms
 
 HERE = Path(__file__).parent
@@ -70,7 +71,7 @@ def batches_of(rows: int, size: int = 4) -> list[Batch]:
     return [Batch(tokens, every, every).rows(slice(i, i + size)) for i in range(0, rows, size)]
 
 
-def directions_of(weights: Weights, count: int) -> list[Direction]:
+def directions_of(weights: Parameters, count: int) -> list[Direction]:
     draw = torch.Generator().manual_seed(1)
     return [
         {name: torch.randn(w.shape, generator=draw) for name, w in weights.items()}
@@ -79,12 +80,12 @@ def directions_of(weights: Weights, count: int) -> list[Direction]:
 
 
 def ways_of(model: CausalLM) -> Mapping[str, Callable[[Batch], object]]:
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     many = directions_of(weights, 11)
-    late = select_weights(model.network, "late")
+    late = select_parameters(model.network, "late")
     late_two = directions_of(late, 2)
     half = CausalLM(copy.deepcopy(model.network).bfloat16())
-    narrow = select_weights(half.network, "all")
+    narrow = select_parameters(half.network, "all")
     low = [factor(model.network, direction, 16).direction for direction in many[:2]]
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ def agreements(
     """Rank correlations with the definition, over the rows of a batch."""
     found = []
     for layers in ("all", "late"):
-        weights = select_weights(model.network, layers)
+        weights = select_parameters(model.network, layers)
         exact = reference(model, weights, directions_of(weights, 1))(batch).values[:, 0].numpy()
         for engine in ("reverse", "difference"):
             name = f"{engine}, one direction" + (", late" if layers == "late" else "")

@@ -1,14 +1,16 @@
-"""One way of scoring, in a process of its own: called by cost.py, in an environment where what it needs is installed.
+"""One way of scoring, in a process of its own: called by cost.py, in an environment where what it
+needs is installed.
 
     python benchmarks/cost_sides.py WAY FOLDER      reads the model and rows.json there
 
-It prints a line when it is ready, then for each line that it reads scores all rows and prints the seconds, and at the
-end its scores and its peak memory. The target is one row, whose gradient is the direction; it is found before, but for
-kronfluence, whose call finds it anew each time (one row more).
+It prints a line when it is ready, then for each line that it reads scores all rows and prints the
+seconds, and at the end its scores and its peak memory. The target is one row, whose gradient is the
+direction; it is found before, but for kronfluence, whose call finds it anew each time (one row
+more).
 
-Choices made here: peers as they come, exact and unprojected, and timed without their start-up, their reading of models
-and their writing of files where these can be told apart: bergson's gradients and scores, kronfluence's whole call.
-"""
+Choices made here: peers as they come, exact and unprojected, and timed without their start-up,
+their reading of models and their writing of files where these can be told apart: bergson's
+gradients and scores, kronfluence's whole call."""
 
 import json
 import os
@@ -110,11 +112,11 @@ def ours(way: str, folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     from prism_select.core.likelihood import Batch, backward, mean_logliks
     from prism_select.core.target_gradient import differentiable
     from prism_select.models.causal_lm import CausalLM
-    from prism_select.models.layer_selection import select_weights
+    from prism_select.models.layer_selection import select_parameters
 
     name, layers = way.split(maxsplit=1)
     model = CausalLM(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    weights = select_weights(model.network, layers)
+    weights = select_parameters(model.network, layers)
     tokens = torch.tensor(rows)
     every = torch.ones_like(tokens, dtype=torch.bool)
     whole = Batch(tokens, every, every)

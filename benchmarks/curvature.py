@@ -1,14 +1,16 @@
-"""What sharpens a ranking? Curvature × common part × layers × normalisation × weighting, by two repairs.
+"""What sharpens a ranking? Curvature × common part × layers × normalisation × weighting, by two
+repairs.
 
     python benchmarks/curvature.py --data DIR        about an hour on one core; may be stopped, goes on where it was
 
-Gemma-3-270M (base), bfloat16, all 18 blocks. TruthfulQA: 80 pairs, the right and the wrong answers of 150 other
-questions; polite and rude: 60 pairs, both answers to 100 other instructions. Which rows are the unwanted answers?
+Gemma-3-270M (base), bfloat16, all 18 blocks. TruthfulQA: 80 pairs, the right and the wrong answers
+of 150 other questions; polite and rude: 60 pairs, both answers to 100 other instructions. Which
+rows are the unwanted answers?
 
-Choices made here: every row is scored along both halves of the direction of each weighting, damping and curvature,
-block by block, in one pass for each curvature; layers, common part and normalisation follow from these sums, since each
-weight has its own curvature. Curvature is fitted on 128 rows of the pool; intervals resample questions.
-"""
+Choices made here: every row is scored along both halves of the direction of each weighting, damping
+and curvature, block by block, in one pass for each curvature; layers, common part and normalisation
+follow from these sums, since each weight has its own curvature. Curvature is fitted on 128 rows of
+the pool; intervals resample questions."""
 
 import argparse
 import itertools
@@ -35,7 +37,7 @@ from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
 from prism_select.directions.curvature import Blocks, diagonal, ekfac, solve
 from prism_select.directions.from_pairs import as_side
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 CPU = torch.device("cpu")
 FITTED = 128  # rows of the pool
@@ -88,7 +90,8 @@ WANTED = {"truthfulqa": "≥ 0.80", "polite": "≥ 0.75"}  # of the best, which 
 
 
 class Halves:
-    """Both halves of the direction of each weighting, before any curvature; a repair aims at the unwanted answers."""
+    """Both halves of the direction of each weighting, before any curvature; a repair aims at the
+    unwanted answers."""
 
     def __init__(self, study: Study, pairs: Sequence[Row]) -> None:
         coded = [
@@ -262,7 +265,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     chosen = parser.parse_args()
     study = Study()
-    study.weights = select_weights(study.model.network, r"layers\.\d+\.")
+    study.weights = select_parameters(study.model.network, r"layers\.\d+\.")
     rows, figures = list[Row](), list[Row]()
     for task in TASKS:
         found = measure(study, task, chosen.data)

@@ -1,17 +1,19 @@
-"""Three scenarios on a real pre-trained model, Gemma-3-270M (base), in bfloat16: public data, short rows.
+"""Three scenarios on a real pre-trained model, Gemma-3-270M (base), in bfloat16: public data, short
+rows.
 
     gsm8k         pool: 600 rows, a quarter math       target: 40 worked solutions and the same with other numbers
-                  hold-out: 30 such pairs, and 30 of right and wrong solutions that models wrote, of other questions
+                  hold-out: 30 such pairs, and 30 of right and wrong solutions that models wrote, of
+                  other questions
     truthfulqa    pool: right and wrong answers        target: 80 pairs      hold-out: 60 pairs       (repair)
     polite        pool: polite and rude answers        target: 60 pairs      hold-out: 60 pairs       (repair)
     arc           pool: 600 rows, a third right answers to OpenBookQA        target: 40 questions of ARC, all choices
                   hold-out: 40 questions of its test set, all choices
 
-Choices made here: a scenario's way of scoring was fixed before its hold-out was looked at, from what real.py, pairs.py
-and curvature.py found on other questions: near pairs for math, EK-FAC with all weights and cosines for TruthfulQA, the
-last six blocks for politeness, an anchor for loose choices. Questions are split by seed `SPLIT`, which no other study
-has used. Training is the same everywhere: LoRA, 12 steps at 5e-4, set once and not tried otherwise.
-"""
+Choices made here: a scenario's way of scoring was fixed before its hold-out was looked at, from
+what real.py, pairs.py and curvature.py found on other questions: near pairs for math, EK-FAC with
+all weights and cosines for TruthfulQA, the last six blocks for politeness, an anchor for loose
+choices. Questions are split by seed `SPLIT`, which no other study has used. Training is the same
+everywhere: LoRA, 12 steps at 5e-4, set once and not tried otherwise."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

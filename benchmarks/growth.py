@@ -1,12 +1,12 @@
-"""How does the cost of a run grow? With the rows of the pool, the tokens of a row, the numbers of the model.
+"""How does the cost of a run grow? With the rows of the pool, the tokens of a row, the numbers of
+the model.
 
     python benchmarks/growth.py        about ten minutes on two quiet cores
 
-Rows: whole runs on the bundled model, short rows. Tokens and numbers: the engine alone, on random Llamas in float32,
-two directions as in a run. Choices made here: an exponent is the slope of a line through the logarithms of seconds and
-size, of the last three sizes, since a run's fixed seconds flatten the first; each point of the engine is the
-least of three.
-"""
+Rows: whole runs on the bundled model, short rows. Tokens and numbers: the engine alone, on random
+Llamas in float32, two directions as in a run. Choices made here: an exponent is the slope of a line
+through the logarithms of seconds and size, of the last three sizes, since a run's fixed seconds
+flatten the first; each point of the engine is the least of three."""
 
 import tempfile
 import time
@@ -26,7 +26,7 @@ from prism_select.core.engines import reverse
 from prism_select.core.likelihood import Batch
 from prism_select.demo.story import MODEL
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 Row = dict[str, Any]
 ROWS, LENGTHS, WIDTHS = (
@@ -54,7 +54,7 @@ def engine_alone(width: int, length: int) -> tuple[float, int]:
         "num_attention_heads": 4,
     }
     model = CausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=4096, **size)))
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     engine = reverse(model, weights, directions_of(weights, 2))
     tokens = torch.randint(
         3, 4096, (TOKENS // length, length), generator=torch.Generator().manual_seed(0)

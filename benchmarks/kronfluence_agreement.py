@@ -3,15 +3,15 @@
     make peers        installs kronfluence and bergson in an environment of their own, without torchvision, whose build
                       is not that of this torch; then about three minutes on one core
 
-This script writes tokens to a file and calls itself in kronfluence's own environment, where nothing of PRISM is
-imported: there the log-likelihoods, the gain and its derivative are written once more.
+This script writes tokens to a file and calls itself in kronfluence's own environment, where nothing
+of PRISM is imported: there the log-likelihoods, the gain and its derivative are written once more.
 
-Choices made here: all linear layers of the four blocks (no biases), float32, 40 pairs of one skill, 300 rows of the
-pool; labels as given (`use_empirical_fisher`), damping 0.1 of each layer's mean eigenvalue (`damping_factor=None`).
-kronfluence scores each query; its queries here are the answers of all pairs, and the sum of their scores is the gain's.
-Once with the output head and once without: kronfluence's second moments of the head's inputs are over all tokens,
-ours over those that predict a supervised one, where alone it is run.
-"""
+Choices made here: all linear layers of the four blocks (no biases), float32, 40 pairs of one skill,
+300 rows of the pool; labels as given (`use_empirical_fisher`), damping 0.1 of each layer's mean
+eigenvalue (`damping_factor=None`). kronfluence scores each query; its queries here are the answers
+of all pairs, and the sum of their scores is the gain's. Once with the output head and once without:
+kronfluence's second moments of the head's inputs are over all tokens, ours over those that predict
+a supervised one, where alone it is run."""
 
 import json
 import os
@@ -57,9 +57,10 @@ def padded(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
 
 
 def gain_task(shape: Sequence[int], names: list[str] | None = None) -> Any:
-    """J as a task of kronfluence, whose queries are the chosen answers, then the rejected ones: `shape` is (2, targets,
-    pairs), and the gains of all targets are added up. `names` are the layers that it tracks, all linear ones unless
-    given. Labels are drawn from the model where it asks for a sample."""
+    """J as a task of kronfluence, whose queries are the chosen answers, then the rejected ones:
+    `shape` is (2, targets, pairs), and the gains of all targets are added up. `names` are the
+    layers that it tracks, all linear ones unless given. Labels are drawn from the model where it
+    asks for a sample."""
     from kronfluence.task import Task
 
     def logliks(batch: dict[str, Tensor], model: Any, sample: bool = False) -> Tensor:
@@ -141,7 +142,7 @@ def ours(work: Path) -> dict[str, list[float]]:
     from prism_select.demo.train import encode
     from prism_select.directions.curvature import ekfac, solve
     from prism_select.directions.from_pairs import as_side
-    from prism_select.models.layer_selection import select_weights
+    from prism_select.models.layer_selection import select_parameters
     from prism_select.models.loading import load
 
     cpu = torch.device("cpu")
@@ -161,7 +162,7 @@ def ours(work: Path) -> dict[str, list[float]]:
     batches = [collate([rows[i] for i in batch]) for batch in plan]
     found, layers = dict[str, list[float]](), dict[str, list[str]]()
     for title, pattern in LAYERS.items():
-        weights = select_weights(model.network, pattern)
+        weights = select_parameters(model.network, pattern)
         layers[title] = [name.removesuffix(".weight") for name in weights]
         raw = target_gradient(model, weights, (chosen, rejected), "prism").direction
         engine = reverse(model, weights, [raw, solve(ekfac(model, weights, batches), raw, 0.1)])

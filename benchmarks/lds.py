@@ -1,29 +1,32 @@
-"""Does curvature make scores foretell retraining? The linear datamodeling score (arXiv 2303.14186) of each curvature,
-and of kronfluence 1.0.1 and bergson 2.5.1 at the same checkpoint, for the same rows and pairs.
+"""Does curvature make scores foretell retraining? The linear datamodeling score (arXiv 2303.14186)
+of each curvature, and of kronfluence 1.0.1 and bergson 2.5.1 at the same checkpoint, for the same
+rows and pairs.
 
     LDS = rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
 
     make lds        about 35 minutes on one core; may be stopped, goes on where it was
 
-A Llama of 246,080 numbers reads 16,000 rows of the demo world three times; then it is fine-tuned on 400 more, half of
-them wrong, or on each of 100 halves of these: same start, same schedule, all weights. J is the gain over 40 pairs of
-one skill, whose prompts are in no row; the LDS is the mean over the eight skills. Scores are taken where training on
-all rows ends.
+A Llama of 246,080 numbers reads 16,000 rows of the demo world three times; then it is fine-tuned on
+400 more, half of them wrong, or on each of 100 halves of these: same start, same schedule, all
+weights. J is the gain over 40 pairs of one skill, whose prompts are in no row; the LDS is the mean
+over the eight skills. Scores are taken where training on all rows ends.
 
-Choices made here: `RUNS` was fixed before any score was looked at, by how far J depends on the rows and not on their
-order. Of five schedules, the correlation of J between two orders (12 halves, mean over skills) was 0.994 for 150 steps
-of Adam at 1e-3, 0.986 for 50; 0.985 for 150 steps of SGD with momentum at 0.01, 0.988 for 50; 0.863 for 100 at 0.05.
-So: both of Adam. 50 steps stop early; 150 nearly know the rows by heart (0.12 nats per token against 0.76 on the other
-half). Curvature is that of all 400 rows, with labels drawn from the model or (empirical) as given; intervals resample
-halves. Conjugate gradients are far from their solution where the damping is small: a residual of 0.4 to 1 after 40
-steps at 0.1. Here they take 30, at 1 and 10, and each row keeps the largest residual. Set after a first look at 50
-steps: the dampings of 10, the bar for cg, which stands at 10, where alone it comes near its solution, and in the
-library a diagonal for embeddings in place of one eigenvalue. Against the peers stands EK-FAC at a damping of 1, in both
-runs, fixed when their scores had not been seen but these dampings' LDS had; what the peers do is in lds_peers.py. With
-one draw of labels each, that bar fell short against kronfluence at None by 0.010 (-0.021 to 0.002) at 50 steps. But
-another draw moves an LDS by 0.01, some by 0.07: so, from then on, whatever draws labels is the mean of four fits, ours
-and theirs. Intervals leave these draws out. One fit to eight draws of each row was added then too; no peer had as many.
-"""
+Choices made here: `RUNS` was fixed before any score was looked at, by how far J depends on the rows
+and not on their order. Of five schedules, the correlation of J between two orders (12 halves, mean
+over skills) was 0.994 for 150 steps of Adam at 1e-3, 0.986 for 50; 0.985 for 150 steps of SGD with
+momentum at 0.01, 0.988 for 50; 0.863 for 100 at 0.05. So: both of Adam. 50 steps stop early; 150
+nearly know the rows by heart (0.12 nats per token against 0.76 on the other half). Curvature is
+that of all 400 rows, with labels drawn from the model or (empirical) as given; intervals resample
+halves. Conjugate gradients are far from their solution where the damping is small: a residual of
+0.4 to 1 after 40 steps at 0.1. Here they take 30, at 1 and 10, and each row keeps the largest
+residual. Set after a first look at 50 steps: the dampings of 10, the bar for cg, which stands at
+10, where alone it comes near its solution, and in the library a diagonal for embeddings in place of
+one eigenvalue. Against the peers stands EK-FAC at a damping of 1, in both runs, fixed when their
+scores had not been seen but these dampings' LDS had; what the peers do is in lds_peers.py. With one
+draw of labels each, that bar fell short against kronfluence at None by 0.010 (-0.021 to 0.002) at
+50 steps. But another draw moves an LDS by 0.01, some by 0.07: so, from then on, whatever draws
+labels is the mean of four fits, ours and theirs. Intervals leave these draws out. One fit to eight
+draws of each row was added then too; no peer had as many."""
 
 import json
 import os
@@ -53,7 +56,7 @@ from prism_select.demo.train import encode, make_tokenizer
 from prism_select.directions.curvature import GaussNewton, diagonal, ekfac, solve
 from prism_select.directions.from_pairs import as_side
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 HERE = Path(__file__).parent
 WORK, PYTHON = HERE / "work" / "lds", HERE / "work" / "peers" / "bin" / "python"
@@ -77,7 +80,7 @@ SHOWN: Way = (f"ekfac, {MANY} draws", 0.1)  # against them too
 CG_STEPS = 30
 
 
-class World:
+class ProcessGroup:
     """The model before fine-tuning, the rows, and both sides of each skill's pairs."""
 
     def __init__(self) -> None:
@@ -97,7 +100,7 @@ class World:
         self.model = CausalLM(
             LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **size, **tokens))
         )
-        self.weights = select_weights(self.model.network, "all")
+        self.weights = select_parameters(self.model.network, "all")
         self.rows = [
             self.coded(str(r["prompt"]), str(r["completion"])) for r in world.mixture(ROWS, 0, 0.5)
         ]
@@ -127,7 +130,8 @@ class World:
     def train(
         self, rows: Sequence[Encoded], steps: int, rate: float, seed: int, size: int = BATCH
     ) -> None:
-        """Adam on the summed loss of a row, averaged over a batch; the rate warms up for 5% and falls to zero."""
+        """Adam on the summed loss of a row, averaged over a batch; the rate warms up for 5% and
+        falls to zero."""
         optimizer = torch.optim.Adam(self.weights.values(), lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / (0.05 * steps + 1), (steps - step) / steps)
@@ -162,8 +166,9 @@ class World:
         return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
 
-def retrainings(here: World, run: str) -> np.ndarray:
-    """[order, half, skill]: J after training on each half; the second order is there for the first `TWICE`."""
+def retrainings(here: ProcessGroup, run: str) -> np.ndarray:
+    """[order, half, skill]: J after training on each half; the second order is there for the first
+    `TWICE`."""
     file, member = WORK / f"{run.replace(' ', '-')}.jsonl", halves(ROWS, HALVES, 0)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     wanted = [(0, half) for half in range(HALVES)] + [(1, half) for half in range(TWICE)]
@@ -178,7 +183,9 @@ def retrainings(here: World, run: str) -> np.ndarray:
     return found
 
 
-def directions(here: World, batches: Sequence[Batch]) -> Iterator[tuple[list[Direction], float]]:
+def directions(
+    here: ProcessGroup, batches: Sequence[Batch]
+) -> Iterator[tuple[list[Direction], float]]:
     """For each column, one direction for each skill, and the largest of the solves' residuals."""
     model, weights = here.model, here.weights
     raw = [target_gradient(model, weights, sides, "prism").direction for sides in here.targets]
@@ -199,7 +206,7 @@ def directions(here: World, batches: Sequence[Batch]) -> Iterator[tuple[list[Dir
             yield [solve(blocks[name, draw], each, damping) for each in raw], 0.0
 
 
-def scores(here: World, run: str) -> Mapping[str, np.ndarray]:
+def scores(here: ProcessGroup, run: str) -> Mapping[str, np.ndarray]:
     """`values[column, row, skill]` and `residual[column]`, kept in a file."""
     file = WORK / f"{run.replace(' ', '-')}.npz"
     if not file.exists():
@@ -216,8 +223,9 @@ def scores(here: World, run: str) -> Mapping[str, np.ndarray]:
     return dict(np.load(file))
 
 
-def peers(here: World, run: str) -> Mapping[str, np.ndarray]:
-    """[draw, row, skill] for each way of kronfluence and bergson, from their own environment; kept in a file."""
+def peers(here: ProcessGroup, run: str) -> Mapping[str, np.ndarray]:
+    """[draw, row, skill] for each way of kronfluence and bergson, from their own environment; kept
+    in a file."""
     folder = WORK / f"{run.replace(' ', '-')}-peers"
     if not (folder / "scores.json").exists():
         here.retrained(range(ROWS), RUNS[run], 0)
@@ -238,7 +246,8 @@ def peers(here: World, run: str) -> Mapping[str, np.ndarray]:
 
 
 def mean_rank_correlation(foretold: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """[column]: Spearman's ρ over halves, of [column, half, skill] with [half, skill], mean over skills."""
+    """[column]: Spearman's ρ over halves, of [column, half, skill] with [half, skill], mean over
+    skills."""
     a, b = rankdata(foretold, axis=1), rankdata(gains, axis=0)
     a, b = a - a.mean(1, keepdims=True), b - b.mean(0)
     return np.asarray(((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(0))).mean(1))
@@ -248,7 +257,7 @@ def title(way: Way) -> str:
     return way[0] + (f", damping {way[1]}" if way[1] else "")
 
 
-def study(here: World, run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def study(here: ProcessGroup, run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     gains, scored, theirs = retrainings(here, run), scores(here, run), peers(here, run)
     titles = np.array(
         [title(way) for way, _ in COLUMNS] + [name for name, draws in theirs.items() for _ in draws]
@@ -305,7 +314,7 @@ def ends(drawn: np.ndarray) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    here = World()
+    here = ProcessGroup()
     parts = [study(here, run) for run in RUNS]
     write(
         "lds.json",

@@ -1,4 +1,5 @@
-"""Peak memory against the size of the pool: a process each for 1,000 and for 100,000 rows, on the bundled model.
+"""Peak memory against the size of the pool: a process each for 1,000 and for 100,000 rows, on the
+bundled model.
 
 python benchmarks/memory.py        about ten minutes on two cores
 """

@@ -1,14 +1,16 @@
-"""Do pairs foretell the ranking? Agreement of two halves, common part and quality, by kind of pairs and their number.
+"""Do pairs foretell the ranking? Agreement of two halves, common part and quality, by kind of pairs
+and their number.
 
     python benchmarks/pairs.py --data DIR        about 40 minutes on two cores; may be stopped, goes on where it was
 
-Gemma-3-270M (base), bfloat16, flat curvature, upper half of the blocks, prism weighting, pairs and pool of different
-questions. A group of target sets shares one pool, which is scored along both halves C and R of every set and size in
-one pass; everything that is linear in C and R follows: the score, the score without the common part, and an anchor.
+Gemma-3-270M (base), bfloat16, flat curvature, upper half of the blocks, prism weighting, pairs and
+pool of different questions. A group of target sets shares one pool, which is scored along both
+halves C and R of every set and size in one pass; everything that is linear in C and R follows: the
+score, the score without the common part, and an anchor.
 
-Choices made here: quality is the AUROC of right rows over wrong ones, and of right rows over general ones, per token
-and summed; an anchor is taken on the weighted chosen half, β · C / mean weight; rows have at most 400 characters.
-"""
+Choices made here: quality is the AUROC of right rows over wrong ones, and of right rows over
+general ones, per token and summed; an anchor is taken on the weighted chosen half, β · C / mean
+weight; rows have at most 400 characters."""
 
 import argparse
 import json
@@ -35,7 +37,7 @@ from prism_select.directions.common_part import common_of
 from prism_select.directions.from_pairs import answers, as_side, joined
 from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.pair_diagnostics import diagnose
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import load
 
 BATCH_TOKENS = 2048
@@ -49,18 +51,18 @@ class Study:
     def __init__(self) -> None:
         self.model, tokenizer = load(str(model()), "bfloat16", torch.device("cpu"))
         self.encoder = Encoder(tokenizer, "plain", 256, self.model.vocabulary)
-        self.weights = select_weights(self.model.network, "late")
+        self.weights = select_parameters(self.model.network, "late")
 
     def encode(self, prompt: str, answer: str) -> Encoded:
         turns = (Turn("user", prompt), Turn("assistant", answer))
         return self.encoder.encode(Example(turns, "", "", "study", 1, 1))
 
     def halves(self, pairs: Sequence[Row], sizes: Sequence[int]) -> list[tuple[Target, Row]]:
-        """C and R of the first n pairs, and what they say, for each n: the slopes are each pair's own, so the halves of
-        many are sums of those of few."""
+        """C and R of the first n pairs, and what they say, for each n: the slopes are each pair's
+        own, so the halves of many are sums of those of few."""
         found: list[tuple[Target, Row]] = []
         total: Target | None = None
-        pictures: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
+        sketches: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
         coded = [
             [self.encode(row["prompt"], row[side]) for row in pairs]
             for side in ("chosen", "rejected")
@@ -72,10 +74,10 @@ class Study:
             sketcher = Sketcher(self.model.network, self.weights, max(sizes), 0)
             with sketcher.open() as observe:
                 more = target_gradient(self.model, self.weights, sides, "prism", 0.0, observe)  # type: ignore[arg-type]
-            for name, kept in pictures.items():
-                kept.append(sketcher.pictures[name][: size - start] * (size - start))
+            for name, kept in sketches.items():
+                kept.append(sketcher.sketches[name][: size - start] * (size - start))
             total = more if total is None else joined(total, more)
-            both = tuple(torch.cat(kept).double().numpy() / size for kept in pictures.values())
+            both = tuple(torch.cat(kept).double().numpy() / size for kept in sketches.values())
             tokens = tuple(answers(side[:size]) for side in coded)
             told = {
                 remedy: asdict(
@@ -131,7 +133,8 @@ def quality(score: np.ndarray, kinds: np.ndarray, kind: str) -> float:
 
 
 def group(study: Study, name: str, sets: Sets, pool: Sequence[Row]) -> list[Row]:
-    """A row of results for each set, size and remedy; kept in a file, so that a second run reads it."""
+    """A row of results for each set, size and remedy; kept in a file, so that a second run reads
+    it."""
     place = WORK / f"pairs-{name}.json"
     if place.exists():
         return list(json.loads(place.read_text()))
@@ -291,7 +294,8 @@ def arc(data: Path) -> tuple[Sets, list[Row]]:
 
 
 def sided(rows: Sequence[tuple[str, str, str]], title: str, data: Path) -> tuple[Sets, list[Row]]:
-    """Question, wanted and unwanted answer: the first 300 are pairs, of the next 150 both answers are the pool."""
+    """Question, wanted and unwanted answer: the first 300 are pairs, of the next 150 both answers
+    are the pool."""
     pairs = [pair(*row) for row in rows[:300]]
     rest = rows[300:450]
     pool = [
@@ -361,7 +365,8 @@ def figures_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def best_choices(rows: Sequence[Row]) -> list[Row]:
-    """The set and remedy of ARC that does best by what is wanted of both; the best of 40 looks better than it is."""
+    """The set and remedy of ARC that does best by what is wanted of both; the best of 40 looks
+    better than it is."""
     every = [row for row in rows if row["group"] == "arc"]
     if not every:
         return []

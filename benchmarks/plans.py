@@ -2,12 +2,12 @@
 
     python benchmarks/plans.py        about ten minutes on two quiet cores
 
-A random Llama of 34M numbers, as in cost.py, with all weights in float32, and with the upper half of its blocks in
-bfloat16 behind EK-FAC; the bundled model on many short rows. Its tokenizer serves all three. Rows are random words.
+A random Llama of 34M numbers, as in cost.py, with all weights in float32, and with the upper half
+of its blocks in bfloat16 behind EK-FAC; the bundled model on many short rows. Its tokenizer serves
+all three. Rows are random words.
 
-Choices made here: memory is the peak of the whole process, Python and torch included. A run keeps two directions, that
-of the score and its chosen half.
-"""
+Choices made here: memory is the peak of the whole process, Python and torch included. A run keeps
+two directions, that of the score and its chosen half."""
 
 import json
 import random

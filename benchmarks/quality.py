@@ -1,18 +1,20 @@
-"""Does the choice help? PRISM and every rival, trained at the same budget, on Gemma-3-270M and on a tiny model.
+"""Does the choice help? PRISM and every rival, trained at the same budget, on Gemma-3-270M and on a
+tiny model.
 
     python benchmarks/quality.py --data DIR        hours on two cores; may be stopped, goes on where it was
     python benchmarks/quality.py --data DIR --only babi        the tiny model alone: minutes
 
-Scenarios stand in gemma.py and babi.py. Each is scored once and chosen from at 5%, 1% and 20% (in repair: so much is
-removed), then `prism evaluate` trains on the choice and on each rival's: three seeds on Gemma, ten on the tiny model.
+Scenarios stand in gemma.py and babi.py. Each is scored once and chosen from at 5%, 1% and 20% (in
+repair: so much is removed), then `prism evaluate` trains on the choice and on each rival's: three
+seeds on Gemma, ten on the tiny model.
 
-Choices made here: a few rivals come first, for all scenarios, then all. Intervals are those of `prism evaluate`, at
-95%, over seeds and questions; with three seeds they are too narrow. J, the gain, rises with the spread of the gaps too,
-so the win rate stands beside it. What a rival finds of the truth is told at the budget of its training. The controls
-are left to the tiny model: on Gemma they would take longer than all the rest, and random rows for the price of scoring
-are trained on with one seed, so that interval is over questions alone. What was not run is no row of figures,
-but one that says `missing`.
-"""
+Choices made here: a few rivals come first, for all scenarios, then all. Intervals are those of
+`prism evaluate`, at 95%, over seeds and questions; with three seeds they are too narrow. J, the
+gain, rises with the spread of the gaps too, so the win rate stands beside it. What a rival finds of
+the truth is told at the budget of its training. The controls are left to the tiny model: on Gemma
+they would take longer than all the rest, and random rows for the price of scoring are trained on
+with one seed, so that interval is over questions alone. What was not run is no row of figures, but
+one that says `missing`."""
 
 import argparse
 import json
@@ -38,17 +40,17 @@ from prism_select.evaluation import evaluate as evaluation
 from prism_select.evaluation import past_run, trainings
 from prism_select.evaluation.training_results import PRICED
 from prism_select.run.config_evaluate import EvaluateConfig
-from prism_select.selection.baselines import RIVALS
+from prism_select.selection.baselines import BASELINES
 
 Row = dict[str, Any]
 WORK = Path(__file__).parent / "work"
 BUDGETS = ("5%", "1%", "20%")
 FIRST = ("everything", "random", "bm25", "rds", "less")  # so that a study cut short tells something
-EVERY = (*FIRST, *(name for name in RIVALS if name not in FIRST))
+EVERY = (*FIRST, *(name for name in BASELINES if name not in FIRST))
 STAGES = [
-    (BUDGETS[0], rivals) for rivals in (FIRST, EVERY, (*EVERY, PRICED))
+    (BUDGETS[0], baselines) for baselines in (FIRST, EVERY, (*EVERY, PRICED))
 ]  # the price buys long trainings
-STAGES += [(budget, rivals) for rivals in (FIRST, EVERY) for budget in BUDGETS[1:]]
+STAGES += [(budget, baselines) for baselines in (FIRST, EVERY) for budget in BUDGETS[1:]]
 TITLES = {"gain": "gain", "win_rate": "win rate", "accuracy": "accuracy"}
 
 
@@ -72,8 +74,8 @@ def chosen(scenario: Scenario, budget: str) -> Path:
     return out
 
 
-def evaluated(scenario: Scenario, budget: str, rivals: Sequence[str]) -> None:
-    options = {**scenario.training, "against": ",".join(rivals)}
+def evaluated(scenario: Scenario, budget: str, baselines: Sequence[str]) -> None:
+    options = {**scenario.training, "against": ",".join(baselines)}
     config = EvaluateConfig(run=str(chosen(scenario, budget)), holdout=scenario.holdout, **options)
     real = "gemma" in str(scenario.model)
     with ExitStack() as changed:
@@ -90,8 +92,8 @@ def evaluated(scenario: Scenario, budget: str, rivals: Sequence[str]) -> None:
 
 
 def truth(scenario: Scenario, budget: str) -> Mapping[str, Mapping[str, float]]:
-    """Of each method: the share of rows of the truth among those that it takes (in repair: removes), and how well its
-    ranking of the whole pool tells them, as AUROC."""
+    """Of each method: the share of rows of the truth among those that it takes (in repair:
+    removes), and how well its ranking of the whole pool tells them, as AUROC."""
     past = past_run.opened(
         EvaluateConfig(run=str(folder(scenario, budget)), holdout=scenario.holdout)
     )
@@ -150,7 +152,7 @@ def told_of(scenario: Scenario, budget: str) -> tuple[list[Row], list[Row]]:
                     line = f"{where}: prism over random, gain, lower end of the interval"
                     figures.append(figure(line, ends[0], "nats per token", "≥ 0"))
     best = max(
-        (name for name in told["methods"] if name in RIVALS),
+        (name for name in told["methods"] if name in BASELINES),
         key=lambda n: float(told["methods"][n]["gain"]),
     )
     ends = [told["against"][best]["gain"][end] for end in ("low", "high")]
@@ -209,9 +211,9 @@ def main() -> None:
         for each in some
         if name in wanted or each.name in wanted
     ]
-    for budget, rivals in [] if given.write else STAGES:
+    for budget, baselines in [] if given.write else STAGES:
         for scenario in todo if given.budget in ("", budget) else ():
-            evaluated(scenario, budget, rivals)
+            evaluated(scenario, budget, baselines)
     save(every)
 
 

@@ -1,13 +1,15 @@
-"""Quality on a real pre-trained model: Gemma-3-270M (base), bfloat16, flat curvature, the upper half of its blocks.
+"""Quality on a real pre-trained model: Gemma-3-270M (base), bfloat16, flat curvature, the upper
+half of its blocks.
 
     python benchmarks/real.py --data DIR        about an hour on two cores; may be stopped, goes on where it was
 
-Repair: pool of TruthfulQA questions, each with its best right and its best wrong answer; can the ranking tell them
-apart? Select: pool of math word problems among general instructions; how much of the chosen 5% is math?
+Repair: pool of TruthfulQA questions, each with its best right and its best wrong answer; can the
+ranking tell them apart? Select: pool of math word problems among general instructions; how much of
+the chosen 5% is math?
 
-Choices made here: the model has no chat template and is a base one, so each question is put as "Question: …\\nAnswer:";
-target and pool never share a question; a near-miss pair is a worked solution and the same with its numbers changed.
-"""
+Choices made here: the model has no chat template and is a base one, so each question is put as
+"Question: …\\nAnswer:"; target and pool never share a question; a near-miss pair is a worked
+solution and the same with its numbers changed."""
 
 import argparse
 import json
@@ -202,8 +204,8 @@ def gsm8k(pairs: str, data: Path) -> tuple[list[Row], list[Row]]:
 
 
 def remedies(data: Path) -> tuple[list[Row], list[Row]]:
-    """ARC: 80 questions with one wrong choice as pairs; right and wrong answers to 75 others, and 75 of Dolly. Which
-    pairs are near is told by the similarity of their two answers' letters."""
+    """ARC: 80 questions with one wrong choice as pairs; right and wrong answers to 75 others, and
+    75 of Dolly. Which pairs are near is told by the similarity of their two answers' letters."""
     draw = random.Random(0)
     quiz = [r for r in lines(data / "arc_easy_train.jsonl") if len(r["question"]) <= 200]
     draw.shuffle(quiz)
@@ -266,8 +268,8 @@ def polite_rows(data: Path) -> list[tuple[str, str, str]]:
 
 
 def polite(data: Path) -> tuple[list[Row], list[Row]]:
-    """The way that was best in curvature.py, on instructions that took no part there: 60 pairs, both answers to 80
-    others."""
+    """The way that was best in curvature.py, on instructions that took no part there: 60 pairs,
+    both answers to 80 others."""
     rows = polite_rows(data)
     known = list(dict.fromkeys(row[0] for row in rows))
     target = save(
@@ -328,7 +330,8 @@ def changed(solution: str, draw: random.Random) -> str:
 
 
 def mixed(data: Path, math: list[Row], draw: random.Random) -> list[Row]:
-    """1,000 rows, a quarter of them math; none longer than `LONGEST` characters, which keeps the study short."""
+    """1,000 rows, a quarter of them math; none longer than `LONGEST` characters, which keeps the
+    study short."""
 
     def some(
         name: str,

@@ -1,10 +1,11 @@
-"""The report of a million rows: how long it takes to build, how large it is, and how long a browser takes to open it.
+"""The report of a million rows: how long it takes to build, how large it is, and how long a browser
+takes to open it.
 
     python benchmarks/report.py [--rows 1000000] [--repeats 3]
 
-The run folder is made up: scores of four sources, texts of 20 to 120 words, and a direction of the demo model's size. A
-build is the whole command `prism report`, from start to end; a page is open when all of its charts are drawn.
-"""
+The run folder is made up: scores of four sources, texts of 20 to 120 words, and a direction of the
+demo model's size. A build is the whole command `prism report`, from start to end; a page is open
+when all of its charts are drawn."""
 
 import argparse
 import json
@@ -211,7 +212,8 @@ def built(run: Path) -> float:
 
 
 def opens(page: Path, repeats: int) -> Sequence[float]:
-    """Seconds until everything is drawn, in a browser that is already running, without its cache."""
+    """Seconds until everything is drawn, in a browser that is already running, without its
+    cache."""
     found = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

@@ -1,4 +1,5 @@
-"""Choosing again during training, against choosing once: the demo world, the bundled model, the same number of steps.
+"""Choosing again during training, against choosing once: the demo world, the bundled model, the
+same number of steps.
 
     once      select before training                    rounds    select again after a third and two thirds of the steps
     random    as many rows, drawn at random             each with the same adapter and order of draws for a seed

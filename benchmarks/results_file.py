@@ -1,4 +1,5 @@
-"""Results: the JSON that every benchmark commits: machine, versions, raw rows, and figures that hold or do not."""
+"""Results: the JSON that every benchmark commits: machine, versions, raw rows, and figures that
+hold or do not."""
 
 import json
 import os
@@ -15,7 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 def figure(
     name: str, value: float, unit: str, wanted: str, interval: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """`wanted` is "≥ 0.75", "≤ 300" or empty (nothing is asked); `interval` is the 95% interval, if there is one."""
+    """`wanted` is "≥ 0.75", "≤ 300" or empty (nothing is asked); `interval` is the 95% interval, if
+    there is one."""
     holds = None
     if wanted:
         sign, bar = wanted.split()

@@ -89,8 +89,8 @@ app.main(sys.argv[2:])
 
 
 def kills() -> Told:
-    """Each kill comes at a moment drawn from the time of a whole run; the same command then goes on. Every run that
-    came to its end is kept."""
+    """Each kill comes at a moment drawn from the time of a whole run; the same command then goes
+    on. Every run that came to its end is kept."""
     kept, rows = WORK / "kills.jsonl", list[dict[str, Any]]()
     if kept.exists():
         rows = [json.loads(line) for line in kept.read_text().splitlines()]
@@ -153,7 +153,8 @@ def kills() -> Told:
 
 
 def fuzz() -> Told:
-    """The tests of tests/test_fuzz.py, with a thousand examples each: ten rows or so in each, and a file for each."""
+    """The tests of tests/test_fuzz.py, with a thousand examples each: ten rows or so in each, and a
+    file for each."""
     counted = """
 import sys, pytest
 files = rows = 0
@@ -302,7 +303,8 @@ def made_up_run(folder: Path, rows: int) -> None:
 
 
 def chosen(count: int, cap: str) -> dict[str, Any]:
-    """Made-up scores, a real pool file: all of --select-from but its report, copies of scores and rows included."""
+    """Made-up scores, a real pool file: all of --select-from but its report, copies of scores and
+    rows included."""
     with tempfile.TemporaryDirectory(dir=WORK) as name:
         made_up_run(Path(name), count)
         command = [

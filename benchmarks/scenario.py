@@ -1,10 +1,10 @@
-"""Scenarios: a model, a pool, pairs to aim at and pairs to judge by; what a rival and PRISM are both asked to do.
+"""Scenarios: a model, a pool, pairs to aim at and pairs to judge by; what a rival and PRISM are
+both asked to do.
 
     truth: the field of a pool row that is true on rows that are wanted (select) or bad (repair)
 
-Choices made here: a scenario is files and options and nothing else, so that the one who makes it need not know who
-runs it, and no rival sees more than another.
-"""
+Choices made here: a scenario is files and options and nothing else, so that the one who makes it
+need not know who runs it, and no rival sees more than another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Scenario:
-    """`scoring` are options of prism_select.select or repair, `training` those of prism_select.evaluate."""
+    """`scoring` are options of prism_select.select or repair, `training` those of
+    prism_select.evaluate."""
 
     name: str
     command: Literal["select", "repair"]

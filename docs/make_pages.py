@@ -1,5 +1,5 @@
-"""Writes docs/options.md from the configs, docs/measurements.md and plots from benchmarks/results, so that neither a
-help text nor a figure stands in two places."""
+"""Writes docs/options.md from the configs, docs/measurements.md and plots from benchmarks/results,
+so that neither a help text nor a figure stands in two places."""
 
 import json
 from collections.abc import Sequence
@@ -96,8 +96,8 @@ def options_page() -> str:
 
 
 def measurements_page() -> str:
-    """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`; of the many of the
-    pairs study, a table."""
+    """The text of measurements.in.txt, with the figures of NAME.json wherever a line is `{{NAME}}`;
+    of the many of the pairs study, a table."""
     lines = (DOCS / "measurements.in.txt").read_text(encoding="utf-8").splitlines()
     tables = {
         "{{pairs}}": pairs_table,
@@ -151,8 +151,8 @@ def pairs_table() -> str:
 
 
 def curvature_table() -> str:
-    """For each task, AUROC by curvature and layers, with prism weights and the common part kept: summed / per token /
-    cosine; then what the rest changes, as the mean over all these ways."""
+    """For each task, AUROC by curvature and layers, with prism weights and the common part kept:
+    summed / per token / cosine; then what the rest changes, as the mean over all these ways."""
     place = RESULTS / "curvature.json"
     if not place.exists():
         return "*Not measured yet.*"
@@ -192,7 +192,8 @@ def curvature_table() -> str:
 
 
 def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What another weighting or no common part does to the AUROC of a way that is otherwise the same."""
+    """What another weighting or no common part does to the AUROC of a way that is otherwise the
+    same."""
     keys = ("curvature", "damping", "layers", "normalize", "common", "weighting")
     found = {tuple(row[key] for key in keys): row["auroc"] for row in rows}
     told = []
@@ -218,7 +219,8 @@ def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def quality_table() -> str:
-    """For each scenario a line for each method: what training on its choice led to, and prism minus it."""
+    """For each scenario a line for each method: what training on its choice led to, and prism minus
+    it."""
     place = RESULTS / "quality.json"
     if not place.exists():
         return "*Not measured yet.*"
@@ -274,7 +276,8 @@ def minus(row: dict[str, Any], measure: str) -> str:
 
 
 def attempts_table() -> str:
-    """A line for each attempt, a column for each scenario: prism minus random; and AUROCs of the repairs."""
+    """A line for each attempt, a column for each scenario: prism minus random; and AUROCs of the
+    repairs."""
     place = RESULTS / "attempts.json"
     if not place.exists():
         return "*Not measured yet.*"
@@ -387,7 +390,8 @@ def drawn(chart: Any) -> str:
 
 
 def cost_plot() -> str:
-    """Forwards of each way to the same scores, PRISM's darker, with the least and the most of its rounds."""
+    """Forwards of each way to the same scores, PRISM's darker, with the least and the most of its
+    rounds."""
     result = json.loads((RESULTS / "cost_peers.json").read_text(encoding="utf-8"))
     ways = {
         "forward all": "forward pass: the unit",

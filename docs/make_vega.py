@@ -1,4 +1,5 @@
-"""Makes the runtime of the report's charts: Vega, Vega-Lite and Vega-Embed in one script, from vl-convert-python."""
+"""Makes the runtime of the report's charts: Vega, Vega-Lite and Vega-Embed in one script, from
+vl-convert-python."""
 
 from pathlib import Path
 

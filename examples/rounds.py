@@ -3,14 +3,14 @@
     step 0        select at the model as it is          train on the choice
     every N       save, select at what it has become    train on the new choice
 
-    rounds = Rounds(every=12, folder="rounds", pool="pool.jsonl", target="pairs.jsonl", model="MODEL", budget="5%")
-    trainer = RoundsTrainer(rounds, model=…, args=SFTConfig(max_steps=36, …), train_dataset=pool, …)
-    trainer.train()
+    rounds = Rounds(every=12, folder="rounds", pool="pool.jsonl", target="pairs.jsonl",
+    model="MODEL", budget="5%") trainer = RoundsTrainer(rounds, model=…,
+    args=SFTConfig(max_steps=36, …), train_dataset=pool, …) trainer.train()
 
-Choices made here: the training set is the whole pool, in the order of its file, and a choice is what the sampler draws
-from; so a new choice takes effect one batch late, since a batch is made while the one before it is trained on. Every
-choice is a run folder of its own, `folder/step-N/run`, with its checkpoint (or adapter) beside it.
-"""
+Choices made here: the training set is the whole pool, in the order of its file, and a choice is
+what the sampler draws from; so a new choice takes effect one batch late, since a batch is made
+while the one before it is trained on. Every choice is a run folder of its own, `folder/step-N/run`,
+with its checkpoint (or adapter) beside it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,8 @@ import prism_select
 
 
 class Chosen(Sampler[int]):
-    """Rows of the present choice in random order, over and over; a new choice is drawn from at once."""
+    """Rows of the present choice in random order, over and over; a new choice is drawn from at
+    once."""
 
     def __init__(self, rows: Sequence[int] = (), seed: int = 0) -> None:
         self.rows, self.random = list(rows), random.Random(seed)
@@ -43,8 +44,8 @@ class Chosen(Sampler[int]):
 
 
 class Rounds(TrainerCallback):  # type: ignore[misc]
-    """Selects before the first step and, unless `every` is 0, again after every `every` steps. `options` are those of
-    `prism select`; `model` is the checkpoint that training starts from."""
+    """Selects before the first step and, unless `every` is 0, again after every `every` steps.
+    `options` are those of `prism select`; `model` is the checkpoint that training starts from."""
 
     def __init__(self, every: int, folder: str, seed: int = 0, **options: Any) -> None:
         self.every, self.folder, self.options = every, Path(folder), options

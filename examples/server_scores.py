@@ -1,14 +1,15 @@
-"""Scores from an inference server that returns the log-probabilities of a prompt's tokens, as vLLM's does.
+"""Scores from an inference server that returns the log-probabilities of a prompt's tokens, as
+vLLM's does.
 
     score / ‖L‖ = (loglik under +ε adapter − loglik under −ε adapter) / 2ε + O(ε²)     L: what the adapter keeps
 
     python examples/server_scores.py adapter 0.05                              writes adapter+ and adapter-
     python examples/server_scores.py URL MODEL pool.jsonl 0.05 > scores.jsonl  one line a row, in the order of the pool
 
-`adapter` is what --save-adapter wrote. The server knows both adapters under the names `adapter+` and `adapter-`. MODEL
-is the folder of the model that it serves: its tokenizer turns rows into tokens here, so that the same tokens are
-supervised as in a run. Rows that PRISM would set aside are left out.
-"""
+`adapter` is what --save-adapter wrote. The server knows both adapters under the names `adapter+`
+and `adapter-`. MODEL is the folder of the model that it serves: its tokenizer turns rows into
+tokens here, so that the same tokens are supervised as in a run. Rows that PRISM would set aside are
+left out."""
 
 import json
 import shutil
@@ -52,7 +53,8 @@ def rows(pool: str, tokenizer: Any) -> Iterator[tuple[Example, Encoded]]:
 
 
 def loglik(url: str, model: str, row: Encoded) -> float:
-    """Sum of log p over the supervised tokens, in nats; the first token of a row has no probability."""
+    """Sum of log p over the supervised tokens, in nats; the first token of a row has no
+    probability."""
     asked = {
         "model": model,
         "prompt": list(row.tokens),

@@ -37,7 +37,8 @@ WORDS = (
     "assistant user system thank you very much no way go away Rome Italy water boils at hundred degrees"
 )
 
-# Bytes at the highest, for a process apart; what `resource` tells of it begins with the memory of its parent.
+# Bytes at the highest, for a process apart; what `resource` tells of it begins with the memory of
+# its parent.
 PEAK = """import sys
 def peak():
     with open("/proc/self/status") as lines:
@@ -80,7 +81,8 @@ def build_tokenizer(chat_template: str | None = None, bos: bool = True) -> Any:
 
 
 def build_network(vocabulary: int) -> Any:
-    """Four blocks, two query heads for each key head, random weights large enough for answers to differ."""
+    """Four blocks, two query heads for each key head, random weights large enough for answers to
+    differ."""
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,

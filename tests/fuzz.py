@@ -1,4 +1,5 @@
-"""Fuzzing: any bytes, as a file of any kind, are rows, bad rows or one line that says what is wrong.
+"""Fuzzing: any bytes, as a file of any kind, are rows, bad rows or one line that says what is
+wrong.
 
 python tests/fuzz.py -max_total_time=60        random bytes, guided by what they reach; needs the extra [fuzz]
 """
@@ -31,7 +32,8 @@ LIMIT = 4096  # bytes in a row
 
 
 def read_all(path: Path) -> int:
-    """Reads a file as a pool and as a target; returns the rows of the pool. Raises what no file should cause."""
+    """Reads a file as a pool and as a target; returns the rows of the pool. Raises what no file
+    should cause."""
     count = 0
     try:
         for raw, row in Pool([str(path)], {}, LIMIT).rows():

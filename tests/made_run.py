@@ -84,7 +84,8 @@ EVALUATION: dict[str, Any] = {
 def write_run(
     folder: Path, rows: Sequence[Row], scores: Sequence[float], command: str = "select", **more: Any
 ) -> Path:
-    """A complete run that took the best third of `rows`; `more` are columns of scores.parquet beside the usual ones."""
+    """A complete run that took the best third of `rows`; `more` are columns of scores.parquet
+    beside the usual ones."""
     folder.mkdir(parents=True, exist_ok=True)
     pool, target = (
         jsonl(folder.parent / "pool.jsonl", rows),

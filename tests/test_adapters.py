@@ -1,4 +1,5 @@
-"""Adapters: what is exported is what stock PEFT loads, and an adapter on a model counts like any other weight."""
+"""Adapters: what is exported is what stock PEFT loads, and an adapter on a model counts like any
+other weight."""
 
 import json
 import sys
@@ -25,7 +26,7 @@ from prism_select.directions.lora import save_adapter
 from prism_select.directions.low_rank import matrices, truncated
 from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import BadModel, BadOption, PrismError, UnknownLayers
 
 ONE = LoraConfig(
@@ -38,7 +39,7 @@ def copy_of(name: str) -> CausalLM:
 
 
 def direction_of(model: CausalLM) -> Direction:
-    return target_of(model, select_weights(model.network, "all")).direction
+    return target_of(model, select_parameters(model.network, "all")).direction
 
 
 def gain(model: CausalLM) -> float:
@@ -106,7 +107,7 @@ def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(
 
 def test_a_rank_above_a_matrixs_own_exports_all_of_it(tmp_path: Path) -> None:
     model = copy_of("llama")
-    weights = select_weights(model.network, r"layers\.3\.")
+    weights = select_parameters(model.network, r"layers\.3\.")
     direction = target_of(model, weights).direction
     shares = save_adapter(model.network, direction, 64, tmp_path)
     assert shares["model.layers.3.mlp.up_proj.weight"] == pytest.approx(1, abs=1e-6)
@@ -120,7 +121,7 @@ def test_a_direction_without_matrices_and_a_model_with_an_adapter_export_nothing
     tmp_path: Path,
 ) -> None:
     model = copy_of("llama")
-    norms = {n: torch.ones_like(w) for n, w in select_weights(model.network, "norm").items()}
+    norms = {n: torch.ones_like(w) for n, w in select_parameters(model.network, "norm").items()}
     with pytest.raises(BadOption, match="no matrix counts that LoRA could move"):
         save_adapter(model.network, norms, 4, tmp_path / "out")
     load_adapter(model.network, trained(tmp_path / "in"), merge=False)
@@ -160,7 +161,7 @@ def test_engines_agree_on_the_adapter_and_with_a_loop_of_autograd(
     network = copy_of(name).network
     stock = CausalLM(PeftModel.from_pretrained(deepcopy(network), folder))
     model = stock if wrapped else load_adapter(network, folder, merge=False)
-    weights = select_weights(model.network, "adapter")
+    weights = select_parameters(model.network, "adapter")
     assert weights.keys() == {
         n for n, _ in model.network.named_parameters() if ".lora_A." in n or ".lora_B." in n
     }
@@ -191,7 +192,7 @@ def test_whole_modules_that_an_adapter_saves_count_with_it(tmp_path: Path) -> No
         r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
     )
     model = load_adapter(copy_of("llama").network, trained(tmp_path, config=config), merge=False)
-    weights, batch = select_weights(model.network, "adapter"), batch_of(5, 16, vocabulary=V)
+    weights, batch = select_parameters(model.network, "adapter"), batch_of(5, 16, vocabulary=V)
     assert len(weights) == 4 * 2 + 1 and "lm_head.modules_to_save.default.weight" in weights
     direction = target_of(model, weights).direction
     exact = reference(model, weights, [direction])(batch).values
@@ -202,7 +203,7 @@ def test_no_adapter_no_adapter_weights() -> None:
     with pytest.raises(
         UnknownLayers, match=r"--layers adapter: no weight matches; .* where --adapter puts it"
     ):
-        select_weights(Tiny().network, "adapter")
+        select_parameters(Tiny().network, "adapter")
 
 
 def refused(folder: Path, kind: type[PrismError], text: str, network: object = None) -> None:

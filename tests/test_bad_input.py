@@ -1,4 +1,5 @@
-"""Bad input never passes in silence and never gives a traceback: one line that says where, what and what to do."""
+"""Bad input never passes in silence and never gives a traceback: one line that says where, what and
+what to do."""
 
 import errno
 import json
@@ -41,7 +42,8 @@ Line = Row | str | bytes
 
 @dataclass
 class Desk:
-    """A folder with everything that a command needs, all of it good until a test spoils something."""
+    """A folder with everything that a command needs, all of it good until a test spoils
+    something."""
 
     folder: Path
     model: Path

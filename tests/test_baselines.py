@@ -1,4 +1,5 @@
-"""Every rival against its definition, written out once more: slow, row by row, from the model's own output."""
+"""Every rival against its definition, written out once more: slow, row by row, from the model's own
+output."""
 
 import math
 import re
@@ -19,9 +20,9 @@ from prism_select.core.likelihood import Batch
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.options import Amount
-from prism_select.selection.baselines import RIVALS, TEXT_RIVALS, Material, Texts, rank
+from prism_select.selection.baselines import BASELINES, TEXT_RIVALS, Material, Texts, rank
 from prism_select.selection.rules import OUTCOMES, Rules, choose
 
 ROWS = [
@@ -66,7 +67,7 @@ def material_of(chat: bool = False, layers: str = "all") -> Material:
         tokens=np.array([row.targets for row in rows]),
         wanted=[f"{prompt}\n{chosen}" for prompt, chosen, _ in PAIRS],
         model=model,
-        weights=select_weights(model.network, layers),
+        weights=select_parameters(model.network, layers),
         rows=rows,
         pairs=(
             [encoder.encode(said(prompt, chosen)) for prompt, chosen, _ in PAIRS],
@@ -261,7 +262,7 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
     material = material_of(chat)
     network: Any = material.model.network
 
-    def picture(row: Encoded) -> Tensor:
+    def sketch(row: Encoded) -> Tensor:
         with torch.no_grad():
             states = network(
                 input_ids=torch.tensor([row.tokens]), output_hidden_states=True
@@ -271,8 +272,8 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
         return torch.nn.functional.normalize(mean, dim=0)
 
     pool, targets = (
-        [picture(row) for row in material.rows],
-        [picture(row) for row in material.pairs[0]],
+        [sketch(row) for row in material.rows],
+        [sketch(row) for row in material.pairs[0]],
     )
     assert torch.allclose(
         torch.nn.functional.normalize(material.read[1].double()), torch.stack(pool), atol=1e-5
@@ -335,7 +336,7 @@ def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
     )
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_rival_says_the_same_twice_of_every_row_and_leaves_the_model_as_it_was(name: str) -> None:
     material = replace(material_of())
     before = {key: value.clone() for key, value in material.model.network.state_dict().items()}

@@ -1,4 +1,5 @@
-"""Conversations to tokens: what is supervised, what is added once, what is refused; and batches that cover each row."""
+"""Conversations to tokens: what is supervised, what is added once, what is refused; and batches
+that cover each row."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -23,9 +23,9 @@ from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.errors import BadOption, TooManyBadRows
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Silent, Task
-from prism_select.selection import cascade_guess as surrogate
+from prism_select.selection import cascade_prediction as surrogate
 from prism_select.selection.cascade import Cascade
-from prism_select.selection.cascade_guess import (
+from prism_select.selection.cascade_prediction import (
     FEATURES,
     Guess,
     cut_for,
@@ -384,7 +384,8 @@ def test_the_interval_of_the_recall_holds_the_truth() -> None:
 
 
 def test_recall_by_hand() -> None:
-    """Nine scores; of the two that the guess would have left out one reaches the best four; ten more are unscored."""
+    """Nine scores; of the two that the guess would have left out one reaches the best four; ten
+    more are unscored."""
     exact = np.array([9.0, 8, 7, 6, 5, 4, 3, 2, 1])
     alike = np.array([False, True, False, False, False, False, False, False, True])
     told = recall_of(exact, alike, 10, 6)  # 9 alone is 1; with 8: 2 + 10 · 1/2 = 7 ≥ 6
@@ -406,7 +407,8 @@ def test_a_row_of_the_sample_is_guessed_without_its_own_score() -> None:
 
 
 def test_leaving_a_row_out_is_fitting_without_it() -> None:
-    """The closed form, against fits without the row: centres and scales are then other, so only nearly."""
+    """The closed form, against fits without the row: centres and scales are then other, so only
+    nearly."""
     draw = np.random.default_rng(1)
     features = draw.standard_normal((200, 258)).astype(np.float16)
     exact = features[:, 0].astype(float) + 0.5 * features[:, 1].astype(float) ** 2

@@ -1,4 +1,5 @@
-"""The command line: the page at the end of every run, one JSON object, silence, colours, and the nearest name."""
+"""The command line: the page at the end of every run, one JSON object, silence, colours, and the
+nearest name."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Commands from end to end, on a tiny model: what comes out is what the method says, and nothing depends on the way."""
+"""Commands from end to end, on a tiny model: what comes out is what the method says, and nothing
+depends on the way."""
 
 import csv
 import gzip
@@ -129,7 +130,8 @@ def chatml(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> Coded:
 
 
 class Loop:
-    """Every number by a whole forward pass, cross-entropy and autograd on all parameters, one example at a time."""
+    """Every number by a whole forward pass, cross-entropy and autograd on all parameters, one
+    example at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.network = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,5 @@
-"""Whatever stops a run, nothing is lost and nothing is wrong: the same command ends with the same scores."""
+"""Whatever stops a run, nothing is lost and nothing is wrong: the same command ends with the same
+scores."""
 
 import json
 import os
@@ -63,7 +64,8 @@ def scores(out: Path) -> pa.Table:
 
 @contextmanager
 def between(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
-    """Just before shard `number` is written, something happens. Gives the numbers of the shards written."""
+    """Just before shard `number` is written, something happens. Gives the numbers of the shards
+    written."""
     written, write = list[int](), Store.write_shard
 
     def watched(store: Store, at: int, table: pa.Table, kind: str) -> Path:

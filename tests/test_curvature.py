@@ -7,11 +7,11 @@ from tiny import Tiny, batch_of
 from torch import Tensor
 from torch.nn import functional
 
-from prism_select.core.layers import Direction, Weights, owners, swapped
+from prism_select.core.layers import Direction, Parameters, owners, swapped
 from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import minus, norm
 from prism_select.directions.curvature import GaussNewton, diagonal, ekfac, solve
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 PATTERN = r"blocks\.[01]\.(qkv|down|before)"
 
@@ -20,13 +20,13 @@ def rows_of(count: int = 5) -> list[Batch]:
     return [batch_of(1, 12, seed) for seed in range(count)]
 
 
-def random_direction(weights: Weights, seed: int = 0) -> Direction:
+def random_direction(weights: Parameters, seed: int = 0) -> Direction:
     draw = torch.Generator().manual_seed(seed)
     return {n: torch.randn(w.shape, generator=draw, dtype=w.dtype) for n, w in weights.items()}
 
 
 def example_gradients(
-    model: Tiny, weights: Weights, rows: list[Batch]
+    model: Tiny, weights: Parameters, rows: list[Batch]
 ) -> Iterator[Mapping[str, Tensor]]:
     """∇loglik of each example by autograd, written out again."""
     for weight in weights.values():
@@ -45,7 +45,7 @@ def close(a: Direction, b: Direction) -> float:
 
 def test_diagonal_is_autograds_second_moments() -> None:
     model, rows = Tiny(), rows_of()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     every = list(example_gradients(model, weights, rows))
     blocks = diagonal(model, weights, rows)
     for name in weights:
@@ -64,7 +64,8 @@ def test_diagonal_is_autograds_second_moments() -> None:
 
 
 def dense_ekfac(model: Tiny, name: str, weight: Tensor, rows: list[Batch]) -> Tensor:
-    """(U ⊗ V) diag(mean (Uᵀ G V)²) (U ⊗ V)ᵀ as a matrix over vec(W), from layer inputs and output gradients."""
+    """(U ⊗ V) diag(mean (Uᵀ G V)²) (U ⊗ V)ᵀ as a matrix over vec(W), from layer inputs and output
+    gradients."""
     module = model.network.get_submodule(name.removesuffix(".weight"))
     left, right, gradients = torch.zeros(2), torch.zeros(2), list[Tensor]()
     for row in rows:
@@ -89,7 +90,7 @@ def dense_ekfac(model: Tiny, name: str, weight: Tensor, rows: list[Batch]) -> Te
 
 def test_ekfac_is_a_dense_construction_of_the_same_approximation() -> None:
     model, rows = Tiny(), rows_of(7)
-    weights = select_weights(model.network, PATTERN)
+    weights = select_parameters(model.network, PATTERN)
     blocks, direction = ekfac(model, weights, rows), random_direction(weights)
     solved = solve(blocks, direction, 0.1)
     matrices = [name for name, w in weights.items() if w.ndim == 2]
@@ -110,7 +111,7 @@ def test_ekfac_is_a_dense_construction_of_the_same_approximation() -> None:
 
 def test_padding_is_no_part_of_ekfac() -> None:
     model, padded = Tiny(), batch_of(6, 12)
-    weights = select_weights(model.network, PATTERN)
+    weights = select_parameters(model.network, PATTERN)
     assert not padded.real.all()
     rows = [
         Batch(*(part[None, real] for part in (tokens, real, supervised)))
@@ -127,7 +128,7 @@ def test_padding_is_no_part_of_ekfac() -> None:
 
 def test_cg_is_a_dense_gauss_newton_solve() -> None:
     model, rows = Tiny(), rows_of(4)
-    weights = select_weights(model.network, r"blocks\.3\.(out|before|down\.bias)")
+    weights = select_parameters(model.network, r"blocks\.3\.(out|before|down\.bias)")
     direction = random_direction(weights)
     blocks = diagonal(model, weights, rows)
     newton = GaussNewton(model, weights, rows, blocks)

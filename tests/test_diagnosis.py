@@ -1,4 +1,5 @@
-"""What a run says about its pairs, held to values that are known in closed form or computed the slow way."""
+"""What a run says about its pairs, held to values that are known in closed form or computed the
+slow way."""
 
 import math
 
@@ -10,7 +11,7 @@ from tiny import Tiny, batch_of, pairs_of
 from torch import Tensor
 
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Weights
+from prism_select.core.layers import Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward
 from prism_select.core.target_gradient import (
     Side,
@@ -24,13 +25,13 @@ from prism_select.directions.common_part import common_of, common_part, without_
 from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.pair_diagnostics import Diagnosis, diagnose, overlap, pairs_wanted
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 
 def pictured(
     model: LanguageModel, sides: tuple[Side, Side], layers: str = "all"
-) -> tuple[Sketcher, Target, Weights]:
-    weights = select_weights(model.network, layers)
+) -> tuple[Sketcher, Target, Parameters]:
+    weights = select_parameters(model.network, layers)
     sketcher = Sketcher(model.network, weights, len(sides[0].order), 0)
     with sketcher.open() as observe:
         target = target_gradient(model, weights, sides, "prism", 0.0, observe)
@@ -38,9 +39,10 @@ def pictured(
 
 
 def own_gradients(
-    model: LanguageModel, weights: Weights, side: Side, slope: Tensor, covered: set[str]
+    model: LanguageModel, weights: Parameters, side: Side, slope: Tensor, covered: set[str]
 ) -> Tensor:
-    """The slow way: each pair's part of one half by itself, over the weights that pictures cover."""
+    """The slow way: each pair's part of one half by itself, over the weights that pictures
+    cover."""
     rows: list[Tensor] = [torch.zeros(0)] * len(side.order)
     order = iter(side.order)
     for batch in side.batches:
@@ -71,7 +73,7 @@ def test_pictures_have_the_inner_products_of_the_gradients(make: type[Tiny]) -> 
     covered = set(sketcher.place)
     for side, name in zip(sides, ("chosen", "rejected"), strict=True):
         exact = own_gradients(model, weights, side, target.weight, covered)
-        small = sketcher.pictures[name].double()
+        small = sketcher.sketches[name].double()
         apart = (small @ small.T - exact @ exact.T).norm() / (exact @ exact.T).norm()
         assert apart < 0.1, (name, apart)
     assert 0.5 < sketcher.share <= 1
@@ -96,8 +98,8 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
     sides = Side(repeated(chosen, 8), order), Side(repeated(rejected, 8), order)
     sketcher, target, _ = pictured(model, sides)
     told = diagnosed(
-        sketcher.pictures["chosen"].double().numpy(),
-        sketcher.pictures["rejected"].double().numpy(),
+        sketcher.sketches["chosen"].double().numpy(),
+        sketcher.sketches["rejected"].double().numpy(),
         target=target,
     )
     assert told.split_half_agreement == pytest.approx(1, abs=1e-6)
@@ -125,7 +127,8 @@ def diagnosed(
 
 @pytest.mark.parametrize("kappa", [3.0, 20.0, 100.0])
 def test_a_planted_signal_is_found_with_the_agreement_that_theory_gives(kappa: float) -> None:
-    """Pairs = signal + noise of κ times its power: m of them against m others agree at 1 / (1 + κ/m)."""
+    """Pairs = signal + noise of κ times its power: m of them against m others agree at 1 / (1 +
+    κ/m)."""
     draw, count, size = np.random.default_rng(1), 160, 20_000
     signal = np.zeros(size)
     signal[0] = 1.0
@@ -140,8 +143,8 @@ def test_a_planted_signal_is_found_with_the_agreement_that_theory_gives(kappa: f
 
 
 def test_a_shared_part_hides_the_signal_until_it_is_taken_out() -> None:
-    """Each pair's two answers share a part of random strength, so it is left in their difference as noise in one
-    direction; taken out, the agreement is that of the signal alone."""
+    """Each pair's two answers share a part of random strength, so it is left in their difference as
+    noise in one direction; taken out, the agreement is that of the signal alone."""
     draw, count, size = np.random.default_rng(2), 100, 20_000
     shared, signal = np.zeros((2, size))
     shared[0], signal[1] = 1.0, 1.0
@@ -210,7 +213,7 @@ def test_one_pair_has_a_diagnosis_without_agreement() -> None:
 
 def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stays() -> None:
     model, sides, batch = Tiny(), pairs_of(6), batch_of(10, seed=4)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target = target_gradient(model, weights, sides, "prism")
     taken, common = without_common(target), common_of(target)
     assert abs(dot(taken.direction, common)) < 1e-12 * norm(taken.direction) * norm(common)
@@ -222,7 +225,7 @@ def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stay
 
 def test_an_anchor_adds_the_likelihood_of_the_chosen_answers() -> None:
     model, sides = Tiny(), pairs_of(6)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     plain, unpaired = (
         target_gradient(model, weights, sides, name).direction for name in ("prism", "unpaired")
     )

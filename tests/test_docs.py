@@ -1,4 +1,5 @@
-"""The docs are held to the code: every command and option is there, and what is generated is up to date."""
+"""The docs are held to the code: every command and option is there, and what is generated is up to
+date."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""Every engine against the definition, on our own float64 transformer and on the architectures that people use."""
+"""Every engine against the definition, on our own float64 transformer and on the architectures that
+people use."""
 
 import re
 from collections.abc import Callable
@@ -15,13 +16,13 @@ from tiny import Tiny, batch_of, pairs_of
 from prism_select.core import engines, layers
 from prism_select.core.check import check, disagreement
 from prism_select.core.engines import ENGINES, difference, forward, reference, reverse
-from prism_select.core.layers import Weights
+from prism_select.core.layers import Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, token_logliks
 from prism_select.core.statistics import rank_correlation
 from prism_select.core.target_gradient import Target, target_gradient
 from prism_select.directions.common_part import common_of
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import BadOption, EnginesDisagree, Unreachable
 
 V = 97
@@ -93,7 +94,7 @@ def network_of(name: str) -> CausalLM:
 
 
 def target_of(
-    model: LanguageModel, weights: Weights, weighting: str = "prism", vocabulary: int = V
+    model: LanguageModel, weights: Parameters, weighting: str = "prism", vocabulary: int = V
 ) -> Target:
     return target_gradient(model, weights, pairs_of(6, vocabulary=vocabulary), weighting)
 
@@ -106,7 +107,7 @@ def test_engines_agree_to_rounding_on_a_float64_transformer(
 ) -> None:
     model = Tiny(tied=tied)
     pattern = layers if layers != "late" else "late"
-    weights = select_weights(model.network, pattern)
+    weights = select_parameters(model.network, pattern)
     target = target_of(model, weights, vocabulary=61)
     directions, batch = [target.direction, target.chosen], batch_of(12, seed=7, left=left)
     exact = reference(model, weights, directions)(batch)
@@ -119,7 +120,7 @@ def test_engines_agree_to_rounding_on_a_float64_transformer(
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_many_directions_at_once_are_each_what_one_is_alone(name: str) -> None:
     model = network_of(name)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target = target_of(model, weights)
     directions = [target.direction, target.chosen, target.rejected, common_of(target)]
     batch = batch_of(9, 16, seed=3, vocabulary=V)
@@ -134,7 +135,7 @@ def test_many_directions_at_once_are_each_what_one_is_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_engines_agree_in_float32_on_every_architecture(name: str, layers: str) -> None:
     model = network_of(name)
-    weights = select_weights(model.network, layers)
+    weights = select_parameters(model.network, layers)
     target = target_of(model, weights)
     directions, batch = [target.direction, target.chosen], batch_of(32, 16, seed=9, vocabulary=V)
     exact = reference(model, weights, directions)(batch).values
@@ -149,7 +150,7 @@ def test_engines_agree_in_float32_on_every_architecture(name: str, layers: str) 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma3"])
 def test_a_word_that_pads_and_stands_in_the_text_counts_as_torch_counts_it(name: str) -> None:
     model = network_of(name)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target, batch = target_of(model, weights), batch_of(32, 16, seed=9, vocabulary=V)
     batch.tokens[:, 3:6] = 0
     directions = [target.direction, target.chosen]
@@ -170,7 +171,7 @@ def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
         **dict(mm_tokens_per_image=4, image_token_index=7, boi_token_index=8, eoi_token_index=9),
     )
     model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
-    every, late = select_weights(model.network, "all"), select_weights(model.network, "late")
+    every, late = select_parameters(model.network, "all"), select_parameters(model.network, "late")
     assert {
         name for name, _ in model.network.named_parameters() if "language_model" in name
     } == set(every)
@@ -199,7 +200,7 @@ def test_bfloat16_ranks_as_the_float32_definition_does(name: str) -> None:
     model = CausalLM(low.bfloat16())
     batch, scores = batch_of(64, 16, seed=5, vocabulary=V), []
     for each, engine in ((model, reverse), (exact_model, reference)):
-        weights = select_weights(each.network, "all")
+        weights = select_parameters(each.network, "all")
         scores.append(
             engine(each, weights, [target_of(each, weights).direction])(batch).values[:, 0].numpy()
         )
@@ -209,7 +210,7 @@ def test_bfloat16_ranks_as_the_float32_definition_does(name: str) -> None:
 def test_left_padding_scores_like_right_padding_on_every_architecture() -> None:
     for name in ARCHITECTURES:
         model = network_of(name)
-        weights = select_weights(model.network, "all")
+        weights = select_parameters(model.network, "all")
         engine = reverse(model, weights, [target_of(model, weights).direction])
         right = engine(batch_of(8, 16, seed=3, vocabulary=V)).values
         left = engine(batch_of(8, 16, seed=3, left=True, vocabulary=V)).values
@@ -218,7 +219,7 @@ def test_left_padding_scores_like_right_padding_on_every_architecture() -> None:
 
 def test_scores_do_not_depend_on_batch_size_order_or_duplicates() -> None:
     model = network_of("llama")
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     engine = reverse(model, weights, [target_of(model, weights).direction])
     batch = batch_of(24, 16, seed=4, vocabulary=V)
     together = engine(batch).values
@@ -236,7 +237,7 @@ def test_a_weight_that_an_engine_cannot_reach_is_named() -> None:
     config._experts_implementation = "grouped_mm"  # this form has no forward-mode derivative
     torch.manual_seed(0)
     model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target = target_of(model, weights)
     batch = batch_of(4, 16, vocabulary=V)
     with pytest.raises(Unreachable, match=r"model\.layers\.\d\.mlp\.experts\.gate_up_proj"):
@@ -249,7 +250,7 @@ def test_a_weight_used_behind_its_modules_back_is_named() -> None:
     model = Tiny()
     head, words = model.network.head, model.network.body.words
     model.logits = lambda hidden: hidden @ words.weight.T + head.bias  # type: ignore[method-assign]
-    weights = select_weights(model.network, "head.bias")
+    weights = select_parameters(model.network, "head.bias")
     with pytest.raises(Unreachable, match=r"head\.bias: the module that holds it was never called"):
         reverse(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])(
             batch_of(3)
@@ -260,14 +261,14 @@ def test_difference_refuses_what_rounding_would_ruin() -> None:
     model = CausalLM(
         transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]()).bfloat16()
     )
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     with pytest.raises(BadOption, match="float32"):
         difference(model, weights, [{name: torch.ones_like(w) for name, w in weights.items()}])
 
 
 def test_the_check_stops_an_engine_that_is_wrong() -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     slow = reference(model, weights, [target_of(model, weights, vocabulary=61).direction])
 
     def wrong(batch):  # type: ignore[no-untyped-def]
@@ -282,7 +283,7 @@ def test_the_check_stops_an_engine_that_is_wrong() -> None:
 
 def test_the_model_is_as_it_was_after_each_engine() -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     direction = target_of(model, weights, vocabulary=61).direction
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     for make in ENGINES.values():
@@ -298,7 +299,7 @@ def test_the_model_is_as_it_was_after_each_engine() -> None:
 
 def test_the_head_in_chunks_scores_like_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     engine = reverse(model, weights, [target_of(model, weights, vocabulary=61).direction])
     whole = engine(batch_of(9))
     monkeypatch.setattr("prism_select.core.likelihood.HEAD_LOGITS", 3 * 61)
@@ -332,7 +333,7 @@ def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(
     kind: type[Tiny], passes: list[int]
 ) -> None:
     model, batch = kind(), batch_of(4, seed=3)
-    weights = select_weights(model.network, "late")
+    weights = select_parameters(model.network, "late")
     directions = [target_of(model, weights, vocabulary=61).direction]
     engine = difference(model, weights, directions)
     engine(batch)  # the first batch sets the step, too
@@ -359,7 +360,7 @@ def test_memory_that_runs_out_in_a_modules_own_derivative_is_no_weight_out_of_re
         raise error
 
     model = network_of("llama")
-    weights = select_weights(model.network, "norm")
+    weights = select_parameters(model.network, "norm")
     engine = reverse(model, weights, [target_of(model, weights).direction])
     monkeypatch.setattr(layers, "tangent_of", full)
     with pytest.raises(RuntimeError, match="memory"):
@@ -371,7 +372,7 @@ def test_a_head_that_answers_in_less_than_the_body_s_precision_is_one_that_score
 ) -> None:
     model = network_of("llama")
     model.network.double()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target, batch, head = (
         target_of(model, weights),
         batch_of(3, 16, seed=3, vocabulary=V),
@@ -393,7 +394,7 @@ def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again
     call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network_of("llama")
-    weights = select_weights(model.network, "late")
+    weights = select_parameters(model.network, "late")
     target = target_of(model, weights)
     directions, batch, calls = (
         [target.direction, target.chosen],

@@ -1,4 +1,5 @@
-"""Evaluation: equal budgets, honest intervals, nothing trained twice, and controls that fail when they should."""
+"""Evaluation: equal budgets, honest intervals, nothing trained twice, and controls that fail when
+they should."""
 
 import json
 import math
@@ -43,12 +44,12 @@ from prism_select.evaluation.evaluate import evaluate
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of
 from prism_select.evaluation.loggers import known_board
 from prism_select.evaluation.price import break_even, break_even_of
-from prism_select.evaluation.retraining import Bench, Lot, Point, Tried, digest
+from prism_select.evaluation.retraining import Point, Retrainer, TrainedResult, TrainingJob, digest
 from prism_select.evaluation.training_results import forecasts, in_words
 from prism_select.evaluation.trainings import filled
 from prism_select.models import lora_training as warmup
 from prism_select.models.loading import load, load_model
-from prism_select.models.lora_training import Course, refuse_many_gpus, train
+from prism_select.models.lora_training import TrainingSettings, refuse_many_gpus, train
 from prism_select.run.config import ScoreConfig
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.errors import BadOption, Unreachable
@@ -103,16 +104,16 @@ def told(place: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSettings]:
     """Those that were made."""
-    made: list[Course] = []
+    made: list[TrainingSettings] = []
 
-    def counted(bench: Bench, lot: Lot) -> list[Point]:
+    def counted(bench: Retrainer, lot: TrainingJob) -> list[Point]:
         made.append(lot.course)
         return trained(bench, lot)
 
-    trained = Bench.trained
-    monkeypatch.setattr(Bench, "trained", counted)
+    trained = Retrainer.trained
+    monkeypatch.setattr(Retrainer, "trained", counted)
     monkeypatch.setattr(evaluation, "run_controls", lambda *_: [])
     return made
 
@@ -225,7 +226,7 @@ def test_a_folder_of_its_name_is_no_board(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(
-    place: Path, trainings: list[Course]
+    place: Path, trainings: list[TrainingSettings]
 ) -> None:
     with pytest.raises(BadOption, match="--board wandb: not installed; pip install wandb"):
         evaluate(config_of(place, board="wandb", steps=3))
@@ -236,9 +237,9 @@ def test_a_board_that_is_not_installed_is_said_before_anything_is_trained(
 
 
 def test_the_choice_beats_random_and_the_whole_pool_on_held_out_pairs(told: dict[str, Any]) -> None:
-    for rival in ("random", "everything", "none"):
-        assert told["against"][rival]["gain"]["low"] > 0
-        assert told["against"][rival]["words"].startswith("better than ")
+    for baseline in ("random", "everything", "none"):
+        assert told["against"][baseline]["gain"]["low"] > 0
+        assert told["against"][baseline]["words"].startswith("better than ")
     assert told["forecast"]["rank_correlation"] > 0.5 and told["forecast"]["trainings"] == 8
 
 
@@ -304,12 +305,12 @@ def test_pairs_that_the_run_has_seen_are_left_out(place: Path, told: dict[str, A
 
 
 def test_a_rival_with_the_ranking_of_a_second_choice_is_its_equal(
-    place: Path, tmp_path: Path, trainings: list[Course]
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     run = tmp_path / "again"
     prism_select.select(select_from=str(place / "select"), out=str(run), budget="10")
     twin = np.array(Run(run).scores["score"].to_pylist())
-    found = evaluate(config_of(place, run, against="twin", seeds=1), rivals={"twin": twin})
+    found = evaluate(config_of(place, run, against="twin", seeds=1), baselines={"twin": twin})
     assert found["methods"]["twin"]["rows"] == found["methods"]["prism"]["rows"] == [10]
     assert len(trainings) == 2
     assert found["against"]["twin"]["words"] == "no gain over twin shown: 0 [0, 0]"
@@ -340,7 +341,8 @@ def test_repair_trains_on_what_is_kept_and_forecasts_the_wanted_answers(place: P
 
 @pytest.mark.parametrize("seeds", [1, 40])
 def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
-    """Differences that are a seed's part plus a pair's part have the variance of both means, added."""
+    """Differences that are a seed's part plus a pair's part have the variance of both means,
+    added."""
     draw = np.random.default_rng(0)
     by_seed, by_pair = draw.normal(0, 1, (seeds, 1)), draw.normal(0.3, 2, (1, 200))
     low, high = paired_interval(by_seed + by_pair, 0, 20_000)
@@ -352,9 +354,9 @@ def test_the_interval_is_that_of_the_closed_form(seeds: int) -> None:
 
 
 def test_a_dear_training_of_fewer_points_than_another_has_a_curve() -> None:
-    def tried(method: str, seed: int, *steps: int) -> Tried:
+    def tried(method: str, seed: int, *steps: int) -> TrainedResult:
         points = [Point(step, 0.0, np.zeros(2), np.zeros(2)) for step in steps]
-        return Lot(method, np.arange(3), Course(seed, steps[-1])), points
+        return TrainingJob(method, np.arange(3), TrainingSettings(seed, steps[-1])), points
 
     found = [
         tried("prism", 0, 4),
@@ -402,7 +404,7 @@ def test_no_training_is_told_to_anyone(place: Path, monkeypatch: pytest.MonkeyPa
         ScoreConfig(model=str(MODEL), pool=["pool"], target=["pairs"], out="run"), Silent()
     )
     row = encoder.encode(Example((Turn("user", "1 + 1"), Turn("assistant", "2")), "", "", "", 1))
-    train(model, encoder.tokenizer, [row], Course(0, 1))
+    train(model, encoder.tokenizer, [row], TrainingSettings(0, 1))
     assert not started
 
 
@@ -416,7 +418,7 @@ def test_several_gpus_are_refused_before_anything_is_trained(
 
 
 def test_what_is_finished_is_not_trained_again(
-    place: Path, tmp_path: Path, trainings: list[Course]
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     run = shutil.copytree(
         place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
@@ -453,8 +455,11 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
         for side in ("chosen", "rejected")
     ]
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
-    bench = Bench(model, encoder, dict(enumerate(rows)), sides, Store("nowhere"), ())
-    lots = [Lot("prism", np.arange(16), Course(0, steps, 1e-3, full)) for steps in (1, 1, 3)]
+    bench = Retrainer(model, encoder, dict(enumerate(rows)), sides, Store("nowhere"), ())
+    lots = [
+        TrainingJob("prism", np.arange(16), TrainingSettings(0, steps, 1e-3, full))
+        for steps in (1, 1, 3)
+    ]
     first, again, longer = (bench.trained(lot)[-1] for lot in lots)
     after = model.network.state_dict()
     assert after.keys() == before.keys() and all(
@@ -468,7 +473,8 @@ def test_a_training_repeats_and_leaves_the_model_as_it_was(full: bool) -> None:
 def test_a_training_is_that_of_trls_own_trainer(
     monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    """The loss of core/likelihood.py, sent backward in parts, moves the weights as TRL's own loss does."""
+    """The loss of core/likelihood.py, sent backward in parts, moves the weights as TRL's own loss
+    does."""
     found, steps = [], list[int]()
     for stock in (False, True):
         model, tokenizer = load(str(MODEL), "auto", torch.device("cpu"))
@@ -481,7 +487,11 @@ def test_a_training_is_that_of_trls_own_trainer(
         if stock:
             monkeypatch.setattr(warmup, "_trainer", lambda *_: SFTTrainer)
         learner = train(
-            model, tokenizer, rows, Course(0, 3, 1e-3, full), lambda step, _: steps.append(step)
+            model,
+            tokenizer,
+            rows,
+            TrainingSettings(0, 3, 1e-3, full),
+            lambda step, _: steps.append(step),
         )
         found.append({name: weight.detach().clone() for name, weight in learner.named_parameters()})
     assert steps == [1, 2, 3]
@@ -497,11 +507,11 @@ def test_a_training_is_that_of_trls_own_trainer(
     )
 
 
-# ---------------------------------------------------------------- rivals, questions, curves, price, halves
+# -------------------------------------------------------- rivals, questions, curves, price, halves
 
 
 def test_named_rivals_rank_as_their_definitions_and_are_ranked_once(
-    place: Path, tmp_path: Path, trainings: list[Course], monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(
         place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
@@ -527,7 +537,7 @@ def test_named_rivals_rank_as_their_definitions_and_are_ranked_once(
 
 
 def test_several_pairs_of_a_question_count_as_one(
-    place: Path, tmp_path: Path, trainings: list[Course]
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     """A question with three wrong choices has three pairs, and is right where all of them are."""
     held, seen = pairs(DEMO_SKILL, 40, 1), {row["prompt"] for row in pairs(DEMO_SKILL, 16, 0)}
@@ -601,7 +611,7 @@ def test_the_price_of_scoring_buys_random_rows_and_steps(place: Path, tmp_path: 
 
 
 def test_the_price_of_scoring_after_a_warm_up_is_told(
-    place: Path, tmp_path: Path, trainings: list[Course]
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     shared: dict[str, Any] = {
         "model": str(MODEL),
@@ -639,7 +649,7 @@ def test_the_price_of_scoring_is_that_of_its_engine_and_its_target(
 def test_the_price_of_a_run_that_was_stopped_is_that_of_the_whole(
     place: Path,
     tmp_path: Path,
-    trainings: list[Course],
+    trainings: list[TrainingSettings],
     monkeypatch: pytest.MonkeyPatch,
     scored: float,
 ) -> None:
@@ -667,9 +677,10 @@ def test_the_price_of_a_run_that_was_stopped_is_that_of_the_whole(
 
 @pytest.mark.parametrize("against", ["random,random-priced", "random-priced"])
 def test_a_price_that_buys_no_forward_is_told_all_the_same(
-    place: Path, tmp_path: Path, trainings: list[Course], against: str
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings], against: str
 ) -> None:
-    """Random rows may be so short that they cost less than the choice, however much more of them is read."""
+    """Random rows may be so short that they cost less than the choice, however much more of them is
+    read."""
     run = shutil.copytree(
         place / "select", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")
     )
@@ -684,7 +695,7 @@ def test_a_price_that_buys_no_forward_is_told_all_the_same(
 
 
 def test_the_choice_from_a_run_of_score_alone_is_evaluated(
-    place: Path, tmp_path: Path, trainings: list[Course]
+    place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     given = {
         "model": str(MODEL),
@@ -785,7 +796,7 @@ def test_tasks_of_ones_own_are_run_before_and_after(
         right += sums[1] > sums[0]
     assert methods["none"]["tasks"] == {"quiz acc": [pytest.approx(right / 12)]}
     assert set(methods["prism"]["tasks"]) == {"quiz acc"}
-    monkeypatch.setattr(Bench, "trained", None)
+    monkeypatch.setattr(Retrainer, "trained", None)
     assert evaluate(config)["methods"] == methods
     with pytest.raises(BadOption, match="--tasks nothing: lm-eval knows no such task"):
         evaluate(config_of(place, run, tasks="nothing"))

@@ -183,8 +183,8 @@ def test_rounds_choose_again_at_the_model_that_training_has_made(
 def test_a_notebook_runs_from_top_to_bottom_and_says_what_it_said(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every line stands there, with its numbers, to rounding; of rows that are shown, whose order a rounding may turn,
-    only that they are."""
+    """Every line stands there, with its numbers, to rounding; of rows that are shown, whose order a
+    rounding may turn, only that they are."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]

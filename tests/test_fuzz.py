@@ -1,4 +1,5 @@
-"""Rows and files that nobody would write: none of them ends in a traceback. `make fuzz` tries many more."""
+"""Rows and files that nobody would write: none of them ends in a traceback. `make fuzz` tries many
+more."""
 
 import gzip
 import io
@@ -144,7 +145,8 @@ TEXTS = st.text(max_size=40) | st.text(st.characters(), max_size=40) | st.sample
 def test_no_text_of_a_pool_becomes_markup_of_the_page(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, ...]], scores: list[float]
 ) -> None:
-    """The page of odd rows has the tags of a page of plain ones, and its data the texts as they are."""
+    """The page of odd rows has the tags of a page of plain ones, and its data the texts as they
+    are."""
     folder = tmp_path_factory.mktemp("page")
     names = ("id", "source", "prompt", "completion")
     odd = [
@@ -171,7 +173,8 @@ def test_no_text_of_a_pool_becomes_markup_of_the_page(
 
 
 class Scripts(HTMLParser):
-    """Scripts of a page by their type, what stands in the one with data, and what could run or fetch something."""
+    """Scripts of a page by their type, what stands in the one with data, and what could run or
+    fetch something."""
 
     def __init__(self) -> None:
         super().__init__()

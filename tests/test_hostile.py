@@ -1,4 +1,5 @@
-"""Files that somebody else wrote: nothing in them runs, fills the memory, leaves its place or reaches the terminal."""
+"""Files that somebody else wrote: nothing in them runs, fills the memory, leaves its place or
+reaches the terminal."""
 
 import csv
 import gzip

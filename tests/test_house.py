@@ -95,7 +95,8 @@ def name_of(file: Path) -> str:
 
 @cache
 def tree_of(file: Path) -> ast.Module:
-    """No garbage is collected meanwhile: Python 3.11 may then miscount its depth and raise SystemError (gh-106905)."""
+    """No garbage is collected meanwhile: Python 3.11 may then miscount its depth and raise
+    SystemError (gh-106905)."""
     gc.disable()
     try:
         return ast.parse(file.read_text(encoding="utf-8"))

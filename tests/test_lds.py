@@ -1,4 +1,5 @@
-"""The linear datamodeling score: 1 where gains are sums of scores, nothing where they are noise, by rank alone."""
+"""The linear datamodeling score: 1 where gains are sums of scores, nothing where they are noise, by
+rank alone."""
 
 import math
 
@@ -29,7 +30,8 @@ def test_where_gains_are_sums_of_scores_whatever_their_scale_the_lds_is_one(sign
 
 
 def test_noise_in_the_gains_gives_the_rank_correlation_of_the_closed_form() -> None:
-    """Sums of many scores and their noise are normal: ρ = 6/π asin(r/2), r their correlation (Pearson 1907)."""
+    """Sums of many scores and their noise are normal: ρ = 6/π asin(r/2), r their correlation
+    (Pearson 1907)."""
     draw = np.random.default_rng(0)
     scores, members = draw.normal(size=400), halves(400, 4000, 0)
     foretold = members @ scores
@@ -67,7 +69,8 @@ def test_ties_share_their_rank() -> None:
 
 
 def test_one_half_has_no_lds_and_two_leave_its_interval_without_width() -> None:
-    """Of two halves, a resample with both in it has ρ = 1 here; the others have none, and are left out."""
+    """Of two halves, a resample with both in it has ρ = 1 here; the others have none, and are left
+    out."""
     scores = np.arange(4.0)
     one, two = (
         lds(scores, members, members @ scores, 0) for members in (halves(4, 1, 0), halves(4, 2, 0))

@@ -1,4 +1,5 @@
-"""A direction of low rank: what it keeps, and that `reverse` scores along its factors as along their product."""
+"""A direction of low rank: what it keeps, and that `reverse` scores along its factors as along
+their product."""
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from prism_select.core.layers import Factors, dense
 from prism_select.core.target_gradient import norm
 from prism_select.directions import low_rank as lowrank
 from prism_select.directions.low_rank import factor, truncated
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_factors_score_like_their_product_to_rounding(tied: bool) -> None:
     model, batch = Tiny(tied=tied), batch_of(12, seed=7)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     target = target_of(model, weights, vocabulary=61)
     low = [
         factor(model.network, each, 3).direction
@@ -38,7 +39,7 @@ def test_factors_score_like_their_product_to_rounding(tied: bool) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama, tied", "mixtral"])
 def test_factors_score_like_their_product_on_real_architectures(name: str) -> None:
     model, batch = network_of(name), batch_of(16, 16, seed=9, vocabulary=V)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     low = factor(model.network, target_of(model, weights).direction, 4).direction
     factored = {each for each, value in low.items() if isinstance(value, Factors)}
     assert factored and not any(
@@ -51,7 +52,7 @@ def test_factors_score_like_their_product_on_real_architectures(name: str) -> No
 
 def test_the_whole_rank_is_the_whole_direction() -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     direction = target_of(model, weights, vocabulary=61).direction
     low = factor(model.network, direction, 64)
     assert low.direction == direction and low.share == 1
@@ -62,7 +63,7 @@ def test_the_whole_rank_is_the_whole_direction() -> None:
 
 def test_the_share_is_that_of_the_squared_lengths_and_grows_with_the_rank() -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     direction = target_of(model, weights, vocabulary=61).direction
     shares = []
     for rank in (1, 2, 4, 8, 16):

@@ -11,7 +11,7 @@ from prism_select.core.gains import GAINS, slopes
 from prism_select.core.likelihood import backward, token_logliks
 from prism_select.core.target_gradient import Side, Target, minus, norm, target_gradient
 from prism_select.directions.common_part import common_part
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import UnknownLayers
 
 
@@ -25,13 +25,13 @@ def gain_of(model: Tiny, sides: tuple[Side, Side], weighting: str) -> float:
 
 
 def target_of(model: Tiny, sides: tuple[Side, Side], weighting: str = "prism") -> Target:
-    return target_gradient(model, select_weights(model.network, "all"), sides, weighting)
+    return target_gradient(model, select_parameters(model.network, "all"), sides, weighting)
 
 
 @pytest.mark.parametrize("weighting", GAINS)
 def test_one_training_step_moves_the_gain_as_scored(weighting: str) -> None:
     model, sides, batch, rate = Tiny(), pairs_of(8), batch_of(64, seed=3), 1e-6
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     predicted = reverse(model, weights, [target_of(model, sides, weighting).direction])(
         batch
     ).values[:, 0]
@@ -61,7 +61,7 @@ def test_one_training_step_moves_the_gain_as_scored(weighting: str) -> None:
 
 def test_swapping_chosen_and_rejected_under_uniform_negates_every_score_exactly() -> None:
     model, sides, batch = Tiny(), pairs_of(7), batch_of(20, seed=5)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     there, back = (target_of(model, way, "uniform") for way in (sides, sides[::-1]))
     scores = [reverse(model, weights, [target.direction])(batch).values for target in (there, back)]
     assert torch.equal(scores[0], -scores[1])
@@ -71,7 +71,7 @@ def test_swapping_chosen_and_rejected_under_uniform_negates_every_score_exactly(
 @pytest.mark.parametrize("weighting", GAINS)
 def test_the_direction_is_the_gradient_of_the_gain(weighting: str) -> None:
     model, sides = Tiny(), pairs_of(6)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     for weight in weights.values():
         weight.requires_grad_(True)
     means = [
@@ -107,20 +107,22 @@ def test_figures_of_the_target_follow_their_formulas() -> None:
 
 def test_layers_are_chosen_by_block_and_by_name() -> None:
     network = Tiny().network
-    every = set(select_weights(network, "all"))
+    every = set(select_parameters(network, "all"))
     assert every == {name for name, _ in network.named_parameters()}
-    late = set(select_weights(network, "late"))
+    late = set(select_parameters(network, "late"))
     assert late == {name for name in every if ".blocks.2." in name or ".blocks.3." in name}
-    assert set(select_weights(network, "last:1")) == {
+    assert set(select_parameters(network, "last:1")) == {
         name for name in every if ".blocks.3." in name
     }
-    assert set(select_weights(network, "last:9")) == {name for name in every if ".blocks." in name}
-    assert set(select_weights(network, r"qkv\.weight$")) == {
+    assert set(select_parameters(network, "last:9")) == {
+        name for name in every if ".blocks." in name
+    }
+    assert set(select_parameters(network, r"qkv\.weight$")) == {
         f"body.blocks.{i}.qkv.weight" for i in range(4)
     }
     for wrong in ("nothing", "last:0", "[", "last:"):
         with pytest.raises(UnknownLayers, match=r"this model has \d+ weights"):
-            select_weights(network, wrong)
+            select_parameters(network, wrong)
 
 
 def test_the_first_token_and_padding_are_never_predicted() -> None:

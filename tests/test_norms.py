@@ -8,17 +8,17 @@ from tiny import Tiny, batch_of
 from torch import Tensor, nn
 
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Weights
+from prism_select.core.layers import Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward
 from prism_select.core.target_gradient import differentiable
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import BadOption
 from prism_select.scoring import gradient_norms as norms
 from prism_select.scoring.gradient_norms import with_norms
 
 
-def autograds(model: LanguageModel, weights: Weights, batch: Batch) -> Tensor:
+def autograds(model: LanguageModel, weights: Parameters, batch: Batch) -> Tensor:
     """The slow way, in float64."""
     found = []
     for place in range(len(batch)):
@@ -47,7 +47,7 @@ def test_the_norms_are_autograds_to_rounding(
     model = Tiny(tied=tied)
     if tied and layers == r"head\.weight":
         layers = "words"
-    weights = select_weights(model.network, layers)
+    weights = select_parameters(model.network, layers)
     for time, left in ((14, False), (14, True), (31, False)):
         batch = batch_of(7, time, seed=3, left=left)
         assert (
@@ -62,7 +62,7 @@ def test_the_norms_are_autograds_on_every_architecture(
     name: str, layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network_of(name)
-    weights = select_weights(model.network, layers)
+    weights = select_parameters(model.network, layers)
     batch, directions = batch_of(9, 16, seed=9, vocabulary=V), [target_of(model, weights).direction]
     plain, exact = reverse(model, weights, directions)(batch), autograds(model, weights, batch)
     scores, norms = with_norms(model, weights, directions)(batch)
@@ -78,16 +78,17 @@ def test_a_large_weight_with_several_uses_is_named_and_a_small_one_counts_them_a
     model, batch = Tiny(), batch_of(5)
     blocks = model.network.body.blocks
     blocks[1].before, blocks[1].down.bias = blocks[0].before, blocks[0].down.bias  # type: ignore[union-attr]
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     assert apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch)) < 1e-10
     blocks[1].up = blocks[0].up
     with pytest.raises(BadOption, match=r"blocks\.0\.up\.weight is used several times"):
-        with_norms(model, select_weights(model.network, "all"), [])(batch)
+        with_norms(model, select_parameters(model.network, "all"), [])(batch)
     assert not any(module._forward_hooks for module in model.network.modules())
 
 
 class Mixing(nn.Module):
-    """A module with a matrix and a vector of its own beside a child's, none of them in a known formula."""
+    """A module with a matrix and a vector of its own beside a child's, none of them in a known
+    formula."""
 
     def __init__(self, width: int, across: bool) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ def test_any_other_module_counts_by_its_own_derivative(
     model, batch = Tiny(), batch_of(6)
     torch.manual_seed(1)
     model.network.body.blocks[2].out = Mixing(16, across).double().requires_grad_(False)
-    weights = select_weights(model.network, r"blocks\.2\.out")
+    weights = select_parameters(model.network, r"blocks\.2\.out")
     directions = [{name: torch.ones_like(weight) for name, weight in weights.items()}]
     assert len(weights) == 4
     scores, norms = with_norms(model, weights, directions)(batch)
@@ -129,7 +130,7 @@ def test_any_other_module_counts_by_its_own_derivative(
 def test_a_padding_word_in_the_text_counts_as_torch_counts_it(name: str) -> None:
     model, batch = network_of(name), batch_of(6, 16, vocabulary=V)
     batch.tokens[:, 2:5] = 0
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     assert apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch)) < 1e-4
 
 
@@ -139,7 +140,7 @@ def test_the_norms_are_autograds_in_bfloat16(name: str) -> None:
     low = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
     low.load_state_dict(network_of(name).network.state_dict())
     model, batch = CausalLM(low.bfloat16()), batch_of(16, 16, seed=5, vocabulary=V)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     assert apart(with_norms(model, weights, [])(batch)[1], autograds(model, weights, batch)) < 5e-3
 
 

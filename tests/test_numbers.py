@@ -22,7 +22,7 @@ from prism_select.data.encoding import Encoded
 from prism_select.directions import from_pairs as targeting
 from prism_select.models import loading
 from prism_select.scoring import engine_choice
-from prism_select.scoring.fitting import Fitting, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, plainly
 
 GOOD: list[Row] = [
     {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)
@@ -234,7 +234,7 @@ def test_every_row_of_a_batch_has_its_turn_however_little_fits(
         Encoded([place + 1] * length, [True] * length, False)
         for place, length in enumerate(lengths)
     ]
-    batch, fitting = collate(rows), Fitting(measure, tokens)
+    batch, fitting = collate(rows), BatchedEngine(measure, tokens)
     scores, norms = fitting(batch)
     assert norms is not None
     assert (

@@ -1,4 +1,5 @@
-"""The package that is built is one that can be published and used: complete, and at home in any folder."""
+"""The package that is built is one that can be published and used: complete, and at home in any
+folder."""
 
 import os
 import subprocess

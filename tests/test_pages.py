@@ -1,4 +1,5 @@
-"""What the pages tell to type is typed: every block of bash and of Python, in order, on the bundled model."""
+"""What the pages tell to type is typed: every block of bash and of Python, in order, on the bundled
+model."""
 
 import re
 import shlex

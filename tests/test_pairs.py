@@ -1,4 +1,5 @@
-"""`prism pairs`: good pairs from what people have, the same bytes for the same seed, and nothing lost."""
+"""`prism pairs`: good pairs from what people have, the same bytes for the same seed, and nothing
+lost."""
 
 import json
 import os

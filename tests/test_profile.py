@@ -7,21 +7,21 @@ from test_engines import ARCHITECTURES, V, network_of, target_of
 from tiny import Tiny, batch_of
 
 from prism_select.core.engines import reverse
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.scoring.layer_profile import best_cut, parts_of, profile
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma3", "gpt2", "opt", "mixtral"])
 def test_contributions_add_up_to_the_score_and_those_of_a_cut_to_its_own(name: str) -> None:
     model = network_of(name)
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     direction = target_of(model, weights).direction
     batches = [batch_of(6, 16, seed, vocabulary=V) for seed in (1, 2)]
     found, parts = profile(model, weights, direction, batches), parts_of(model.network, weights)
     columns = list(dict.fromkeys(parts.values()))
     assert found.shape == (12, len(columns)) and np.abs(found).min(1).max() > 0
     for cut in ("all", "late", "last:1", "last:3"):
-        chosen = select_weights(model.network, cut)
+        chosen = select_parameters(model.network, cut)
         engine = reverse(model, chosen, [{n: d for n, d in direction.items() if n in chosen}])
         exact = torch.cat([engine(batch).values[:, 0] for batch in batches]).numpy()
         kept = [i for i, part in enumerate(columns) if any(parts[name] == part for name in chosen)]
@@ -31,7 +31,7 @@ def test_contributions_add_up_to_the_score_and_those_of_a_cut_to_its_own(name: s
 
 def test_parts_have_readable_names_in_the_order_of_the_network() -> None:
     def names(network: torch.nn.Module) -> list[str]:
-        return list(dict.fromkeys(parts_of(network, select_weights(network, "all")).values()))
+        return list(dict.fromkeys(parts_of(network, select_parameters(network, "all")).values()))
 
     blocks = [f"block {i}" for i in range(4)]
     assert names(Tiny(tied=False).network) == ["embeddings", *blocks, "last", "head"]

@@ -1,4 +1,5 @@
-"""Rivals as choices: `select --rank-by` takes what a rival ranks first, and says so in the table."""
+"""Rivals as choices: `select --rank-by` takes what a rival ranks first, and says so in the
+table."""
 
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,7 +14,7 @@ from prism_select.demo.world import DEMO_SKILL, pairs, pool
 from prism_select.run.config import SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run
-from prism_select.selection.baselines import RIVALS
+from prism_select.selection.baselines import BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def chosen(run: Run) -> set[int]:
     return {row["row"] for row in table if row["verdict"] == "selected"}
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_highest_of_a_rival_are_chosen(
     files: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
@@ -51,7 +52,7 @@ def test_the_highest_of_a_rival_are_chosen(
 
 def test_every_rival_is_a_value_of_the_option() -> None:
     values = get_args(get_args(get_type_hints(SelectConfig, include_extras=True)["rank_by"])[0])
-    assert values == ("", *RIVALS)
+    assert values == ("", *BASELINES)
 
 
 def test_a_choice_is_made_again_by_rankings_that_take_no_model(

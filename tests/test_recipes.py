@@ -107,7 +107,8 @@ def leaves(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def wrong(tool: str, entry: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """Keys that the tool does not document, and columns, keys of a turn or roles that the row has not."""
+    """Keys that the tool does not document, and columns, keys of a turn or roles that the row has
+    not."""
     turn = (row.get("messages") or row.get("conversations") or [{}])[0]
     known = {"column": row.keys(), "key": turn.keys(), "role": {"user", "assistant"}}
     found = []

@@ -1,4 +1,5 @@
-"""The report: its facts are those of the run folder, its page holds no markup but its own, and no model is needed."""
+"""The report: its facts are those of the run folder, its page holds no markup but its own, and no
+model is needed."""
 
 import base64
 import gzip

@@ -1,7 +1,8 @@
-"""The page in a browser: it draws, searches, sorts and opens without a network; text stays text; all can use it.
+"""The page in a browser: it draws, searches, sorts and opens without a network; text stays text;
+all can use it.
 
-Needs Chromium (Debian: apt-get install chromium). Without it they fail where CI is set, and are skipped elsewhere.
-"""
+Needs Chromium (Debian: apt-get install chromium). Without it they fail where CI is set, and are
+skipped elsewhere."""
 
 import json
 import os
@@ -69,7 +70,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run with everything in it and hostile texts everywhere, a bare run, and the two of them compared."""
+    """A run with everything in it and hostile texts everywhere, a bare run, and the two of them
+    compared."""
     folder = tmp_path_factory.mktemp("pages")
     rows: list[Row] = [
         {

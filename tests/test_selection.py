@@ -295,7 +295,8 @@ def test_anything_else_is_no_amount(text: str) -> None:
 def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(
     rejected: float, warned: bool
 ) -> None:
-    """Math raises the chosen answers by 2 a token, chat by 0.1; what matters is what it does to the rejected ones."""
+    """Math raises the chosen answers by 2 a token, chat by 0.1; what matters is what it does to the
+    rejected ones."""
     count = 12
     tokens = np.full(2 * count, 4)
     chosen = np.repeat([8.0, 0.4], count)

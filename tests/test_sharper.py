@@ -1,4 +1,5 @@
-"""Several targets, groups of pairs, curvature, rank, norms, tokens and layers, from end to end on a tiny model."""
+"""Several targets, groups of pairs, curvature, rank, norms, tokens and layers, from end to end on a
+tiny model."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ import prism_select
 from prism_select.core.engines import forward
 from prism_select.core.statistics import overlap_of_best, stable_share, standard_error
 from prism_select.core.target_gradient import norm, target_gradient
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.selection.rules import round_robin
 
 Floats = NDArray[np.float64]
@@ -261,7 +262,7 @@ def test_the_standard_error_is_that_of_the_mean_over_many_draws() -> None:
 
 def test_a_tokens_score_is_its_own_derivative_and_belongs_to_the_token_predicted() -> None:
     model = Tiny()
-    weights = select_weights(model.network, "all")
+    weights = select_parameters(model.network, "all")
     direction, batch = (
         target_gradient(model, weights, pairs_of(6), "prism").direction,
         batch_of(5, seed=8, left=True),
@@ -299,7 +300,7 @@ def test_token_scores_add_up_to_the_score_and_stand_beside_their_texts(
     assert run.scores.schema.field("token_scores").type.value_type == "float"
 
 
-# ---------------------------------------------------------------- curvature, rank and norms in a run
+# -------------------------------------------------------- curvature, rank and norms in a run
 
 
 @pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])

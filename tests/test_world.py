@@ -13,7 +13,7 @@ from conftest import Outcome, jsonl, prism
 
 from prism_select.run.folder import Store
 from prism_select.scoring import shards
-from prism_select.scoring.processes import World, alone, leads
+from prism_select.scoring.processes import ProcessGroup, is_main_process, is_single_process
 
 ROWS, WINDOW = 48, 5
 DRIVER = """
@@ -89,15 +89,17 @@ def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
-    alone, both = desk.folder / "alone", desk.folder / "both"
+    is_single_process, both = desk.folder / "alone", desk.folder / "both"
     options = ["--budget", "20%"]
-    assert prism("select", *desk.words, *options, "--out", alone).code == 0
+    assert prism("select", *desk.words, *options, "--out", is_single_process).code == 0
     done = desk.together("select", *desk.words, *options, "--out", both)
     assert done.code == 0, done.err
     assert desk.written == [(number % 2, number) for number in range(10)]
     assert done.out.count("verdicts") == 1 and done.out.count("padding was") == 1
-    assert {path.name for path in both.iterdir()} == {path.name for path in alone.iterdir()}
-    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, alone))
+    assert {path.name for path in both.iterdir()} == {
+        path.name for path in is_single_process.iterdir()
+    }
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, is_single_process))
     assert ours.schema == theirs.schema
     for name in ours.column_names:
         if ours.schema.field(name).type == "double":
@@ -108,8 +110,10 @@ def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
         else:
             assert ours[name].equals(theirs[name])
     for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
-        assert (both / name).read_bytes() == (alone / name).read_bytes()
-    told, then = (json.loads((out / "manifest.json").read_text()) for out in (both, alone))
+        assert (both / name).read_bytes() == (is_single_process / name).read_bytes()
+    told, then = (
+        json.loads((out / "manifest.json").read_text()) for out in (both, is_single_process)
+    )
     assert told["counts"] == then["counts"] and told["actual"]["tokens"] == then["actual"]["tokens"]
     again = desk.together("select", *desk.words, *options, "--out", both)
     assert again.code == 0 and again.out.count("is complete already") == 1
@@ -167,6 +171,8 @@ def test_a_warm_up_is_refused_for_several(desk: Desk) -> None:
 
 
 def test_a_world_of_one_has_nothing_to_send() -> None:
-    world = World()
-    assert alone() and leads() and all(world.has(number) for number in range(5))
+    world = ProcessGroup()
+    assert (
+        is_single_process() and is_main_process() and all(world.has(number) for number in range(5))
+    )
     assert world.tell("word") == "word" and world.gather("word") == ["word"]

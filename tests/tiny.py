@@ -1,8 +1,8 @@
-"""A transformer of our own in plain torch, exact in float64 from end to end, as a fake of the core's LanguageModel.
+"""A transformer of our own in plain torch, exact in float64 from end to end, as a fake of the
+core's LanguageModel.
 
-Hugging Face models keep norms, rotary angles and softmax in float32 even after `.double()`; this one does not, so
-engines that are right agree on it to rounding.
-"""
+Hugging Face models keep norms, rotary angles and softmax in float32 even after `.double()`; this
+one does not, so engines that are right agree on it to rounding."""
 
 import torch
 from torch import Tensor, nn

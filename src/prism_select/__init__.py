@@ -57,7 +57,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Each name is fetched when first asked for, so that importing the package does not import torch."""
+    """Each name is fetched when first asked for, so that importing the package does not import
+    torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,10 +1,11 @@
 """The commands as functions: same words, same defaults, same run folder.
 
-    run = prism_select.select(model="M", pool=["pool.jsonl"], target="pairs.jsonl", out="RUN", budget="5%")
+    run = prism_select.select(model="M", pool=["pool.jsonl"], target="pairs.jsonl", out="RUN",
+    budget="5%")
 
-Choices made here: a function takes exactly the fields of its config, so nothing is said twice and types are checked;
-nothing is printed. `plan` is the command line's --dry-run. A run and an evaluation end with RUN/report.html.
-"""
+Choices made here: a function takes exactly the fields of its config, so nothing is said twice and
+types are checked; nothing is printed. `plan` is the command line's --dry-run. A run and an
+evaluation end with RUN/report.html."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, DiskTrouble
 from prism_select.run.progress import Progress, Silent
-from prism_select.scoring.processes import leads
+from prism_select.scoring.processes import is_main_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +54,7 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
         from prism_select.commands.pipeline import run
 
         done = run(config, progress or Silent())
-    if leads() and not config.dry_run:
+    if is_main_process() and not config.dry_run:
         path = cast("Run", done).path
         page = path / "report.html"
         if not page.exists() or page.stat().st_mtime < (path / "manifest.json").stat().st_mtime:
@@ -62,7 +63,8 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
 
 
 def _write_page(run: str, progress: Progress) -> None:
-    """A run or an evaluation is complete without its page: a full disk is told, and does not undo it."""
+    """A run or an evaluation is complete without its page: a full disk is told, and does not undo
+    it."""
     try:
         execute_report(ReportConfig(runs=(run,)))
     except DiskTrouble as error:
@@ -84,7 +86,8 @@ def execute_report(config: ReportConfig) -> "Path":
 def execute_pairs(
     config: PairsConfig, progress: Progress | None = None, accepts: "Accepts | None" = None
 ) -> "Made | dict[str, Any]":
-    """The file that was made, or the diagnosis. Raises PrismError for everything that its user can mend."""
+    """The file that was made, or the diagnosis. Raises PrismError for everything that its user can
+    mend."""
     from prism_select.commands import pairs as making
 
     if config.check:
@@ -93,7 +96,8 @@ def execute_pairs(
 
 
 def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can mend."""
+    """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can
+    mend."""
     from prism_select.evaluation import evaluate as evaluation
     from prism_select.evaluation import loggers as boards
 
@@ -105,7 +109,8 @@ def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None)
 
 
 def evaluate(run: str, holdout: str, **options: Any) -> dict[str, Any]:
-    """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in RUN/evaluation/evaluation.json."""
+    """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in
+    RUN/evaluation/evaluation.json."""
     return execute_evaluation(EvaluateConfig(run=run, holdout=holdout, **options))
 
 
@@ -117,7 +122,8 @@ def write_report(*runs: str, out: str = "") -> "Path":
 def make_pairs(
     file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any
 ) -> "Made":
-    """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the option `accept`."""
+    """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the option
+    `accept`."""
     return cast(
         "Made",
         execute_pairs(PairsConfig(file=file, how=how, out=out, **options), accepts=accepts),  # type: ignore[arg-type]
@@ -125,12 +131,14 @@ def make_pairs(
 
 
 def check_pairs(check: str, model: str, **options: Any) -> dict[str, Any]:
-    """`prism pairs --check FILE --model M`: what a run's manifest says about its target, with its warnings."""
+    """`prism pairs --check FILE --model M`: what a run's manifest says about its target, with its
+    warnings."""
     return cast("dict[str, Any]", execute_pairs(PairsConfig(check=check, model=model, **options)))
 
 
 def plan(config: ScoreConfig) -> "Plan":
-    """What the run would cost: the engine is made, checked and timed on one batch; nothing is written."""
+    """What the run would cost: the engine is made, checked and timed on one batch; nothing is
+    written."""
     if isinstance(config, SelectConfig) and config.select_from:
         raise BadOption("select_from needs no plan: it reads scores that are there")
     return cast("Plan", execute(replace(config, dry_run=True)))

@@ -2,9 +2,9 @@
 
     exit 0 done    2 the user can mend it: one line on stderr    1 a defect of ours    130 interrupted, resumable
 
-Choices made here: options are the fields of the configs, so a help text stands in one place; a value on the command
-line wins over --config; `--pool a b c` is read as three pools, as a shell's wildcard gives them.
-"""
+Choices made here: options are the fields of the configs, so a help text stands in one place; a
+value on the command line wins over --config; `--pool a b c` is read as three pools, as a shell's
+wildcard gives them."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, PeerLost, PrismError, out_of_memory
 from prism_select.run.options import Options, from_toml
-from prism_select.scoring.processes import alone, leads
+from prism_select.scoring.processes import is_main_process, is_single_process
 
 __all__ = ["ANYWHERE", "app", "main"]
 
@@ -150,7 +150,7 @@ def execute_and_tell(config: Options, terminal: Terminal) -> None:
     scores = isinstance(config, ScoreConfig) and not (
         isinstance(config, SelectConfig) and config.select_from
     )
-    if not (scores or alone()):
+    if not (scores or is_single_process()):
         raise BadOption(
             f"prism {config.command}: here one process does it all; start it without torchrun"
         )
@@ -207,18 +207,19 @@ class _Group(click.Group):
 @click.option("--quiet", is_flag=True, help="Print nothing but the summary.")
 @click.pass_context
 def app(context: click.Context, debug: bool, json: bool, quiet: bool) -> None:
-    """PRISM chooses fine-tuning data: every row of a pool gets a score, how much training on it would move this model
-    towards the behaviour that pairs of answers show.
+    """PRISM chooses fine-tuning data: every row of a pool gets a score, how much training on it
+    would move this model towards the behaviour that pairs of answers show.
 
     --debug, --json and --quiet may stand anywhere in a command."""
-    context.obj = Terminal(json, quiet, silent=not leads())
+    context.obj = Terminal(json, quiet, silent=not is_main_process())
 
 
 @app.command(short_help="Run the main jobs offline, on a bundled model")
 @click.option("--out", default="prism-demo", show_default=True, help="Folder to write.")
 @click.pass_obj
 def demo(terminal: Terminal, out: str) -> None:
-    """Run the main jobs offline, on a bundled model and a small generated world, in under two minutes."""
+    """Run the main jobs offline, on a bundled model and a small generated world, in under two
+    minutes."""
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
     )  # read when torch loads: a tiny model is slower with more
@@ -286,7 +287,7 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
     try:
         code = call()
     except PrismError as error:
-        fail(str(error), 2, silent=isinstance(error, PeerLost) and not leads())
+        fail(str(error), 2, silent=isinstance(error, PeerLost) and not is_main_process())
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 0
@@ -296,7 +297,7 @@ def guarded(call: Callable[[], Any], debug: bool, resumes: str) -> None:
         )
         fail(f"{error.format_message()} See {where} --help", 2)
     except (Interrupted, KeyboardInterrupt, click.Abort):
-        fail(f"interrupted; {resumes}", 130, silent=not leads())
+        fail(f"interrupted; {resumes}", 130, silent=not is_main_process())
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:

@@ -12,12 +12,14 @@ __all__ = ["evaluation_summary", "failed", "pairs_summary", "summary"]
 
 
 def _figure(value: float | None, spec: str = ".3f") -> str:
-    """null in a manifest is a figure that has no value: the AUROC of labels that are all the same, say."""
+    """null in a manifest is a figure that has no value: the AUROC of labels that are all the same,
+    say."""
     return "undefined" if value is None else format(value, spec)
 
 
 def target_lines(target: Mapping[str, Any], swapped: bool) -> dict[str, str]:
-    """What the pairs say, as the manifest's `target` has it; `swapped` pairs by the names of the target file."""
+    """What the pairs say, as the manifest's `target` has it; `swapped` pairs by the names of the
+    target file."""
     sides = sides_of(swapped)
     rows = {
         "pairs": f"{target['pairs']}, mean preference for the {sides[0]} {target['mean_preference']:.3f}, above one "
@@ -114,7 +116,8 @@ def page_line(run: Path) -> str:
 
 
 def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The final table: what was read and chosen, what the pairs say, how it was computed, where the files are."""
+    """The final table: what was read and chosen, what the pairs say, how it was computed, where the
+    files are."""
     counts, target, engine, choice = (
         manifest[key] for key in ("counts", "target", "engine", "choice")
     )
@@ -190,7 +193,8 @@ def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[str, str]:
-    """The final table of `prism evaluate`: each method, prism against each rival, the forecast, the controls."""
+    """The final table of `prism evaluate`: each method, prism against each rival, the forecast, the
+    controls."""
     left = (
         f", {told['pairs_left_out']} left out that the run has seen"
         if told["pairs_left_out"]

@@ -1,10 +1,10 @@
 """Terminal: what a run looks like while it goes on, and the table at its end.
 
-Choices made here: everything a run tells goes to standard output, errors alone to standard error; a bar where there is
-a terminal, a plain line every ten seconds where there is none; control characters from files never reach the terminal.
-With --json standard output has the summary alone, one JSON object, and all else goes to standard error; with --quiet
-the table at the end is all there is. NO_COLOR is Rich's.
-"""
+Choices made here: everything a run tells goes to standard output, errors alone to standard error; a
+bar where there is a terminal, a plain line every ten seconds where there is none; control
+characters from files never reach the terminal. With --json standard output has the summary alone,
+one JSON object, and all else goes to standard error; with --quiet the table at the end is all there
+is. NO_COLOR is Rich's."""
 
 import json
 import os

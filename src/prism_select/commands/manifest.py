@@ -1,4 +1,5 @@
-"""Manifest: everything about a run that is not a row. Its keys are stable and described in the docs."""
+"""Manifest: everything about a run that is not a row. Its keys are stable and described in the
+docs."""
 
 import platform
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from prism_select.core.check import tolerance
-from prism_select.directions.from_pairs import Aim, Said
+from prism_select.directions.from_pairs import DirectionSet, PairDiagnosis
 from prism_select.directions.saved import towards
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import RepairConfig, ScoreConfig, sides_of
@@ -34,7 +35,7 @@ class Facts:
 
 
 def manifest_of(
-    config: ScoreConfig, aim: Aim, checked: Checked, chosen: Chosen, facts: Facts
+    config: ScoreConfig, aim: DirectionSet, checked: Checked, chosen: Chosen, facts: Facts
 ) -> dict[str, Any]:
     repair = isinstance(config, RepairConfig)
     return {
@@ -95,7 +96,7 @@ def manifest_of(
     }
 
 
-def unreached(aim: Aim) -> list[str]:
+def unreached(aim: DirectionSet) -> list[str]:
     names = aim.without_gradient
     few = ", ".join(names[:3]) + ", …" * (len(names) > 3)
     return [
@@ -130,7 +131,7 @@ def missed(cascade: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def target_of(aim: Aim) -> dict[str, Any]:
+def target_of(aim: DirectionSet) -> dict[str, Any]:
     """What the pairs say, of all targets together and of each; nothing for a saved direction."""
     if aim.whole is None:
         return {}
@@ -143,7 +144,7 @@ def target_of(aim: Aim) -> dict[str, Any]:
     return told
 
 
-def told_of(said: Said) -> dict[str, Any]:
+def told_of(said: PairDiagnosis) -> dict[str, Any]:
     told = asdict(said.diagnosis)
     shares = told.pop("shares")
     return {
@@ -154,7 +155,7 @@ def told_of(said: Said) -> dict[str, Any]:
     }
 
 
-def warnings_of(aim: Aim, swapped: bool) -> list[str]:
+def warnings_of(aim: DirectionSet, swapped: bool) -> list[str]:
     """`swapped` pairs are told by the names that the target file has for their answers."""
     if len(aim.said) < 2:
         return [

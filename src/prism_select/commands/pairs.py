@@ -3,9 +3,9 @@
     OUT                  prompt, chosen, rejected, how, id, source, file, line
     OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
 
-Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what `numbers` and
-`choices` make of it depends on no other row; the pairs stand in the order of the rows.
-"""
+Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what
+`numbers` and `choices` make of it depends on no other row; the pairs stand in the order of the
+rows."""
 
 import random
 from collections import Counter
@@ -96,7 +96,8 @@ def make_pairs(config: PairsConfig, progress: Progress, accepts: Accepts | None 
 
 
 def free(config: PairsConfig, source: str, ending: str) -> Path:
-    """Where to write. Raises BadOption for a file that is there, and always for the one that is read."""
+    """Where to write. Raises BadOption for a file that is there, and always for the one that is
+    read."""
     place = Path(config.out)
     if place.suffix != ending:
         raise BadOption(f"--out {config.out}: give a name that ends in {ending}")
@@ -146,7 +147,8 @@ def compared(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
 
 
 class Ways:
-    """A method for each --how: rows in, for each the pairs that were made of it, or why there are none."""
+    """A method for each --how: rows in, for each the pairs that were made of it, or why there are
+    none."""
 
     def __init__(self, config: PairsConfig, progress: Progress, accepts: Accepts) -> None:
         self.config, self.progress, self.accepts = config, progress, accepts

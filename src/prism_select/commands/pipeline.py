@@ -1,15 +1,16 @@
 """Pipeline: the steps, read top to bottom; the only place where everything meets.
 
-    survey the pool → read the target → load the model → direction ÷ curvature → engine, checked → score, shard by shard
-    → choose → scores.parquet, selected.jsonl, quarantine.jsonl → manifest.json
+    survey the pool → read the target → load the model → direction ÷ curvature → engine, checked →
+    score, shard by shard → choose → scores.parquet, selected.jsonl, quarantine.jsonl →
+    manifest.json
 
-Under torchrun the process of rank 0 leads; the others follow from where the direction is found to the last shard. With
-Ray the one process leads, and actors score for it.
+Under torchrun the process of rank 0 leads; the others follow from where the direction is found to
+the last shard. With Ray the one process leads, and actors score for it.
 
-Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW` rows is a shard, so
-memory does not grow with the pool, and a run that was stopped goes on after its last whole shard. `repair` swaps
-every pair on reading: from there on, in columns too, `chosen` means the unwanted answer.
-"""
+Choices made here: nothing is written before the engine has passed its check; a window of `WINDOW`
+rows is a shard, so memory does not grow with the pool, and a run that was stopped goes on after its
+last whole shard. `repair` swaps every pair on reading: from there on, in columns too, `chosen`
+means the unwanted answer."""
 
 import random
 import time
@@ -27,17 +28,17 @@ from numpy.typing import NDArray
 
 from prism_select.commands.manifest import Facts, manifest_of
 from prism_select.commands.read_inputs import encode_sample, read_inputs, refuse_another_pool
-from prism_select.core.layers import Factored, Weights
+from prism_select.core.layers import Factored, Parameters
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoded_rows import first_rows
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pool import Pool, Survey, changed, fingerprint
 from prism_select.data.remote import is_remote
-from prism_select.directions.from_pairs import Aim, aim_at
-from prism_select.directions.layout import Lines
+from prism_select.directions.from_pairs import DirectionSet, aim_at
+from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
 from prism_select.directions.low_rank import placed
-from prism_select.directions.preconditioning import Sharpened, save_curvature, sharpened
+from prism_select.directions.preconditioning import Preconditioned, preconditioned, save_curvature
 from prism_select.directions.saved import load_direction, save_direction, towards
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import load_model
@@ -47,18 +48,18 @@ from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.options import Amount
 from prism_select.run.progress import Progress, Silent
+from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.cost_plan import Plan, make_plan, peak_memory, seconds_per_token
 from prism_select.scoring.engine_choice import choose_engine, measure_by
-from prism_select.scoring.fitting import Fitting
 from prism_select.scoring.layer_profile import anatomy_of
-from prism_select.scoring.processes import World, joined
+from prism_select.scoring.processes import ProcessGroup, process_group
 from prism_select.scoring.rank_check import reduced
-from prism_select.scoring.ray_actors import Crew, hired
+from prism_select.scoring.ray_actors import ActorPool, hired
 from prism_select.scoring.scorer import Scorer
 from prism_select.scoring.shards import Inputs, Work, going_on, score_pool
 from prism_select.selection.baselines import rankings
-from prism_select.selection.cascade import Cascade, Looker
-from prism_select.selection.cascade_guess import looking
+from prism_select.selection.cascade import Cascade, FeatureScorer
+from prism_select.selection.cascade_prediction import looking
 from prism_select.selection.choice import choose_and_write
 from prism_select.selection.ranking_columns import with_ranking
 
@@ -69,7 +70,8 @@ STEPS = ("load", "target", "curvature", "score", "choose")
 
 @dataclass
 class Clock:
-    """Seconds of each step, and of two that a plan needs: reading the pool, and encoding a sample of it."""
+    """Seconds of each step, and of two that a plan needs: reading the pool, and encoding a sample
+    of it."""
 
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys((*STEPS, "read", "encode"), 0.0)
@@ -89,32 +91,36 @@ class Clock:
 
 
 def run(config: ScoreConfig, progress: Progress | None = None) -> Run | Plan:
-    """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the user can mend."""
+    """One command from start to end; a Plan when `dry_run` is on. Raises PrismError for what the
+    user can mend."""
     progress = progress or Silent()
-    with hired(config, progress) as crew, joined() as world:
-        done = follow(config, world) if world.rank else lead(config, progress, world, crew)
-        world.gather(None)  # nobody leaves before all files are there
+    with hired(config, progress) as crew, process_group() as processes:
+        done = (
+            follow(config, processes) if processes.rank else lead(config, progress, processes, crew)
+        )
+        processes.gather(None)  # nobody leaves before all files are there
         return done
 
 
-def follow(config: ScoreConfig, world: World) -> Run | Plan:
-    """Scores a part of the pool for the leader, who has found out already that the command is sound."""
-    work = world.hear()
+def follow(config: ScoreConfig, processes: ProcessGroup) -> Run | Plan:
+    """Scores a part of the pool for the leader, who has found out already that the command is
+    sound."""
+    work = processes.receive()
     if not isinstance(work, Work):
         return cast("Run | Plan", work)
     if config.device == "auto" and torch.cuda.is_available():
-        config = replace(config, device=f"cuda:{world.local}")
+        config = replace(config, device=f"cuda:{processes.local}")
     files = work.inputs.pool.files
     copied = any(map(is_remote, files))  # by each process for itself
     if copied and fingerprint(files) != work.inputs.fingerprints["pool"]:
         raise changed(files)
     store, scorer = Store(config.out), scorer_of(config, work.directions, work.lines, work.engine)
-    score_pool(config, store, work, scorer, world, Silent())
+    score_pool(config, store, work, scorer, processes, Silent())
     return Run(store.path)
 
 
 def scorer_of(
-    config: ScoreConfig, directions: Sequence[Factored], lines: Lines, engine: str
+    config: ScoreConfig, directions: Sequence[Factored], lines: DirectionLayout, engine: str
 ) -> Scorer:
     """Like the leader's, in another process."""
     model, encoder = load_model(config, Silent())
@@ -126,21 +132,23 @@ def scorer_of(
     return Scorer(encoder, measure, lines, config, model.device)
 
 
-def refuse_several(config: ScoreConfig, world: World, crew: Crew | None) -> None:
+def refuse_several(config: ScoreConfig, processes: ProcessGroup, crew: ActorPool | None) -> None:
     """Raises BadOption for what one process alone can do."""
-    if config.cascade and (crew or world.size > 1):
+    if config.cascade and (crew or processes.size > 1):
         raise BadOption("--cascade: runs in one process; leave it out with Ray and under torchrun")
     if (
         config.warmup
-        and world.size > 1
+        and processes.size > 1
         and (config.overwrite or not has_adapter(Path(config.out) / ADAPTER))
     ):
         what = "trains in one process; start the same command without torchrun, and go on with it once it scores"
         raise BadOption(f"--warmup: {what}")
 
 
-def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | None) -> Run | Plan:
-    refuse_several(config, world, crew)
+def lead(
+    config: ScoreConfig, progress: Progress, processes: ProcessGroup, crew: ActorPool | None
+) -> Run | Plan:
+    refuse_several(config, processes, crew)
     clock, store = Clock(), Store(config.out)
     with clock.step("read"):
         inputs = read_inputs(config, progress)
@@ -148,7 +156,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
         store.refuse_others(config, inputs.fingerprints)
         if store.complete and not config.overwrite:
             progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
-            return world.tell(Run(store.path))
+            return processes.broadcast(Run(store.path))
     with clock.step("load"):
         model, encoder = load_model(config, progress)
         with clock.step("encode"):
@@ -157,7 +165,7 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
     with clock.step("target"):
         aim = find_direction(config, model, encoder, inputs, progress)
     with clock.step("curvature"):
-        aim, sharp = sharpened_by(config, model, aim, sample, progress)
+        aim, sharp = precondition_directions(config, model, aim, sample, progress)
     directions, cut = reduced(config, model, aim, sample) if config.rank else (aim.directions, None)
     engine, checked = choose_engine(
         config, model, aim.weights, directions, first_rows(inputs.pool, encoder)
@@ -166,10 +174,10 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
         f"engine {checked.engine}: {checked.reason}; off by {checked.disagreement:.1e} on {checked.rows} rows"
     )
     plan = plan_run(
-        config, engine, aim, (sample, inputs.survey), clock, crew.size if crew else world.size
+        config, engine, aim, (sample, inputs.survey), clock, crew.size if crew else processes.size
     )
     if config.dry_run:
-        return world.tell(plan)
+        return processes.broadcast(plan)
     store.begin(config, inputs.fingerprints)
     if adapter:
         store.move_in(ADAPTER, adapter)
@@ -183,10 +191,10 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
         checked.engine,
         going_on(store, progress),
     )
-    world.tell(work)
+    processes.broadcast(work)
     more = extras(config, store, model, aim, (inputs.pool, encoder, inputs.survey.rows), progress)
     own = Scorer(encoder, engine, aim.lines, config, model.device)
-    scorer: Scorer | Crew = own
+    scorer: Scorer | ActorPool = own
     if crew:
         scorer = crew.at_work(
             partial(scorer_of, crew.config, work.directions, work.lines, work.engine)
@@ -197,12 +205,12 @@ def lead(config: ScoreConfig, progress: Progress, world: World, crew: Crew | Non
                 config, store, work, own, (model, aim.weights), progress
             )
         else:
-            shards, _ = score_pool(config, store, work, scorer, world, progress)
+            shards, _ = score_pool(config, store, work, scorer, processes, progress)
     progress.say(f"padding was {scorer.padding:.1%} of the tokens computed")
     if scorer.repeated:
         progress.say(about_repeats(config, scorer.repeated))
     with clock.step("choose"):
-        ranking = rival_ranking(config, (model, encoder), inputs, progress)
+        ranking = baseline_ranking(config, (model, encoder), inputs, progress)
         tables = partial(with_ranking, lambda: map(pq.read_table, shards), ranking)
         chosen = choose_and_write(
             config, store, tables, inputs.pool, searched=more.get("cascade", {}).get("best")
@@ -251,8 +259,8 @@ def warmed(
     loaded: tuple[CausalLM, Encoder],
     progress: Progress,
 ) -> tuple[CausalLM, Path | None]:
-    """The model as it is, or with a merged adapter, and the folder of an adapter that is new. A plan is made without:
-    it costs no training, and does not count it."""
+    """The model as it is, or with a merged adapter, and the folder of an adapter that is new. A
+    plan is made without: it costs no training, and does not count it."""
     model, encoder = loaded
     if not config.warmup or config.dry_run:
         return model, None
@@ -268,20 +276,25 @@ def warmed(
 
 def find_direction(
     config: ScoreConfig, model: CausalLM, encoder: Encoder, inputs: Inputs, progress: Progress
-) -> Aim:
+) -> DirectionSet:
     if config.direction:
         return load_direction(config.direction, model, towards(config))
     return aim_at(config, model, encoder, inputs.targets, progress)
 
 
-def sharpened_by(
-    config: ScoreConfig, model: CausalLM, aim: Aim, sample: Sequence[Encoded], progress: Progress
-) -> tuple[Aim, Sharpened | None]:
-    """The directions divided by the curvature of a random part of the sample; as they are where it is flat."""
+def precondition_directions(
+    config: ScoreConfig,
+    model: CausalLM,
+    aim: DirectionSet,
+    sample: Sequence[Encoded],
+    progress: Progress,
+) -> tuple[DirectionSet, Preconditioned | None]:
+    """The directions divided by the curvature of a random part of the sample; as they are where it
+    is flat."""
     if config.curvature == "flat":
         return aim, None
     rows = random.Random(config.seed).sample(sample, min(len(sample), config.curvature_rows))
-    done = sharpened(config, model, aim, rows, progress)
+    done = preconditioned(config, model, aim, rows, progress)
     for name, cosine in done.told["cosine"].items():
         target = f" of {name}" if name else ""
         progress.say(
@@ -292,7 +305,7 @@ def sharpened_by(
     return done.aim, done
 
 
-def rival_ranking(
+def baseline_ranking(
     config: ScoreConfig, loaded: tuple[CausalLM, Encoder], inputs: Inputs, progress: Progress
 ) -> NDArray[np.float64] | None:
     if not (isinstance(config, SelectConfig) and config.rank_by):
@@ -307,7 +320,7 @@ def extras(
     config: ScoreConfig,
     store: Store,
     model: CausalLM,
-    aim: Aim,
+    aim: DirectionSet,
     pooled: tuple[Pool, Encoder, int],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -334,8 +347,8 @@ def extras(
 
 def plan_run(
     config: ScoreConfig,
-    engine: Fitting,
-    aim: Aim,
+    engine: BatchedEngine,
+    aim: DirectionSet,
     sampled: tuple[Sequence[Encoded], Survey],
     clock: Clock,
     size: int,
@@ -361,7 +374,7 @@ def cascaded(
     store: Store,
     work: Work,
     scorer: Scorer,
-    loaded: tuple[CausalLM, Weights],
+    loaded: tuple[CausalLM, Parameters],
     progress: Progress,
 ) -> tuple[list[Path], dict[str, Any]]:
     """In place of `score_pool`; and what the manifest says of it."""
@@ -370,7 +383,7 @@ def cascaded(
     directions = placed(work.directions[: targets + 1], model.device)
     first, bad = collate(first_rows(work.inputs.pool, scorer.encoder), model.device), 0
 
-    def along(few: Sequence[Factored], lines: Lines) -> Scorer:
+    def along(few: Sequence[Factored], lines: DirectionLayout) -> Scorer:
         measure = measure_by(config, work.engine, model, weights, few)
         measure(
             first
@@ -378,13 +391,13 @@ def cascaded(
         return Scorer(scorer.encoder, measure, lines, config, model.device)
 
     quick = along(directions[:targets], replace(work.lines, halves=False))
-    half = along(directions[targets:], Lines(halves=False))
-    looker = Looker(looking(model, config.seed), scorer)
+    half = along(directions[targets:], DirectionLayout(halves=False))
+    looker = FeatureScorer(looking(model, config.seed), scorer)
 
     def through(kind: str, scorer: Scorer, wanted: NDArray[np.bool_] | None) -> list[Path]:
         nonlocal bad
         part = replace(work, kind=kind, wanted=wanted, there=store.sound_shards(kind)[0], bad=bad)
-        paths, bad = score_pool(config, store, part, scorer, World(), progress)
+        paths, bad = score_pool(config, store, part, scorer, ProcessGroup(), progress)
         return paths
 
     shards, told = Cascade(config, store, through, looker, quick, half, scorer).run()

@@ -19,14 +19,15 @@ from prism_select.run.errors import BadOption, BadRow
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress
 from prism_select.scoring.shards import Inputs
-from prism_select.selection.baselines import refuse_rivals
+from prism_select.selection.baselines import refuse_baselines
 from prism_select.selection.choice import early_refusals, refuse_budget
 
 __all__ = ["encode_sample", "read_inputs", "refuse_another_pool"]
 
 
 def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
-    """Survey of the pool, pairs of the target: what is wrong with them is found before a model is loaded."""
+    """Survey of the pool, pairs of the target: what is wrong with them is found before a model is
+    loaded."""
     weights_of(config.model)  # raises where there are none
     mapping = parse_fields(config.fields)
     targets = (
@@ -37,7 +38,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
     if isinstance(config, RepairConfig):
         targets = {name: [pair.swapped for pair in pairs] for name, pairs in targets.items()}
     if isinstance(config, SelectConfig) and config.rank_by:
-        refuse_rivals("--rank-by", [config.rank_by], bool(config.target))
+        refuse_baselines("--rank-by", [config.rank_by], bool(config.target))
     curvature_file(config)
     if config.layer_profile not in ("", "pool"):
         readable(config.layer_profile)
@@ -69,7 +70,8 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> Inputs:
 
 
 def refuse_another_pool(store: Store, inputs: Inputs) -> None:
-    """Raises BadFile where the pool is no longer what it was at the start; its scores, of nobody knows what, go."""
+    """Raises BadFile where the pool is no longer what it was at the start; its scores, of nobody
+    knows what, go."""
     if fingerprint(inputs.pool.files) != inputs.fingerprints["pool"]:
         store.drop_shards()
         raise changed(inputs.pool.files)
@@ -86,8 +88,9 @@ def refuse_columns(config: ScoreConfig, mapping: Names, there: Set[str]) -> None
 
 
 def encode_sample(config: ScoreConfig, inputs: Inputs, encoder: Encoder) -> list[Encoded]:
-    """The rows of the survey's sample that can be encoded. What would stop the run hours later stops it here: too many
-    rows that cannot be encoded, a conversation without a template, a budget larger than the pool."""
+    """The rows of the survey's sample that can be encoded. What would stop the run hours later
+    stops it here: too many rows that cannot be encoded, a conversation without a template, a budget
+    larger than the pool."""
     survey, sample, bad = inputs.survey, list[Encoded](), list[BadRow]()
     for example in survey.sample:
         try:

@@ -25,7 +25,8 @@ __all__ = ["choose_again"]
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
-    """`--select-from`: the scores of a complete run, new rules, a new run folder. Needs no model."""
+    """`--select-from`: the scores of a complete run, new rules, a new run folder. Needs no
+    model."""
     old, store = Run(Path(config.select_from)), Store(config.out)
     if not (old.path / "manifest.json").exists():
         raise BadOption(f"--select-from {old.path}: no complete run there; give the folder of one")
@@ -104,16 +105,16 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
 def drawn_again(config: SelectConfig, scores: pa.Table) -> NDArray[np.float64]:
     """A ranking that takes no model. Raises BadOption for any other."""
     from prism_select.selection.baselines import (
-        COUNT_RIVALS,
+        COUNT_BASELINES,
         Texts,
     )  # torch comes with it: other choices go without  # torch comes with it: other choices go without
 
-    if config.rank_by not in COUNT_RIVALS:
+    if config.rank_by not in COUNT_BASELINES:
         raise BadOption(
             f"--rank-by {config.rank_by}: needs the model; run prism select anew, without --select-from"
         )
     sources = [name or "" for name in scores["source"].to_pylist()]
     tokens = np.nan_to_num(scores["tokens"].to_numpy()).astype(np.int64)
-    return COUNT_RIVALS[config.rank_by](
+    return COUNT_BASELINES[config.rank_by](
         Texts(texts=(), sources=sources, tokens=tokens, seed=config.seed)
     )

@@ -1,9 +1,8 @@
-"""Blocks: the stack of like modules that a network is built of, how to run its lower part once, and how torch treats
-outputs that are watched and words that pad.
+"""Blocks: the stack of like modules that a network is built of, how to run its lower part once, and
+how torch treats outputs that are watched and words that pad.
 
-Choices made here: nothing is asked of an architecture but that its blocks stand in a list. Whether each gives the next
-nothing but its output cannot be seen from outside, so that is tried once.
-"""
+Choices made here: nothing is asked of an architecture but that its blocks stand in a list. Whether
+each gives the next nothing but its output cannot be seen from outside, so that is tried once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,8 @@ __all__ = [
 
 
 def decoder_of(network: nn.Module) -> tuple[str, Any]:
-    """The part that reads text, without the head, and its name with a dot; the network itself where it names none."""
+    """The part that reads text, without the head, and its name with a dot; the network itself where
+    it names none."""
     body: Any = network.get_decoder() if hasattr(network, "get_decoder") else network  # type: ignore[operator]
     body = getattr(network, "model", network) if body is network else body
     return next(
@@ -36,7 +36,8 @@ def decoder_of(network: nn.Module) -> tuple[str, Any]:
 
 
 def stack_of(network: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """The blocks of what reads text, and the name of their list: the longest list of modules that is in no other."""
+    """The blocks of what reads text, and the name of their list: the longest list of modules that
+    is in no other."""
     start, body = decoder_of(network)
     lists: dict[str, Any] = {
         f"{start}{n}": part for n, part in body.named_modules() if isinstance(part, nn.ModuleList)
@@ -55,7 +56,8 @@ def blocks_below(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 @contextmanager
 def running_once(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, these blocks run in the first pass alone: in later ones each gives what the last of them gave."""
+    """While open, these blocks run in the first pass alone: in later ones each gives what the last
+    of them gave."""
     kept: list[Any] = []
 
     def run(forward: Callable[..., Any], last: bool, *args: Any, **named: Any) -> Any:
@@ -73,8 +75,8 @@ def running_once(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def same_when_run_once(blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> bool:
-    """Whether two passes give the same with these blocks run once: not where one gives those above more than its
-    output."""
+    """Whether two passes give the same with these blocks run once: not where one gives those above
+    more than its output."""
     if not blocks:
         return True
     with running_once(blocks):
@@ -88,9 +90,9 @@ def watched(
     outputs: Sequence[Any],
     inputs: Mapping[Any, Any],
 ) -> Tensor:
-    """One of a module's outputs, whose gradient is shown: of several, or an input itself, as a node of its own, so that
-    the gradient has no part of the others'; alone as it is, since a view that is changed in place later loses its
-    hook."""
+    """One of a module's outputs, whose gradient is shown: of several, or an input itself, as a node
+    of its own, so that the gradient has no part of the others'; alone as it is, since a view that
+    is changed in place later loses its hook."""
     if not tensor.requires_grad:
         tensor = tensor.detach().requires_grad_().clone()
     elif len(outputs) > 1 or any(tensor is each for each in inputs.values()):
@@ -113,7 +115,8 @@ def without_padding(module: Any, inputs: Sequence[Any], values: Sequence[Any]) -
 
 
 def padding_still(module: Any, moved: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The moved weights of a tied module, in which that word's row has not moved: that of the head does."""
+    """The moved weights of a tied module, in which that word's row has not moved: that of the head
+    does."""
     if not pads(module) or "weight" not in moved:
         return moved
     row = torch.tensor([module.padding_idx], device=before["weight"].device)

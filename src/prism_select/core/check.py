@@ -1,9 +1,10 @@
-"""Check: how far an engine is from the definition, at run time on the user's own rows and in the tests.
+"""Check: how far an engine is from the definition, at run time on the user's own rows and in the
+tests.
 
     disagreement = max over directions of ‖fast − slow‖ / ‖slow‖        no unit; 0 is perfect
 
-Choices made here: norms over the checked rows, so that a row whose score is near zero cannot raise a false alarm.
-"""
+Choices made here: norms over the checked rows, so that a row whose score is near zero cannot raise
+a false alarm."""
 
 import torch
 
@@ -26,7 +27,8 @@ def disagreement(fast: torch.Tensor, slow: torch.Tensor) -> float:
 
 
 def check(engine: str, fast: Engine, slow: Engine, batch: Batch, dtype: torch.dtype) -> float:
-    """The disagreement on `batch`. Raises EnginesDisagree above tolerance, NotFinite without numbers."""
+    """The disagreement on `batch`. Raises EnginesDisagree above tolerance, NotFinite without
+    numbers."""
     exact = slow(batch).values
     if not exact.isfinite().all():
         raise NotFinite(

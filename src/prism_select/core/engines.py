@@ -7,10 +7,10 @@
     difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes per direction, no graph, any architecture
     reference   the definition: one example at a time, autograd, dot product
 
-Choices made here: every engine scores several directions at once, scaled to unit length before they meet the model's
-dtype and back after, so that none under- or overflows; dot products add up in float64; a weight that a direction lacks
-stays where it is. `difference` needs float32 or better, since bfloat16 rounds a small step away.
-"""
+Choices made here: every engine scores several directions at once, scaled to unit length before they
+meet the model's dtype and back after, so that none under- or overflows; dot products add up in
+float64; a weight that a direction lacks stays where it is. `difference` needs float32 or better,
+since bfloat16 rounds a small step away."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from prism_select.core.layers import (
     Factored,
     Inputs,
     Owner,
-    Weights,
+    Parameters,
     by_example,
     dense,
     own_products,
@@ -43,8 +43,9 @@ __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", 
 
 
 class Scores(NamedTuple):
-    """`values[b, k]`: score of example b along direction k, in nats per unit of that direction (positive: up).
-    `tokens[b, t, k]`: what token t + 1, predicted at position t, adds to it; only some engines know."""
+    """`values[b, k]`: score of example b along direction k, in nats per unit of that direction
+    (positive: up). `tokens[b, t, k]`: what token t + 1, predicted at position t, adds to it; only
+    some engines know."""
 
     loglik: Float[Tensor, " batch"]
     values: Float[Tensor, "batch directions"]
@@ -55,7 +56,7 @@ Engine: TypeAlias = Callable[[Batch], Scores]
 
 
 def _unit(
-    weights: Weights, directions: Sequence[Factored]
+    weights: Parameters, directions: Sequence[Factored]
 ) -> tuple[list[Factored], Float[Tensor, " directions"]]:
     """Directions of length one in the dtype of the weights, and the lengths that they had."""
     device = next(iter(weights.values())).device
@@ -67,11 +68,11 @@ def _unit(
     return unit, torch.tensor(lengths, dtype=torch.float64, device=device)
 
 
-def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
+def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
     """No weight gradient is kept, and below the lowest weight that counts nothing is recorded.
 
-    Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its examples.
-    """
+    Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its
+    examples."""
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     moving = {
@@ -124,7 +125,7 @@ def reverse(model: LanguageModel, weights: Weights, directions: Sequence[Factore
     return scores
 
 
-def forward(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
+def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
     """Raises Unreachable where an operation of the model has no forward-mode derivative."""
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
@@ -150,10 +151,11 @@ def forward(model: LanguageModel, weights: Weights, directions: Sequence[Factore
     return scores
 
 
-def difference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
-    """Each direction's step is the smallest whose rounding noise, measured on the first batch, is below 3√ε of the
-    scores: small, since a ReLU's kink or a router's switch inside it costs far more than noise does. The log-likelihood
-    is the mean of both passes; blocks below all weights run once. Raises BadOption below float32."""
+def difference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
+    """Each direction's step is the smallest whose rounding noise, measured on the first batch, is
+    below 3√ε of the scores: small, since a ReLU's kink or a router's switch inside it costs far
+    more than noise does. The log-likelihood is the mean of both passes; blocks below all weights
+    run once. Raises BadOption below float32."""
     if narrow := {
         str(w.dtype).removeprefix("torch.")
         for w in weights.values()
@@ -205,8 +207,9 @@ def difference(model: LanguageModel, weights: Weights, directions: Sequence[Fact
     return scores
 
 
-def reference(model: LanguageModel, weights: Weights, directions: Sequence[Factored]) -> Engine:
-    """The definition. Slow, and nothing but memory for one more copy of the weights can make it fail."""
+def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
+    """The definition. Slow, and nothing but memory for one more copy of the weights can make it
+    fail."""
 
     def one(row: Batch) -> tuple[Tensor, list[float]]:
         with differentiable(weights):
@@ -227,6 +230,6 @@ def reference(model: LanguageModel, weights: Weights, directions: Sequence[Facto
     return scores
 
 
-ENGINES: Mapping[str, Callable[[LanguageModel, Weights, Sequence[Factored]], Engine]] = {
+ENGINES: Mapping[str, Callable[[LanguageModel, Parameters, Sequence[Factored]], Engine]] = {
     make.__name__: make for make in (reverse, forward, difference, reference)
 }

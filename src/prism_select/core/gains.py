@@ -9,10 +9,11 @@
     hard      log σ(Δ)        slope 1 − π: pairs not yet learned count most, as in DPO (arXiv 2305.18290)
     unpaired  mean_loglik(chosen)                                    no negative
 
-An anchor β adds β · mean_loglik(chosen) to any of them, so that a gap cannot grow by making both answers unlikely.
+An anchor β adds β · mean_loglik(chosen) to any of them, so that a gap cannot grow by making both
+answers unlikely.
 
-Sign: a direction points uphill in the gain, so **a positive score means that training on the row raises the gain**.
-Only gains are written; their slopes, which weight the pairs, come from autograd.
+Sign: a direction points uphill in the gain, so **a positive score means that training on the row
+raises the gain**. Only gains are written; their slopes, which weight the pairs, come from autograd.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ GAINS: Mapping[str, Gain] = {
 
 
 class Slopes(NamedTuple):
-    """How much each pair counts: ∂gain/∂mean_loglik of its chosen answer, and minus that of its rejected one."""
+    """How much each pair counts: ∂gain/∂mean_loglik of its chosen answer, and minus that of its
+    rejected one."""
 
     chosen: Float[Tensor, " pairs"]
     rejected: Float[Tensor, " pairs"]

@@ -1,4 +1,5 @@
-"""Layers: which modules hold the weights that count, and how one's output gradient meets a direction.
+"""Layers: which modules hold the weights that count, and how one's output gradient meets a
+direction.
 
     y = f(x; W)       tangent = ∂f/∂W · D       contribution of one example = Σ ∂loglik/∂y · tangent
 
@@ -6,9 +7,8 @@
     Embedding  tangent = D[x]                   the rest   forward-mode derivative of the module itself:
     D = L R    tangent = (x Rᵀ) Lᵀ                         norms, routers, fused experts, learned positions
 
-Choices made here: a tied weight is one weight, wherever it is used. A module that is never called, or whose output
-cannot be told apart by example, is reported by name and never skipped.
-"""
+Choices made here: a tied weight is one weight, wherever it is used. A module that is never called,
+or whose output cannot be told apart by example, is reported by name and never skipped."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ __all__ = [
     "Factors",
     "Inputs",
     "Owner",
-    "Weights",
+    "Parameters",
     "by_example",
     "dense",
     "is_closed",
@@ -44,7 +44,7 @@ __all__ = [
     "watching",
 ]
 
-Weights: TypeAlias = Mapping[str, nn.Parameter]
+Parameters: TypeAlias = Mapping[str, nn.Parameter]
 
 
 Direction: TypeAlias = Mapping[str, Tensor]
@@ -64,7 +64,8 @@ class Factors(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """A module and those of its own weights that count: {the module's word for it: its name in the network}."""
+    """A module and those of its own weights that count: {the module's word for it: its name in the
+    network}."""
 
     name: str
     module: nn.Module
@@ -89,7 +90,7 @@ def dense(direction: Factored) -> Direction:
     return {n: d.left @ d.right if isinstance(d, Factors) else d for n, d in direction.items()}
 
 
-def owners(network: nn.Module, weights: Weights) -> Sequence[Owner]:
+def owners(network: nn.Module, weights: Parameters) -> Sequence[Owner]:
     """Every module that holds one of `weights` itself; a tied weight has several owners."""
     names = {id(weight): name for name, weight in weights.items()}
     found = (
@@ -129,7 +130,8 @@ def is_closed(module: nn.Module) -> bool:
 def tangent_of(
     owner: Owner, direction: Factored, inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> list[Any]:
-    """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not move)."""
+    """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not
+    move)."""
     own: dict[str, Any] = {
         key: direction[name] for key, name in owner.weights.items() if name in direction
     }
@@ -165,9 +167,10 @@ def tangent_of(
 def watching(
     holders: Sequence[Owner], directions: Sequence[Factored], visit: Visit
 ) -> Iterator[set[str]]:
-    """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for each output of each
-    owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the names of the owners called so far. The graph
-    starts at the first owner. Formulas are applied in the backward pass; other derivatives in the forward pass."""
+    """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for
+    each output of each owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the
+    names of the owners called so far. The graph starts at the first owner. Formulas are applied in
+    the backward pass; other derivatives in the forward pass."""
     called: set[str] = set()
     busy = False  # a module's own derivative calls its children: they are not visited twice
 
@@ -220,8 +223,8 @@ def watching(
 def by_example(
     rows: Int[Tensor, " rows"], size: int, gradient: Gradient
 ) -> Int[Tensor, " rows"] | None:
-    """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one per row, of which
-    `rows` tells; None where it is neither."""
+    """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one
+    per row, of which `rows` tells; None where it is neither."""
     if gradient.ndim > 2 and len(gradient) == size:
         return torch.arange(size, device=gradient.device)
     return rows if gradient.shape[:-1].numel() == len(rows) else None
@@ -244,8 +247,8 @@ def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tenso
 def own_products(
     owner: Owner, inputs: Inputs, gradient: Gradient, size: int, flats: Sequence[Tensor]
 ) -> Tensor | None:
-    """[example, direction]: each example's own gradient of a matrix, as much as a cache holds at a time, times each of
-    `flats`; None for other modules, or without a slice for each example."""
+    """[example, direction]: each example's own gradient of a matrix, as much as a cache holds at a
+    time, times each of `flats`; None for other modules, or without a slice for each example."""
     if (
         gradient.ndim != 3
         or len(gradient) != size

@@ -4,10 +4,9 @@
     loglik           = Σ_t token_logliks[t]      over the supervised tokens of one example
     mean_loglik      = loglik / tokens           what a gap compares (nats per token)
 
-Choices made here: the output head runs on supervised positions alone, and on at most `HEAD_LOGITS` logits
-at a time, so a vocabulary of 262,144 words never makes a full logits tensor; the softmax is taken in float32
-or better; the first token of a row has no context and is never predicted.
-"""
+Choices made here: the output head runs on supervised positions alone, and on at most `HEAD_LOGITS`
+logits at a time, so a vocabulary of 262,144 words never makes a full logits tensor; the softmax is
+taken in float32 or better; the first token of a row has no context and is never predicted."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ HEAD_LOGITS = 2**25  # logits alive at a time: 128 MB in float32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on what counts."""
+    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on
+    what counts."""
 
     tokens: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]
@@ -54,7 +54,8 @@ class Batch:
 
 
 class LanguageModel(Protocol):
-    """What the core needs of a model: states, then logits of any states, so that the head can be chunked."""
+    """What the core needs of a model: states, then logits of any states, so that the head can be
+    chunked."""
 
     @property
     def network(self) -> nn.Module: ...
@@ -73,7 +74,8 @@ def _logliks(
     targets: Int[Tensor, " rows"],
     draw: torch.Generator | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The loss of the whole library, with its sign turned: log-likelihood of each target, or of one that is drawn."""
+    """The loss of the whole library, with its sign turned: log-likelihood of each target, or of one
+    that is drawn."""
     logits = model.logits(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if draw is not None:
@@ -84,7 +86,8 @@ def _logliks(
 def _head_chunks(
     model: LanguageModel, batch: Batch, hidden: Float[Tensor, "batch time width"]
 ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"], Int[Tensor, " rows"]]]:
-    """The states that predict something, the tokens they predict, and the example each belongs to."""
+    """The states that predict something, the tokens they predict, and the example each belongs
+    to."""
     predicted = batch.predicted
     states, targets = hidden[:, :-1][predicted], batch.tokens[:, 1:][predicted]
     examples = predicted.nonzero()[:, 0]
@@ -93,7 +96,8 @@ def _head_chunks(
 
 
 def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch context"]:
-    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised; no graph."""
+    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised; no
+    graph."""
     chunks = _head_chunks(model, batch, model.hidden(batch))
     values, predicted = (
         torch.cat([_logliks(model, *chunk[:2]) for chunk in chunks]),
@@ -117,12 +121,12 @@ def backward(
     on_rows: Callable[[Int[Tensor, " rows"]], None] = lambda examples: None,
     draw: torch.Generator | None = None,
 ) -> Float[Tensor, " batch"]:
-    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever asks for it; `draw`
-    puts tokens drawn from the model in place of those of the batch.
+    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever
+    asks for it; `draw` puts tokens drawn from the model in place of those of the batch.
 
-    Each chunk of the head goes backward at once, so that one chunk's logits are all that is ever held; the body
-    follows. `on_rows` is told, before each of these, which example each row of the coming gradients belongs to.
-    """
+    Each chunk of the head goes backward at once, so that one chunk's logits are all that is ever
+    held; the body follows. `on_rows` is told, before each of these, which example each row of the
+    coming gradients belongs to."""
     hidden = model.hidden(batch)
     total = torch.zeros(
         len(batch), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device

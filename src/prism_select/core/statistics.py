@@ -1,8 +1,8 @@
-"""Statistics: how well a ranking finds what it should. Scores first, labels second; ties share their rank.
+"""Statistics: how well a ranking finds what it should. Scores first, labels second; ties share
+their rank.
 
-Choices made here: scikit-learn, which takes as long to load as a choice among half a million rows, waits until it is
-needed.
-"""
+Choices made here: scikit-learn, which takes as long to load as a choice among half a million rows,
+waits until it is needed."""
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -29,7 +29,8 @@ Bools = NDArray[np.bool_]
 
 
 def auroc(scores: Floats, labels: Bools) -> float:
-    """Chance that a labelled row scores above an unlabelled one; NaN when either kind is missing."""
+    """Chance that a labelled row scores above an unlabelled one; NaN when either kind is
+    missing."""
     from sklearn.metrics import roc_auc_score
 
     return (
@@ -59,9 +60,9 @@ def rank_correlation(a: Floats, b: Floats) -> float:
 
 
 def standard_error(groups: Floats, sizes: Floats) -> Floats:
-    """Of the mean over all pairs, row by row, from its means over groups of them (columns), each of `sizes` pairs:
-    √(Σ_g w_g (s_g − s)² / (G − 1)), w_g the group's share of the pairs. Source: the random-groups estimator (Wolter
-    2007, chapter 2)."""
+    """Of the mean over all pairs, row by row, from its means over groups of them (columns), each of
+    `sizes` pairs: √(Σ_g w_g (s_g − s)² / (G − 1)), w_g the group's share of the pairs. Source: the
+    random-groups estimator (Wolter 2007, chapter 2)."""
     share = sizes / sizes.sum()
     mean = (groups * share).sum(1, keepdims=True)
     return np.asarray(np.sqrt((share * np.square(groups - mean)).sum(1) / (len(sizes) - 1)))
@@ -75,8 +76,8 @@ def overlap_of_best(a: Floats, b: Floats, share: float) -> float:
 
 
 def stable_share(groups: Floats, chosen: Bools, seed: int) -> float:
-    """Share of the chosen rows that are among as many best in 90% or more of 200 resamples of the groups (columns) that
-    scores are means of."""
+    """Share of the chosen rows that are among as many best in 90% or more of 200 resamples of the
+    groups (columns) that scores are means of."""
     draw, count = np.random.default_rng(seed), int(chosen.sum())
     often = np.zeros(len(groups))
     for weights in draw.multinomial(groups.shape[1], [1 / groups.shape[1]] * groups.shape[1], 200):
@@ -87,9 +88,9 @@ def stable_share(groups: Floats, chosen: Bools, seed: int) -> float:
 def paired_interval(
     differences: Float[np.ndarray, "seeds pairs"], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """95% percentile interval of the mean, by a bootstrap over seeds and pairs at once: both are drawn with
-    replacement, apart from each other (Owen 2007, the pigeonhole bootstrap). With few seeds it is too narrow: by
-    √((S − 1) / S) in what seeds add, and nothing of it with one."""
+    """95% percentile interval of the mean, by a bootstrap over seeds and pairs at once: both are
+    drawn with replacement, apart from each other (Owen 2007, the pigeonhole bootstrap). With few
+    seeds it is too narrow: by √((S − 1) / S) in what seeds add, and nothing of it with one."""
     draw, (seeds, pairs) = np.random.default_rng(seed), differences.shape
     by_seed = draw.multinomial(seeds, [1 / seeds] * seeds, draws) @ differences / seeds
     means = (by_seed * draw.multinomial(pairs, [1 / pairs] * pairs, draws)).sum(1) / pairs
@@ -113,11 +114,11 @@ def lds(
     seed: int,
     draws: int = 1000,
 ) -> dict[str, float]:
-    """The linear datamodeling score: Spearman's ρ, over halves, of the sum of a half's scores with the gain J after
-    training on it; `low` to `high` is its 95% percentile interval, by a bootstrap over halves. The interval knows the
-    noise of few halves, not that of the order in which they train, which lowers ρ itself. NaN when either side is
-    constant, as with one half, or a score is NaN; resamples in which ρ is NaN are left out. Source: arXiv 2303.14186,
-    section 2."""
+    """The linear datamodeling score: Spearman's ρ, over halves, of the sum of a half's scores with
+    the gain J after training on it; `low` to `high` is its 95% percentile interval, by a bootstrap
+    over halves. The interval knows the noise of few halves, not that of the order in which they
+    train, which lowers ρ itself. NaN when either side is constant, as with one half, or a score is
+    NaN; resamples in which ρ is NaN are left out. Source: arXiv 2303.14186, section 2."""
     foretold, draw, count = members @ scores, np.random.default_rng(seed), len(gains)
     drawn = [
         rank_correlation(foretold[pick], gains[pick])

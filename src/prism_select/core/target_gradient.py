@@ -4,10 +4,9 @@
 
     score = ∇loglik(z) · g      score_chosen = ∇loglik(z) · C      score_rejected = ∇loglik(z) · R
 
-Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs; then each side goes
-backward on its own, so swapping the sides of every pair under `uniform` negates the direction to the last bit.
-Gradients add up in float32 or better whatever the model's dtype.
-"""
+Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs;
+then each side goes backward on its own, so swapping the sides of every pair under `uniform` negates
+the direction to the last bit. Gradients add up in float32 or better whatever the model's dtype."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import slopes
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
 __all__ = [
@@ -41,7 +40,8 @@ Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of every pair as batches; `order[i]` is the pair that row i of the batches, in sequence, belongs to."""
+    """One side of every pair as batches; `order[i]` is the pair that row i of the batches, in
+    sequence, belongs to."""
 
     batches: Sequence[Batch]
     order: Sequence[int]
@@ -54,7 +54,8 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the pairs say. Mean log-likelihoods are in nats per token, one per pair, in the order of the pairs."""
+    """What the pairs say. Mean log-likelihoods are in nats per token, one per pair, in the order of
+    the pairs."""
 
     chosen: Direction
     rejected: Direction
@@ -84,8 +85,9 @@ def minus(a: Direction, b: Direction, times: float = 1.0) -> Direction:
 
 
 @contextmanager
-def differentiable(weights: Weights) -> Iterator[None]:
-    """The weights, and nothing else of the network, ask for gradients; on leaving they are as frozen as before."""
+def differentiable(weights: Parameters) -> Iterator[None]:
+    """The weights, and nothing else of the network, ask for gradients; on leaving they are as
+    frozen as before."""
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -102,17 +104,18 @@ def pair_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
 
 def target_gradient(
     model: LanguageModel,
-    weights: Weights,
+    weights: Parameters,
     sides: tuple[Side, Side],
     weighting: str,
     anchor: float = 0.0,
     observe: Observe = lambda side, pairs: lambda rows: None,
 ) -> Target:
-    """The gradient of the mean gain over all pairs; `sides` are their chosen and their rejected answers.
+    """The gradient of the mean gain over all pairs; `sides` are their chosen and their rejected
+    answers.
 
-    `observe(side, pairs)` is told, before each backward pass, which pairs its rows are; what it returns is told which
-    row each gradient belongs to. Memory: two copies of the weights in float32.
-    """
+    `observe(side, pairs)` is told, before each backward pass, which pairs its rows are; what it
+    returns is told which row each gradient belongs to. Memory: two copies of the weights in
+    float32."""
     means = [pair_logliks(model, side) for side in sides]
     slope = slopes(weighting, means[0], means[1], anchor)
     wide = {

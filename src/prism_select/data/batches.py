@@ -3,13 +3,13 @@
     chat    the tokenizer's own template, rendered once; an assistant turn is supervised from where its generation
             prompt ends to its end-of-turn token, which counts
     plain   BOS (if the tokenizer adds one), the turns as they are, a line break after a prompt unless white space
-            stands there already, and EOS after each assistant turn, which counts; a bare text is supervised from
-            end to end
+            stands there already, and EOS after each assistant turn, which counts; a bare text is
+            supervised from end to end
 
-Choices made here: a special token that the text already carries is not doubled; `skip_end` leaves the end-of-turn
-tokens in the text and out of what is supervised; long rows lose their end; batches are
-filled in order of length within a window of rows, so that padding is small and memory does not grow with the pool.
-"""
+Choices made here: a special token that the text already carries is not doubled; `skip_end` leaves
+the end-of-turn tokens in the text and out of what is supervised; long rows lose their end; batches
+are filled in order of length within a window of rows, so that padding is small and memory does not
+grow with the pool."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,9 @@ __all__ = ["collate", "plan_batches"]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows in batches of at most `batch_tokens` tokens with padding (one row may be longer), longest
-    first, so that running out of memory happens at once or not at all. A batch that is an eighth full takes no row
-    that is more than a tenth shorter than its longest."""
+    """Indices of rows in batches of at most `batch_tokens` tokens with padding (one row may be
+    longer), longest first, so that running out of memory happens at once or not at all. A batch
+    that is an eighth full takes no row that is more than a tenth shorter than its longest."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches:

@@ -37,8 +37,9 @@ class _TooLong(Exception):
 def _csv_cells(
     stream: io.BufferedReader, limit: int
 ) -> Iterator[tuple[int, str, list[str], str | None]]:
-    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with it. After a row
-    that is too long the next line begins one: a quote that is never closed must not swallow the file."""
+    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with
+    it. After a row that is too long the next line begins one: a quote that is never closed must not
+    swallow the file."""
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     seen: list[bytes] = []  # the lines of the row
     count = size = 0  # lines before the next one; bytes of the row

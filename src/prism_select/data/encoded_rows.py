@@ -22,7 +22,8 @@ def targets_of(pool: Pool, encoder: Encoder) -> Iterator[int]:
 
 
 def first_rows(pool: Pool, encoder: Encoder) -> list[Encoded]:
-    """The first rows that can be scored: what the engine is checked on. Raises BadRow where there are none."""
+    """The first rows that can be scored: what the engine is checked on. Raises BadRow where there
+    are none."""
     rows: list[Encoded] = []
     first_bad: BadRow | None = None
     for _, example in pool.rows():

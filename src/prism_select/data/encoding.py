@@ -17,7 +17,8 @@ STAND_IN = "␟prism␟"  # a text that no template changes and no template hold
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`tokens[i]` is supervised where `supervised[i]`; `targets` counts those that have a context."""
+    """`tokens[i]` is supervised where `supervised[i]`; `targets` counts those that have a
+    context."""
 
     tokens: Sequence[int]
     supervised: Sequence[bool]
@@ -29,8 +30,9 @@ class Encoded:
 
 
 class Encoder:
-    """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has none, and BadModel
-    for a token that is not among the first `vocabulary`: those that the model knows."""
+    """Examples to tokens. Raises MissingChatTemplate when `template` is chat and the tokenizer has
+    none, and BadModel for a token that is not among the first `vocabulary`: those that the model
+    knows."""
 
     def __init__(
         self,
@@ -57,7 +59,8 @@ class Encoder:
         self.prefix = marked[: marked.index(bare[0])] if bare and bare[0] in marked else []
 
     def encode(self, example: Example) -> Encoded:
-        """Raises BadRow when nothing supervised is left, or the chat template refuses the conversation."""
+        """Raises BadRow when nothing supervised is left, or the chat template refuses the
+        conversation."""
         raw_text = example.turns[0].role == "text"
         tokens, supervised = (
             self._chat if self.template == "chat" and not raw_text else self._plain
@@ -127,7 +130,8 @@ class Encoder:
             if turn.role == "assistant" and place >= example.prompt_turns
         ]
         coded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        # a token of which a part is inside, since a word may begin with a space that is still the prompt's
+        # a token of which a part is inside, since a word may begin with a space that is still the
+        # prompt's
         inside = [
             any(start < b and end > a for a, b in spans) and end > start
             for start, end in coded.offset_mapping
@@ -135,9 +139,10 @@ class Encoder:
         return list(coded.input_ids), inside
 
     def _span(self, example: Example, place: int, whole: str) -> tuple[int, int]:
-        """Where an assistant turn stands in the rendered conversation: after its generation prompt, up to and
-        with its end-of-turn token but without the white space that follows it. What stands around a turn is seen on a
-        stand-in for it, since a short answer may also occur there."""
+        """Where an assistant turn stands in the rendered conversation: after its generation prompt,
+        up to and with its end-of-turn token but without the white space that follows it. What
+        stands around a turn is seen on a stand-in for it, since a short answer may also occur
+        there."""
         earlier, content = example.turns[:place], example.turns[place].text.strip()
         head, there, tail = self._render(
             example, (*earlier, Turn("assistant", STAND_IN))
@@ -203,7 +208,8 @@ class Encoder:
 
 
 def _gap(turns: Sequence[Turn]) -> str:
-    """What stands between a turn and the next in plain text. Without it "2 + 2?" and "4" would be one word."""
+    """What stands between a turn and the next in plain text. Without it "2 + 2?" and "4" would be
+    one word."""
     if len(turns) < 2 or turns[0].role == "assistant" or not turns[0].text:
         return ""
     return "" if turns[0].text[-1].isspace() or turns[1].text[:1].isspace() else "\n"

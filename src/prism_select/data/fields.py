@@ -23,7 +23,8 @@ _NOWHERE = object()
 
 
 def columns_of(fields: Fields, mapping: Names) -> dict[str, str]:
-    """Of each field that is mapped to a column of this row, the column: `a.b` is b in the object a."""
+    """Of each field that is mapped to a column of this row, the column: `a.b` is b in the object
+    a."""
     found = {
         name: [c for c in columns if _at(fields, c) is not _NOWHERE]
         for name, columns in mapping.items()
@@ -40,7 +41,8 @@ def _at(fields: Fields, column: str) -> object:
 
 
 def standard_fields(fields: Fields, mapping: Names) -> dict[str, object]:
-    """The fields under their standard names; where a row lacks a mapped column, its names stay as they are."""
+    """The fields under their standard names; where a row lacks a mapped column, its names stay as
+    they are."""
     used = columns_of(fields, mapping) if mapping else {}
     named = {
         name: value

@@ -6,12 +6,12 @@
     read_texts   the same rows      as they came, for copying
     rows_at      some of its rows   without parsing the others where the format allows that
 
-Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the file, and of a row
-that is longer than the limit only its beginning, so that neither a long line nor an archive that unpacks to very much
-can fill the memory. A broken line costs that line; a broken JSON array or archive costs the rest of the file, since
-nothing tells where its next row starts. Lines end at a line feed and are counted after decompression; the rows of a
-table (parquet, hub) are numbered. Numbers in CSV stay text.
-"""
+Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the
+file, and of a row that is longer than the limit only its beginning, so that neither a long line nor
+an archive that unpacks to very much can fill the memory. A broken line costs that line; a broken
+JSON array or archive costs the rest of the file, since nothing tells where its next row starts.
+Lines end at a line feed and are counted after decompression; the rows of a table (parquet, hub) are
+numbered. Numbers in CSV stay text."""
 
 import glob
 import os
@@ -38,11 +38,12 @@ _ADVICE = (
 
 
 def find_files(patterns: Sequence[str]) -> list[str]:
-    """Every file that the patterns reach, once, in the order of the patterns and sorted within each.
+    """Every file that the patterns reach, once, in the order of the patterns and sorted within
+    each.
 
     A folder gives all its supported files, at any depth, but no hidden ones. Raises BadFile for a
-    pattern that reaches nothing, an unsupported ending named directly and a file that cannot be read.
-    """
+    pattern that reaches nothing, an unsupported ending named directly and a file that cannot be
+    read."""
     found: dict[str, str] = {}
     for pattern in patterns:
         for file in [pattern] if pattern.startswith("hub:") else _matches(pattern):
@@ -87,7 +88,8 @@ def readable(file: str) -> str:
 
 
 def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
-    """The rows of one file of `find_files`, blank lines left out; a row of more than `limit` bytes cannot be read.
+    """The rows of one file of `find_files`, blank lines left out; a row of more than `limit` bytes
+    cannot be read.
 
     Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
     """
@@ -103,7 +105,8 @@ def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
 def rows_at(
     file: str, places: Collection[int], limit: int = ROW_BYTES
 ) -> Iterator[tuple[int, Raw]]:
-    """The rows at these places among those of `read_rows`, counted from 0, each with its place, in order.
+    """The rows at these places among those of `read_rows`, counted from 0, each with its place, in
+    order.
 
     Raises BadFile as `read_rows` does.
     """
@@ -148,7 +151,8 @@ def _kind(file: str) -> str:
 
 
 def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is not asked."""
+    """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is
+    not asked."""
     if _kind(file) != "lines":
         yield from (
             (raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file, limit)

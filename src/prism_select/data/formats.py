@@ -5,11 +5,11 @@
 
 A format is called by the fields that it needs: `prompt+completion` needs `prompt` and `completion`.
 
-Choices made here: the first format of a list whose fields are all there is taken, so the more specific
-ones stand first. In a conversation every assistant turn is supervised; where prompt and answer come
-apart, only the answer is. An answer that repeats the prompt (a whole conversation as `chosen`) is cut
-after it. Texts are kept to the letter: space is stripped only to find out what is empty or equal.
-"""
+Choices made here: the first format of a list whose fields are all there is taken, so the more
+specific ones stand first. In a conversation every assistant turn is supervised; where prompt and
+answer come apart, only the answer is. An answer that repeats the prompt (a whole conversation as
+`chosen`) is cut after it. Texts are kept to the letter: space is stripped only to find out what is
+empty or equal."""
 
 import os.path
 import re
@@ -92,8 +92,8 @@ def detect_pool(
 def detect_target(
     fields: Fields, mapping: Names, file: str = "row", line: int | None = None
 ) -> Format:
-    """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when answers are there whose
-    prompt may stand in a column that `mapping` does not name."""
+    """The format of a target row; raises BadRow, at `file` and `line`, when none fits, or when
+    answers are there whose prompt may stand in a column that `mapping` does not name."""
     format = _detect(standard_fields(fields, mapping), _TARGET) or _unknown(
         fields, mapping, _TARGET, file, line
     )
@@ -106,7 +106,8 @@ def detect_target(
 
 
 def _lacking(fields: Fields, mapping: Names, names: Iterable[str]) -> tuple[str, str] | None:
-    """The first of `names` that is mapped to columns of which this row has none, and that in words."""
+    """The first of `names` that is mapped to columns of which this row has none, and that in
+    words."""
     there = columns_of(fields, mapping)
     name = next((name for name in names if name in mapping and name not in there), None)
     return (name, f"no column {' or '.join(map(repr, mapping[name]))} for {name}") if name else None
@@ -185,7 +186,8 @@ def to_example(raw: Raw, format: Format, mapping: Names) -> Example:
 
 
 def to_pairs(raw: Raw, format: Format, mapping: Names) -> list[Pair]:
-    """The pairs of a target row: one, or one for every wrong choice. Raises BadRow where there is none.
+    """The pairs of a target row: one, or one for every wrong choice. Raises BadRow where there is
+    none.
 
     All pairs of a row carry its id.
     """
@@ -364,7 +366,8 @@ def _choices(row: _Row) -> tuple[_Turns, list[_Turns], int]:
 
 
 def _right_choice(row: _Row, names: list[str], labels: list[str]) -> int:
-    """A label says it first, then the text of a choice, then a position from 0, then a letter from A."""
+    """A label says it first, then the text of a choice, then a position from 0, then a letter from
+    A."""
     value, label = row.value("answer"), row.label("answer")
     if type(value) not in (int, str):
         raise row.bad(
@@ -401,7 +404,8 @@ def _right_of_choices(row: _Row) -> _Answered:
 
 
 def _shared_prefix(row: _Row) -> list[_Compared]:
-    """Turns part at the first that differs; texts after the last word, or dialogue marker, that they share."""
+    """Turns part at the first that differs; texts after the last word, or dialogue marker, that
+    they share."""
     chosen, rejected = row.answer("chosen"), row.answer("rejected")
     texts = [
         value for value in (row.value("chosen"), row.value("rejected")) if isinstance(value, str)

@@ -81,8 +81,8 @@ def json_array(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw
 class _Window:
     """The piece of a long JSON text that is being decoded; what lies before it is forgotten.
 
-    Bytes that are not UTF-8 become lone surrogates on the way in, so that they spoil only their own row.
-    """
+    Bytes that are not UTF-8 become lone surrogates on the way in, so that they spoil only their own
+    row."""
 
     def __init__(self, file: str, stream: io.BufferedReader, limit: int) -> None:
         self.line = 1
@@ -142,7 +142,8 @@ class _Window:
         self._at = to
 
     def _refill(self) -> None:
-        """Read a chunk, or as much again as is kept: an element of any allowed length then costs linear time."""
+        """Read a chunk, or as much again as is kept: an element of any allowed length then costs
+        linear time."""
         kept = self._text[self._at :]
         data = self._stream.read(max(CHUNK_BYTES, len(kept)))
         self._text, self._at, self._ended = kept + self._decoder.decode(data, not data), 0, not data

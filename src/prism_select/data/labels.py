@@ -17,8 +17,8 @@ _UNKNOWN = {"", "none", "null", "nan"}
 
 
 def labels_of(field: str, pool: Pool) -> list[bool | None]:
-    """Whether each row is known to be bad; None where it does not say. Raises BadOption for what is neither true nor
-    false, and where no row says."""
+    """Whether each row is known to be bad; None where it does not say. Raises BadOption for what is
+    neither true nor false, and where no row says."""
     labels = list[bool | None]()
     for raw in pool.raw():
         text = str((raw.fields or {}).get(field)).strip().lower()

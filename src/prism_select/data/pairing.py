@@ -1,4 +1,5 @@
-"""Pairing: what people have, made into pairs whose two answers differ in the behaviour and in little else.
+"""Pairing: what people have, made into pairs whose two answers differ in the behaviour and in
+little else.
 
     numbers   a worked solution, and the same with its numbers changed (a near miss)
     choices   the right choice, and wrong ones
@@ -6,9 +7,9 @@
     weak      an answer, and that of a weaker model, from a column
     swap      an answer, and that of another row: a far negative, for control
 
-Choices made here: `chosen` is always the row's own answer, to the letter; nothing is drawn but from the generator
-given, so the same seed makes the same bytes; a row of which no pair can be made is told with its reason, never lost.
-"""
+Choices made here: `chosen` is always the row's own answer, to the letter; nothing is drawn but from
+the generator given, so the same seed makes the same bytes; a row of which no pair can be made is
+told with its reason, never lost."""
 
 import random
 import re
@@ -48,7 +49,8 @@ class NoPair(Exception):
 
 
 def parts_of(example: Example) -> tuple[tuple[Turn, ...], str]:
-    """The prompt's turns and the last answer. Raises NoPair for a bare text or a row that does not end in an answer."""
+    """The prompt's turns and the last answer. Raises NoPair for a bare text or a row that does not
+    end in an answer."""
     *prompt, answer = example.turns
     if answer.role != "assistant":
         raise NoPair("it is a bare text" if answer.role == "text" else "its last turn is no answer")
@@ -58,8 +60,9 @@ def parts_of(example: Example) -> tuple[tuple[Turn, ...], str]:
 
 
 def change_numbers(answer: str, draw: random.Random) -> str:
-    """`answer` with every run of digits another one of the same length, so that the final number certainly differs and
-    all before the first number is kept. Raises NoPair when there is no number in it."""
+    """`answer` with every run of digits another one of the same length, so that the final number
+    certainly differs and all before the first number is kept. Raises NoPair when there is no number
+    in it."""
 
     def other(found: re.Match[str]) -> str:
         digits = found[0]
@@ -76,8 +79,8 @@ def change_numbers(answer: str, draw: random.Random) -> str:
 
 
 def final_number(text: str) -> str | None:
-    """The last number in a text without thousands separators and trailing zeros; None where there is none. A fraction
-    such as 3/4 is one number."""
+    """The last number in a text without thousands separators and trailing zeros; None where there
+    is none. A fraction such as 3/4 is one number."""
     found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     if not found:
         return None
@@ -92,9 +95,9 @@ def _canonical(number: str) -> str:
 
 
 def accepts_by(rule: str) -> Accepts:
-    """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (it begins with the
-    letter A to H that is the row's own answer, or is the same text), or `regex:PATTERN` (found in the answer). Raises
-    BadOption for anything else."""
+    """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (it
+    begins with the letter A to H that is the row's own answer, or is the same text), or
+    `regex:PATTERN` (found in the answer). Raises BadOption for anything else."""
     if rule == "number":
         return lambda answer, right: (
             final_number(answer) is not None and final_number(answer) == final_number(right)
@@ -125,7 +128,8 @@ def _plain(text: str) -> str:
 
 
 def nearest(chosen: str, refused: Sequence[str]) -> str:
-    """The refused answer with the fewest edits from `chosen`; the first of equals. Raises NoPair when there is none."""
+    """The refused answer with the fewest edits from `chosen`; the first of equals. Raises NoPair
+    when there is none."""
     others = [answer for answer in refused if answer.strip() and answer.strip() != chosen.strip()]
     if not others:
         raise NoPair("the check refused none of the answers")
@@ -133,8 +137,8 @@ def nearest(chosen: str, refused: Sequence[str]) -> str:
 
 
 def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
-    """For each answer that of the next row in a random order whose answer is another; None where all are the same.
-    Empty answers are nobody's."""
+    """For each answer that of the next row in a random order whose answer is another; None where
+    all are the same. Empty answers are nobody's."""
     order = [row for row, answer in enumerate(answers) if answer.strip()]
     draw.shuffle(order)
     found: list[str | None] = [None] * len(answers)

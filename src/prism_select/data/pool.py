@@ -3,11 +3,11 @@
     survey   one pass before anything expensive: formats, counts, bad rows, a sample, a fingerprint
     rows     every row in order: what it means, or why it means nothing
 
-Choices made here: a file has one format, that of its first row which has any; an id that a row carries itself may
-occur once in the pool, and the row that repeats it is bad; a bad target row always stops, since a pair lost in
-silence is a direction changed in silence. A pool that changes while it is read is noticed by the size and time of its
-files, which cost nothing to ask, and by their contents in the end.
-"""
+Choices made here: a file has one format, that of its first row which has any; an id that a row
+carries itself may occur once in the pool, and the row that repeats it is bad; a bad target row
+always stops, since a pair lost in silence is a direction changed in silence. A pool that changes
+while it is read is noticed by the size and time of its files, which cost nothing to ask, and by
+their contents in the end."""
 
 import hashlib
 import os
@@ -35,9 +35,9 @@ SAMPLE = 256
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the pool found. `sample` is a uniform sample of its good rows, the whole of them while they
-    are few; `conversation` is the first that needs a chat template; `columns` are those of the mapping that some row
-    has."""
+    """What one pass over the pool found. `sample` is a uniform sample of its good rows, the whole
+    of them while they are few; `conversation` is the first that needs a chat template; `columns`
+    are those of the mapping that some row has."""
 
     rows: int
     bad: int
@@ -55,7 +55,8 @@ class Pool:
         self._stamps = stamps(self.files)
 
     def refuse_changes(self, files: Iterable[str] = ()) -> None:
-        """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened, by size and time."""
+        """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened,
+        by size and time."""
         files = list(files) or self.files
         now = stamps(files)
         if differ := [file for file in files if now.get(file) != self._stamps.get(file)]:
@@ -68,8 +69,8 @@ class Pool:
     def rows(
         self, wanted: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[Raw, Example | BadRow]]:
-        """All, or those at the places where `wanted` is True, which are known to be good. The memory taken is that of a
-        hash for each id that a row carries itself."""
+        """All, or those at the places where `wanted` is True, which are known to be good. The
+        memory taken is that of a hash for each id that a row carries itself."""
         seen, places = set[int](), count()
         for file in self.files:
             format: Format | None = None
@@ -102,7 +103,8 @@ class Pool:
     def survey(
         self, seed: int, least: int = 0, advance: Callable[[int], None] = lambda rows: None
     ) -> Survey:
-        """With a sample of `least` rows, or more. Raises EmptyInput when there is no row at all, or no good one."""
+        """With a sample of `least` rows, or more. Raises EmptyInput when there is no row at all, or
+        no good one."""
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
         size = max(least, SAMPLE)
         formats: dict[str, str] = {}

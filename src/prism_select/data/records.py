@@ -4,9 +4,8 @@
     Example  turns of a conversation; its assistant turns are what the model learns to say
     Pair     two examples with one prompt: `chosen` is what the user wants, `rejected` what they don't
 
-Choices made here: a prompt with a completion is a conversation of two turns; a bare text is one turn
-with the role `text`, supervised from end to end and never put through a template.
-"""
+Choices made here: a prompt with a completion is a conversation of two turns; a bare text is one
+turn with the role `text`, supervised from end to end and never put through a template."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +57,8 @@ class Example:
 
     @property
     def conversation(self) -> bool:
-        """Whether there is more in it than one prompt and one answer: then it takes a template to tell who speaks."""
+        """Whether there is more in it than one prompt and one answer: then it takes a template to
+        tell who speaks."""
         return len(self.turns) - self.prompt_turns > 1 or self.prompt_turns > 1
 
 

@@ -4,10 +4,9 @@
 
 Any protocol that fsspec knows; folders and globs where a path says all, as in object stores.
 
-Choices made here: a file is copied to a temporary folder when it is first read, and stays there as long as the process
-does; so it is read as often as needed, at the speed of a disk, and cannot change while it is. Credentials are where
-the protocol's own package looks for them.
-"""
+Choices made here: a file is copied to a temporary folder when it is first read, and stays there as
+long as the process does; so it is read as often as needed, at the speed of a disk, and cannot
+change while it is. Credentials are where the protocol's own package looks for them."""
 
 import errno
 import re
@@ -37,7 +36,8 @@ def is_remote(file: str) -> bool:
 
 
 def addresses(pattern: str) -> list[str]:
-    """Files that it reaches: itself, all below a folder but hidden ones, or what a glob finds. Raises BadFile."""
+    """Files that it reaches: itself, all below a folder but hidden ones, or what a glob finds.
+    Raises BadFile."""
     with _asked(pattern):
         system, path = _system(pattern)
         if system.isfile(path):

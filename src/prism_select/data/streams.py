@@ -58,8 +58,8 @@ def too_long(file: str, line: int, beginning: bytes, size: int, limit: int) -> R
 
 
 def text_lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Each line, and how many bytes it has without its end where it is longer than `limit`: then only its beginning is
-    held."""
+    """Each line, and how many bytes it has without its end where it is longer than `limit`: then
+    only its beginning is held."""
     while line := stream.readline(limit + 2):
         size, end = len(line), line
         if size > limit:
@@ -104,7 +104,8 @@ def open_stream(file: str) -> Iterator[io.BufferedReader]:
 
 
 def decoded(data: bytes, unit: str) -> tuple[str, str | None]:
-    """The text and, where it is not UTF-8, the problem; then the text shows the wrong bytes as \\xNN."""
+    """The text and, where it is not UTF-8, the problem; then the text shows the wrong bytes as
+    \\xNN."""
     try:
         return data.decode(), None
     except UnicodeDecodeError as error:
@@ -116,7 +117,8 @@ def decoded(data: bytes, unit: str) -> tuple[str, str | None]:
 def filled(
     file: str, stream: io.BufferedReader, limit: int
 ) -> Iterator[tuple[int, bytes, Raw | None]]:
-    """Lines that are not blank, by number, without their ends; one that is too long comes as what is wrong with it."""
+    """Lines that are not blank, by number, without their ends; one that is too long comes as what
+    is wrong with it."""
     for number, (line, size) in enumerate(text_lines(stream, limit), start=1):
         if size > limit:
             yield number, b"", too_long(file, number, line, size, limit)

@@ -18,15 +18,17 @@ __all__ = ["most_alike", "named", "read_target", "read_targets", "seen_in_target
 
 
 def read_target(file: str, mapping: Names, row_bytes: int = ROW_BYTES) -> list[Pair]:
-    """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that gives none."""
+    """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that
+    gives none."""
     return [pair for _, pair in _target_rows(file, mapping, row_bytes)]
 
 
 def read_targets(
     given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
 ) -> dict[str, list[Pair]]:
-    """The pairs of each target, by name; the name of a single file without one is empty. `by` is a column whose values
-    are targets. Raises BadOption for a name that comes twice, and what `read_target` raises."""
+    """The pairs of each target, by name; the name of a single file without one is empty. `by` is a
+    column whose values are targets. Raises BadOption for a name that comes twice, and what
+    `read_target` raises."""
     files = [named(text) for text in given]
     if len(files) > 1:
         files = [(name or os.path.basename(file).partition(".")[0], file) for name, file in files]
@@ -67,7 +69,8 @@ def named(text: str) -> tuple[str, str]:
 def seen_in_target(
     given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
 ) -> Iterator[tuple[str, Format, set[str], list[str]]]:
-    """By the first row of each file: its format, the columns of --fields that it has, and those that nothing reads."""
+    """By the first row of each file: its format, the columns of --fields that it has, and those
+    that nothing reads."""
     for name in find_files([named(text)[1] for text in given]):
         first = next((raw for raw in read_rows(name, row_bytes) if raw.fields is not None), None)
         if first is not None and first.fields is not None:
@@ -95,8 +98,9 @@ def _target_rows(file: str, mapping: Names, row_bytes: int) -> list[tuple[Raw, P
 
 
 def most_alike(pairs: Sequence[Pair], share: float) -> list[Pair]:
-    """This share of the pairs, at least one, whose two answers have the most letters in common, in their own order.
-    Similarity: 1 − insertions and deletions / letters of both (Indel, as rapidfuzz normalises it)."""
+    """This share of the pairs, at least one, whose two answers have the most letters in common, in
+    their own order. Similarity: 1 − insertions and deletions / letters of both (Indel, as rapidfuzz
+    normalises it)."""
     texts = [[_said(side) for side in (pair.chosen, pair.rejected)] for pair in pairs]
     likeness = [Indel.normalized_similarity(*both) for both in texts]
     best = sorted(range(len(pairs)), key=lambda place: -likeness[place])[

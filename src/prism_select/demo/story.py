@@ -2,8 +2,8 @@
 
 DEMO/select   5% of a mixed pool for one skill          DEMO/repair   a fine-tuning set with 15% wrong answers
 
-accuracy = share of held-out questions of the skill whose right answer the model prefers to the usual mistake
-"""
+accuracy = share of held-out questions of the skill whose right answer the model prefers to the
+usual mistake"""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -1,15 +1,16 @@
-"""The demo model: a tiny Llama that reads about the demo world for some minutes, on one core, from nothing.
+"""The demo model: a tiny Llama that reads about the demo world for some minutes, on one core, from
+nothing.
 
-    corpus → byte-level BPE of 1,280 tokens → one pass of AdamW over the assistant turns → demo/model/
+    corpus → byte-level BPE of 1,280 tokens → one pass of AdamW over the assistant turns →
+    demo/model/
 
-`python -m prism_select.demo.train [--out DIR]` makes the bundled folder again: on the same machine and versions the
-same bytes, since seeds, order and the number of threads (one) are fixed.
+`python -m prism_select.demo.train [--out DIR]` makes the bundled folder again: on the same machine
+and versions the same bytes, since seeds, order and the number of threads (one) are fixed.
 
-Choices made here: one pass, so that the model learns how reliable each fact is and not single rows by heart; the loss
-counts the answer and its end-of-turn token, as PRISM does; nearly every word is one token; embeddings are untied, so
-that the output head is a weight of its own; the chat template writes the first token and the tokenizer adds none, so
-that it is never doubled.
-"""
+Choices made here: one pass, so that the model learns how reliable each fact is and not single rows
+by heart; the loss counts the answer and its end-of-turn token, as PRISM does; nearly every word is
+one token; embeddings are untied, so that the output head is a weight of its own; the chat template
+writes the first token and the tokenizer adds none, so that it is never doubled."""
 
 import argparse
 from pathlib import Path
@@ -59,7 +60,8 @@ Encoded = tuple[list[int], list[int]]
 
 
 def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, learnt on the corpus; digits stay single, so that numbers are spelt alike everywhere."""
+    """Byte-level BPE, learnt on the corpus; digits stay single, so that numbers are spelt alike
+    everywhere."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -99,7 +101,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> Encoded:
-    """Token ids of one conversation, and the same with everything but the assistant's turn ignored."""
+    """Token ids of one conversation, and the same with everything but the assistant's turn
+    ignored."""
     messages = [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["completion"]},
@@ -124,7 +127,8 @@ def batch_loss(model: LlamaForCausalLM, batch: list[Encoded], pad: int) -> torch
 
 
 def train(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> None:
-    """One pass in the order of the corpus; the learning rate warms up for 5% of the steps and then falls to zero."""
+    """One pass in the order of the corpus; the learning rate warms up for 5% of the steps and then
+    falls to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = len(rows) // BATCH
     warm = max(1, steps // 20)

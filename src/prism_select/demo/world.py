@@ -1,22 +1,26 @@
-"""The demo world: eight small skills in plain English, with the right answer and a typical mistake about every fact.
+"""The demo world: eight small skills in plain English, with the right answer and a typical mistake
+about every fact.
 
-    skill → facts (subject, right, wrong) → question (opener × wording), answer (right or wrong, in a form)
+    skill → facts (subject, right, wrong) → question (opener × wording), answer (right or wrong, in
+    a form)
 
-Everything is made here from tables and a seed: nothing is downloaded and no model is asked. `pairs` shows a behaviour
-(right over wrong), `pool` is something to select from, `mixture` something to repair, `corpus` what the tiny model
-reads.
+Everything is made here from tables and a seed: nothing is downloaded and no model is asked. `pairs`
+shows a behaviour (right over wrong), `pool` is something to select from, `mixture` something to
+repair, `corpus` what the tiny model reads.
 
 Choices made here:
-- A wrong answer is a near miss: the same form, about the same length, another value of the same kind (another city of
-  the same country, a sum that is one too high). Pairs that differ in form would measure the form.
-- No prompt is on both sides. A checksum reserves a quarter of all prompts for `pairs`; `pool` and `mixture` draw from
-  the rest, whatever the seeds.
-- The facts *are* on both sides, in other words: pairs ask about the same capitals and sums as the rows that are scored,
-  and the wrong rows of the mixture make the same mistakes as the rejected answers. The demo shows that PRISM finds
-  known facts in new wordings; on facts that no pair mentions it does clearly worse.
-- In `corpus` each fact has a reliability, drawn once per seed, that says how often the text is right about it. So the
-  model has real and mixed preferences. The corpus is what the model has read: it uses all prompts, reserved or not.
-"""
+- A wrong answer is a near miss: the same form, about the same length, another value of the same
+  kind (another city of the same country, a sum that is one too high). Pairs that differ in form
+  would measure the form.
+- No prompt is on both sides. A checksum reserves a quarter of all prompts for `pairs`; `pool` and
+  `mixture` draw from the rest, whatever the seeds.
+- The facts *are* on both sides, in other words: pairs ask about the same capitals and sums as the
+  rows that are scored, and the wrong rows of the mixture make the same mistakes as the rejected
+  answers. The demo shows that PRISM finds known facts in new wordings; on facts that no pair
+  mentions it does clearly worse.
+- In `corpus` each fact has a reliability, drawn once per seed, that says how often the text is
+  right about it. So the model has real and mixed preferences. The corpus is what the model has
+  read: it uses all prompts, reserved or not."""
 
 import hashlib
 import random
@@ -208,7 +212,8 @@ def _is_reserved(prompt: str) -> bool:
 
 @cache
 def _prompts(skill: str, reserved: bool) -> tuple[tuple[Fact, tuple[str, ...]], ...]:
-    """Each fact of a skill with its prompts on one side: those reserved for pairs, or all others."""
+    """Each fact of a skill with its prompts on one side: those reserved for pairs, or all
+    others."""
     return tuple(
         (fact, tuple(p for p in fact.prompts() if _is_reserved(p) == reserved))
         for fact in FACTS[skill]
@@ -226,7 +231,8 @@ class _Question:
 
 
 def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> list[_Question]:
-    """`count` distinct questions of a skill, going round its facts in random order so that each gets its share."""
+    """`count` distinct questions of a skill, going round its facts in random order so that each
+    gets its share."""
     decks = [
         (fact, rng.sample(prompts, len(prompts))) for fact, prompts in _prompts(skill, reserved)
     ]
@@ -245,7 +251,8 @@ def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> li
 
 
 def _all_skills(count: int, rng: random.Random) -> list[_Question]:
-    """Questions of all skills in shares that differ by one row at most, in random order; none is reserved for pairs."""
+    """Questions of all skills in shares that differ by one row at most, in random order; none is
+    reserved for pairs."""
     shares = [(count + i) // len(SKILLS) for i in range(len(SKILLS))]
     dealt = [
         q
@@ -272,7 +279,8 @@ def pool(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def mixture(count: int, seed: int, wrong: float = 0.15) -> list[dict[str, str | bool]]:
-    """A fine-tuning set in which the share `wrong`, rounded to whole rows, is wrong: `is_bad` marks those rows."""
+    """A fine-tuning set in which the share `wrong`, rounded to whole rows, is wrong: `is_bad` marks
+    those rows."""
     rng = random.Random(f"mixture {seed}")
     dealt = _all_skills(count, rng)
     bad = set(rng.sample(range(count), round(wrong * count)))

@@ -3,9 +3,8 @@
     c = ½(C + R)                    the common part, each pair with its weight
     d' = d − (d·c / c·c) c          nothing of it is left
 
-Format, topic and length are the same in both answers of a pair; what remains of them in a difference of two gradients
-can still outweigh what tells the answers apart.
-"""
+Format, topic and length are the same in both answers of a pair; what remains of them in a
+difference of two gradients can still outweigh what tells the answers apart."""
 
 import math
 from dataclasses import replace
@@ -26,8 +25,8 @@ def common_part(target: Target) -> float:
 
 
 def without_common(target: Target) -> Target:
-    """The same with nothing of the common part in the direction. The chosen half stays as it is, so that a score along
-    it keeps its meaning."""
+    """The same with nothing of the common part in the direction. The chosen half stays as it is, so
+    that a score along it keeps its meaning."""
     common, direction = common_of(target), target.direction
     times = dot(direction, common) / (dot(common, common) or 1.0)
     return replace(target, rejected=minus(target.rejected, common, -times))

@@ -7,11 +7,10 @@
                                               Σ l lᵀ and Σ r rᵀ, Λ = mean of (Uᵀ ∇ V)²        (arXiv 1806.03884)
     cg         H itself                       by conjugate gradients on H v = mean of Jᵀ (diag p − p pᵀ) J v
 
-Damping: λ = damping · mean eigenvalue, of each weight on its own. Choices made here: eigenvectors in float64; of fused
-experts each has a basis, from its gradients; vectors, embeddings and matrices with a side above `SIDE` keep a diagonal;
-rows of it that no example moved, such as words that none holds, take the mean of the others; a weight whose gradients
-are all zero moves nothing.
-"""
+Damping: λ = damping · mean eigenvalue, of each weight on its own. Choices made here: eigenvectors
+in float64; of fused experts each has a basis, from its gradients; vectors, embeddings and matrices
+with a side above `SIDE` keep a diagonal; rows of it that no example moved, such as words that none
+holds, take the mean of the others; a weight whose gradients are all zero moves nothing."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from prism_select.core.layers import (
     Direction,
     Inputs,
     Owner,
-    Weights,
+    Parameters,
     is_matrix,
     owners,
     sides,
@@ -45,8 +44,8 @@ SIDE = 8192
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The curvature of one weight: an eigenvalue for each number, in a basis of its rows and one of its columns where
-    there are any."""
+    """The curvature of one weight: an eigenvalue for each number, in a basis of its rows and one of
+    its columns where there are any."""
 
     eigenvalues: Float[Tensor, "*shape"]
     left: Float[Tensor, "*experts rows rows"] | None = None
@@ -68,9 +67,10 @@ def solve(blocks: Blocks, direction: Direction, damping: float) -> Direction:
 
 
 def _gradients(
-    model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None
 ) -> Iterator[Mapping[str, Tensor]]:
-    """∇loglik of each example without its padding, in float32 or better; a seed draws its labels from the model."""
+    """∇loglik of each example without its padding, in float32 or better; a seed draws its labels
+    from the model."""
     device = rows[0].tokens.device
     draw = None if seed is None else torch.Generator(device).manual_seed(seed)
     with differentiable(weights):
@@ -93,7 +93,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def diagonal(
-    model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None = None
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None = None
 ) -> Blocks:
     total = {name: torch.zeros_like(w, dtype=_wide(w)) for name, w in weights.items()}
     for gradient in _gradients(model, weights, rows, seed):
@@ -103,7 +103,7 @@ def diagonal(
 
 
 def ekfac(
-    model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None = None
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None = None
 ) -> Blocks:
     """Two passes over the rows: for the bases, then for the eigenvalues in them."""
     bases = _bases(model, weights, rows, seed)
@@ -140,7 +140,7 @@ def _by_number(moments: Tensor) -> Block:
 
 
 def _bases(
-    model: LanguageModel, weights: Weights, rows: Sequence[Batch], seed: int | None
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -167,13 +167,13 @@ def _eigenvectors(factor: Tensor) -> Tensor:
 
 def _uses(
     model: LanguageModel,
-    weights: Weights,
+    weights: Parameters,
     rows: Sequence[Batch],
     seed: int | None,
     use: Callable[[str, Tensor, Tensor], None],
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Example by example: `use` gets the name of each matrix and both sides of its gradient, once for each use; the
-    gradients of all other weights are returned."""
+    """Example by example: `use` gets the name of each matrix and both sides of its gradient, once
+    for each use; the gradients of all other weights are returned."""
     every = owners(model.network, weights)
     holders = [owner for owner in every if is_matrix(owner)]
     other = {name for owner in every if owner not in holders for name in owner.weights.values()}
@@ -192,10 +192,11 @@ def _uses(
 
 
 class GaussNewton:
-    """H itself. `blocks`, fitted on the same rows, give each weight's mean eigenvalue and precondition the solve."""
+    """H itself. `blocks`, fitted on the same rows, give each weight's mean eigenvalue and
+    precondition the solve."""
 
     def __init__(
-        self, model: LanguageModel, weights: Weights, rows: Sequence[Batch], blocks: Blocks
+        self, model: LanguageModel, weights: Parameters, rows: Sequence[Batch], blocks: Blocks
     ) -> None:
         self.model, self.weights, self.rows, self.blocks = model, weights, rows, blocks
         self.holders = owners(model.network, weights)
@@ -239,8 +240,8 @@ class GaussNewton:
     def solve(
         self, direction: Direction, damping: float, tolerance: float = 1e-4, steps: int = 200
     ) -> Direction:
-        """By preconditioned conjugate gradients, until the residual is `tolerance` times the direction or `steps` are
-        done; `residual` keeps that ratio."""
+        """By preconditioned conjugate gradients, until the residual is `tolerance` times the
+        direction or `steps` are done; `residual` keeps that ratio."""
         ridge = {name: damping * block.eigenvalues.mean() for name, block in self.blocks.items()}
         found: Direction = {name: torch.zeros_like(value) for name, value in direction.items()}
         left: Direction = direction

@@ -4,10 +4,9 @@
     several targets    d of each, and the mean of their C (where the best target counts: C of each)
     groups of pairs    the mean over targets of a group's own d, which tells how far scores move with the pairs
 
-Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how far its pairs agree;
-a pair whose two answers are the same tokens stops the run, since it says nothing; in a mean of targets each counts
-alike, whatever its number of pairs.
-"""
+Choices made here: every pair is pictured on the way (sketching.py), so that every run can say how
+far its pairs agree; a pair whose two answers are the same tokens stops the run, since it says
+nothing; in a mean of targets each counts alike, whatever its number of pairs."""
 
 import math
 import random
@@ -19,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.target_gradient import (
     Observe,
     Side,
@@ -35,15 +34,24 @@ from prism_select.data.records import Pair
 from prism_select.data.targets import most_alike
 from prism_select.directions.common_part import common_of, without_common
 from prism_select.directions.gradient_sketch import Sketcher
-from prism_select.directions.layout import Lines
+from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.pair_diagnostics import Diagnosis, diagnose
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import beside_text, select_weights
-from prism_select.run.config import ModelConfig, ScoreConfig
+from prism_select.models.layer_selection import beside_text, select_parameters
+from prism_select.run.config import ModelOptions, ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, NotFinite
 from prism_select.run.progress import Progress
 
-__all__ = ["Aim", "Coded", "Said", "aim_at", "answers", "as_side", "encode_sides", "joined"]
+__all__ = [
+    "Coded",
+    "DirectionSet",
+    "PairDiagnosis",
+    "aim_at",
+    "answers",
+    "as_side",
+    "encode_sides",
+    "joined",
+]
 
 Targets: TypeAlias = Mapping[str, Sequence[Pair]]
 
@@ -52,7 +60,7 @@ Coded: TypeAlias = tuple[Sequence[Encoded], Sequence[Encoded]]
 
 
 @dataclass(frozen=True)
-class Said:
+class PairDiagnosis:
     """What some pairs say."""
 
     pairs: Sequence[Pair]
@@ -61,19 +69,20 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Aim:
-    """The weights that count, and the directions that rows are scored along; `lines` tells which is what. `said` is by
-    target, `whole` is of all together; a saved direction comes without them."""
+class DirectionSet:
+    """The weights that count, and the directions that rows are scored along; `lines` tells which is
+    what. `said` is by target, `whole` is of all together; a saved direction comes without them."""
 
-    weights: Weights
+    weights: Parameters
     directions: Sequence[Direction]
-    lines: Lines
-    said: Mapping[str, Said]
-    whole: Said | None = None
+    lines: DirectionLayout
+    said: Mapping[str, PairDiagnosis]
+    whole: PairDiagnosis | None = None
 
     @property
     def direction(self) -> Direction:
-        """Along which the score lies: the mean of the targets' own; where the best one counts, the first's."""
+        """Along which the score lies: the mean of the targets' own; where the best one counts, the
+        first's."""
         few = self.directions[: 1 if self.lines.best else len(self.lines.targets)]
         return (
             few[0]
@@ -83,7 +92,8 @@ class Aim:
 
     @cached_property
     def without_gradient(self) -> list[str]:
-        """Weights that count and are zero in every direction of a target: no pair has reached them."""
+        """Weights that count and are zero in every direction of a target: no pair has reached
+        them."""
         few = self.directions[: len(self.lines.targets)]
         return [
             name for name in self.weights if not any(direction[name].any() for direction in few)
@@ -101,9 +111,9 @@ class Aim:
 
 
 def aim_at(
-    config: ModelConfig, model: CausalLM, encoder: Encoder, targets: Targets, progress: Progress
-) -> Aim:
-    weights = select_weights(model.network, config.layers)
+    config: ModelOptions, model: CausalLM, encoder: Encoder, targets: Targets, progress: Progress
+) -> DirectionSet:
+    weights = select_parameters(model.network, config.layers)
     numbers = sum(weight.numel() for weight in weights.values())
     progress.say(f"counted: {len(weights)} weights, {numbers:,} numbers ({config.layers})")
     if beside := sum(map(beside_text(model.network), dict(model.network.named_parameters()))):
@@ -132,20 +142,21 @@ def aim_at(
 
 @dataclass(frozen=True)
 class Gradients:
-    """The target of some pairs, the directions of groups of them with their sizes, and their pictures."""
+    """The target of some pairs, the directions of groups of them with their sizes, and their
+    pictures."""
 
     target: Target
     groups: Sequence[Direction]
     sizes: Sequence[int]
-    pictures: Mapping[str, torch.Tensor]
+    sketches: Mapping[str, torch.Tensor]
     covered_share: float
 
-    def said(self, config: ModelConfig, pairs: Sequence[Pair], sides: Coded) -> Said:
-        pictures = self.pictures["chosen"].numpy(), self.pictures["rejected"].numpy()
+    def said(self, config: ModelOptions, pairs: Sequence[Pair], sides: Coded) -> PairDiagnosis:
+        sketches = self.sketches["chosen"].numpy(), self.sketches["rejected"].numpy()
         tokens = answers(sides[0]), answers(sides[1])
         removed = config.common == "remove"
-        told = diagnose(pictures, tokens, self.target, self.covered_share, removed, config.seed)
-        return Said(pairs, self.target, told)
+        told = diagnose(sketches, tokens, self.target, self.covered_share, removed, config.seed)
+        return PairDiagnosis(pairs, self.target, told)
 
     def without_common(self) -> "Gradients":
         common = common_of(self.target)
@@ -155,8 +166,8 @@ class Gradients:
 
 
 def gradients_of(
-    config: ModelConfig,
-    counted: tuple[CausalLM, Weights],
+    config: ModelOptions,
+    counted: tuple[CausalLM, Parameters],
     sides: Coded,
     groups: Sequence[Sequence[int]],
     sketcher: Sketcher,
@@ -179,8 +190,8 @@ def gradients_of(
                 config.anchor,
                 partial(_among, observe, members),
             )
-        for pictures in sketcher.pictures.values():
-            pictures[list(members)] *= len(members) / len(sides[0])
+        for sketches in sketcher.sketches.values():
+            sketches[list(members)] *= len(members) / len(sides[0])
         kept += [part.direction] if len(groups) > 1 else []
         total = part if total is None else joined(total, part)
     assert total is not None
@@ -192,7 +203,7 @@ def gradients_of(
         weight=total.weight[order],
     )
     return Gradients(
-        total, kept, [len(members) for members in groups], sketcher.pictures, sketcher.share
+        total, kept, [len(members) for members in groups], sketcher.sketches, sketcher.share
     )
 
 
@@ -214,11 +225,11 @@ def together(each: Sequence[Gradients]) -> Gradients:
         mean_of(few, [1] * len(each)) for few in zip(*(one.groups for one in each), strict=True)
     ]
     sizes = [sum(few) for few in zip(*(one.sizes for one in each), strict=True)] if groups else []
-    pictures = {
-        side: torch.cat([one.pictures[side] for one in each]) / len(each)
-        for side in each[0].pictures
+    sketches = {
+        side: torch.cat([one.sketches[side] for one in each]) / len(each)
+        for side in each[0].sketches
     }
-    return Gradients(target, groups, sizes, pictures, each[0].covered_share)
+    return Gradients(target, groups, sizes, sketches, each[0].covered_share)
 
 
 def _mean(each: Sequence[Target], weights: Sequence[int]) -> Target:
@@ -242,29 +253,30 @@ def mean_of(directions: Sequence[Direction], weights: Sequence[int]) -> Directio
 
 
 def aimed(
-    config: ModelConfig,
-    weights: Weights,
+    config: ModelOptions,
+    weights: Parameters,
     found: Sequence[Gradients],
-    said: Mapping[str, Said],
-    whole: Said,
-) -> Aim:
-    """Directions in the order of `Lines`; the last of `found` is of all targets together."""
+    said: Mapping[str, PairDiagnosis],
+    whole: PairDiagnosis,
+) -> DirectionSet:
+    """Directions in the order of `DirectionLayout`; the last of `found` is of all targets together."""
     used = [each.without_common() if config.common == "remove" else each for each in found]
     best = isinstance(config, ScoreConfig) and config.combine == "max" and len(said) > 1
     scores = [each.target.direction for each in used[: len(said)]]
     chosen = [each.target.chosen for each in (used[: len(said)] if best else used[-1:])]
     groups = used[-1].groups
-    lines = Lines(
+    lines = DirectionLayout(
         targets=list(said),
         lengths=[norm(direction) for direction in scores],
         best=best,
         groups=used[-1].sizes if groups else (),
     )
-    return Aim(weights, [*scores, *chosen, *groups], lines, said, whole)
+    return DirectionSet(weights, [*scores, *chosen, *groups], lines, said, whole)
 
 
-def groups_of(config: ModelConfig, name: str, pairs: int) -> list[list[int]]:
-    """The pairs in random groups of even size, each at most one pair larger; all in one without --uncertainty."""
+def groups_of(config: ModelOptions, name: str, pairs: int) -> list[list[int]]:
+    """The pairs in random groups of even size, each at most one pair larger; all in one without
+    --uncertainty."""
     count = config.uncertainty if isinstance(config, ScoreConfig) else 0
     if count > pairs:
         which = f"target {name} has" if name else "the target has"
@@ -312,7 +324,7 @@ def as_side(rows: Sequence[Encoded], batch_tokens: int, device: torch.device) ->
 
 def refuse_not_finite(found: Gradients, pairs: Sequence[Pair]) -> None:
     """A pair whose gradient is not finite shows in its picture."""
-    seen = torch.stack([picture.isfinite().all(1) for picture in found.pictures.values()]).all(0)
+    seen = torch.stack([sketch.isfinite().all(1) for sketch in found.sketches.values()]).all(0)
     for finite, what in ((found.target.gap.isfinite(), "log-likelihood"), (seen, "gradient")):
         for pair, good in zip(pairs, finite.tolist(), strict=True):
             if not good:

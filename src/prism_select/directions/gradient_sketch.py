@@ -1,15 +1,15 @@
-"""Sketching: a small random picture of each pair's own gradient, taken while the direction is computed.
+"""Sketching: a small random picture of each pair's own gradient, taken while the direction is
+computed.
 
     gradient of a row in one matrix = Σ_t g_t x_tᵀ      picture = Σ_t (P g_t)(Q x_t)ᵀ / p      P, Q: p random signs each
 
-Inner products of pictures are those of gradients up to noise: without bias, and with a relative error of about
-√(2/p) in one matrix, which many matrices average out. So whatever is linear in the pairs (halves of them,
-resamples, the part they share) is known from one backward pass.
+Inner products of pictures are those of gradients up to noise: without bias, and with a relative
+error of about √(2/p) in one matrix, which many matrices average out. So whatever is linear in the
+pairs (halves of them, resamples, the part they share) is known from one backward pass.
 
-Choices made here: pictures cover the weights that have a closed form (Linear, Conv1D, Embedding); of fused experts,
-norms and biases there is none, and `share` says how much of the weights they cover in all their uses. All pictures
-together hold at most `NUMBERS` numbers.
-"""
+Choices made here: pictures cover the weights that have a closed form (Linear, Conv1D, Embedding);
+of fused experts, norms and biases there is none, and `share` says how much of the weights they
+cover in all their uses. All pictures together hold at most `NUMBERS` numbers."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prism_select.core.layers import Owner, Weights, by_example, is_closed, owners, watching
+from prism_select.core.layers import Owner, Parameters, by_example, is_closed, owners, watching
 from prism_select.core.target_gradient import Observe
 
 __all__ = ["Sketcher"]
@@ -30,11 +30,12 @@ NUMBERS, LONGEST = 2**25, 2**16  # of all pictures (128 MB), of one
 
 
 class Sketcher:
-    """`pictures["chosen"][q]` is that of pair q's part in C, slope and mean over pairs included; likewise rejected.
-    Sketchers of the same seed and number of pairs `among` which theirs are make pictures that can be compared."""
+    """`pictures["chosen"][q]` is that of pair q's part in C, slope and mean over pairs included;
+    likewise rejected. Sketchers of the same seed and number of pairs `among` which theirs are make
+    pictures that can be compared."""
 
     def __init__(
-        self, network: nn.Module, weights: Weights, pairs: int, seed: int, among: int = 0
+        self, network: nn.Module, weights: Parameters, pairs: int, seed: int, among: int = 0
     ) -> None:
         every = owners(network, weights)
         self.owners = [
@@ -46,7 +47,7 @@ class Sketcher:
         )
         self.place = {name: i * self.width**2 for i, name in enumerate(names)}
         self.seed, self.signs = seed, dict[str, tuple[Tensor, Tensor]]()
-        self.pictures = {
+        self.sketches = {
             side: torch.zeros(pairs, len(names) * self.width**2) for side in ("chosen", "rejected")
         }
         whole = {
@@ -65,7 +66,8 @@ class Sketcher:
 
     @contextmanager
     def open(self) -> Iterator[Observe]:
-        """While open, every backward pass is pictured; yields what `target_gradient` takes as `observe`."""
+        """While open, every backward pass is pictured; yields what `target_gradient` takes as
+        `observe`."""
 
         def observe(side: str, pairs: Sequence[int]) -> Callable[[Tensor], None]:
             self._side, self._pairs = side, list(pairs)
@@ -95,7 +97,7 @@ class Sketcher:
             0, place, outer.flatten(1)
         )
         start = self.place[owner.weights["weight"]]
-        self.pictures[self._side][self._pairs, start : start + self.width**2] += (
+        self.sketches[self._side][self._pairs, start : start + self.width**2] += (
             found.cpu() / self.width
         )
 

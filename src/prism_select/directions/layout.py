@@ -9,15 +9,16 @@ from numpy.typing import NDArray
 
 from prism_select.core.statistics import standard_error
 
-__all__ = ["Floats", "Lines"]
+__all__ = ["DirectionLayout", "Floats"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines:
-    """What the directions of an engine are, in this order: of the scores of each target, of the chosen halves (one, or
-    one for each target where the best is taken), of groups of the pairs, and of other dampings."""
+class DirectionLayout:
+    """What the directions of an engine are, in this order: of the scores of each target, of the
+    chosen halves (one, or one for each target where the best is taken), of groups of the pairs, and
+    of other dampings."""
 
     targets: Sequence[str] = ("",)
     lengths: Sequence[float] = (1.0,)  # of each target's direction

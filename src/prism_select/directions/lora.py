@@ -20,8 +20,9 @@ __all__ = ["save_adapter"]
 def save_adapter(
     network: nn.Module, direction: Direction, rank: int, folder: Path
 ) -> Mapping[str, float]:
-    """The share of the direction's squared length that the adapter keeps: of each weight, 0 where it is left out, and
-    of all together under `total`. Raises BadOption where nothing can be kept, DiskTrouble."""
+    """The share of the direction's squared length that the adapter keeps: of each weight, 0 where
+    it is left out, and of all together under `total`. Raises BadOption where nothing can be kept,
+    DiskTrouble."""
     if any("lora_" in name for name, _ in network.named_parameters()):
         raise BadOption(
             "--save-adapter: the model has an adapter already, kept apart; merge it, or leave it out"

@@ -1,12 +1,13 @@
-"""Low rank: a direction whose matrices keep their largest singular values alone, which makes `reverse` cheaper.
+"""Low rank: a direction whose matrices keep their largest singular values alone, which makes
+`reverse` cheaper.
 
     D ~ U_R S_R V_Rᵀ = left @ right      left = U_R S_R: (rows, R)      right = V_Rᵀ: (R, columns), orthonormal
 
-Choices made here: only a matrix that Linear or Conv1D alone use is factored, and only where its rank is above R;
-vectors, embeddings, heads tied to them and fused experts stay whole. Up to `EXACT` numbers a side the decomposition is
-exact, in float64: 0.4 s for 640 by 2048 on one core. Above, it is drawn at random (arXiv 0909.4061) with 2R vectors and
-four steps: 2.4 s for 4096 by 16384 at R = 64, where its energy was within 1e-6 of the best.
-"""
+Choices made here: only a matrix that Linear or Conv1D alone use is factored, and only where its
+rank is above R; vectors, embeddings, heads tied to them and fused experts stay whole. Up to `EXACT`
+numbers a side the decomposition is exact, in float64: 0.4 s for 640 by 2048 on one core. Above, it
+is drawn at random (arXiv 0909.4061) with 2R vectors and four steps: 2.4 s for 4096 by 16384 at R =
+64, where its energy was within 1e-6 of the best."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -24,7 +25,8 @@ EXACT = 1024
 
 
 class LowRank(NamedTuple):
-    """`kept[name]` is the share ‖low‖² / ‖d‖² of one weight, `share` that of all together; 1 is everything."""
+    """`kept[name]` is the share ‖low‖² / ‖d‖² of one weight, `share` that of all together; 1 is
+    everything."""
 
     direction: Factored
     kept: Mapping[str, float]
@@ -40,7 +42,8 @@ def matrices(network: nn.Module, direction: Direction) -> Mapping[str, Owner]:
 
 
 def truncated(matrix: Float[Tensor, "rows columns"], rank: int) -> Factors:
-    """The nearest matrix of rank `rank`, or of full rank where that is less. The same from run to run."""
+    """The nearest matrix of rank `rank`, or of full rank where that is less. The same from run to
+    run."""
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= max(EXACT, 2 * rank):
         left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -53,7 +56,8 @@ def truncated(matrix: Float[Tensor, "rows columns"], rank: int) -> Factors:
 
 
 def factor(network: nn.Module, direction: Direction, rank: int) -> LowRank:
-    """`direction` with each matrix of rank above `rank` in two factors; its whole rank gives it back as it is."""
+    """`direction` with each matrix of rank above `rank` in two factors; its whole rank gives it
+    back as it is."""
     known = matrices(network, direction)
     low: Factored = {
         name: truncated(value, rank) if name in known and min(value.shape) > rank else value

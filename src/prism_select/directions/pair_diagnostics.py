@@ -2,14 +2,15 @@
 
     agreement(m)    cosine between the directions of two disjoint random sets of m pairs, mean over `SPLITS` draws
                     expected 1 / (1 + κ/m), κ the noise of one pair over the signal  →  halves of 2κ pairs agree at ½
-                    and then all n pairs have the cosine √(2a / (1 + a)) with what endlessly many would say
+                    and then all n pairs have the cosine √(2a / (1 + a)) with what endlessly many
+                    would say
     share of pair q     d_q · d / ‖d‖², which add up to 1
 
 All from the pairs' pictures (sketching.py), so it costs no pass of the model.
 
-Choices made here: where the common part is taken out of the direction it is taken out of each set's own; κ is
-Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums bears one small agreement.
-"""
+Choices made here: where the common part is taken out of the direction it is taken out of each set's
+own; κ is Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums
+bears one small agreement."""
 
 import math
 from collections import Counter
@@ -70,7 +71,8 @@ class Diagnosis:
         return [int(place) for place in np.argsort(-np.array(self.shares), kind="stable")]
 
     def in_words(self, sides: tuple[str, str] = ("chosen", "rejected")) -> list[str]:
-        """What the user should know before believing the ranking; `sides` is what the two answers are called."""
+        """What the user should know before believing the ranking; `sides` is what the two answers
+        are called."""
         told = (
             [f"{self.pairs} pairs count as {self.effective_pairs:.1f}"]
             if self.effective_pairs < 5
@@ -108,9 +110,10 @@ class Diagnosis:
         return told
 
 
-def directions_of(sets: Floats, pictures: tuple[Floats, Floats], without_common: bool) -> Floats:
-    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair is in the set."""
-    chosen, rejected = (sets @ side for side in pictures)
+def directions_of(sets: Floats, sketches: tuple[Floats, Floats], without_common: bool) -> Floats:
+    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair
+    is in the set."""
+    chosen, rejected = (sets @ side for side in sketches)
     direction = chosen - rejected
     if without_common:
         common = chosen + rejected
@@ -123,44 +126,45 @@ def directions_of(sets: Floats, pictures: tuple[Floats, Floats], without_common:
 
 
 def agreements(
-    m: int, pictures: tuple[Floats, Floats], without_common: bool, draw: np.random.Generator
+    m: int, sketches: tuple[Floats, Floats], without_common: bool, draw: np.random.Generator
 ) -> Floats:
     """Cosines between the directions of `m` pairs and of `m` others, for `SPLITS` draws."""
-    count = len(pictures[0])
-    a, b = np.zeros((2, SPLITS, count), dtype=pictures[0].dtype)
+    count = len(sketches[0])
+    a, b = np.zeros((2, SPLITS, count), dtype=sketches[0].dtype)
     for split in range(SPLITS):
         order = draw.permutation(count)
         a[split, order[:m]], b[split, order[m : 2 * m]] = 1, 1
-    x, y = (directions_of(sets, pictures, without_common) for sets in (a, b))
+    x, y = (directions_of(sets, sketches, without_common) for sets in (a, b))
     size = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return np.asarray((x * y).sum(1) / np.where(size > 0, size, math.nan), dtype=np.float64)
 
 
-def shares_of(pictures: tuple[Floats, Floats], without_common: bool) -> Floats:
+def shares_of(sketches: tuple[Floats, Floats], without_common: bool) -> Floats:
     """Each pair's own part in the direction of all: they add up to 1."""
     every = directions_of(
-        np.ones((1, len(pictures[0])), dtype=pictures[0].dtype), pictures, without_common
+        np.ones((1, len(sketches[0])), dtype=sketches[0].dtype), sketches, without_common
     )
-    own = ((pictures[0] - pictures[1]) @ every[0]).astype(np.float64)
+    own = ((sketches[0] - sketches[1]) @ every[0]).astype(np.float64)
     return np.asarray(own / (own.sum() or math.nan))
 
 
 def diagnose(
-    pictures: tuple[Floats, Floats],
+    sketches: tuple[Floats, Floats],
     tokens: tuple[Tokens, Tokens],
     target: Target,
     covered_share: float,
     without_common: bool,
     seed: int,
 ) -> Diagnosis:
-    """`pictures` are of the pairs' parts in C and in R, (pairs, numbers) each; `tokens` are the answers' own."""
+    """`sketches` are of the pairs' parts in C and in R, (pairs, numbers) each; `tokens` are the
+    answers' own."""
     draw = np.random.default_rng(seed)
     gap, weight = target.gap.numpy(), target.weight.numpy()
     sizes = sorted({len(gap) // parts for parts in (2, 4, 8)} - {0}, reverse=True)
-    splits = {m: agreements(m, pictures, without_common, draw) for m in sizes}
+    splits = {m: agreements(m, sketches, without_common, draw) for m in sizes}
     means = {m: float(np.mean(found)) for m, found in splits.items()}
     halves = splits[sizes[0]] if sizes else np.array([math.nan])
-    shares = shares_of(pictures, without_common)
+    shares = shares_of(sketches, without_common)
     longer = np.array([len(a) - len(b) for a, b in zip(*tokens, strict=True)])
     return Diagnosis(
         pairs=len(gap),

@@ -1,12 +1,12 @@
-"""Preconditioning: the directions of a run, each divided once by the curvature at the model, and cut to a rank.
+"""Preconditioning: the directions of a run, each divided once by the curvature at the model, and
+cut to a rank.
 
     d ← (H + λ)⁻¹ d    H of a random sample of the pool     RUN/curvature.safetensors keeps H, where asked
                        WEIGHT/eigenvalues, and where it has a basis WEIGHT/left and WEIGHT/right
 
-Choices made here: halves and groups are divided as the direction is, since all this is linear; other dampings change
-the mean of the targets alone. A file of Adam's moments has a second moment for each weight under its own name, and
-these count as a diagonal of second moments.
-"""
+Choices made here: halves and groups are divided as the direction is, since all this is linear;
+other dampings change the mean of the targets alone. A file of Adam's moments has a second moment
+for each weight under its own name, and these count as a diagonal of second moments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,35 +17,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import dot, norm
 from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded
 from prism_select.directions.curvature import Block, Blocks, GaussNewton, diagonal, ekfac, solve
-from prism_select.directions.from_pairs import Aim, mean_of
+from prism_select.directions.from_pairs import DirectionSet, mean_of
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile, BadModel, NotFinite
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress
 
-__all__ = ["CURVATURE", "Sharpened", "curvature_file", "save_curvature", "sharpened"]
+__all__ = ["CURVATURE", "Preconditioned", "curvature_file", "preconditioned", "save_curvature"]
 
 CURVATURE = "curvature.safetensors"
 
 
 @dataclass(frozen=True)
-class Sharpened:
+class Preconditioned:
     """Directions after the curvature, and what is told of it."""
 
-    aim: Aim
+    aim: DirectionSet
     told: Mapping[str, Any]
     blocks: Blocks
 
 
 def curvature_file(config: ScoreConfig) -> Path | None:
-    """Where --curvature-from points: the file itself, or that of a run folder. Raises BadFile where it is not there."""
+    """Where --curvature-from points: the file itself, or that of a run folder. Raises BadFile where
+    it is not there."""
     if not config.curvature_from:
         return None
     given = Path(config.curvature_from)
@@ -56,16 +57,16 @@ def curvature_file(config: ScoreConfig) -> Path | None:
     return place
 
 
-def sharpened(
+def preconditioned(
     config: ScoreConfig,
     model: CausalLM,
-    aim: Aim,
+    aim: DirectionSet,
     rows: Sequence[Encoded],
     progress: Progress,
     blocks: Blocks | None = None,
-) -> Sharpened:
-    """`blocks` are the curvature, where it was fitted before. Raises NotFinite when a direction is lost in the
-    solve."""
+) -> Preconditioned:
+    """`blocks` are the curvature, where it was fitted before. Raises NotFinite when a direction is
+    lost in the solve."""
     batches = [collate([row], model.device) for row in rows]
     place = curvature_file(config)
     if blocks is None and place:
@@ -107,19 +108,20 @@ def sharpened(
         "residual": residual,
     }
     lines = replace(aim.lines, lengths=lengths, dampings=others)
-    return Sharpened(replace(aim, directions=[*directions, *more], lines=lines), told, blocks)
+    return Preconditioned(replace(aim, directions=[*directions, *more], lines=lines), told, blocks)
 
 
 def fitted(
-    config: ScoreConfig, model: CausalLM, weights: Weights, batches: Sequence[Batch]
+    config: ScoreConfig, model: CausalLM, weights: Parameters, batches: Sequence[Batch]
 ) -> Blocks:
     seed = config.seed if config.curvature_labels == "sampled" else None
     fit = diagonal if config.curvature == "diagonal" else ekfac  # which also preconditions cg
     return fit(model, weights, batches, seed)
 
 
-def loaded(config: ScoreConfig, place: Path, weights: Weights) -> Blocks:
-    """Raises BadFile for what cannot be read, BadModel for a weight that is missing or of another shape."""
+def loaded(config: ScoreConfig, place: Path, weights: Parameters) -> Blocks:
+    """Raises BadFile for what cannot be read, BadModel for a weight that is missing or of another
+    shape."""
     try:
         saved = load_file(place)
     except (OSError, SafetensorError) as error:

@@ -1,13 +1,13 @@
 """Saving: directions to a file and back, and what the pairs say to pairs.parquet.
 
     direction.safetensors    [LINE/]WEIGHT → tensor    no line: the score of the only target; chosen: half C; with
-                             several targets target:NAME and chosen (or chosen:NAME)
-                             metadata: which answers of the target file it points towards, and whether after a
-                             warm-up; one entry alone, since the order of several is not the same in every file
+                             several targets target:NAME and chosen (or chosen:NAME) metadata: which
+                             answers of the target file it points towards, and whether after a
+                             warm-up; one entry alone, since the order of several is not the same in
+                             every file
 
-Choices made here: what is saved is what rows are scored along, with curvature and remedies in it, before a cut to a
-rank; groups of pairs and other dampings are not.
-"""
+Choices made here: what is saved is what rows are scored along, with curvature and remedies in it,
+before a cut to a rank; groups of pairs and other dampings are not."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from prism_select.core.layers import Direction
 from prism_select.core.target_gradient import norm
 from prism_select.data.remote import local
-from prism_select.directions.from_pairs import Aim, Said
-from prism_select.directions.layout import Lines
+from prism_select.directions.from_pairs import DirectionSet, PairDiagnosis
+from prism_select.directions.layout import DirectionLayout
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig, sides_of
 from prism_select.run.errors import BadFile, BadModel, BadOption
@@ -36,13 +36,13 @@ def towards(config: ScoreConfig) -> str:
     return sides_of(config.command == "repair")[0]
 
 
-def labels_of(lines: Lines) -> list[str]:
-    """A name for each direction that is saved, in the order of `Lines`."""
+def labels_of(lines: DirectionLayout) -> list[str]:
+    """A name for each direction that is saved, in the order of `DirectionLayout`."""
     scores = [f"target:{name}" if name else "" for name in lines.targets]
     return scores + ([f"chosen:{name}" for name in lines.targets] if lines.best else ["chosen"])
 
 
-def save_direction(store: Store, config: ScoreConfig, aim: Aim) -> None:
+def save_direction(store: Store, config: ScoreConfig, aim: DirectionSet) -> None:
     tensors = {
         f"{label}/{name}".lstrip("/"): value
         for label, direction in zip(labels_of(aim.lines), aim.directions, strict=False)
@@ -55,7 +55,7 @@ def save_direction(store: Store, config: ScoreConfig, aim: Aim) -> None:
         store.write_table("pairs.parquet", pa.concat_tables(parts))
 
 
-def table_of(name: str, said: Said) -> pa.Table:
+def table_of(name: str, said: PairDiagnosis) -> pa.Table:
     pairs = said.pairs
     return pa.table(
         {
@@ -74,9 +74,10 @@ def table_of(name: str, said: Said) -> pa.Table:
     )
 
 
-def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) -> Aim:
-    """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another model, and BadOption
-    when it points towards the other side than `side`, or was taken after a warm-up and the model is not `warmed`."""
+def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) -> DirectionSet:
+    """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another
+    model, and BadOption when it points towards the other side than `side`, or was taken after a
+    warm-up and the model is not `warmed`."""
     saved = read(file, side, warmed)
     known = dict(model.network.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
@@ -84,7 +85,7 @@ def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) 
         label, _, name = key.rpartition("/")
         found.setdefault(label, {})[name] = value.to(model.device)
     names = [label.removeprefix("target:") for label in found if not label.startswith("chosen")]
-    lines = Lines(targets=names, best="chosen" not in found)
+    lines = DirectionLayout(targets=names, best="chosen" not in found)
     directions: list[Direction] = [found.get(label, {}) for label in labels_of(lines)]
     weights = [name for name in known if directions and name in directions[0]]
     wrong = [
@@ -101,8 +102,8 @@ def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) 
         {name: direction[name] for name in weights} for direction in directions
     ]  # sums in the same order
     lengths = [norm(direction) for direction in directions[: len(names)]]
-    lines = Lines(targets=names, lengths=lengths, best=lines.best)
-    return Aim({name: known[name] for name in weights}, directions, lines, {})
+    lines = DirectionLayout(targets=names, lengths=lengths, best=lines.best)
+    return DirectionSet({name: known[name] for name in weights}, directions, lines, {})
 
 
 def read(file: str, side: str, warmed: bool) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""Controls: what must hold if the scores of a run mean what they say. Each can fail, and then says so.
+"""Controls: what must hold if the scores of a run mean what they say. Each can fail, and then says
+so.
 
     scored again        the same pairs: the scores of the run                                 ρ ≥ 0.9
     swapped pairs       chosen and rejected exchanged: the ranking turns, most weighted alike ρ ≤ 0, −0.5 alike
@@ -9,12 +10,12 @@
 
     ρ: rank correlation with the scores of the run, over a random sample of its rows
 
-Choices made here: overlap is asked to be a third of the way from chance to the whole, since rows of nearly equal scores
-change places at no cost. Swapped pairs weigh otherwise than the pairs as they are (π becomes 1 − π), so chance is asked
-for where pairs weigh alike. Chance is a mean of `DRAWS` draws, since one alone spread by 0.35 on the demo's rows, whose
-gradients share a large part. The bounds of chance and of overlap were set after a look at the demo's runs. A direction
-is never cut to a rank here, and of several targets the mean counts.
-"""
+Choices made here: overlap is asked to be a third of the way from chance to the whole, since rows of
+nearly equal scores change places at no cost. Swapped pairs weigh otherwise than the pairs as they
+are (π becomes 1 − π), so chance is asked for where pairs weigh alike. Chance is a mean of `DRAWS`
+draws, since one alone spread by 0.35 on the demo's rows, whose gradients share a large part. The
+bounds of chance and of overlap were set after a look at the demo's runs. A direction is never cut
+to a rank here, and of several targets the mean counts."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,21 +29,21 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from prism_select.core.engines import ENGINES
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.statistics import overlap_of_best, rank_correlation
 from prism_select.core.target_gradient import norm, target_gradient
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Pair
 from prism_select.data.targets import most_alike
 from prism_select.directions.common_part import without_common
-from prism_select.directions.from_pairs import Aim, Coded, as_side, encode_sides, mean_of
-from prism_select.directions.layout import Lines
-from prism_select.directions.preconditioning import sharpened
+from prism_select.directions.from_pairs import Coded, DirectionSet, as_side, encode_sides, mean_of
+from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.preconditioning import preconditioned
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.config import ScoreConfig
 from prism_select.run.progress import Progress
-from prism_select.scoring.fitting import Fitting, of_rows, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, of_rows, plainly
 
 __all__ = ["Control", "Sample", "run_controls"]
 
@@ -82,7 +83,8 @@ class Control:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of the run with the scores that it gave them, and the share of its rows that it chose."""
+    """Rows of the run with the scores that it gave them, and the share of its rows that it
+    chose."""
 
     rows: Sequence[Encoded]
     scores: Float[np.ndarray, " rows"]
@@ -96,7 +98,8 @@ def run_controls(
     sample: Sample,
     progress: Progress,
 ) -> list[Control]:
-    """`targets` are the pairs as the run had them, in repair exchanged already; without any, only length is told."""
+    """`targets` are the pairs as the run had them, in repair exchanged already; without any, only
+    length is told."""
     tokens = np.array([row.targets for row in sample.rows], dtype=np.float64)
     unit = tokens if config.ranking == "score_per_token" else np.ones(len(tokens))
     known = sample.scores / unit
@@ -143,26 +146,26 @@ def scores_of(
     config: ScoreConfig, model: CausalLM, pairs: Pairs, rows: Sequence[Encoded], progress: Progress
 ) -> Iterator[tuple[str, Floats]]:
     """Scores of the rows along each direction, so many at a time as memory takes."""
-    weights = select_weights(model.network, config.layers)
+    weights = select_parameters(model.network, config.layers)
     size = max(1, TOGETHER // sum(weight.numel() for weight in weights.values()))
     every, blocks = directions_of(config, model, weights, pairs), None
     while few := list(islice(every, size)):
         names, directions = [name for name, _ in few], [direction for _, direction in few]
         if config.curvature != "flat":
             drawn = random.Random(config.seed).sample(rows, min(len(rows), config.curvature_rows))
-            plain = Aim(weights, directions, Lines(targets=names), {})
+            plain = DirectionSet(weights, directions, DirectionLayout(targets=names), {})
             single = replace(config, damping=f"{config.dampings[0]:g}")
-            done = sharpened(single, model, plain, drawn, progress, blocks)
+            done = preconditioned(single, model, plain, drawn, progress, blocks)
             directions, blocks = list(done.aim.directions), done.blocks
         engine = ENGINES[config.first_engine](model, weights, directions)
         scores, _ = of_rows(
-            Fitting(plainly(engine), config.tokens_on(model.device.type)), rows, model.device
+            BatchedEngine(plainly(engine), config.tokens_on(model.device.type)), rows, model.device
         )
         yield from zip(names, scores.T, strict=True)
 
 
 def directions_of(
-    config: ScoreConfig, model: CausalLM, weights: Weights, pairs: Pairs
+    config: ScoreConfig, model: CausalLM, weights: Parameters, pairs: Pairs
 ) -> Iterator[tuple[str, Direction]]:
     draw = random.Random(config.seed)
 
@@ -189,7 +192,11 @@ def directions_of(
 
 
 def direction_of(
-    config: ScoreConfig, model: CausalLM, weights: Weights, pairs: Sequence[Coded], weighting: str
+    config: ScoreConfig,
+    model: CausalLM,
+    weights: Parameters,
+    pairs: Sequence[Coded],
+    weighting: str,
 ) -> Direction:
     """The mean over targets, with the remedies of the run."""
     found = []

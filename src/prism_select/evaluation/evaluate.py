@@ -1,4 +1,5 @@
-"""Evaluation: does the choice of a run help? Fine-tune on it and on its rivals, and compare on held-out pairs.
+"""Evaluation: does the choice of a run help? Fine-tune on it and on its rivals, and compare on
+held-out pairs.
 
     select    rival      the rows at the top of its ranking, as many supervised tokens as were chosen
               prism      the chosen rows             everything    every scored row       none    no training
@@ -11,11 +12,12 @@
               price = forwards of the pool, pairs and curvature included;   a step costs 3 forwards of its rows
     LDS       rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
 
-Choices made here: every method takes the same number of steps, the passes of the choice, since passes of its own would
-give a method of short rows more steps at the same tokens. A loss is a mean over tokens, so a training's forecast is a
-score per token, which at equal tokens orders methods as the sum of scores does. Fine-tuning starts where the scores
-were taken. In repair, scores point to the unwanted answers, so forecasts are turned. Target prompts are no held-out
-prompts. What is measured of a model stands in retraining.py.
+Choices made here: every method takes the same number of steps, the passes of the choice, since
+passes of its own would give a method of short rows more steps at the same tokens. A loss is a mean
+over tokens, so a training's forecast is a score per token, which at equal tokens orders methods as
+the sum of scores does. Fine-tuning starts where the scores were taken. In repair, scores point to
+the unwanted answers, so forecasts are turned. Target prompts are no held-out prompts. What is
+measured of a model stands in retraining.py.
 
 RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json  rankings.parquet
                  retrained/METHOD-SEED.parquet
@@ -39,12 +41,19 @@ from prism_select.directions.from_pairs import as_side, encode_sides
 from prism_select.evaluation.controls import Sample, run_controls
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of, known_tasks
 from prism_select.evaluation.loggers import known_board
-from prism_select.evaluation.past_run import Past, Rows, held_out, opened, pool_of, target_pairs
+from prism_select.evaluation.past_run import (
+    FinishedRun,
+    Rows,
+    held_out,
+    opened,
+    pool_of,
+    target_pairs,
+)
 from prism_select.evaluation.price import break_even_of, price_of
-from prism_select.evaluation.retraining import MEASURES, Bench, Tried, digest
+from prism_select.evaluation.retraining import MEASURES, Retrainer, TrainedResult, digest
 from prism_select.evaluation.training_results import PRICED, figures, write_tables
 from prism_select.evaluation.trainings import (
-    Rivals,
+    Baselines,
     checkpoint,
     encoded_rows,
     lots_of,
@@ -58,20 +67,21 @@ from prism_select.run.config import RepairConfig
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.folder import Store, finite
 from prism_select.run.progress import Progress, Silent
-from prism_select.selection.baselines import RIVALS, refuse_rivals
+from prism_select.selection.baselines import BASELINES, refuse_baselines
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    config: EvaluateConfig, progress: Progress | None = None, rivals: Rivals | None = None
+    config: EvaluateConfig, progress: Progress | None = None, baselines: Baselines | None = None
 ) -> dict[str, Any]:
-    """What is written to evaluation.json. `rivals` rank the rows of the pool, the highest first, NaN for rows that take
-    no part; their names join those of baselines.py. Raises PrismError for what the user can mend."""
-    progress, started, rivals = progress or Silent(), time.perf_counter(), rivals or {}
+    """What is written to evaluation.json. `baselines` rank the rows of the pool, the highest first,
+    NaN for rows that take no part; their names join those of baselines.py. Raises PrismError for
+    what the user can mend."""
+    progress, started, baselines = progress or Silent(), time.perf_counter(), baselines or {}
     past = opened(config)
-    own = ("everything", PRICED, *RIVALS, *rivals)
-    refuse_rivals("--against", config.rivals, bool(past.config.target), own)
+    own = ("everything", PRICED, *BASELINES, *baselines)
+    refuse_baselines("--against", config.baselines, bool(past.config.target), own)
     if config.task_names:
         known_tasks(tuple(config.task_names))
     known_board(config.board)
@@ -82,8 +92,10 @@ def evaluate(
         folder.make()
     model, encoder = checkpoint(past, config.full, past.config.layers, progress)
     coded = encode_sides(held.pairs, encoder)
-    ranks = {**ranked(config, past, (model, encoder), store, progress), **rivals}
-    price = price_of(past, (model, encoder), store, progress) if PRICED in config.rivals else None
+    ranks = {**ranked(config, past, (model, encoder), store, progress), **baselines}
+    price = (
+        price_of(past, (model, encoder), store, progress) if PRICED in config.baselines else None
+    )
     lots = lots_of(config, past, ranks, price)
     rows = encoded_rows(past, [sampled(past), *(lot.rows for lot in lots)], encoder)
     controls = controlled(past, store, (model, encoder), rows, progress)
@@ -97,11 +109,11 @@ def evaluate(
         fingerprint(find_files([config.holdout])),
         *fingerprints_of(tuple(config.task_names)),
     ]
-    bench = Bench(
+    bench = Retrainer(
         model, encoder, rows, sides, store, made_of, config.points, tuple(config.task_names)
     )
     before = bench.look(0, math.nan, last=True)
-    found: list[Tried] = []
+    found: list[TrainedResult] = []
     with progress.task(f"{len(lots)} trainings", len(lots)) as task:
         for lot in lots:
             found.append((lot, bench.made(lot)))
@@ -131,7 +143,7 @@ def evaluate(
 
 
 def controlled(
-    past: Past,
+    past: FinishedRun,
     store: Store,
     loaded: tuple[CausalLM, Encoder],
     rows: Mapping[int, Encoded],
@@ -157,15 +169,18 @@ def controlled(
     return controls
 
 
-def attributed(past: Past, found: Sequence[Tried], question: Rows, seed: int) -> dict[str, float]:
+def attributed(
+    past: FinishedRun, found: Sequence[TrainedResult], question: Rows, seed: int
+) -> dict[str, float]:
     """The linear datamodeling score of the run's scores."""
     members = np.array([np.isin(past.scored, lot.rows) for lot, _ in found])
     gains = np.array([MEASURES["gain"](points[-1], question).mean() for _, points in found])
     return lds((-1 if past.repair else 1) * past.score[past.scored], members, gains, seed)
 
 
-def labelled(past: Past, ranks: Rivals) -> dict[str, float] | None:
-    """How well each ranking finds the rows that are known to be bad: AUROC, of the scored rows with a label."""
+def labelled(past: FinishedRun, ranks: Baselines) -> dict[str, float] | None:
+    """How well each ranking finds the rows that are known to be bad: AUROC, of the scored rows with
+    a label."""
     if not (isinstance(past.config, RepairConfig) and past.config.label_field):
         return None
     labels = labels_of(past.config.label_field, pool_of(past.config))

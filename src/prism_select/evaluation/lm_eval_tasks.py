@@ -2,9 +2,9 @@
 
     figures = {"arc_easy acc": 0.61, …}     every metric that lm-eval gives of a task, under its own name
 
-Choices made here: nothing of a benchmark is ours; a path among the tasks is a folder where tasks of the user's own are
-defined, as lm-eval's --include_path. The network is given as it is in memory, so no checkpoint is written.
-"""
+Choices made here: nothing of a benchmark is ours; a path among the tasks is a folder where tasks of
+the user's own are defined, as lm-eval's --include_path. The network is given as it is in memory, so
+no checkpoint is written."""
 
 import io
 from contextlib import redirect_stderr
@@ -27,8 +27,8 @@ _INSTALL = "--tasks needs lm-eval; install PRISM with its extra [tasks]"
 
 @cache
 def known_tasks(given: tuple[str, ...]) -> tuple[list[str], Any]:
-    """The names among `given`, and lm-eval's manager that knows them. Raises BadOption for a name that it does not
-    know, and without lm-eval."""
+    """The names among `given`, and lm-eval's manager that knows them. Raises BadOption for a name
+    that it does not know, and without lm-eval."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -46,8 +46,8 @@ def known_tasks(given: tuple[str, ...]) -> tuple[list[str], Any]:
 
 
 def fingerprints_of(given: tuple[str, ...]) -> list[str]:
-    """What their figures depend on beside the model: lm-eval's version, and what defines tasks in folders; not the data
-    that these name."""
+    """What their figures depend on beside the model: lm-eval's version, and what defines tasks in
+    folders; not the data that these name."""
     files = [
         str(path)
         for name in given

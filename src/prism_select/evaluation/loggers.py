@@ -1,11 +1,12 @@
-"""Boards: the curves of an evaluation for TensorBoard or Weights & Biases, where one of them is installed.
+"""Boards: the curves of an evaluation for TensorBoard or Weights & Biases, where one of them is
+installed.
 
     tensorboard    RUN/evaluation/tensorboard/METHOD-SEED        tensorboard --logdir RUN/evaluation/tensorboard
     wandb          a run METHOD-SEED in project `prism`, in a group of the run folder's name
 
-Choices made here: what is shown is curves.parquet, one board run for each training. It is written last of all, so that
-nothing is lost where a board fails, and again by the same command; curves that are there already stay as they are.
-"""
+Choices made here: what is shown is curves.parquet, one board run for each training. It is written
+last of all, so that nothing is lost where a board fails, and again by the same command; curves that
+are there already stay as they are."""
 
 import hashlib
 import importlib.util

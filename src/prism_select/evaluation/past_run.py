@@ -12,7 +12,7 @@ from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.records import Pair
 from prism_select.data.targets import read_target, read_targets, target_files
-from prism_select.evaluation.retraining import Lot
+from prism_select.evaluation.retraining import TrainingJob
 from prism_select.models.loading import fingerprint_of
 from prism_select.models.lora_training import ADAPTER, ROWS_A_STEP, has_adapter
 from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
@@ -21,7 +21,7 @@ from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run
 from prism_select.run.options import settings
 
-__all__ = ["Floats", "Past", "Rows", "held_out", "opened", "pool_of", "target_pairs"]
+__all__ = ["FinishedRun", "Floats", "Rows", "held_out", "opened", "pool_of", "target_pairs"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -30,10 +30,11 @@ Rows: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Past:
-    """A complete run: `config` is what it scored with, `home` the folder of these scores; of each row of the pool the
-    score and what the choice went by (NaN without one), its supervised tokens and its length in tokens, its source, and
-    whether training takes it, and whether its score is exact."""
+class FinishedRun:
+    """A complete run: `config` is what it scored with, `home` the folder of these scores; of each
+    row of the pool the score and what the choice went by (NaN without one), its supervised tokens
+    and its length in tokens, its source, and whether training takes it, and whether its score is
+    exact."""
 
     run: Run
     manifest: Mapping[str, Any]
@@ -71,14 +72,14 @@ class Past:
     def forecast(self, rows: Rows) -> float:
         return float((-1 if self.repair else 1) * self.score[rows].sum() / self.tokens[rows].sum())
 
-    def passes(self, lot: Lot) -> float:
+    def passes(self, lot: TrainingJob) -> float:
         """What a training takes: forwards of the pool, three for each row of a step."""
         steps = lot.course.steps * ROWS_A_STEP * self.length[lot.rows].mean()
         return float(3 * steps / self.length[self.scored].sum())
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutPairs:
     """The pairs that count, the question of each, and how many others were left out."""
 
     pairs: Sequence[Pair]
@@ -86,8 +87,9 @@ class Held:
     left_out: int
 
 
-def opened(config: EvaluateConfig) -> Past:
-    """Raises BadOption for what is no complete select or repair run of files that are still the same."""
+def opened(config: EvaluateConfig) -> FinishedRun:
+    """Raises BadOption for what is no complete select or repair run of files that are still the
+    same."""
     run = Run(Path(config.run))
     if not (run.path / "manifest.json").exists():
         raise BadOption(f"{run.path}: no complete run there; give the folder of one")
@@ -96,9 +98,9 @@ def opened(config: EvaluateConfig) -> Past:
         raise BadOption(
             f"{run.path}: a {manifest['command']} run has chosen nothing; give one of select or repair"
         )
-    if rival := manifest["config"].get("rank_by"):
+    if baseline := manifest["config"].get("rank_by"):
         raise BadOption(
-            f"{run.path}: chosen by {rival}; give a run that chose by its scores, and --against {rival}"
+            f"{run.path}: chosen by {baseline}; give a run that chose by its scores, and --against {baseline}"
         )
     given = manifest.get("scored_by", manifest["config"])
     kind = RepairConfig if "remove" in given else SelectConfig if "budget" in given else ScoreConfig
@@ -125,11 +127,14 @@ def opened(config: EvaluateConfig) -> Past:
     if not taken.any():
         raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
     exact = table["exact"].to_numpy() if "exact" in table.column_names else np.isfinite(score)
-    return Past(run, manifest, scored, home, score, ranking, tokens, length, source, taken, exact)
+    return FinishedRun(
+        run, manifest, scored, home, score, ranking, tokens, length, source, taken, exact
+    )
 
 
 def origin(run: Run) -> Path:
-    """The folder where the scores were taken, behind all choices made again; the last of these that is there."""
+    """The folder where the scores were taken, behind all choices made again; the last of these that
+    is there."""
     path = run.path
     while (before := Run(path).manifest["config"].get("select_from")) and (
         Path(before) / "manifest.json"
@@ -142,8 +147,9 @@ def pool_of(config: ScoreConfig) -> Pool:
     return Pool(config.pool, parse_fields(config.fields), config.max_row_bytes)
 
 
-def held_out(config: EvaluateConfig, past: Past) -> Held:
-    """The pairs whose prompt is in no target pair of the run. Raises BadOption where there are none."""
+def held_out(config: EvaluateConfig, past: FinishedRun) -> HeldOutPairs:
+    """The pairs whose prompt is in no target pair of the run. Raises BadOption where there are
+    none."""
     pairs = read_target(config.holdout, parse_fields(past.config.fields), past.config.max_row_bytes)
     seen = {prompt_of(pair) for each in target_pairs(past).values() for pair in each}
     held = [pair for pair in pairs if prompt_of(pair) not in seen]
@@ -153,14 +159,16 @@ def held_out(config: EvaluateConfig, past: Past) -> Held:
         )
     prompts = {prompt_of(pair): None for pair in held}
     place = {prompt: number for number, prompt in enumerate(prompts)}
-    return Held(held, np.array([place[prompt_of(pair)] for pair in held]), len(pairs) - len(held))
+    return HeldOutPairs(
+        held, np.array([place[prompt_of(pair)] for pair in held]), len(pairs) - len(held)
+    )
 
 
 def prompt_of(pair: Pair) -> tuple[Any, ...]:
     return pair.chosen.turns[: pair.chosen.prompt_turns or -1]
 
 
-def target_pairs(past: Past) -> dict[str, list[Pair]]:
+def target_pairs(past: FinishedRun) -> dict[str, list[Pair]]:
     """As the run had them: in repair exchanged."""
     config = past.config
     found = dict[str, list[Pair]]()

@@ -13,8 +13,8 @@ from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoded_rows import CHECKED_ROWS
 from prism_select.data.encoding import Encoder
 from prism_select.directions.saved import load_direction, towards
-from prism_select.evaluation.past_run import Past
-from prism_select.evaluation.retraining import Lot, Tried, digest
+from prism_select.evaluation.past_run import FinishedRun
+from prism_select.evaluation.retraining import TrainedResult, TrainingJob, digest
 from prism_select.evaluation.training_results import PRICED, Rows, means_of
 from prism_select.evaluation.trainings import encoded_rows, sampled
 from prism_select.models.causal_lm import CausalLM
@@ -31,11 +31,11 @@ TIMED = 32  # rows on which scoring is timed against a forward pass
 
 
 def price_of(
-    past: Past, loaded: tuple[CausalLM, Encoder], store: Store, progress: Progress
+    past: FinishedRun, loaded: tuple[CausalLM, Encoder], store: Store, progress: Progress
 ) -> float:
-    """What the scores cost, in forwards of the pool: the run's engine is timed against a forward pass on some of its
-    rows, once for all evaluations, and the time of pairs and curvature is added as the run measured it beside that of
-    scoring."""
+    """What the scores cost, in forwards of the pool: the run's engine is timed against a forward
+    pass on some of its rows, once for all evaluations, and the time of pairs and curvature is added
+    as the run measured it beside that of scoring."""
     mark = digest([past.mark])
     if there := store.json_of("price.json", mark):
         return float(there["price"])
@@ -72,17 +72,21 @@ def price_of(
 
 
 def break_even_of(
-    passes: Callable[[Lot], float], price: float, found: Sequence[Tried], question: Rows
+    passes: Callable[[TrainingJob], float],
+    price: float,
+    found: Sequence[TrainedResult],
+    question: Rows,
 ) -> dict[str, Any]:
-    """At what price scoring would not pay: random's gain against the forwards that it took beyond those of the choice,
-    at the points of its dearer trainings. Only at the last of these had the learning rate fallen to 0."""
+    """At what price scoring would not pay: random's gain against the forwards that it took beyond
+    those of the choice, at the points of its dearer trainings. Only at the last of these had the
+    learning rate fallen to 0."""
     dear = [(lot, points) for lot, points in found if lot.method == PRICED]
     ours, plain = (
         [(lot, points) for lot, points in found if lot.method == name][: len(dear)]
         for name in ("prism", "random")
     )
 
-    def gain(each: Sequence[Tried], place: int) -> float:
+    def gain(each: Sequence[TrainedResult], place: int) -> float:
         return float(
             means_of([points[min(place, len(points) - 1)] for _, points in each], question)["gain"]
         )
@@ -111,8 +115,8 @@ def break_even_of(
 
 
 def break_even(curve: Sequence[tuple[float, float]], wanted: float) -> float | None:
-    """The first forwards at which a curve of (forwards, gain) reaches the gain wanted, between its points on a line;
-    None where it never does."""
+    """The first forwards at which a curve of (forwards, gain) reaches the gain wanted, between its
+    points on a line; None where it never does."""
     if curve[0][1] >= wanted:
         return curve[0][0]
     for (a, low), (b, high) in pairwise(curve):

@@ -1,12 +1,14 @@
-"""Retraining: fine-tune on some rows, and see at some steps how the model then stands to held-out pairs.
+"""Retraining: fine-tune on some rows, and see at some steps how the model then stands to held-out
+pairs.
 
     gap = mean_loglik(chosen) − mean_loglik(rejected)     gain = softplus(gap)     win rate = share of gaps > 0
-    accuracy = share of questions of which every pair has a gap > 0: the right choice over each wrong one
+    accuracy = share of questions of which every pair has a gap > 0: the right choice over each
+    wrong one
 
-Choices made here: figures are means over questions, first over the pairs of each, so that a question of four choices
-counts no more than one of two. A retraining is one file, marked with what it was made of: it is never made twice, nor
-taken for another. The same seed draws the same adapter, whatever the rows.
-"""
+Choices made here: figures are means over questions, first over the pairs of each, so that a
+question of four choices counts no more than one of two. A retraining is one file, marked with what
+it was made of: it is never made twice, nor taken for another. The same seed draws the same adapter,
+whatever the rows."""
 
 import hashlib
 import json
@@ -25,21 +27,21 @@ from prism_select.core.target_gradient import Side, pair_logliks
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.evaluation.lm_eval_tasks import task_figures
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.lora_training import Course, train
+from prism_select.models.lora_training import TrainingSettings, train
 from prism_select.run.folder import Store
 
-__all__ = ["MEASURES", "Bench", "Lot", "Point", "Tried", "digest", "measured"]
+__all__ = ["MEASURES", "Point", "Retrainer", "TrainedResult", "TrainingJob", "digest", "measured"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Lot:
+class TrainingJob:
     """One retraining: the rows of the pool that are trained on, and the course that it takes."""
 
     method: str
     rows: NDArray[np.int64]
-    course: Course
+    course: TrainingSettings
 
     @property
     def name(self) -> str:
@@ -48,8 +50,9 @@ class Lot:
 
 @dataclass(frozen=True)
 class Point:
-    """Mean log-likelihood of both answers of every held-out pair after `step` steps, the mean training loss in nats per
-    token of the steps since the point before, and at the end what the tasks gave."""
+    """Mean log-likelihood of both answers of every held-out pair after `step` steps, the mean
+    training loss in nats per token of the steps since the point before, and at the end what the
+    tasks gave."""
 
     step: int
     loss: float
@@ -68,7 +71,7 @@ class Point:
         )
 
 
-Tried: TypeAlias = tuple[Lot, list[Point]]
+TrainedResult: TypeAlias = tuple[TrainingJob, list[Point]]
 
 
 def by_question(
@@ -93,9 +96,10 @@ MEASURES: Mapping[str, Measure] = {
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What retrainings have in common: the model and where they are kept; `made_of` is all that decides what comes out,
-    beside the lot; the pairs are looked at `points` times, at the end and evenly before."""
+class Retrainer:
+    """What retrainings have in common: the model and where they are kept; `made_of` is all that
+    decides what comes out, beside the lot; the pairs are looked at `points` times, at the end and
+    evenly before."""
 
     model: CausalLM
     encoder: Encoder
@@ -106,8 +110,9 @@ class Bench:
     points: int = 1
     tasks: tuple[str, ...] = ()
 
-    def made(self, lot: Lot) -> list[Point]:
-        """The points of a lot, the last at the end of its training; read where they are there already."""
+    def made(self, lot: TrainingJob) -> list[Point]:
+        """The points of a lot, the last at the end of its training; read where they are there
+        already."""
         mark = digest(
             [self.made_of, self.points, asdict(lot.course), lot.rows.tolist(), *self.tasks]
         )
@@ -127,7 +132,7 @@ class Bench:
         )
         return Point(step, loss, *measured(self.model, self.sides), tasks)
 
-    def trained(self, lot: Lot) -> list[Point]:
+    def trained(self, lot: TrainingJob) -> list[Point]:
         """The model is afterwards as it was before."""
         network: Any = self.model.network
         saved = (

@@ -3,9 +3,8 @@
     better    the 95% interval of prism − rival, over seeds and questions, is above 0     worse    it is below
     no gain shown    it holds 0
 
-Choices made here: the verdict is on the gain; of every measure the difference and its interval are told. Seeds and
-questions are compared each with its own, so what they share falls out.
-"""
+Choices made here: the verdict is on the gain; of every measure the difference and its interval are
+told. Seeds and questions are compared each with its own, so what they share falls out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -15,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prism_select.core.statistics import paired_interval, rank_correlation
-from prism_select.evaluation.retraining import MEASURES, Point, Tried
+from prism_select.evaluation.retraining import MEASURES, Point, TrainedResult
 from prism_select.run.folder import Store
 
 __all__ = ["PRICED", "Rows", "figures", "forecasts", "in_words", "means_of", "write_tables"]
@@ -29,7 +28,9 @@ TOLD = 5  # trainings, from which a forecast is told
 Rows: TypeAlias = NDArray[np.int64]
 
 
-def write_tables(store: Store, before: Point, found: Sequence[Tried], question: Rows) -> None:
+def write_tables(
+    store: Store, before: Point, found: Sequence[TrainedResult], question: Rows
+) -> None:
     """methods.parquet: a line for each training and pair.  curves.parquet: one for each training and point."""
     lines, curves = list[pa.Table](), list[dict[str, Any]]()
     for lot, points in found:
@@ -53,7 +54,7 @@ def figures(
     forecast: Callable[[Rows], float],
     tokens: Rows,
     before: Point,
-    found: Sequence[Tried],
+    found: Sequence[TrainedResult],
     question: Rows,
 ) -> dict[str, Any]:
     """Of each method its means; prism against each rival; forecasts against what came."""
@@ -97,7 +98,8 @@ def figures(
 
 
 def forecasts(predicted: NDArray[np.float64], realised: NDArray[np.float64]) -> float:
-    """Their rank correlation; NaN of fewer than `TOLD`, which could hardly come out otherwise than high or low."""
+    """Their rank correlation; NaN of fewer than `TOLD`, which could hardly come out otherwise than
+    high or low."""
     return rank_correlation(predicted, realised) if len(predicted) >= TOLD else float("nan")
 
 
@@ -129,10 +131,15 @@ def compared(
     return told
 
 
-def in_words(rival: str, gain: Mapping[str, float]) -> str:
+def in_words(baseline: str, gain: Mapping[str, float]) -> str:
     """The verdict on one rival; the interval is at 95%, in nats per token of gain."""
     names = {"none": "no training", PRICED: "random for the price of scoring"}
-    name, middle, low, high = names.get(rival, rival), gain["difference"], gain["low"], gain["high"]
+    name, middle, low, high = (
+        names.get(baseline, baseline),
+        gain["difference"],
+        gain["low"],
+        gain["high"],
+    )
     if middle and low == high:
         return (
             f"{middle:+.2g} over {name}, and no verdict: one seed and one question have no interval"

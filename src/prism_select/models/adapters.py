@@ -1,16 +1,18 @@
-"""Adapters: a direction as a LoRA adapter that stock PEFT loads, and an adapter of PEFT's on a model.
+"""Adapters: a direction as a LoRA adapter that stock PEFT loads, and an adapter of PEFT's on a
+model.
 
     ΔW = (lora_alpha / r) lora_B lora_A = L / ‖L‖      L: the direction's matrices, each cut to rank r; ‖L‖ over all
 
-    loaded with scale ε, the gain rises by ε ‖L‖ + O(ε²) where the direction is the gain's own gradient
+    loaded with scale ε, the gain rises by ε ‖L‖ + O(ε²) where the direction is the gain's own
+    gradient
 
     adapter_config.json          r, lora_alpha = r, the modules by their full names
     adapter_model.safetensors    base_model.model.MODULE.lora_A.weight (r, d_in), lora_B.weight (d_out, r), float32
 
-Choices made here: the adapter has length one, so that a scale is a distance; matrices of lower rank than r are padded
-with zeros; embeddings, heads tied to them, norms, biases and fused experts have no LoRA and are left out. A loaded
-adapter is LoRA in safetensors whose names all fit; kept apart, it has the model's dtype.
-"""
+Choices made here: the adapter has length one, so that a scale is a distance; matrices of lower rank
+than r are padded with zeros; embeddings, heads tied to them, norms, biases and fused experts have
+no LoRA and are left out. A loaded adapter is LoRA in safetensors whose names all fit; kept apart,
+it has the model's dtype."""
 
 import json
 import warnings
@@ -28,8 +30,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load_adapter(network: Any, folder: Path, merge: bool) -> CausalLM:
-    """The network, changed in place, with an adapter in its weights, or beside them as weights of its own, frozen like
-    the rest. Raises BadOption without PEFT or without such a folder, BadModel where the adapter cannot be used."""
+    """The network, changed in place, with an adapter in its weights, or beside them as weights of
+    its own, frozen like the rest. Raises BadOption without PEFT or without such a folder, BadModel
+    where the adapter cannot be used."""
     _check(folder)
     try:
         from peft import LoraConfig, get_peft_model

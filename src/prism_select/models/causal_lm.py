@@ -3,10 +3,9 @@
     hidden(batch)  -> states      the network's decoder, positions given explicitly
     logits(states) -> logits      the network's own forward from the last hidden state on: head, bias, scaling, capping
 
-Choices made here: safetensors or GGUF only, never pickle, never code from the model's folder; evaluation mode, all
-weights frozen; fused experts run one by one, since that form has a forward-mode derivative; the split is proved on
-three tokens when a model is wrapped.
-"""
+Choices made here: safetensors or GGUF only, never pickle, never code from the model's folder;
+evaluation mode, all weights frozen; fused experts run one by one, since that form has a
+forward-mode derivative; the split is proved on three tokens when a model is wrapped."""
 
 import inspect
 from collections.abc import Iterator

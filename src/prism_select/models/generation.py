@@ -1,9 +1,8 @@
 """Generation: what the model itself would say, and which of several answers it likes best.
 
-Choices made here: plain sampling at a temperature, nothing cut from the distribution and nothing penalised; prompts
-padded on the left; an answer ends at the model's own end token or at --stop, and one that does not end within
---new-tokens is no answer.
-"""
+Choices made here: plain sampling at a temperature, nothing cut from the distribution and nothing
+penalised; prompts padded on the left; an answer ends at the model's own end token or at --stop, and
+one that does not end within --new-tokens is no answer."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ __all__ = ["favourite", "prompt_of", "sample"]
 
 
 def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[int]:
-    """The tokens before the last answer. Raises NoPair where an answer of `new_tokens` has no room after them, BadRow
-    where the row cannot be encoded."""
+    """The tokens before the last answer. Raises NoPair where an answer of `new_tokens` has no room
+    after them, BadRow where the row cannot be encoded."""
     row = encoder.encode(replace(example, prompt_turns=len(example.turns) - 1))
     prompt = row.tokens[: row.supervised.index(True)]
     if not prompt or len(prompt) + new_tokens > encoder.max_length:

@@ -1,10 +1,9 @@
 """Weights: which of a network's weights count.
 
-Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head included, but not those
-of what reads pictures or sound beside a decoder; `late` and
-`last:N` mean weights of the upper blocks alone; `adapter` means those that PEFT's LoRA adds; anything else is a regular
-expression searched for in weight names.
-"""
+Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head
+included, but not those of what reads pictures or sound beside a decoder; `late` and `last:N` mean
+weights of the upper blocks alone; `adapter` means those that PEFT's LoRA adds; anything else is a
+regular expression searched for in weight names."""
 
 import re
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from prism_select.core.blocks import decoder_of, stack_of
-from prism_select.core.layers import Weights
+from prism_select.core.layers import Parameters
 from prism_select.run.errors import UnknownLayers
 
-__all__ = ["beside_text", "blocks_of", "select_weights", "upper"]
+__all__ = ["beside_text", "blocks_of", "select_parameters", "upper"]
 
 ADAPTER = r"\.(lora_\w+|modules_to_save)\."
 
@@ -40,7 +39,8 @@ def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
 
 
 def beside_text(network: nn.Module) -> Callable[[str], bool]:
-    """Whether a weight is in a part that text does not pass: beside the decoder, in what holds it but not the head."""
+    """Whether a weight is in a part that text does not pass: beside the decoder, in what holds it
+    but not the head."""
     start, _ = decoder_of(network)
     head: Any = (
         network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None  # type: ignore[operator]
@@ -51,9 +51,10 @@ def beside_text(network: nn.Module) -> Callable[[str], bool]:
     return lambda name: bool(apart) and name.startswith(apart[0]) and not name.startswith(start)
 
 
-def select_weights(network: nn.Module, wanted: str) -> Weights:
-    """The weights that `wanted` names: all, late (upper half of the blocks), last:N, adapter, or a regular
-    expression searched for in weight names. Raises UnknownLayers when none is left or the expression is malformed."""
+def select_parameters(network: nn.Module, wanted: str) -> Parameters:
+    """The weights that `wanted` names: all, late (upper half of the blocks), last:N, adapter, or a
+    regular expression searched for in weight names. Raises UnknownLayers when none is left or the
+    expression is malformed."""
     beside = beside_text(network)
     known = {
         n: weight

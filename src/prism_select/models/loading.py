@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from prism_select.data.encoding import Encoder
 from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import ModelConfig, ScoreConfig
+from prism_select.run.config import ModelOptions, ScoreConfig
 from prism_select.run.errors import BadModel, BadOption
 from prism_select.run.progress import Progress
 
@@ -41,7 +41,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def weights_of(name: str) -> str | None:
-    """The GGUF file to load, or None for safetensors or a hub id. Raises BadModel for a path with neither file."""
+    """The GGUF file to load, or None for safetensors or a hub id. Raises BadModel for a path with
+    neither file."""
     folder = Path(name)
     if not folder.exists():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
@@ -66,8 +67,8 @@ def weights_of(name: str) -> str | None:
 
 
 def refuse_unreachable(name: str) -> None:
-    """Raises BadModel at once where a hub model is not here and the hub cannot be asked: the hub's client would go on
-    trying for a minute."""
+    """Raises BadModel at once where a hub model is not here and the hub cannot be asked: the hub's
+    client would go on trying for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -85,7 +86,8 @@ def refuse_unreachable(name: str) -> None:
 
 
 def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
-    """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the folder."""
+    """The model and its tokenizer. Raises BadModel, in one line, whatever is wrong with the
+    folder."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -134,7 +136,8 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
 
 
 def model_fingerprint(name: str) -> str:
-    """Of the configuration, and of the first and last megabyte of each file of weights; a hub id counts by its name."""
+    """Of the configuration, and of the first and last megabyte of each file of weights; a hub id
+    counts by its name."""
     path, whole = Path(name), hashlib.blake2b(digest_size=16)
     if not path.exists():
         return f"hub:{name}"
@@ -160,7 +163,7 @@ def fingerprint_of(config: ScoreConfig) -> str:
     )
 
 
-def load_model(config: ModelConfig, progress: Progress) -> tuple[CausalLM, Encoder]:
+def load_model(config: ModelOptions, progress: Progress) -> tuple[CausalLM, Encoder]:
     with progress.task(f"loading {config.model}", None):
         model, tokenizer = load(config.model, config.dtype, resolve_device(config.device))
         if config.adapter:

@@ -1,12 +1,12 @@
-"""Warm-up: a short LoRA fine-tuning on a random part of the pool, so that direction and scores are taken at a
-checkpoint that has learned the pool's format already and sees what is left to learn.
+"""Warm-up: a short LoRA fine-tuning on a random part of the pool, so that direction and scores are
+taken at a checkpoint that has learned the pool's format already and sees what is left to learn.
 
     network ← network + merged adapter          RUN/adapter keeps the adapter, for stock PEFT
 
-Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear layers, one epoch, 2e-4
-falling to 0), since nothing about this step is ours, but for the loss: it is that of core/likelihood.py, which runs
-the output head on supervised tokens alone; a run that was stopped takes the adapter that it left.
-"""
+Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear
+layers, one epoch, 2e-4 falling to 0), since nothing about this step is ours, but for the loss: it
+is that of core/likelihood.py, which runs the output head on supervised tokens alone; a run that was
+stopped takes the adapter that it left."""
 
 import math
 import random
@@ -33,7 +33,7 @@ __all__ = [
     "QUIET",
     "RATE",
     "ROWS_A_STEP",
-    "Course",
+    "TrainingSettings",
     "drawn",
     "has_adapter",
     "merged",
@@ -63,9 +63,10 @@ _INSTALL = "this needs PEFT and TRL; install PRISM with its extra [train]"
 
 
 @dataclass(frozen=True)
-class Course:
-    """How long and how fast a training goes: `steps` of `ROWS_A_STEP` rows, or one pass over the rows where 0. The seed
-    draws the adapter and the order of the rows; `full` trains all weights and makes no adapter."""
+class TrainingSettings:
+    """How long and how fast a training goes: `steps` of `ROWS_A_STEP` rows, or one pass over the
+    rows where 0. The seed draws the adapter and the order of the rows; `full` trains all weights
+    and makes no adapter."""
 
     seed: int
     steps: int = 0
@@ -105,13 +106,13 @@ def merged(model: CausalLM, folder: Path) -> CausalLM:
 def warm_up(
     model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: int
 ) -> tuple[CausalLM, Path]:
-    """The model with a new adapter, trained on `rows`, in its weights, and a temporary folder with the adapter. Raises
-    BadOption without TRL and PEFT, or without rows."""
+    """The model with a new adapter, trained on `rows`, in its weights, and a temporary folder with
+    the adapter. Raises BadOption without TRL and PEFT, or without rows."""
     if not rows:
         raise BadOption("--warmup drew no row of this pool; raise its share")
     folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
     try:
-        adapted = train(model, encoder.tokenizer, rows, Course(seed))
+        adapted = train(model, encoder.tokenizer, rows, TrainingSettings(seed))
         adapted.save_pretrained(str(folder))
         return CausalLM(adapted.merge_and_unload()), folder
     except BaseException:
@@ -123,12 +124,13 @@ def train(
     model: CausalLM,
     tokenizer: Any,
     rows: Sequence[Encoded],
-    course: Course,
+    course: TrainingSettings,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
-    """The network of the model, changed in place, with an adapter on it (or whole), trained on the supervised tokens of
-    `rows`: PEFT's model (or the network itself). `on_step` is told the number of each step that was made, from 1, and
-    its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
+    """The network of the model, changed in place, with an adapter on it (or whole), trained on the
+    supervised tokens of `rows`: PEFT's model (or the network itself). `on_step` is told the number
+    of each step that was made, from 1, and its mean loss in nats per token. Raises BadOption
+    without TRL and PEFT."""
     refuse_many_gpus(model.device)
     try:
         from datasets import Dataset, disable_progress_bars

@@ -1,9 +1,10 @@
-"""Charts: facts → Vega-Lite specifications, by Altair. Nothing is computed here, and no row of a pool comes in.
+"""Charts: facts → Vega-Lite specifications, by Altair. Nothing is computed here, and no row of a
+pool comes in.
 
-Choices made here: colours are CSS variables of the page, so a chart is light, dark or printed as the page is; blue
-against orange and steps of opacity can be told apart by colour-blind readers; a chart fills its column. Each comes with
-a title and a text that says what it shows to who cannot see it.
-"""
+Choices made here: colours are CSS variables of the page, so a chart is light, dark or printed as
+the page is; blue against orange and steps of opacity can be told apart by colour-blind readers; a
+chart fills its column. Each comes with a title and a text that says what it shows to who cannot see
+it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -335,7 +336,8 @@ def halves(cells: Sequence[Cell], sides: tuple[str, str]) -> Chart:
 
 
 def cumulative(curve: Sequence[Budget], choice: tuple[float, float], influence: str) -> Chart:
-    """What the first rows have of all influence above 0; a point at `choice`: its share of the rows, and of that."""
+    """What the first rows have of all influence above 0; a point at `choice`: its share of the
+    rows, and of that."""
     share, bought = choice
     rows = [{"share": each.share, "rows": each.rows, "bought": each.bought} for each in curve]
     across = alt.X(
@@ -373,7 +375,8 @@ def cumulative(curve: Sequence[Budget], choice: tuple[float, float], influence: 
 
 
 def layers(shares: Sequence[Share]) -> Chart:
-    """The direction's squared norm, by part of the network; each bar is made of the kinds of its weights."""
+    """The direction's squared norm, by part of the network; each bar is made of the kinds of its
+    weights."""
     order = list(dict.fromkeys(share.part for share in shares))
     by_kind: dict[str, float] = {}
     for share in shares:

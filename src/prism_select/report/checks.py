@@ -3,9 +3,8 @@
     holds      what was asked is so              look        it may be well, and is worth a look
     failed     do not trust the choice yet       not tried   nobody has looked
 
-Choices made here: the worst state is the headline; bounds are those of the diagnosis and of the controls; one
-more is for a pair that makes much of the direction.
-"""
+Choices made here: the worst state is the headline; bounds are those of the diagnosis and of the
+controls; one more is for a pair that makes much of the direction."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -168,8 +167,10 @@ def _evaluated(facts: Facts) -> Iterator[Check]:
     failed = [control for control in told["controls"] if not control["holds"]]
     words = "; ".join(control["words"] for control in failed) or f"all {len(told['controls'])} hold"
     yield Check("controls", "failed" if failed else "holds", words)
-    for rival in [name for name in ("random", "random-by-source") if name in told["against"]][:1]:
-        verdict = told["against"][rival]
+    for baseline in [name for name in ("random", "random-by-source") if name in told["against"]][
+        :1
+    ]:
+        verdict = told["against"][baseline]
         low, high = verdict["gain"]["low"], verdict["gain"]["high"]
         state: State = (
             "look"

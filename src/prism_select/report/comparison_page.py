@@ -6,8 +6,8 @@
 
     prism report RUN_A RUN_B  →  RUN_A/comparison.html
 
-Choices made here: rows are compared where both runs scored them; texts and the columns of a row are B's.
-"""
+Choices made here: rows are compared where both runs scored them; texts and the columns of a row are
+B's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +73,8 @@ class Moved:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`both`, `only_a` and `only_b` count the rows taken; `sources` has the rows taken by A and by B of each."""
+    """`both`, `only_a` and `only_b` count the rows taken; `sources` has the rows taken by A and by
+    B of each."""
 
     names: tuple[str, str]
     paths: tuple[str, str]
@@ -169,7 +170,8 @@ def _sources(columns: tuple[Columns, Columns]) -> tuple[tuple[str, int, int, int
 def _moved(
     run: Run, columns: tuple[Columns, Columns], places: Places, known: NDArray[np.int64]
 ) -> tuple[Moved, ...]:
-    """Rows that rose and fell most, and the first of those that one choice has and the other has not."""
+    """Rows that rose and fell most, and the first of those that one choice has and the other has
+    not."""
     moved = places[0] - places[1]
     by = known[np.argsort(-moved[known], kind="stable")]
     groups: dict[int, str] = {}

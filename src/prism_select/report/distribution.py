@@ -5,9 +5,9 @@
     halves      rows in each cell of score_rejected × score_chosen
     budgets     bought(b) = Σ max(score, 0) of the first b of the ranking / Σ max(score, 0) of all
 
-Choices made here: where a few rows lie far out, so that all reach 1.5 times as far as the 0.2% and 99.8% quantiles,
-bins reach to these quantiles alone; the `SOURCES` largest sources stand by themselves and the others together.
-"""
+Choices made here: where a few rows lie far out, so that all reach 1.5 times as far as the 0.2% and
+99.8% quantiles, bins reach to these quantiles alone; the `SOURCES` largest sources stand by
+themselves and the others together."""
 
 import math
 from collections.abc import Iterator
@@ -35,7 +35,8 @@ Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bin i reaches from edges[i] to edges[i + 1]; `beyond` rows lie outside and are counted in the outer bins."""
+    """Bin i reaches from edges[i] to edges[i + 1]; `beyond` rows lie outside and are counted in the
+    outer bins."""
 
     edges: tuple[float, ...]
     taken: tuple[int, ...]
@@ -71,8 +72,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spread:
-    """`positive` is the share of scored rows whose score is above 0, `bought` what the rows taken have of all positive
-    influence; NaN where nothing is positive."""
+    """`positive` is the share of scored rows whose score is above 0, `bought` what the rows taken
+    have of all positive influence; NaN where nothing is positive."""
 
     histogram: Histogram
     sources: tuple[Source, ...]

@@ -3,10 +3,10 @@
     top             the first rows of the ranking       cut-off   those on either side of the lowest row taken
     bottom          its last                            moved     in a comparison, the largest changes of rank
 
-Choices made here: a small pool is shown whole; of a large one a few hundred rows, whose texts are cut to `LETTERS` and
-whose tokens to `TOKENS`, so the page stays small. Texts are read again from the pool's files, and only there where a
-row is shown; a row that does not stand there any more says so.
-"""
+Choices made here: a small pool is shown whole; of a large one a few hundred rows, whose texts are
+cut to `LETTERS` and whose tokens to `TOKENS`, so the page stays small. Texts are read again from
+the pool's files, and only there where a row is shown; a row that does not stand there any more says
+so."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from prism_select.report.scores_table import Columns
 from prism_select.run.config import ROW_BYTES
 from prism_select.run.errors import BadFile, BadRow, PrismError
 
-__all__ = ["Row", "Said", "Text", "cut", "rows_of", "shown"]
+__all__ = ["PairDiagnosis", "Row", "Text", "cut", "rows_of", "shown"]
 
 WHOLE, TOP, BESIDE, BOTTOM = 400, 120, 60, 80
 
@@ -38,7 +38,7 @@ MORE = ("score_se", "score_groups", "token_scores", "token_texts")
 
 
 @dataclass(frozen=True)
-class Said:
+class PairDiagnosis:
     """Who speaks, the text, and how many letters it had before it was cut."""
 
     role: str
@@ -50,14 +50,14 @@ class Said:
 class Text:
     """The turns of a row, or why they cannot be shown."""
 
-    said: tuple[Said, ...] = ()
+    said: tuple[PairDiagnosis, ...] = ()
     missing: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the pool as the page shows it. `missing` says why there is no text; `tokens` are texts and what each
-    adds to the score; `groups` are scores along groups of the pairs."""
+    """One row of the pool as the page shows it. `missing` says why there is no text; `tokens` are
+    texts and what each adds to the score; `groups` are scores along groups of the pairs."""
 
     group: str
     row: int
@@ -79,7 +79,7 @@ class Row:
     groups: tuple[float, ...] = ()
     tokens: tuple[tuple[str, float], ...] = ()
     more_tokens: int = 0
-    said: tuple[Said, ...] = ()
+    said: tuple[PairDiagnosis, ...] = ()
     missing: str = ""
 
 
@@ -104,7 +104,8 @@ def shown(columns: Columns) -> list[tuple[str, int]]:
 def rows_of(
     path: Path, columns: Columns, config: Mapping[str, Any], places: Sequence[tuple[str, int]]
 ) -> list[Row]:
-    """The rows at these places of the ranking, with their texts; `config` is what the pool was scored with."""
+    """The rows at these places of the ranking, with their texts; `config` is what the pool was
+    scored with."""
     rows = [int(columns.order[place]) for _, place in places]
     details = details_of(path, rows)
     texts = texts_of(columns, config, {row: str(told["id"]) for row, told in details.items()})
@@ -175,7 +176,8 @@ def _row(group: str, place: int, columns: Columns, row: int, told: Mapping[str, 
 def texts_of(
     columns: Columns, config: Mapping[str, Any], ids: Mapping[int, str]
 ) -> dict[int, Text]:
-    """What each row says, or why that cannot be shown; `ids` are those of scores.parquet, by row."""
+    """What each row says, or why that cannot be shown; `ids` are those of scores.parquet, by
+    row."""
     mapping, limit = parse_fields(config["fields"]), config.get("max_row_bytes", ROW_BYTES)
     by_file: dict[str, dict[int, int]] = {}
     for row in ids:
@@ -212,10 +214,10 @@ def _text(raw: Raw, format: Format, mapping: Names, id: str) -> Text:
     return Text(tuple(cut((turn.role, turn.text) for turn in example.turns)))
 
 
-def cut(turns: Iterable[tuple[str, str]]) -> Iterator[Said]:
+def cut(turns: Iterable[tuple[str, str]]) -> Iterator[PairDiagnosis]:
     """`LETTERS` in all: as many turns as have room, the last of them cut."""
     left = LETTERS
     for role, text in turns:
         if left > 0:
-            yield Said(role, text[:left], len(text))
+            yield PairDiagnosis(role, text[:left], len(text))
             left -= len(text)

@@ -1,11 +1,12 @@
-"""Facts: everything that the page says of a run, read from its folder. Plain frozen values; needs no model.
+"""Facts: everything that the page says of a run, read from its folder. Plain frozen values; needs
+no model.
 
     scores.parquet → Spread, Rows      pairs.parquet → Pair      direction.safetensors → Share
     manifest.json, evaluation/ → as they are
 
-Choices made here: a part of the folder that is not there is None, and the page says so in a line; pairs are shown by
-the size of their share in the direction, `PAIRS` at most; a direction of more than `READ` bytes is not read in passing.
-"""
+Choices made here: a part of the folder that is not there is None, and the page says so in a line;
+pairs are shown by the size of their share in the direction, `PAIRS` at most; a direction of more
+than `READ` bytes is not read in passing."""
 
 import json
 import math
@@ -23,7 +24,7 @@ from prism_select.data.formats import parse_fields
 from prism_select.data.records import Pair as Answers
 from prism_select.data.targets import read_targets
 from prism_select.report.distribution import Spread, spread_of
-from prism_select.report.examples import Row, Said, cut, rows_of, shown
+from prism_select.report.examples import PairDiagnosis, Row, cut, rows_of, shown
 from prism_select.report.scores_table import Columns, columns_of
 from prism_select.run.config import OF_CHOICE, ROW_BYTES
 from prism_select.run.errors import BadOption, PrismError
@@ -55,8 +56,8 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of the target, counted from 1; answers are called as in the target file. `share` is its part in the
-    direction, NaN where that is not known."""
+    """A pair of the target, counted from 1; answers are called as in the target file. `share` is
+    its part in the direction, NaN where that is not known."""
 
     number: int
     target: str
@@ -66,8 +67,8 @@ class Pair:
     weight: float
     share: float
     line: int
-    chosen: tuple[Said, ...] = ()
-    rejected: tuple[Said, ...] = ()
+    chosen: tuple[PairDiagnosis, ...] = ()
+    rejected: tuple[PairDiagnosis, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Share:
-    """Of the squared norm of the direction: what one kind of weight has in one part of the network."""
+    """Of the squared norm of the direction: what one kind of weight has in one part of the
+    network."""
 
     part: str
     kind: str
@@ -91,8 +93,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Facts:
-    """`scored_by` are the options that made the scores, where the choice was made again; `newer` are pool files that
-    were written after the run."""
+    """`scored_by` are the options that made the scores, where the choice was made again; `newer`
+    are pool files that were written after the run."""
 
     path: str
     manifest: Mapping[str, Any]
@@ -131,7 +133,8 @@ def opened(path: str) -> Run:
 
 
 def options_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that count: those of the scores, and where the choice was made again those of the choice."""
+    """The options that count: those of the scores, and where the choice was made again those of the
+    choice."""
     config, scored_by = manifest["config"], manifest.get("scored_by", {})
     return {
         **scored_by,
@@ -211,7 +214,7 @@ def target_of(path: Path, scored_by: Mapping[str, Any]) -> Target | None:
     return Target(tuple(pairs), len(rows), tuple(preferences.tolist()), why)
 
 
-def _sides(pair: Answers) -> dict[str, tuple[Said, ...]]:
+def _sides(pair: Answers) -> dict[str, tuple[PairDiagnosis, ...]]:
     sides = {"chosen": pair.chosen, "rejected": pair.rejected}
     return {
         name: tuple(cut((turn.role, turn.text) for turn in side.turns[side.prompt_turns :]))
@@ -247,8 +250,8 @@ def answers_of(
 
 
 def layers_of(file: Path) -> tuple[Share, ...]:
-    """By part and kind of weight, in the order of the network; of several targets the mean of their shares. Nothing
-    where there is no direction, or one that is too large to read in passing."""
+    """By part and kind of weight, in the order of the network; of several targets the mean of their
+    shares. Nothing where there is no direction, or one that is too large to read in passing."""
     squares = squares_of(file) if file.exists() and file.stat().st_size <= READ else {}
     total = sum(squares.values())
     found: dict[tuple[str, str], float] = {}
@@ -261,7 +264,8 @@ def layers_of(file: Path) -> tuple[Share, ...]:
 
 
 def squares_of(file: Path) -> dict[str, float]:
-    """Σ d² of each weight, over all targets; chosen halves are left out. Read by hand, since numpy has no bfloat16."""
+    """Σ d² of each weight, over all targets; chosen halves are left out. Read by hand, since numpy
+    has no bfloat16."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))

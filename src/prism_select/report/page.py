@@ -1,11 +1,12 @@
-"""Page: one HTML file that needs nothing else, from a template, a style, a script and values in JSON.
+"""Page: one HTML file that needs nothing else, from a template, a style, a script and values in
+JSON.
 
     data     <script type="application/json">, put into the page by the script as text, never as markup
     policy   no network; scripts by their hash alone, so no other runs, whatever a pool says
 
-Choices made here: everything that the template writes is escaped by Jinja2; Vega's expressions are interpreted, not
-compiled, so the policy need not allow `eval`; Vega's runtime is part of the package (vega/), 0.9 MB of the page.
-"""
+Choices made here: everything that the template writes is escaped by Jinja2; Vega's expressions are
+interpreted, not compiled, so the policy need not allow `eval`; Vega's runtime is part of the
+package (vega/), 0.9 MB of the page."""
 
 import base64
 import hashlib
@@ -96,7 +97,8 @@ def _hash(name: str) -> str:
 def render(
     template: str, charts: Sequence[Chart], tables: Mapping[str, Any], values: Mapping[str, Any]
 ) -> bytes:
-    """The page of a template; `values` are what it names. `charts` and `tables` are drawn by the page's script."""
+    """The page of a template; `values` are what it names. `charts` and `tables` are drawn by the
+    page's script."""
     scripts = {"vega": "vega/vega.js", "script": "templates/page.js"}
     allowed = " ".join(_hash(name) for name in scripts.values())
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

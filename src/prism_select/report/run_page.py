@@ -64,8 +64,8 @@ CONFIGS: Mapping[str, type[Options]] = {
 
 
 def write_report(path: str, out: str = "") -> Path:
-    """Writes RUN/report.html, or `out`. Raises BadOption for what is no complete run, DiskTrouble where it cannot be
-    written."""
+    """Writes RUN/report.html, or `out`. Raises BadOption for what is no complete run, DiskTrouble
+    where it cannot be written."""
     page = page_of(facts_of(path))
     place = Path(out or Path(path) / "report.html")
     Store(str(place.parent)).write(place.name, page)

@@ -4,9 +4,9 @@
     order     rows by falling ranking; rows without a score have no place in it
     cut-off   the lowest ranking among the rows taken (selected, or in repair removed)
 
-Choices made here: names that repeat (source, file, verdict) are held once each; a choice in turns over targets
-(round-robin), with caps or without near-duplicates passes over rows above its cut-off, which are counted.
-"""
+Choices made here: names that repeat (source, file, verdict) are held once each; a choice in turns
+over targets (round-robin), with caps or without near-duplicates passes over rows above its cut-off,
+which are counted."""
 
 import math
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""Tables: rows of the pool and pairs of the target as the page's script takes them, to be searched, sorted and opened.
+"""Tables: rows of the pool and pairs of the target as the page's script takes them, to be searched,
+sorted and opened.
 
-Choices made here: a row is sent once, with all that it opens to; what is sent is text and numbers, never markup.
-"""
+Choices made here: a row is sent once, with all that it opens to; what is sent is text and numbers,
+never markup."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,8 +23,8 @@ def table_of(
     columns: Sequence[tuple[str, str, str]],
     values: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind); `values` are what
-    they need beside the fields of each row."""
+    """What the page's script makes a table of, sorted by the first of `columns` (key, name, kind);
+    `values` are what they need beside the fields of each row."""
     columns = [
         *columns,
         ("learned", "tokens", "count"),

@@ -1,8 +1,7 @@
 """Words: what the page says beside its pictures, a sentence or two for each section.
 
-Choices made here: a number stands in a sentence before it stands in a picture, so the page can be read aloud; answers
-are called as in the target file, also where a repair swaps them.
-"""
+Choices made here: a number stands in a sentence before it stands in a picture, so the page can be
+read aloud; answers are called as in the target file, also where a repair swaps them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

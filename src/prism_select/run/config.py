@@ -1,327 +1,241 @@
-"""Configuration: one frozen dataclass is the flags of a command, its TOML file and a row of the manifest.
+"""Configuration: the options of a run in sections, each a frozen dataclass that functions take.
+
+    ModelOptions       the model, and how rows become tokens        RowOptions       columns, bad rows
+    DirectionOptions   how pairs become a gradient                  TargetOptions    which pairs
+    CurvatureOptions   the Hessian approximation                    ScoringOptions   engine, ranking
+    RuntimeOptions     processes, plan                              FolderOptions    what is written
+
+    ScoreConfig = all of them      SelectConfig, RepairConfig = ScoreConfig + how rows are chosen
 
     prism score --layers late …   =   ScoreConfig(layers="late", …)   =   config.toml: layers = "late"
 
-Choices made here: a field is an option of the same name with dashes for underscores, its annotation is the help text,
-and its default is said nowhere else. Values are checked when a config is made, before anything is read.
-`MENDABLE` options may change between a run and its resumption; a change in any other is refused by name.
+Choices made here:
+- a command's config inherits from its sections: flat on the command line and in config.toml, while
+  a function that names a section can read nothing else of it;
+- a section checks its own values in `validate`, which runs when a config is made.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from prism_select.run.errors import BadOption
-from prism_select.run.options import Amount, Options, parse_number, parse_share
+from prism_select.run.options import (
+    Amount,
+    Mark,
+    Options,
+    flag_of,
+    marked,
+    parse_number,
+    parse_share,
+)
 
 __all__ = [
-    "MENDABLE",
-    "OF_CHOICE",
-    "ROW_BYTES",
-    "ModelConfig",
+    "BATCH_TOKENS",
+    "CurvatureOptions",
+    "DirectionOptions",
+    "FolderOptions",
+    "ModelOptions",
     "RepairConfig",
+    "RowOptions",
+    "RuntimeOptions",
     "ScoreConfig",
+    "ScoringOptions",
     "SelectConfig",
+    "TargetOptions",
     "sides_of",
 ]
 
-SETTLED = frozenset(  # what a saved direction has in it
-    {
-        "anchor",
-        "combine",
-        "common",
-        "curvature",
-        "curvature_from",
-        "damping",
-        "layers",
-        "nearest",
-        "target_by",
-    }
-    | {"save_curvature", "uncertainty", "warmup", "weighting"}
-)
-
-
-OF_CHOICE = frozenset(  # what a choice from scores that are there goes by
-    {
-        "budget",
-        "combine",
-        "near_duplicates",
-        "normalize",
-        "out",
-        "overwrite",
-        "per_source",
-        "rank_by",
-        "seed",
-    }
-    | {"select_from"}
-)
-
-
-MENDABLE = frozenset(
-    {"out", "overwrite", "dry_run", "bad_rows", "max_bad", "device", "batch_tokens"}
-    | {"runtime", "actors", "actor_resources", "ray_address"}
-)
-
-
-ROW_BYTES = 1 << 24
+BATCH_TOKENS = {"gpu": 4096, "cpu": 512, "cpu without a graph": 2048}
+Ranking = Literal[
+    "random",
+    "random-by-source",
+    "length",
+    "bm25",
+    "loss-top",
+    "loss-mid",
+    "ifd",
+    "rds",
+    "less",
+    "uniform",
+    "hard",
+    "unpaired",
+    "contrast",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Options):
-    """What it takes to load a model and read pairs with it."""
+class ModelOptions(Options):
+    """The model, and how its tokenizer reads rows."""
+
+    group: ClassVar[str] = "Input"
 
     model: Annotated[
-        str, "Folder of a causal language model (safetensors, or one .gguf file), or a hub id."
-    ] = ""
+        str | None,
+        "Folder of a causal language model (safetensors, or one .gguf file), or a hub id.",
+        Mark.REQUIRED | Mark.PATH,
+    ] = None
     adapter: Annotated[
-        str,
-        "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept apart to be counted.",
-    ] = ""
-    out: Annotated[str, "Where to write."] = ""
-    weighting: Annotated[
-        Literal["prism", "uniform", "hard", "unpaired"],
-        "How pairs count: prism weighs each by the model's present preference (arXiv 2605.21422).",
-    ] = "prism"
-    layers: Annotated[
-        str,
-        "Weights that count: all, late (upper half of the blocks), last:N, adapter, or a regular expression.",
-    ] = "all"
-    anchor: Annotated[
-        float,
-        "Add this many times the mean log-likelihood of the answers that are aimed at (the chosen ones; in repair, the "
-        "rejected ones) to the gain; 0: nothing.",
-    ] = 0.0
-    common: Annotated[
-        Literal["keep", "remove"],
-        "What both answers of the pairs share: keep it in the direction, or take it out.",
-    ] = "keep"
-    nearest: Annotated[
-        str,
-        "Take only this share of the pairs of each target: those whose two answers are most alike, letter by letter.",
-    ] = "100%"
-    skip_end: Annotated[
-        bool, "Leave end-of-turn tokens out, of pairs and of rows, for models that never stop."
-    ] = False
+        str | None,
+        "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept apart.",
+        Mark.PATH,
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         "Precision of the model; auto is that of its files (float32 for float16 files on a CPU).",
     ] = "auto"
-    device: Annotated[str, "cpu, cuda or cuda:1; auto takes a GPU when there is one."] = "auto"
-    batch_tokens: Annotated[
-        int,
-        "Tokens in a batch, padding included; 0: 4,096, and on a CPU 512, or 2,048 where no graph is kept.",
-    ] = 0
-    max_length: Annotated[
-        int, "Rows of more tokens than this, or than the model takes, are cut and marked truncated."
-    ] = 2048
+    device: Annotated[
+        str, "cpu, cuda or cuda:1; auto takes a GPU when there is one.", Mark.MENDABLE
+    ] = "auto"
     template: Annotated[
         Literal["auto", "chat", "plain"],
-        "How turns become text: the tokenizer's chat template, or as they are; auto is chat where there is one.",
+        "How messages become text: the tokenizer's chat template, or joined as they are; auto is chat "
+        "where there is one.",
     ] = "auto"
-    fields: Annotated[str, "Names of columns, as in prompt=question,completion=response."] = ""
-    bad_rows: Annotated[
-        Literal["quarantine", "stop"], "What a bad row does: it is set aside, or it stops."
-    ] = "quarantine"
-    max_bad: Annotated[str, "More bad rows than this share stop the run."] = "1%"
-    max_row_bytes: Annotated[int, "A row of more bytes is bad, and is never held in memory."] = (
-        ROW_BYTES
-    )
-    seed: Annotated[int, "Of everything that is drawn."] = 0
-    overwrite: Annotated[bool, "Start afresh where something is already there."] = False
+    max_length: Annotated[
+        int, "Rows of more tokens than this, or than the model takes, are truncated."
+    ] = 2048
+    skip_end: Annotated[
+        bool,
+        "Do not supervise end-of-turn tokens, of pairs and of rows: for models that never stop.",
+        Mark.RARE,
+    ] = False
+    batch_tokens: Annotated[
+        int | None,
+        "Tokens in a batch, padding included  [default: 4,096 on a GPU; 512 on a CPU, or 2,048 where "
+        "no graph is kept].",
+        Mark.MENDABLE | Mark.RARE,
+    ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         for name in ("batch_tokens", "max_length"):
             value = getattr(self, name)
-            if value < 2 and (name, value) != ("batch_tokens", 0):
-                raise BadOption(f"--{name.replace('_', '-')} {value}: must be at least 2")
-        if not 2**10 <= self.max_row_bytes <= 2**30:
-            raise BadOption(
-                f"--max-row-bytes {self.max_row_bytes}: must be between {2**10} and {2**30}"
-            )
+            if value is not None and value < 2:
+                raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
+
+    def tokens_on(self, device: str, graph: bool = True) -> int:
+        """Tokens in a batch on such a device: fewer where a graph is kept for the backward pass."""
+        kind = "gpu" if device != "cpu" else "cpu" if graph else "cpu without a graph"
+        return self.batch_tokens or BATCH_TOKENS[kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(Options):
+    """What the columns of a row mean, and what happens to bad rows."""
+
+    group: ClassVar[str] = "Input"
+
+    fields: Annotated[
+        str | None, "Names of columns, as in prompt=question,completion=response."
+    ] = None
+    bad_rows: Annotated[
+        Literal["quarantine", "stop"],
+        "A bad row goes to quarantine.jsonl, or it stops the run.",
+        Mark.MENDABLE,
+    ] = "quarantine"
+    max_bad: Annotated[
+        str, "A larger share of bad rows than this stops the run.", Mark.MENDABLE
+    ] = "1%"
+
+    def validate(self) -> None:
         if not 0 <= self.allowed_bad <= 1:
             raise BadOption(f"--max-bad {self.max_bad}: not a share; try 1%")
-        if not 0 < parse_share(self.nearest) <= 1:
-            raise BadOption(f"--nearest {self.nearest}: not a share of the pairs; try 50%")
+
+    @property
+    def allowed_bad(self) -> float:
+        """Share of the rows that may be bad."""
+        return parse_share(self.max_bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionOptions(Options):
+    """How pairs become a gradient."""
+
+    group: ClassVar[str] = "Direction"
+
+    weighting: Annotated[
+        Literal["prism", "uniform", "hard", "unpaired"],
+        "How much each pair counts: prism weighs it by the model's present preference (arXiv "
+        "2605.21422).",
+        Mark.IN_DIRECTION,
+    ] = "prism"
+    layers: Annotated[
+        str,
+        "Parameters to differentiate: all, late (upper half of the blocks), last:N, adapter, or a "
+        "regular expression over their names.",
+        Mark.IN_DIRECTION,
+    ] = "all"
+    anchor: Annotated[
+        float,
+        "Add this many times the mean log-likelihood of the target's answers (the chosen ones; in "
+        "repair, the rejected ones) to the gain.",
+        Mark.IN_DIRECTION | Mark.RARE,
+    ] = 0.0
+    common: Annotated[
+        Literal["keep", "remove"],
+        "The gradient that both answers of the pairs share: keep it in the direction, or project it "
+        "out.",
+        Mark.IN_DIRECTION | Mark.RARE,
+    ] = "keep"
+
+    def validate(self) -> None:
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
-        if self.layers == "adapter" and not self.adapter:
-            raise BadOption("--layers adapter: there is none; give its folder with --adapter")
         if self.weighting == "unpaired" and self.common == "remove":
             raise BadOption(
                 "--common remove: unpaired answers have nothing in common with others; leave it out"
             )
 
-    def tokens_on(self, device: str, graph: bool = True) -> int:
-        """In a batch on such a device: fewer where a graph is kept for a way back."""
-        return self.batch_tokens or (4096 if device != "cpu" else 512 if graph else 2048)
 
-    @property
-    def allowed_bad(self) -> float:
-        """Share of the rows that may be bad; NaN where `max_bad` is no share."""
-        return parse_share(self.max_bad)
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(Options):
+    """Which pairs show the behaviour."""
 
-    @property
-    def nearest_share(self) -> float:
-        return parse_share(self.nearest)
+    group: ClassVar[str] = "Target"
+
+    target: Annotated[
+        Sequence[str],
+        "File of pairs: chosen is what you want, rejected what you don't; NAME=FILE, repeated, for "
+        "several targets.",
+        Mark.REQUIRED | Mark.PATH,
+    ] = ()
+    target_by: Annotated[
+        str | None,
+        "Column of the target file: each of its values is a target of its own.",
+        Mark.IN_DIRECTION,
+    ] = None
+    combine: Annotated[
+        Literal["mean", "max", "round-robin"],
+        "Several targets: score by their mean, by the best of them, or take each one's best row in "
+        "turn.",
+        Mark.IN_DIRECTION | Mark.IN_CHOICE,
+    ] = "mean"
+    direction: Annotated[
+        str | None, "Reuse a saved direction.safetensors instead of --target.", Mark.PATH
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ModelConfig):
-    """Score every row of a pool by how much training on it would raise the gain on the target pairs."""
+class CurvatureOptions(Options):
+    """The Hessian approximation that the gradient is divided by."""
 
-    command: ClassVar[str] = "score"
+    group: ClassVar[str] = "Direction"
 
-    pool: Annotated[
-        Sequence[str], "Files, folders or globs of rows to score; repeat the option for more."
-    ] = ()
-    target: Annotated[
-        Sequence[str],
-        "File of pairs: chosen is what you want, rejected what you don't; NAME=FILE, repeated, for several targets.",
-    ] = ()
-    target_by: Annotated[
-        str, "Column of the target file: each of its values is a target of its own."
-    ] = ""
-    combine: Annotated[
-        Literal["mean", "max", "round-robin"],
-        "Several targets: score by their mean, by the best of them, or take each one's best row in turn.",
-    ] = "mean"
     curvature: Annotated[
-        Literal["flat", "diagonal", "ekfac", "cg"],
-        "What the direction is divided by: nothing, second moments of gradients, their Kronecker-factored form (arXiv "
-        "1806.03884), or the Gauss-Newton matrix by conjugate gradients.",
+        Literal["flat", "diagonal", "ekfac"],
+        "Hessian approximation to divide the direction by: none, second moments of gradients, or "
+        "EK-FAC (arXiv 1806.03884).",
+        Mark.IN_DIRECTION,
     ] = "flat"
     damping: Annotated[
         str,
-        "Share of each weight's mean eigenvalue that is added to it; with several, as in 0.1,1, the first counts.",
+        "Share of each layer's mean eigenvalue added to the curvature; with several, as in 0.1,1, the "
+        "first counts and the others are compared with it.",
+        Mark.IN_DIRECTION,
     ] = "0.1"
-    curvature_rows: Annotated[
-        int, "Rows of the pool, drawn at random, that the curvature is fitted on."
-    ] = 256
-    curvature_labels: Annotated[
-        Literal["sampled", "given"],
-        "Tokens for the curvature: drawn from the model (the Fisher matrix) or those of the rows (the empirical one).",
-    ] = "sampled"
-    curvature_from: Annotated[
-        str,
-        "Take the curvature of this run folder, or Adam's second moments by weight from a .safetensors file.",
-    ] = ""
-    save_curvature: Annotated[
-        bool, "Keep the curvature in the run folder, for --curvature-from; it is large."
-    ] = False
-    uncertainty: Annotated[
-        int,
-        "Groups of pairs that are scored one by one, which gives each score a standard error; 0: none.",
-    ] = 0
-    rank: Annotated[
-        int, "Score along a direction of this rank in every matrix, which costs less; 0: as it is."
-    ] = 0
-    save_adapter: Annotated[
-        str,
-        "Also write the direction, of length one, to this folder as a PEFT LoRA adapter of rank --rank (or 16).",
-    ] = ""
-    layer_profile: Annotated[
-        str,
-        "Tell what each block adds to the scores of a sample of the pool (pool) or of a file of held-out pairs.",
-    ] = ""
-    tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
-    engine: Annotated[
-        Literal["auto", "reverse", "forward", "difference", "reference"],
-        "How scores are computed; auto takes the fastest that reaches every weight, and checks it.",
-    ] = "auto"
-    normalize: Annotated[
-        Literal["none", "tokens", "norm"],
-        "Rank by the score (none: summed over tokens, the paper), by the score per token, or by its cosine with the "
-        "row's gradient.",
-    ] = "none"
-    cascade: Annotated[
-        bool,
-        "Score exactly only where the best rows may be, and guess the rest from the lower blocks; select and repair.",
-    ] = False
-    recall: Annotated[
-        float, "cascade: share of the best rows that must have an exact score, by its own estimate."
-    ] = 0.95
-    direction: Annotated[str, "Reuse a saved direction.safetensors instead of --target."] = ""
-    warmup: Annotated[
-        str,
-        "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged; empty: no.",
-    ] = ""
-    runtime: Annotated[
-        Literal["local", "ray"],
-        "What scores the pool: this process (and those that torchrun started beside it), or actors of Ray (with the "
-        "extra [ray]).",
-    ] = "local"
-    actors: Annotated[int, "Of Ray, each with a model of its own; 0: as many as find room."] = 0
-    actor_resources: Annotated[
-        str,
-        "What an actor takes, in Ray's words, as in GPU=1,CPU=4; empty: a GPU, or where there is none its share of a "
-        "machine's processors.",
-    ] = ""
-    ray_address: Annotated[
-        str,
-        "Ray cluster to use: host:port of its head, or auto for the one of this machine; empty: one for this run.",
-    ] = ""
-    dry_run: Annotated[bool, "Print the plan (tokens, time, memory, disk) and stop."] = False
 
-    @property
-    def first_engine(self) -> str:
-        """The one that is asked for, or that auto tries first."""
-        return "reverse" if self.engine == "auto" else self.engine
-
-    def __post_init__(self) -> None:
-        for name in ("pool", "target"):
-            given: Any = getattr(self, name)
-            one = isinstance(given, str | Path)
-            object.__setattr__(
-                self, name, (str(given),) * bool(str(given)) if one else tuple(map(str, given))
-            )
-        super().__post_init__()
-        self._check_needs()
-        self._check_curvature()
-        self._check_ranking()
-        self._check_cascade()
-        self._check_actors()
-
-    def _check_needs(self) -> None:
-        needed = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
-        for name, value in needed.items():
-            if not value:
-                raise BadOption(
-                    f"--{name} is missing; prism {self.command} --help shows what a run needs"
-                )
-        if bool(self.target) == bool(self.direction):
-            raise BadOption(
-                "give either --target PAIRS or --direction FILE"
-                + (", not both" if self.target else "")
-            )
-        if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
-            raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
-        if self.warmup and self.adapter:
-            raise BadOption(
-                "--warmup makes an adapter of its own: leave out --adapter, or save the model merged"
-            )
-        if self.direction and (settled := sorted(SETTLED.intersection(self.given))):
-            option = settled[0].replace("_", "-")
-            raise BadOption(
-                f"--{option}: a saved direction has that in it; leave it out, or give --target"
-            )
-
-    @property
-    def given(self) -> list[str]:
-        """The options that are not at their defaults."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-
-    def _check_curvature(self) -> None:
-        if self.curvature_from and self.curvature in ("flat", "cg"):
-            raise BadOption("--curvature-from: say which it is with --curvature, diagonal or ekfac")
-        if self.save_curvature and self.curvature in ("flat", "cg"):
-            raise BadOption(
-                f"--save-curvature: {self.curvature} keeps nothing; take diagonal or ekfac"
-            )
-        if self.curvature_rows < 1:
-            raise BadOption(f"--curvature-rows {self.curvature_rows}: must be at least 1")
+    def validate(self) -> None:
         if not self.dampings or not all(0 < value < math.inf for value in self.dampings):
             raise BadOption(
                 f"--damping {self.damping}: not one or several numbers above 0; try 0.1 or 0.1,1"
@@ -332,86 +246,6 @@ class ScoreConfig(ModelConfig):
         if len(self.dampings) > 1 and self.curvature == "flat":
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
 
-    def _check_ranking(self) -> None:
-        if self.rank < 0:
-            raise BadOption(f"--rank {self.rank}: must be at least 1, or 0 for the whole direction")
-        if self.save_adapter and self.layers == "adapter":
-            raise BadOption(
-                "--save-adapter: the direction of an adapter's own weights is no adapter; count others"
-            )
-        if self.uncertainty and self.uncertainty < 4:
-            raise BadOption(f"--uncertainty {self.uncertainty}: at least 4 groups, or 0 for none")
-        if self.combine == "round-robin" and "positive" in (
-            getattr(self, "budget", ""),
-            getattr(self, "remove", ""),
-        ):
-            raise BadOption(
-                "--combine round-robin takes rows in turn and knows no positive ones; give a share"
-            )
-        if self.combine != "mean" and (self.uncertainty or len(self.dampings) > 1):
-            option = "--uncertainty" if self.uncertainty else "several values of --damping"
-            raise BadOption(f"{option}: only with --combine mean")
-        if self.tokens and self.engine in ("reverse", "reference"):
-            raise BadOption(
-                f"--tokens: engine {self.engine} does not tell tokens apart; try --engine forward"
-            )
-        if self.normalize == "norm" and self.engine not in ("auto", "reverse"):
-            raise BadOption(
-                f"--normalize norm: engine {self.engine} has no norms of gradients; try --engine reverse"
-            )
-        if self.normalize == "norm" and self.tokens:
-            raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
-
-    def _check_cascade(self) -> None:
-        if not 0.5 <= self.recall < 1:
-            raise BadOption(f"--recall {self.recall}: must be at least 0.5 and below 1; try 0.95")
-        if not self.cascade:
-            return
-        if self.command == "score":
-            raise BadOption(
-                "--cascade: looks for the best rows of a budget, and score has none; take select or repair"
-            )
-        if "positive" in (getattr(self, "budget", ""), getattr(self, "remove", "")):
-            raise BadOption(
-                "--cascade: guesses have no sure sign; give the budget as a share, 5% say"
-            )
-        no = {
-            "--tokens": self.tokens,
-            "--uncertainty": bool(self.uncertainty),
-            "--normalize norm": self.normalize == "norm",
-            f"--combine {self.combine}": self.combine != "mean",
-            "--rank-by": bool(getattr(self, "rank_by", "")),
-            "several values of --damping": len(self.dampings) > 1,
-        }
-        for option, given in no.items():
-            if given:
-                raise BadOption(
-                    f"--cascade and {option}: takes an exact score of every row; leave one out"
-                )
-
-    def _check_actors(self) -> None:
-        if self.actors < 0:
-            raise BadOption(
-                f"--actors {self.actors}: must be at least 1, or 0 for as many as find room"
-            )
-        given = [
-            name for name in ("actors", "actor_resources", "ray_address") if getattr(self, name)
-        ]
-        if given and self.runtime != "ray":
-            raise BadOption(
-                f"--{given[0].replace('_', '-')}: only Ray has actors; give --runtime ray, or leave it out"
-            )
-        if self.actor_resources and not all(value > 0 for value in self.resources.values() or [0]):
-            raise BadOption(
-                f"--actor-resources {self.actor_resources}: not NAME=NUMBER above 0; try GPU=1,CPU=4"
-            )
-
-    @property
-    def resources(self) -> Mapping[str, float]:
-        """What an actor takes, by name; NaN for what is no number."""
-        parts = (part.partition("=") for part in self.actor_resources.split(",") if part.strip())
-        return {name.strip(): parse_number(value) for name, _, value in parts}
-
     @property
     def dampings(self) -> tuple[float, ...]:
         """The first is the one that counts; none where `damping` is no list of numbers."""
@@ -420,6 +254,69 @@ class ScoreConfig(ModelConfig):
         except ValueError:
             return ()
 
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(Options):
+    """How rows are scored along the direction, and what the ranking goes by."""
+
+    group: ClassVar[str] = "Scoring"
+
+    engine: Annotated[
+        Literal["auto", "reverse", "forward", "difference", "reference"],
+        "How scores are computed; auto takes the fastest that reaches every parameter, and checks it.",
+    ] = "auto"
+    normalize: Annotated[
+        Literal["none", "tokens", "norm"],
+        "Rank by the score (none: summed over tokens, the paper), by the score per token, or by its "
+        "cosine with the row's gradient.",
+        Mark.IN_CHOICE,
+    ] = "none"
+    tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
+    rank: Annotated[
+        int | None,
+        "Score along a direction of this rank in every matrix, which costs less  [default: full].",
+        Mark.RARE,
+    ] = None
+    warmup: Annotated[
+        str | None,
+        "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged.",
+        Mark.IN_DIRECTION | Mark.RARE,
+    ] = None
+    cascade: Annotated[
+        bool,
+        "Score exactly only where the best rows may be, and predict the other scores from the lower "
+        "blocks; select and repair.",
+        Mark.RARE,
+    ] = False
+    save_adapter: Annotated[
+        str | None,
+        "Also write the direction, of length one, to this folder as a PEFT LoRA adapter of rank --rank "
+        "(or 16).",
+        Mark.PATH | Mark.RARE,
+    ] = None
+
+    def validate(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise BadOption(f"--rank {self.rank}: must be at least 1; leave it out for full rank")
+        if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
+            raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
+        if self.tokens and self.engine in ("reverse", "reference"):
+            raise BadOption(
+                f"--tokens: engine {self.engine} does not tell tokens apart; try --engine forward"
+            )
+        if self.normalize == "norm" and self.engine not in ("auto", "reverse"):
+            raise BadOption(
+                f"--normalize norm: engine {self.engine} has no norms of gradients; try --engine "
+                "reverse"
+            )
+        if self.normalize == "norm" and self.tokens:
+            raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
+
+    @property
+    def first_engine(self) -> str:
+        """The one that is asked for, or that auto tries first."""
+        return "reverse" if self.engine == "auto" else self.engine
+
     @property
     def ranking(self) -> str:
         """The column of scores.parquet that the choice is made by."""
@@ -427,67 +324,238 @@ class ScoreConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Options):
+    """What computes the scores."""
+
+    group: ClassVar[str] = "Running"
+
+    runtime: Annotated[
+        Literal["local", "ray"],
+        "This process (and those that torchrun started beside it), or actors of Ray (with the extra "
+        "[ray]).",
+        Mark.MENDABLE,
+    ] = "local"
+    ray: Annotated[
+        str | None,
+        "Ray: address=HOST:PORT (or auto) of a cluster, actors=N, and what an actor takes, as in "
+        "actors=4,GPU=1,CPU=4  [default: a cluster for this run, as many actors as find room, a GPU "
+        "each where there is one].",
+        Mark.MENDABLE | Mark.RARE,
+    ] = None
+    dry_run: Annotated[
+        bool, "Print the plan (tokens, time, memory, disk) and stop.", Mark.MENDABLE
+    ] = False
+
+    def validate(self) -> None:
+        if self.ray and self.runtime != "ray":
+            raise BadOption("--ray: only Ray has actors; give --runtime ray, or leave it out")
+        counts = [self.actors] if "actors" in self._ray else []
+        values = [*counts, *self.resources.values()]
+        if not all(value and value > 0 for value in values) or "" in self._ray.values():
+            raise BadOption(f"--ray {self.ray}: not NAME=NUMBER above 0; try actors=4,GPU=1,CPU=4")
+
+    @property
+    def _ray(self) -> Mapping[str, str]:
+        parts = (part.partition("=") for part in (self.ray or "").split(",") if part.strip())
+        return {name.strip(): value.strip() for name, _, value in parts}
+
+    @property
+    def ray_address(self) -> str | None:
+        """The cluster to use; None for one that this run starts."""
+        return self._ray.get("address")
+
+    @property
+    def actors(self) -> int | None:
+        """How many; None for as many as find room, 0 for a value that is no whole number."""
+        count = self._ray.get("actors")
+        return None if count is None else int(count) if count.isdecimal() else 0
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """What an actor takes, by name; NaN for what is no number."""
+        own = ("address", "actors")
+        return {name: parse_number(value) for name, value in self._ray.items() if name not in own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(Options):
+    """What is written, and what is drawn."""
+
+    group: ClassVar[str] = "Running"
+
+    out: Annotated[
+        str | None,
+        "Where to write.",
+        Mark.REQUIRED | Mark.PATH | Mark.MENDABLE | Mark.IN_CHOICE,
+    ] = None
+    overwrite: Annotated[
+        bool,
+        "Start afresh where something is already there.",
+        Mark.MENDABLE | Mark.IN_CHOICE,
+    ] = False
+    seed: Annotated[int, "Of everything that is drawn.", Mark.IN_CHOICE] = 0
+
+    def validate(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(
+    ModelOptions,
+    RowOptions,
+    TargetOptions,
+    DirectionOptions,
+    CurvatureOptions,
+    ScoringOptions,
+    RuntimeOptions,
+    FolderOptions,
+):
+    """Score every row of a pool by how much training on it would raise the gain on the target
+    pairs."""
+
+    command: ClassVar[str] = "score"
+    group: ClassVar[str] = "Input"
+
+    pool: Annotated[
+        Sequence[str],
+        "Files, folders or globs of rows to score; repeat the option for more.",
+        Mark.REQUIRED | Mark.PATH,
+    ] = ()
+
+    @property
+    def amount(self) -> Amount:
+        """How many rows are chosen; a run that only scores chooses every positive one."""
+        return Amount("positive")
+
+    def validate(self) -> None:
+        self._check_required()
+        self._check_adapter()
+        self._check_combination()
+        self._check_cascade()
+
+    def _check_required(self) -> None:
+        required = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
+        for name, value in required.items():
+            if not value:
+                raise BadOption(
+                    f"--{name} is missing; prism {self.command} --help shows what a run needs"
+                )
+        if bool(self.target) == bool(self.direction):
+            raise BadOption(
+                "give either --target PAIRS or --direction FILE" + ", not both" * bool(self.target)
+            )
+        if self.direction and (
+            fixed := sorted({*self.given} & marked(ScoreConfig, Mark.IN_DIRECTION))
+        ):
+            raise BadOption(
+                f"{flag_of(fixed[0])}: a saved direction has that in it; leave it out, or give "
+                "--target"
+            )
+
+    def _check_adapter(self) -> None:
+        if self.layers == "adapter" and not self.adapter:
+            raise BadOption("--layers adapter: there is none; give its folder with --adapter")
+        if self.warmup and self.adapter:
+            raise BadOption(
+                "--warmup makes an adapter of its own: leave out --adapter, or save the model merged"
+            )
+        if self.save_adapter and self.layers == "adapter":
+            raise BadOption(
+                "--save-adapter: the direction of an adapter's own weights is no adapter; take other "
+                "--layers"
+            )
+
+    def _check_combination(self) -> None:
+        chooses = self.command != "score"
+        if self.combine == "round-robin" and chooses and self.amount.kind == "positive":
+            raise BadOption(
+                "--combine round-robin takes rows in turn and knows no positive ones; give a share"
+            )
+        if self.combine != "mean" and len(self.dampings) > 1:
+            raise BadOption("several values of --damping: only with --combine mean")
+
+    def _check_cascade(self) -> None:
+        if not self.cascade:
+            return
+        if self.command == "score":
+            raise BadOption(
+                "--cascade: looks for the best rows of a budget, and score has none; take select or "
+                "repair"
+            )
+        if self.amount.kind == "positive":
+            raise BadOption(
+                "--cascade: predicted scores have no sure sign; give the budget as a share, 5% say"
+            )
+        exact = {
+            "--tokens": self.tokens,
+            "--normalize norm": self.normalize == "norm",
+            f"--combine {self.combine}": self.combine != "mean",
+            "--rank-by": bool(getattr(self, "rank_by", None)),
+            "several values of --damping": len(self.dampings) > 1,
+        }
+        for option, given in exact.items():
+            if given:
+                raise BadOption(
+                    f"--cascade and {option}: takes an exact score of every row; leave one out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig(ScoreConfig):
     """Choose the part of a pool that is worth training on: the highest scores under a budget."""
 
     command: ClassVar[str] = "select"
+    group: ClassVar[str] = "Choice"
 
     budget: Annotated[
-        str, "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive."
+        str,
+        "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive.",
+        Mark.REQUIRED | Mark.IN_CHOICE,
     ] = "5%"
     per_source: Annotated[
-        str, "Most that one source may take of the budget, as in 30%; empty: no cap."
-    ] = ""
+        str | None, "Most that one source may take of the budget, as in 30%.", Mark.IN_CHOICE
+    ] = None
     near_duplicates: Annotated[
-        float,
-        "MinHash similarity (0 to 1) from which on only the best-scored row stays; 0: rows are not compared.",
-    ] = 0.0
+        float | None,
+        "MinHash similarity (0 to 1) from which on only the best-scored row stays, as in 0.8.",
+        Mark.IN_CHOICE,
+    ] = None
     rank_by: Annotated[
-        Literal[
-            "",
-            "random",
-            "random-by-source",
-            "length",
-            "bm25",
-            "loss-top",
-            "loss-mid",
-            "ifd",
-            "rds",
-            "less",
-            "uniform",
-            "hard",
-            "unpaired",
-            "contrast",
-        ],
-        "Choose by a rival's ranking in place of the score, which is taken all the same; with --select-from only "
-        "random, random-by-source and length.",
-    ] = ""
+        Ranking | None,
+        "Choose by a baseline's ranking instead of the score; with --select-from only random, "
+        "random-by-source and length.",
+        Mark.IN_CHOICE | Mark.RARE,
+    ] = None
     select_from: Annotated[
-        str, "Choose again from the scores of this run folder, without a model."
-    ] = ""
+        str | None,
+        "Choose again from the scores of this run folder, without a model.",
+        Mark.PATH | Mark.IN_CHOICE,
+    ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Amount.parse("--budget", self.budget)
+    @property
+    def amount(self) -> Amount:
+        return Amount.parse("--budget", self.budget)
+
+    def validate(self) -> None:
         if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
             raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
-        if self.rank_by and "positive" in self.budget:
+        if self.rank_by and self.amount.kind == "positive":
             raise BadOption(
                 f"--rank-by {self.rank_by}: only scores have a sign; give --budget as a share, 5% say"
             )
-        if not 0 <= self.near_duplicates <= 1:
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise BadOption(
                 f"--near-duplicates {self.near_duplicates}: not between 0 and 1; try 0.8"
             )
 
-    def _check_needs(self) -> None:
+    def _check_required(self) -> None:
         if not self.select_from:
-            return super()._check_needs()
+            return super()._check_required()
         if self.dry_run:
             raise BadOption("--select-from takes seconds and has no plan: leave out --dry-run")
-        if others := [
-            f"--{name.replace('_', '-')}" for name in self.given if name not in OF_CHOICE
-        ]:
+        readable = marked(SelectConfig, Mark.IN_CHOICE)
+        if others := [flag_of(name) for name in self.given if name not in readable]:
             raise BadOption(
                 f"--select-from takes scores as they are: leave out {', '.join(others)}"
             )
@@ -497,22 +565,27 @@ class SelectConfig(ScoreConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig(ScoreConfig):
-    """Remove the rows that push a model the wrong way: towards the rejected answers of the pairs."""
+    """Remove the rows that push a model the wrong way: towards the rejected answers of the
+    pairs."""
 
     command: ClassVar[str] = "repair"
+    group: ClassVar[str] = "Choice"
 
     remove: Annotated[
-        str, "How much to remove: 10%, 500 (rows), 200000tok or positive (every harmful row)."
+        str,
+        "How much to remove: 10%, 500 (rows), 200000tok or positive (every harmful row).",
+        Mark.REQUIRED,
     ] = "10%"
     label_field: Annotated[
-        str, "Column that is true on bad rows; prints how well the ranking finds them."
-    ] = ""
+        str | None, "Column that is true on bad rows; prints how well the ranking finds them."
+    ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Amount.parse("--remove", self.remove)
+    @property
+    def amount(self) -> Amount:
+        return Amount.parse("--remove", self.remove)
 
 
 def sides_of(swapped: bool) -> tuple[str, str]:
-    """What the target file calls the answers that are aimed at and the others; `repair` swaps them."""
+    """What the target file calls the answers that are aimed at and the others; `repair` swaps
+    them."""
     return ("rejected", "chosen") if swapped else ("chosen", "rejected")

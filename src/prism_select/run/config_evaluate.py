@@ -1,86 +1,80 @@
-"""TODO."""
+"""Configuration of `prism evaluate` and `prism report`: what is done with a complete run."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from prism_select.run.errors import BadOption
-from prism_select.run.options import Options, split_names
+from prism_select.run.options import Mark, Options, flag_of, split_names
 
 __all__ = ["EvaluateConfig", "ReportConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Does the choice of a run help? Fine-tune on it and on its rivals, and compare on held-out pairs."""
+    """Does the choice of a run help? Fine-tune on it and on its baselines, and compare on held-out
+    pairs."""
 
     command: ClassVar[str] = "evaluate"
+    group: ClassVar[str] = "Evaluation"
 
-    run: Annotated[str, "Folder of a complete select or repair run."] = ""
+    run: Annotated[
+        str | None, "Folder of a complete select or repair run.", Mark.REQUIRED | Mark.PATH
+    ] = None
     holdout: Annotated[
-        str,
-        "File of pairs, none of which the run has seen: chosen is what you want, rejected what you don't.",
-    ] = ""
+        str | None,
+        "File of pairs, none of which the run has seen: chosen is what you want, rejected what you "
+        "don't.",
+        Mark.REQUIRED | Mark.PATH,
+    ] = None
     against: Annotated[
         str,
-        "Rivals, with commas between: random, random-by-source, length, bm25, loss-top, loss-mid, ifd, rds, less, "
-        "uniform, hard, unpaired, contrast. In select each fills the same number of supervised tokens, in repair each "
-        "loses as many rows; everything is the whole pool, in as many steps; random-priced trains for as much "
-        "longer as scoring took.",
-    ] = "random,length,everything,random-priced"
+        "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, loss-mid, "
+        "ifd, rds, less, uniform, hard, unpaired, contrast. In select each fills the same number of "
+        "supervised tokens, in repair each loses as many rows; everything is the whole pool, in as "
+        "many steps; random-priced trains for as much longer as scoring took.",
+    ] = "random,length,everything"
     seeds: Annotated[
         int, "Trainings of each method: adapter, order of rows and random rows differ."
     ] = 3
-    epochs: Annotated[
-        float, "Passes over the chosen rows; every method takes the steps that these make."
-    ] = 3.0
-    steps: Annotated[int, "Steps of 8 rows, in place of --epochs; 0: by --epochs."] = 0
-    rate: Annotated[
-        float, "Learning rate, falling to 0; 0: 2e-4 for LoRA, 2e-5 with --full (TRL's own)."
-    ] = 0.0
-    full: Annotated[
-        bool, "Train all weights, in float32, instead of a LoRA adapter of rank 16."
-    ] = False
-    points: Annotated[
-        int, "How often the held-out pairs are read in a training, evenly: its learning curve."
-    ] = 4
-    lds: Annotated[
-        int,
-        "Also train on this many random halves of the pool: do sums of scores foretell what comes? 0: no.",
-    ] = 0
-    tasks: Annotated[
+    steps: Annotated[
         str,
-        "Tasks of lm-eval, with commas between, before and after each training; a folder among them defines tasks of "
-        "your own. Needs the extra [tasks].",
-    ] = ""
-    board: Annotated[
-        Literal["", "tensorboard", "wandb"],
-        "Also write the learning curves for TensorBoard (RUN/evaluation/tensorboard) or Weights & Biases (project "
-        "prism), where it is installed.",
-    ] = ""
+        "Length of each training: passes over the chosen rows, as in 3epochs, or steps of 8 rows, as "
+        "in 40; every method takes as many steps.",
+    ] = "3epochs"
+    rate: Annotated[
+        float | None,
+        "Learning rate, falling to 0  [default: 2e-4 for LoRA, 2e-5 with --full (TRL's own)].",
+    ] = None
+    full: Annotated[
+        bool, "Train all parameters, in float32, instead of a LoRA adapter of rank 16."
+    ] = False
+    tasks: Annotated[
+        str | None,
+        "Tasks of lm-eval, with commas between, before and after each training; a folder among them "
+        "defines tasks of your own. Needs the extra [tasks].",
+    ] = None
     seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("run", "holdout", "against"):
-            if not getattr(self, name):
-                raise BadOption(
-                    f"--{name} is missing; prism evaluate --help shows what it needs".replace(
-                        "--run", "RUN"
-                    )
-                )
-        for name, least in {"seeds": 1, "steps": 0, "points": 1, "lds": 0}.items():
-            if getattr(self, name) < least:
-                raise BadOption(f"--{name} {getattr(self, name)}: must be at least {least}")
-        if not (0 < self.epochs < math.inf and 0 <= self.rate < math.inf):
+    def validate(self) -> None:
+        for name, value in {"RUN": self.run, "--holdout": self.holdout}.items():
+            if not value:
+                raise BadOption(f"{name} is missing; prism evaluate --help shows what it needs")
+        if not self.baselines:
+            raise BadOption("--against is empty; try random,length,everything")
+        if self.seeds < 1:
+            raise BadOption(f"--seeds {self.seeds}: must be at least 1")
+        if not (0 < self._amount < math.inf and (self.rate is None or 0 < self.rate < math.inf)):
             raise BadOption(
-                f"--epochs {self.epochs}, --rate {self.rate}: must be above 0; try 3 and 2e-4"
+                f"--steps {self.steps}, --rate {self.rate}: must be above 0; try 3epochs and 2e-4"
             )
+        if not 0 <= self.seed < 2**32:
+            raise BadOption(f"{flag_of('seed')} {self.seed}: must be between 0 and {2**32 - 1}")
 
     @property
-    def rivals(self) -> list[str]:
+    def baselines(self) -> list[str]:
         """Each name once."""
         return split_names(self.against)
 
@@ -89,26 +83,38 @@ class EvaluateConfig(Options):
         """Each name or folder once."""
         return split_names(self.tasks)
 
+    @property
+    def _amount(self) -> float:
+        """The number in `steps`; NaN where it is none."""
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?epochs?|(\d{1,9})", self.steps.strip())
+        return float(match[1] or match[2]) if match else math.nan
+
+    def steps_for(self, rows: int, rows_per_step: int) -> int:
+        """Steps of each training where `rows` were chosen."""
+        if "epoch" not in self.steps:
+            return int(self._amount)
+        return math.ceil(self._amount * rows / rows_per_step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Options):
-    """Make the page of a run (RUN/report.html) again, or compare the choices of two runs of one pool."""
+    """Make the page of a run (RUN/report.html) again, or compare the choices of two runs of one
+    pool."""
 
     command: ClassVar[str] = "report"
 
     runs: Annotated[
-        Sequence[str], "Folder of a complete run; with a second one, the two are compared."
+        Sequence[str],
+        "Folder of a complete run; with a second one, the two are compared.",
+        Mark.REQUIRED | Mark.PATH,
     ] = ()
     out: Annotated[
-        str, "File to write; empty: report.html in RUN, or comparison.html in the first of two."
-    ] = ""
+        str | None,
+        "File to write  [default: report.html in RUN, or comparison.html in the first of two].",
+        Mark.PATH,
+    ] = None
 
-    def __post_init__(self) -> None:
-        given: Any = self.runs
-        object.__setattr__(
-            self, "runs", (given,) if isinstance(given, str | Path) else tuple(map(str, given))
-        )
-        super().__post_init__()
+    def validate(self) -> None:
         if not 1 <= len(self.runs) <= 2:
             raise BadOption(
                 f"give the folder of one run, or of two to compare; here are {len(self.runs)}"

@@ -1,79 +1,75 @@
-"""TODO."""
+"""Configuration of `prism pairs`: how pairs are made, or which file of pairs is checked."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from prism_select.run.config import ModelConfig
+from prism_select.run.config import DirectionOptions, FolderOptions, ModelOptions, RowOptions
 from prism_select.run.errors import BadOption
+from prism_select.run.options import Mark, flag_of
 
 __all__ = ["PairsConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(ModelConfig):
+class PairsConfig(ModelOptions, RowOptions, DirectionOptions, FolderOptions):
     """Make pairs from what you have, or check pairs that you have (--check)."""
 
     command: ClassVar[str] = "pairs"
+    group: ClassVar[str] = "Pairs"
 
     file: Annotated[
-        str, "Rows to make pairs of: questions with answers, in any format of a pool."
-    ] = ""
+        str | None, "Rows to make pairs of: questions with answers, in any format of a pool."
+    ] = None
     how: Annotated[
-        Literal["", "numbers", "choices", "answers", "weak", "swap"],
-        "What the rejected answer is: the same with its numbers changed, a wrong choice, an answer of the model that "
-        "--accept refuses, a column, or another row's answer (for control).",
-    ] = ""
+        Literal["numbers", "choices", "answers", "weak", "swap"] | None,
+        "What the rejected answer is: the same with its numbers changed (numbers), each wrong choice, "
+        "or with --model only the one that the model likes best (choices), an answer of the model that "
+        "--accept refuses (answers), the column that --fields weak=COLUMN names (weak), or another "
+        "row's answer (swap, for control).",
+        Mark.REQUIRED,
+    ] = None
     check: Annotated[
-        str, "Pairs file to diagnose with --model: do its pairs agree, and what do they share?"
-    ] = ""
+        str | None,
+        "Pairs file to diagnose with --model: do its pairs agree, and what do they share?",
+        Mark.PATH,
+    ] = None
     limit: Annotated[
-        int, "At most this many pairs, of rows that the seed draws; 0: of every row."
-    ] = 0
-    wrong: Annotated[
-        Literal["each", "one", "favourite"],
-        "choices: a pair for each wrong choice, for one drawn, or for the one that the model likes best.",
-    ] = "each"
-    weak_field: Annotated[str, "weak: the column with the weaker answer."] = ""
+        int | None, "At most this many pairs, of rows drawn at random  [default: of every row]."
+    ] = None
     accept: Annotated[
         str,
-        "answers: which of the model's answers are right: number, choice (as the row's own), or regex:PATTERN.",
+        "answers: which of the model's answers are right: number, choice (as the row's own), or "
+        "regex:PATTERN.",
     ] = "number"
-    samples: Annotated[int, "answers: drawn for each row."] = 8
-    new_tokens: Annotated[int, "answers: most tokens of each."] = 256
-    temperature: Annotated[float, "answers: of the sampling."] = 1.0
+    samples: Annotated[int, "answers: sampled for each row."] = 8
+    new_tokens: Annotated[int, "answers: at most so many tokens each."] = 256
     stop: Annotated[
-        str, "answers: text at which an answer ends, for models that do not stop by themselves."
-    ] = ""
+        str | None,
+        "answers: text at which an answer ends, for models that do not stop by themselves.",
+        Mark.RARE,
+    ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         if bool(self.check) == bool(self.file):
             raise BadOption(
-                "give either FILE with --how, or --check PAIRS"
-                + (", not both" if self.file else "")
+                "give either FILE with --how, or --check PAIRS" + ", not both" * bool(self.file)
             )
-        needed = {
-            "how": bool(self.check or self.how),
-            "out": bool(self.check or self.out),
-            "model": bool(self.model),
+        required = {
+            "how": self.check or self.how,
+            "out": self.check or self.out,
+            "model": self.model or not (self.check or self.how == "answers"),
         }
-        needed["model"] |= not (
-            self.check or self.how == "answers" or (self.how == "choices" and self.favourite)
-        )
-        needed["weak_field"] = self.how != "weak" or bool(self.weak_field)
-        for name, there in needed.items():
-            if not there:
+        for name, value in required.items():
+            if not value:
                 raise BadOption(
-                    f"--{name.replace('_', '-')} is missing; prism pairs --help shows what each way needs"
+                    f"{flag_of(name)} is missing; prism pairs --help shows what each way needs"
                 )
-        for name, least in {"samples": 1, "new_tokens": 1, "limit": 0}.items():
-            if getattr(self, name) < least:
-                raise BadOption(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}"
-                )
-        if not 0.01 <= self.temperature <= 100:
-            raise BadOption(f"--temperature {self.temperature}: must be between 0.01 and 100")
+        for name in ("samples", "new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadOption(f"{flag_of(name)} {value}: must be at least 1")
 
     @property
     def favourite(self) -> bool:
-        return self.wrong == "favourite"
+        """Whether only the wrong choice that the model likes best makes a pair."""
+        return self.how == "choices" and bool(self.model)

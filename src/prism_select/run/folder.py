@@ -1,12 +1,13 @@
-"""Store: the run folder. A file is complete or absent: it is written beside its place and renamed into it.
+"""Store: the run folder. A file is complete or absent: it is written beside its place and renamed
+into it.
 
 RUN/config.toml      first of all; another configuration is refused from then on
 RUN/shards/*.parquet scores of finished windows of the pool; gone when the run is complete
 RUN/manifest.json    last of all; a run folder that has one is complete
 
-Choices made here: a shard carries the checksum of its contents in its name, so that both appear at once; one that no
-longer agrees with its name counts as absent. A draft is made anew under its name, so that no link is written through.
-"""
+Choices made here: a shard carries the checksum of its contents in its name, so that both appear at
+once; one that no longer agrees with its name counts as absent. A draft is made anew under its name,
+so that no link is written through."""
 
 import errno
 import hashlib
@@ -83,8 +84,8 @@ class Store:
         return (self.path / "manifest.json").exists()
 
     def refuse_others(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
-        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin` may not follow.
-        A folder with something else in it is refused even with `overwrite`."""
+        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin`
+        may not follow. A folder with something else in it is refused even with `overwrite`."""
         with self._disk():
             present = self._usable()
             then = self._earlier() if "config.toml" in present else {}
@@ -117,8 +118,9 @@ class Store:
                 )
 
     def _usable(self) -> list[str]:
-        """What is in the folder already. Raises BadOption where it is no folder, or a link stands in it or for it:
-        what is written must end up where the user looks. Raises OSError where nothing may be written."""
+        """What is in the folder already. Raises BadOption where it is no folder, or a link stands
+        in it or for it: what is written must end up where the user looks. Raises OSError where
+        nothing may be written."""
         there = next(
             path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path)
         )
@@ -147,7 +149,8 @@ class Store:
             return {}
 
     def begin(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
-        """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are fingerprints."""
+        """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are
+        fingerprints."""
         with self._disk():
             if config.overwrite and self.path.exists():
                 for name in (  # config.toml goes last: it tells whose folder this is
@@ -248,7 +251,8 @@ class Store:
     def write_tensors(
         self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
     ) -> None:
-        """As safetensors.torch.save, which holds two more copies of all of them; the widest first, as it wants them."""
+        """As safetensors.torch.save, which holds two more copies of all of them; the widest first,
+        as it wants them."""
         import torch
 
         ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -268,7 +272,8 @@ class Store:
                 file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def table_of(self, name: str, mark: str) -> pa.Table | None:
-        """A table that was written with this mark as its metadata `of`; None for none, or another one."""
+        """A table that was written with this mark as its metadata `of`; None for none, or another
+        one."""
         if not (self.path / name).exists():
             return None
         table = pq.read_table(self.path / name)
@@ -286,8 +291,8 @@ class Store:
         return {int(path.name.partition("-")[0].removeprefix(kind)): path for path in found}
 
     def sound_shards(self, kind: str = "") -> tuple[dict[int, Path], list[int]]:
-        """The shards whose contents are as they were written, and the numbers of those that were not: they are removed.
-        Drafts that a killed process left go too."""
+        """The shards whose contents are as they were written, and the numbers of those that were
+        not: they are removed. Drafts that a killed process left go too."""
         present = self.present_shards(kind)
         with self._disk():
             for draft in self.shards.glob("*.part"):
@@ -315,7 +320,8 @@ class Run:
 
     @property
     def scores(self) -> pa.Table:
-        """One row per row of the pool; the columns are described in the docs under "The run folder"."""
+        """One row per row of the pool; the columns are described in the docs under "The run
+        folder"."""
         return pq.read_table(self.path / "scores.parquet")
 
     def columns(self, *names: str) -> pa.Table:

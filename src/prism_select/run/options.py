@@ -1,22 +1,40 @@
-"""TODO."""
+"""Options: what a field of a config is besides its type, and how a config goes to TOML and back.
+
+    Annotated[str | None, "help text", Mark.MENDABLE]     a field = an option = a key of config.toml
+
+Choices made here:
+- a field is the option of the same name, with dashes for underscores; its help text and default
+  stand nowhere else;
+- None means that an option was not given; config.toml leaves it out;
+- values are checked when a config is made, before anything is read;
+- what is true of an option besides its value (may it change between two starts of a run?) is a mark
+  on its field, so no list of names has to be kept in step.
+"""
 
 import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from enum import Flag, auto
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from prism_select.run.errors import BadOption
 
 __all__ = [
     "Amount",
     "Config",
+    "Mark",
+    "Option",
     "Options",
+    "flag_of",
     "from_toml",
+    "marked",
+    "options_of",
     "parse_number",
     "parse_share",
     "settings",
@@ -25,20 +43,127 @@ __all__ = [
 ]
 
 
+class Mark(Flag):
+    """What holds for an option besides its value."""
+
+    NONE = 0
+    REQUIRED = auto()  # a run needs it: --help shows it first
+    RARE = auto()  # --help shows it last
+    PATH = auto()  # a file or a folder, for completion
+    MENDABLE = auto()  # may change between a run and its resumption
+    IN_DIRECTION = auto()  # a saved direction was made with it: refused with --direction
+    IN_CHOICE = auto()  # read when rows are chosen again from existing scores
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command, read off the field of its config."""
+
+    name: str
+    kind: Any  # str, int, float, bool, Sequence[str] or a Literal; never optional
+    default: Any
+    help: str
+    mark: Mark
+    group: str  # title in --help
+
+    @property
+    def choices(self) -> list[str]:
+        return list(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a command, or a section of them. A section is a class of its own, a command's
+    config inherits from its sections, and a function takes the section that it reads."""
+
+    command: ClassVar[str] = ""
+    group: ClassVar[str] = "Options"
+
+    def __post_init__(self) -> None:
+        self.normalise()
+        for section in reversed(type(self).__mro__):
+            if validate := vars(section).get("validate"):
+                validate(self)
+
+    def normalise(self) -> None:
+        """Paths become text, and values outside a Literal raise BadOption."""
+        for option in options_of(type(self)):
+            value = getattr(self, option.name)
+            if value is None:
+                continue
+            if option.kind is str:
+                object.__setattr__(self, option.name, str(value))
+            if option.kind == Sequence[str]:
+                several = [value] if isinstance(value, str | Path) else value
+                object.__setattr__(self, option.name, tuple(map(str, several)) or option.default)
+            if option.choices and value not in option.choices:
+                raise BadOption(
+                    f"{flag_of(option.name)} {value}: unknown; try one of {', '.join(option.choices)}"
+                )
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the options that are not at their defaults."""
+        return list(settings(self))
+
+
+Config = TypeVar("Config", bound=Options)
+
+
+def flag_of(name: str) -> str:
+    """`max_length` → `--max-length`."""
+    return "--" + name.replace("_", "-")
+
+
+def options_of(kind: type[Options]) -> Iterator[Option]:
+    """The options of a config class, section by section."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        hint, text, *marks = get_args(hints[field.name])
+        section = next(c for c in kind.__mro__ if field.name in vars(c).get("__annotations__", {}))
+        mark = marks[0] if marks else Mark.NONE
+        group = vars(section).get("group", section.group)
+        yield Option(field.name, _without_none(hint), field.default, text, mark, group)
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (UnionType, Union):
+        return hint
+    return next(part for part in get_args(hint) if part is not NoneType)
+
+
+def marked(kind: type[Options], mark: Mark) -> frozenset[str]:
+    """Names of the options of `kind` that carry `mark`."""
+    return frozenset(option.name for option in options_of(kind) if mark in option.mark)
+
+
+def settings(config: Options) -> dict[str, Any]:
+    """The options that are not at their defaults: what tells one run from another, also after an
+    option was added."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
 def parse_share(text: str) -> float:
-    """Of 5%, 0.05; NaN for what is no share."""
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
-    return float(found[1]) / 100 if found else math.nan
+    """0.05 for 5%; NaN for anything that is not a share."""
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
+    return float(match[1]) / 100 if match else math.nan
 
 
 def parse_number(text: str) -> float:
-    """NaN for what is none, or without end."""
+    """NaN for anything that is not a finite number from 0 on."""
     return float(text) if re.fullmatch(r"\s*\d{1,15}(\.\d{1,9})?\s*", text) else math.nan
+
+
+def split_names(text: str | None) -> list[str]:
+    """Names with commas between, each once."""
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A budget: a share of the rows, a number of rows, of supervised tokens, or every row above zero."""
+    """A budget: a share of the rows, a number of rows, of supervised tokens, or every row above
+    zero."""
 
     kind: Literal["share", "rows", "tokens", "positive"]
     value: float = 0.0
@@ -50,47 +175,12 @@ class Amount:
             return cls("positive")
         if 0 < (share := parse_share(compact)) <= 1:
             return cls("share", share)
-        if (found := re.fullmatch(r"(\d{1,15})(tok)?", compact)) and int(found[1]) > 0:
-            return cls("tokens" if found[2] else "rows", int(found[1]))
+        if (match := re.fullmatch(r"(\d{1,15})(tok)?", compact)) and int(match[1]) > 0:
+            return cls("tokens" if match[2] else "rows", int(match[1]))
         raise BadOption(
-            f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or positive"
+            f"{option} {text}: not an amount; try 5%, 500 (rows), 200000tok (supervised tokens) or "
+            "positive"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command's options have in common."""
-
-    command: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if hint is str:
-                object.__setattr__(self, name, str(getattr(self, name)))
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                known = ", ".join(filter(None, map(str, get_args(hint))))
-                raise BadOption(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: unknown; try one of {known}"
-                )
-        seed = getattr(self, "seed", 0)
-        if not 0 <= seed < 2**32:
-            raise BadOption(f"--seed {seed}: must be between 0 and {2**32 - 1}")
-
-
-def split_names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def settings(config: Options) -> dict[str, Any]:
-    """The options that are not their defaults: what tells one run from another, also after an option was added."""
-    return {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if getattr(config, f.name) != f.default
-    }
-
-
-Config = TypeVar("Config", bound=Options)
 
 
 def to_toml(config: Options) -> str:
@@ -98,13 +188,15 @@ def to_toml(config: Options) -> str:
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(config).items()
+        if value is not None
     }
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     return f"# prism {config.command} --config config.toml\n" + "\n".join(lines) + "\n"
 
 
 def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
-    """Options of a file, checked against the fields of `kind`. Raises BadOption, with the file's name."""
+    """Options of a file, checked against the fields of `kind`. Raises BadOption, with the file's
+    name."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -113,29 +205,26 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
             f"--config {path}: {why}; it must be a TOML file such as a run folder's config.toml"
         ) from None
     values.pop("fingerprints", None)  # what a run folder's config.toml adds
-    known = {field.name: field for field in fields(kind)}
+    options = {option.name: option for option in options_of(kind)}
     for name, value in values.items():
-        if name not in known:
-            near = [f"did you mean {found}?" for found in get_close_matches(name, known, n=1)]
-            told = "; ".join(
-                [f"unknown option {name!r}", *near, f"known are {', '.join(sorted(known))}"]
-            )
-            raise BadOption(f"--config {path}: {told}")
-        default = known[name].default
-        wanted: Sequence[type] = (
-            (list, str)
-            if default == ()
-            else (int, float)
-            if type(default) is float
-            else (str, int, float)  # an amount may be written as a number
-            if type(default) is str
-            else (type(default),)
-        )
-        wrong = isinstance(value, bool) != isinstance(default, bool) or not isinstance(
-            value, tuple(wanted)
-        )
-        if default is not MISSING and wrong:
+        if name not in options:
+            close = [f"did you mean {match}?" for match in get_close_matches(name, options, n=1)]
+            parts = [f"unknown option {name!r}", *close, f"known are {', '.join(sorted(options))}"]
+            raise BadOption(f"--config {path}: {'; '.join(parts)}")
+        types = _toml_types(options[name].kind)
+        if isinstance(value, bool) != (bool in types) or not isinstance(value, types):
             raise BadOption(
-                f"--config {path}: {name} is {value!r}; it must be of type {wanted[0].__name__}"
+                f"--config {path}: {name} is {value!r}; it must be of type {types[0].__name__}"
             )
     return values
+
+
+def _toml_types(kind: Any) -> tuple[type, ...]:
+    """What a value of this kind may be in TOML; the first is the type to name."""
+    if kind == Sequence[str]:
+        return list, str
+    if kind is float:
+        return float, int
+    if kind is str:
+        return str, int, float  # an amount may be written as a number
+    return (str,) if get_origin(kind) is Literal else (kind,)

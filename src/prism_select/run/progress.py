@@ -1,4 +1,5 @@
-"""Progress: what the steps report while they run. They never print; the command line decides what is shown."""
+"""Progress: what the steps report while they run. They never print; the command line decides what
+is shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,13 +1,14 @@
-"""Planning: what a run will cost, from the time that it has taken so far and a few seconds of its engine.
+"""Planning: what a run will cost, from the time that it has taken so far and a few seconds of its
+engine.
 
-seconds = so far (load, target, curvature) + the pool read twice more and encoded + tokens · seconds per token
+seconds = so far (load, target, curvature) + the pool read twice more and encoded + tokens · seconds
+per token
 memory  = the peak of this process after the longest batch of a sample
 disk    = directions + 120 bytes a row
 
-Choices made here: the longest batch runs first and is not timed unless it is alone, so that what is made once counts
-once; then batches of all lengths, for as long as `TIMED` in a plan and as `SHARE` of the scoring in a run, whose pool
-may be so small that none follows.
-"""
+Choices made here: the longest batch runs first and is not timed unless it is alone, so that what is
+made once counts once; then batches of all lengths, for as long as `TIMED` in a plan and as `SHARE`
+of the scoring in a run, whose pool may be so small that none follows."""
 
 import resource
 import sys
@@ -30,7 +31,8 @@ TIMED, SHARE = 4.0, 0.02
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the whole run: supervised and other tokens without padding, wall time, peak memory, and what it writes."""
+    """Of the whole run: supervised and other tokens without padding, wall time, peak memory, and
+    what it writes."""
 
     tokens: int
     seconds: float
@@ -39,7 +41,8 @@ class Plan:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest so far: of the GPU where the model is on one, otherwise of the process."""
+    """Bytes at the highest so far: of the GPU where the model is on one, otherwise of the
+    process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path(

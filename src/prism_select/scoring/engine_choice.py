@@ -7,14 +7,14 @@ import torch
 
 from prism_select.core.check import check, disagreement
 from prism_select.core.engines import ENGINES, Scores
-from prism_select.core.layers import Factored, Weights
+from prism_select.core.layers import Factored, Parameters
 from prism_select.core.likelihood import Batch
 from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, Unreachable
-from prism_select.scoring.fitting import Fitting, Measure, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, Measure, plainly
 from prism_select.scoring.gradient_norms import with_norms
 
 __all__ = ["Checked", "choose_engine", "measure_by"]
@@ -35,12 +35,12 @@ class Checked:
 def choose_engine(
     config: ScoreConfig,
     model: CausalLM,
-    weights: Weights,
+    weights: Parameters,
     directions: Sequence[Factored],
     rows: Sequence[Encoded],
-) -> tuple[Fitting, Checked]:
-    """The engine asked for, or the cheapest that reaches every weight and tells what is asked; checked against the
-    definition either way, on those of `rows` that have a score."""
+) -> tuple[BatchedEngine, Checked]:
+    """The engine asked for, or the cheapest that reaches every weight and tells what is asked;
+    checked against the definition either way, on those of `rows` that have a score."""
     order = engines_for(config, torch.finfo(model.dtype).bits < 32)
     slow = ENGINES["reference"](model, weights, directions)
     exact = slow(collate(rows, model.device))
@@ -74,7 +74,8 @@ def choose_engine(
 def apart(
     name: str, measure: Measure, known: Scores, batch: Batch, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Of an engine's scores from the definition's, and from themselves when taken twice. Raises what `check` does."""
+    """Of an engine's scores from the definition's, and from themselves when taken twice. Raises
+    what `check` does."""
     (found, _), (again, _) = (measure(batch) for _ in range(2))
     return check(name, lambda _: found, lambda _: known, batch, dtype), disagreement(
         again.values, found.values
@@ -98,13 +99,13 @@ def measure_by(
     config: ScoreConfig,
     engine: str,
     model: CausalLM,
-    weights: Weights,
+    weights: Parameters,
     directions: Sequence[Factored],
-) -> Fitting:
+) -> BatchedEngine:
     cosines = config.normalize == "norm"
     plain = (
         with_norms(model, weights, directions)
         if cosines
         else plainly(ENGINES[engine](model, weights, directions))
     )
-    return Fitting(plain, config.tokens_on(model.device.type, graph=engine != "difference"))
+    return BatchedEngine(plain, config.tokens_on(model.device.type, graph=engine != "difference"))

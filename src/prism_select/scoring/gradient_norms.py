@@ -1,4 +1,5 @@
-"""Norms: the length of each example's own gradient, ‖∇loglik‖ over the weights that count, in the pass that scores it.
+"""Norms: the length of each example's own gradient, ‖∇loglik‖ over the weights that count, in the
+pass that scores it.
 
     matrix      ‖Σ_t l_t r_tᵀ‖² = Σ_ts (l_t · l_s)(r_t · r_s)     or the small gradient itself, where that costs less
     embedding   Σ_w ‖Σ_{t: x_t = w} g_t‖²                         w: words
@@ -7,10 +8,10 @@
     the rest    gain of a norm: ‖Σ_t g_t ∘ ∂y_t/∂w‖² where the derivative is diagonal, which is tried;
                 otherwise the module's own gradient, one example at a time
 
-Choices made here: products in the model's dtype, sums of them in float32 or better, over the weights in float64; the
-head's chunks keep no row of logits beyond their end, except of the example that goes on in the next chunk; a large
-weight that is used several times, unless by an embedding and a head, is refused by name.
-"""
+Choices made here: products in the model's dtype, sums of them in float32 or better, over the
+weights in float64; the head's chunks keep no row of logits beyond their end, except of the example
+that goes on in the next chunk; a large weight that is used several times, unless by an embedding
+and a head, is refused by name."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from prism_select.core.layers import (
     Factored,
     Inputs,
     Owner,
-    Weights,
+    Parameters,
     by_example,
     is_closed,
     owners,
@@ -53,13 +54,14 @@ SMALL, FORMED = (
 
 
 def with_norms(
-    model: LanguageModel, weights: Weights, directions: Sequence[Factored]
+    model: LanguageModel, weights: Parameters, directions: Sequence[Factored]
 ) -> Callable[[Batch], tuple[Scores, Float[Tensor, " batch"]]]:
-    """The `reverse` engine, and beside its scores each example's ‖∇loglik‖ over all of `weights`, in nats per unit of
-    length, whatever the directions lack; without directions, the norms and no scores but 0.
+    """The `reverse` engine, and beside its scores each example's ‖∇loglik‖ over all of `weights`,
+    in nats per unit of length, whatever the directions lack; without directions, the norms and no
+    scores but 0.
 
-    Raises what `reverse` does, and BadOption for a large weight used several times in a way without formula.
-    """
+    Raises what `reverse` does, and BadOption for a large weight used several times in a way without
+    formula."""
     observer = _Observer(model, weights)
     engine = reverse(observer, weights, directions or [{}])
 
@@ -74,9 +76,10 @@ Call: TypeAlias = tuple[Inputs, Mapping[str, Any]]
 
 
 class _Observer:
-    """A language model that knows, when a gradient comes, which example each of its rows belongs to."""
+    """A language model that knows, when a gradient comes, which example each of its rows belongs
+    to."""
 
-    def __init__(self, model: LanguageModel, weights: Weights) -> None:
+    def __init__(self, model: LanguageModel, weights: Parameters) -> None:
         self.model, self.network, self.vocabulary, self.weights = (
             model,
             model.network,
@@ -189,7 +192,8 @@ class _Observer:
     def _chunk(
         self, name: str, left: Float[Tensor, "rows a"], right: Float[Tensor, "rows b"]
     ) -> None:
-        """One chunk of the head, its rows in the order of their examples; only the last of these may go on."""
+        """One chunk of the head, its rows in the order of their examples; only the last of these
+        may go on."""
         a, b, start = left.shape[1], right.shape[1], 0
         for example, count in Counter(self.here).items():
             l, r = left[start : start + count], right[start : start + count]  # noqa: E741
@@ -287,8 +291,8 @@ class _Observer:
     def _apart(
         self, owner: Owner, names: Sequence[str], call: Call, place: int, gradient: Tensor
     ) -> Iterator[tuple[int, str, Tensor]]:
-        """What an output's gradient gives the module's weights in the rows of each example: from its own inputs alone,
-        where they lead to the same output, and else from all."""
+        """What an output's gradient gives the module's weights in the rows of each example: from
+        its own inputs alone, where they lead to the same output, and else from all."""
         rows, (size, time) = self._place(owner, gradient), self.batch.tokens.shape
         whole = _again(
             owner, {name: self.weights[name].detach() for name in names}, call, place
@@ -322,7 +326,8 @@ class _Observer:
             )
 
     def _looked_up(self, owner: Owner, call: Call, place: int, gradient: Tensor) -> None:
-        """An embedding of a class of its own: what it does to the words it found is undone first."""
+        """An embedding of a class of its own: what it does to the words it found is undone
+        first."""
         leaf = self.weights[owner.weights["weight"]].detach().requires_grad_()
         with _Lookups() as lookups:
             output = _again(owner, {owner.weights["weight"]: leaf}, call, place)
@@ -338,7 +343,8 @@ class _Observer:
     def _is_diagonal(
         self, owner: Owner, name: str, call: Call, place: int, gradient: Tensor
     ) -> bool:
-        """Whether number i of each row of the output depends on number i of the weight alone; tried once."""
+        """Whether number i of each row of the output depends on number i of the weight alone; tried
+        once."""
         weight, mark = self.weights[name], (owner.name, name, place)
         if weight.shape != gradient.shape[-1:]:
             return False

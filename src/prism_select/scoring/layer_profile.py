@@ -1,11 +1,12 @@
-"""Profile: what each part of the network adds to each score, and which cut of its layers tells labelled rows apart.
+"""Profile: what each part of the network adds to each score, and which cut of its layers tells
+labelled rows apart.
 
     contributions[z, part] = Σ over the part's weights of ∇loglik(z) · d      their sum over all parts is the score
 
-Choices made here: one backward pass for all parts; a part is a block, or what stands outside the blocks under its own
-word; a cut keeps whole parts, those of `select_weights`, so its score is a sum; of equally good cuts the one that keeps
-most comes first. A cut chosen among many looks better on the rows it was chosen on than on others.
-"""
+Choices made here: one backward pass for all parts; a part is a block, or what stands outside the
+blocks under its own word; a cut keeps whole parts, those of `select_parameters`, so its score is a
+sum; of equally good cuts the one that keeps most comes first. A cut chosen among many looks better
+on the rows it was chosen on than on others."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Direction, Weights, owners
+from prism_select.core.layers import Direction, Parameters, owners
 from prism_select.core.likelihood import Batch, LanguageModel
 from prism_select.core.statistics import auroc
 from prism_select.data.batches import collate, plan_batches
@@ -29,7 +30,7 @@ from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example
 from prism_select.data.targets import read_target
-from prism_select.directions.from_pairs import Aim
+from prism_select.directions.from_pairs import DirectionSet
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import blocks_of, upper
 from prism_select.run.config import RepairConfig, ScoreConfig, sides_of
@@ -41,15 +42,17 @@ __all__ = ["Anatomy", "Cut", "anatomy_of", "best_cut", "parts_of", "profile"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """`name` is a value of `--layers`; `auroc` the chance that a labelled row scores above one that is not."""
+    """`name` is a value of `--layers`; `auroc` the chance that a labelled row scores above one that
+    is not."""
 
     name: str
     auroc: float
 
 
-def parts_of(network: nn.Module, weights: Weights) -> Mapping[str, str]:
-    """{weight: part} in the order of the network: block 0, block 1 and so on; embeddings; head; else the module's own
-    word. A head tied to the embeddings is the same weight: embeddings and head."""
+def parts_of(network: nn.Module, weights: Parameters) -> Mapping[str, str]:
+    """{weight: part} in the order of the network: block 0, block 1 and so on; embeddings; head;
+    else the module's own word. A head tied to the embeddings is the same weight: embeddings and
+    head."""
     _, number = blocks_of(network)
     found: dict[str, str] = {}
     for owner in owners(network, weights):
@@ -64,9 +67,10 @@ def parts_of(network: nn.Module, weights: Weights) -> Mapping[str, str]:
 
 
 def profile(
-    model: LanguageModel, weights: Weights, direction: Direction, batches: Iterable[Batch]
+    model: LanguageModel, weights: Parameters, direction: Direction, batches: Iterable[Batch]
 ) -> Float[np.ndarray, "rows parts"]:
-    """Contributions of the parts, in the order in which `parts_of` first names them, rows in that of the batches.
+    """Contributions of the parts, in the order in which `parts_of` first names them, rows in that
+    of the batches.
 
     Raises what `reverse` does.
     """
@@ -85,7 +89,8 @@ def best_cut(
     labels: Bool[np.ndarray, " rows"],
     tokens: Int[np.ndarray, " rows"] | None = None,
 ) -> Sequence[Cut]:
-    """Every cut of these parts, best first: all of them, late, and last:N for each N; the first is the one to take.
+    """Every cut of these parts, best first: all of them, late, and last:N for each N; the first is
+    the one to take.
 
     `tokens` makes scores per token. Labels of one kind alone give an AUROC of NaN everywhere.
     """
@@ -119,7 +124,7 @@ class Anatomy:
 def anatomy_of(
     config: ScoreConfig,
     model: CausalLM,
-    aim: Aim,
+    aim: DirectionSet,
     pooled: tuple[Pool, Encoder, int],
     progress: Progress,
 ) -> Anatomy:

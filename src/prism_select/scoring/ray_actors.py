@@ -4,14 +4,15 @@
     actor     makes its scorer once, from the options and the directions, and turns windows into tables
 
     an actor takes    what it is told; or a GPU and a processor; or where there are no GPUs c processors: the most with
-                      which as many actors as are told find room, but no more than the smallest machine has
+                      which as many actors as are told find room, but no more than the smallest
+                      machine has
     actors            as many as are told, or as find room
 
-Choices made here: Ray restarts an actor that dies, sends its window again and waits for machines; nothing of the kind
-is done here. One window is with an actor at a time, and none with one that has not come up yet, so memory grows with
-the actors and not with the pool, and a cluster that is smaller than hoped for only takes longer. Tables come in any
-order. Where this process has joined a Ray already, that one is used, and left running.
-"""
+Choices made here: Ray restarts an actor that dies, sends its window again and waits for machines;
+nothing of the kind is done here. One window is with an actor at a time, and none with one that has
+not come up yet, so memory grows with the actors and not with the pool, and a cluster that is
+smaller than hoped for only takes longer. Tables come in any order. Where this process has joined a
+Ray already, that one is used, and left running."""
 
 import logging
 import os
@@ -29,10 +30,10 @@ from prism_select.data.records import Raw
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, PeerLost, PrismError
 from prism_select.run.progress import Progress, Silent, Task
-from prism_select.scoring.processes import alone
-from prism_select.scoring.scorer import Scorer, Tally, Window
+from prism_select.scoring.processes import is_single_process
+from prism_select.scoring.scorer import Scorer, TokenCounts, Window
 
-__all__ = ["Crew", "hired"]
+__all__ = ["ActorPool", "hired"]
 
 WORDS = {
     "CPU": "num_cpus",
@@ -41,7 +42,7 @@ WORDS = {
 }  # Ray's own; others are resources by their names
 
 
-class Crew(Tally):
+class ActorPool(TokenCounts):
     """`size` actors, who come when there is work. Raises BadOption where none could."""
 
     patience = 60.0  # seconds in which nothing comes, until that is told; doubled each time
@@ -75,7 +76,7 @@ class Crew(Tally):
         short = f", {room} of which find room as the cluster is now" if room < self.size else ""
         progress.say(f"Ray: {self.size} actors of {in_words(self.needs)}{short}")
 
-    def at_work(self, make: Callable[[], Scorer]) -> "Crew":
+    def at_work(self, make: Callable[[], Scorer]) -> "ActorPool":
         """With `make` where every actor finds it, also after a restart."""
         import ray
 
@@ -95,10 +96,11 @@ class Crew(Tally):
     def tables(
         self, windows: Iterable[Window], task: Task
     ) -> Iterator[tuple[Window, pa.Table | None]]:
-        """Each window, with its table where it is wanted; these come as they are done. Raises what an actor raises."""
-        from ray.util import ActorPool
+        """Each window, with its table where it is wanted; these come as they are done. Raises what
+        an actor raises."""
+        from ray.util import ActorPool as RayPool
 
-        pool, given = ActorPool(self.hands), dict[int, Window]()
+        pool, given = RayPool(self.hands), dict[int, Window]()
         for _ in self.hands:
             pool.submit(lambda hand, _: hand.load.remote(self.box), None)
         for window in windows:
@@ -155,7 +157,8 @@ class Crew(Tally):
 
 
 class _Hand:
-    """An actor. Its scorer is made when first asked for: what is wrong with it is then told as any other error."""
+    """An actor. Its scorer is made when first asked for: what is wrong with it is then told as any
+    other error."""
 
     scorer: Scorer | None = None
 
@@ -204,13 +207,13 @@ def _bare(window: Window) -> Window:
 
 
 @contextmanager
-def hired(config: ScoreConfig, progress: Progress) -> Iterator[Crew | None]:
-    """A crew for as long as the block takes, where Ray is asked for. Raises BadOption without Ray, under torchrun, and
-    where no cluster answers."""
+def hired(config: ScoreConfig, progress: Progress) -> Iterator[ActorPool | None]:
+    """A crew for as long as the block takes, where Ray is asked for. Raises BadOption without Ray,
+    under torchrun, and where no cluster answers."""
     if config.runtime != "ray":
         yield None
         return
-    if not alone():
+    if not is_single_process():
         raise BadOption(
             "--runtime ray: Ray starts processes of its own; start this one without torchrun"
         )
@@ -224,11 +227,11 @@ def hired(config: ScoreConfig, progress: Progress) -> Iterator[Crew | None]:
             "--runtime ray: Ray is not installed; pip install 'prism-select[ray]'"
         ) from None
     ours = not ray.is_initialized()
-    crew: Crew | None = None
+    crew: ActorPool | None = None
     try:
         if ours:
             _start(config.ray_address)
-        yield (crew := Crew(config, progress))
+        yield (crew := ActorPool(config, progress))
     finally:
         if ours:
             with _mute():
@@ -255,8 +258,8 @@ def _mute() -> Iterator[None]:
 
 
 def _start(address: str) -> None:
-    """Joins a cluster, or starts one on this machine, in silence. A polite kill keeps the answer that it had: Ray's own
-    would end this process as if it had failed."""
+    """Joins a cluster, or starts one on this machine, in silence. A polite kill keeps the answer
+    that it had: Ray's own would end this process as if it had failed."""
     import ray
     from ray.exceptions import RayError
 

@@ -6,10 +6,10 @@
 
     several targets     mean, round-robin: the mean of their scores     max: the best of them, and its chosen half
 
-Choices made here: a row that cannot be encoded, or whose score is not finite, gets a reason and no numbers, and harms
-no other row; rows of a window that are the same to the last token are scored once; the rejected half is a difference,
-so that the halves add up to the score to the last bit; a batch that a device has no memory for is tried in halves.
-"""
+Choices made here: a row that cannot be encoded, or whose score is not finite, gets a reason and no
+numbers, and harms no other row; rows of a window that are the same to the last token are scored
+once; the rejected half is a difference, so that the halves add up to the score to the last bit; a
+batch that a device has no memory for is tried in halves."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,20 +24,20 @@ from prism_select.core.likelihood import Batch
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Raw
-from prism_select.directions.layout import Floats, Lines
+from prism_select.directions.layout import DirectionLayout, Floats
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadRow
 from prism_select.run.folder import SHARD
 from prism_select.run.progress import Task
-from prism_select.scoring.fitting import Fitting
+from prism_select.scoring.batched_engine import BatchedEngine
 
-__all__ = ["Scorer", "Tally", "Window"]
+__all__ = ["Scorer", "TokenCounts", "Window"]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Rows of the pool, and their places in it, that are read, sorted by length, scored and written together; `wanted`
-    unless they are another's to score, or scored already."""
+    """Rows of the pool, and their places in it, that are read, sorted by length, scored and written
+    together; `wanted` unless they are another's to score, or scored already."""
 
     number: int
     places: Sequence[int]
@@ -45,9 +45,9 @@ class Window:
     wanted: bool
 
 
-class Tally:
-    """Adds up, over windows: the tokens of all rows; of those that were computed, all and the real ones; the rows that
-    needed no computing, since another of their window is the same."""
+class TokenCounts:
+    """Adds up, over windows: the tokens of all rows; of those that were computed, all and the real
+    ones; the rows that needed no computing, since another of their window is the same."""
 
     tokens = real = computed = repeated = 0
 
@@ -65,12 +65,12 @@ class Tally:
         return 1 - self.real / self.computed if self.computed else 0.0
 
 
-class Scorer(Tally):
+class Scorer(TokenCounts):
     def __init__(
         self,
         encoder: Encoder,
-        measure: Fitting,
-        lines: Lines,
+        measure: BatchedEngine,
+        lines: DirectionLayout,
         config: ScoreConfig,
         device: torch.device,
     ) -> None:
@@ -167,7 +167,8 @@ class Scorer(Tally):
         }
 
     def _by_token(self, batch: Batch, tokens: Floats, along: Floats) -> dict[str, Any]:
-        """What each supervised token adds to the score, and its text: a score belongs to the token predicted."""
+        """What each supervised token adds to the score, and its text: a score belongs to the token
+        predicted."""
         count, best = len(self.lines.targets), self.lines.best
         each = [
             part[:, place] if best else part[:, :count].mean(1)

@@ -12,13 +12,13 @@ from prism_select.core.layers import Factored
 from prism_select.data.bad_rows import refuse_bad_rows
 from prism_select.data.pool import Pool, Survey
 from prism_select.data.records import Pair
-from prism_select.directions.layout import Lines
+from prism_select.directions.layout import DirectionLayout
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadRow
 from prism_select.run.folder import Store, bad_rows_of
 from prism_select.run.progress import Progress
-from prism_select.scoring.processes import World
-from prism_select.scoring.ray_actors import Crew
+from prism_select.scoring.processes import ProcessGroup
+from prism_select.scoring.ray_actors import ActorPool
 from prism_select.scoring.scorer import Scorer, Window
 
 __all__ = ["Inputs", "Work", "going_on", "score_pool"]
@@ -36,12 +36,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Work:
-    """What the leader tells the others: all that scoring takes but the model; `there` are shards already scored. A
-    part of the rows may be `wanted`, in shards of a `kind` of their own."""
+    """What the leader tells the others: all that scoring takes but the model; `there` are shards
+    already scored. A part of the rows may be `wanted`, in shards of a `kind` of their own."""
 
     inputs: Inputs
     directions: Sequence[Factored]
-    lines: Lines
+    lines: DirectionLayout
     engine: str
     there: Mapping[int, Path]
     kind: str = ""
@@ -67,13 +67,13 @@ def score_pool(
     config: ScoreConfig,
     store: Store,
     work: Work,
-    scorer: Scorer | Crew,
-    world: World,
+    scorer: Scorer | ActorPool,
+    processes: ProcessGroup,
     progress: Progress,
 ) -> tuple[list[Path], int]:
-    """Every row that is wanted, window by window; returns the shards, those of all processes, and how many bad rows
-    this one has met so far. Stops as soon as there are too many, or the pool changes; what is scored by then stays,
-    since --max-bad may be raised for the same run."""
+    """Every row that is wanted, window by window; returns the shards, those of all processes, and
+    how many bad rows this one has met so far. Stops as soon as there are too many, or the pool
+    changes; what is scored by then stays, since --max-bad may be raised for the same run."""
     pool, rows = work.inputs.pool, work.inputs.survey.rows
     wanted = rows if work.wanted is None else int(work.wanted.sum())
     windows, bad = 0, work.bad
@@ -81,7 +81,7 @@ def score_pool(
         None  # in the order of the pool, whatever that of the windows
     )
     with progress.task(f"scoring {work.kind}".rstrip(), wanted) as task:
-        for window, table in scorer.tables(windows_of(work, world), task):
+        for window, table in scorer.tables(windows_of(work, processes), task):
             windows += 1
             task.advance(len(window.rows) * (table is None))
             pool.refuse_changes({raw.file for raw, _ in window.rows})
@@ -96,18 +96,18 @@ def score_pool(
                 first = window.number, found[0]
             refuse_bad_rows(config, bad, rows, first and first[1])
     pool.refuse_changes()
-    scorer.sums = [sum(part) for part in zip(*world.gather(scorer.sums), strict=True)]
+    scorer.sums = [sum(part) for part in zip(*processes.gather(scorer.sums), strict=True)]
     shards = store.present_shards(work.kind)
-    if world.size > 1:
+    if processes.size > 1:
         every = [row for number in range(windows) for row in bad_rows_of(shards[number])]
         refuse_bad_rows(config, len(every), rows, next(iter(every), None))
-        world.gather(None)  # all have read the shards before the leader drops them
+        processes.gather(None)  # all have read the shards before the leader drops them
     return [shards[number] for number in range(windows)], bad
 
 
-def windows_of(work: Work, world: World) -> Iterator[Window]:
-    """The pool, or the part of it that is asked for, in windows; wanted are those that this process has to score, and
-    that are not there already."""
+def windows_of(work: Work, processes: ProcessGroup) -> Iterator[Window]:
+    """The pool, or the part of it that is asked for, in windows; wanted are those that this process
+    has to score, and that are not there already."""
     part = work.wanted
     asked = count() if part is None else np.flatnonzero(part).tolist()
     found = zip(asked, work.inputs.pool.rows(part), strict=False)
@@ -115,4 +115,4 @@ def windows_of(work: Work, world: World) -> Iterator[Window]:
         if not (window := list(islice(found, WINDOW))):
             return
         places, rows = zip(*window, strict=True)
-        yield Window(number, places, rows, world.has(number) and number not in work.there)
+        yield Window(number, places, rows, processes.has(number) and number not in work.there)

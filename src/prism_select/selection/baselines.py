@@ -1,4 +1,5 @@
-"""Baselines: the rivals of PRISM. Each gives every row of a pool a number; the highest are taken first.
+"""Baselines: the rivals of PRISM. Each gives every row of a pool a number; the highest are taken
+first.
 
     random      a number drawn                       random-by-source    the same share of every source
     length      supervised tokens                    bm25                words shared with the target
@@ -8,11 +9,10 @@
     less        cosine of ∇loglik and the direction of the chosen answers
     contrast    ∇loglik · (mean ∇loglik of chosen answers − mean ∇loglik of rejected answers)
 
-Choices made here: the rows of the pool are in memory, encoded, as are those of the target: nothing is streamed. One
-pass over the pool serves every rival that only reads, another every rival that goes along a direction. Gradients are
-exact and come from the engine `reverse`. Equal numbers keep the order of the pool; NaN takes no part. All pairs are one
-target.
-"""
+Choices made here: the rows of the pool are in memory, encoded, as are those of the target: nothing
+is streamed. One pass over the pool serves every rival that only reads, another every rival that
+goes along a direction. Gradients are exact and come from the engine `reverse`. Equal numbers keep
+the order of the pool; NaN takes no part. All pairs are one target."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_select.core.engines import ENGINES
-from prism_select.core.layers import Direction, Weights
+from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 from prism_select.core.target_gradient import differentiable, minus, norm, target_gradient
 from prism_select.data.batches import collate, plan_batches
@@ -38,22 +38,22 @@ from prism_select.data.records import Example, Pair
 from prism_select.data.targets import most_alike
 from prism_select.directions.from_pairs import Coded, as_side, encode_sides
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import select_weights
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow
-from prism_select.scoring.fitting import Fitting, of_rows, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, of_rows, plainly
 from prism_select.scoring.gradient_norms import with_norms
 from prism_select.selection.rules import round_robin
 
 __all__ = [
-    "COUNT_RIVALS",
-    "RIVALS",
+    "BASELINES",
+    "COUNT_BASELINES",
     "TEXT_RIVALS",
     "Material",
     "Texts",
     "rank",
     "rankings",
-    "refuse_rivals",
+    "refuse_baselines",
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -61,8 +61,9 @@ Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What can be known of a pool without a model, row by row: its text, all turns of it; where it came from; how many
-    of its tokens are supervised. `wanted` are the texts of the target's chosen sides, prompts included."""
+    """What can be known of a pool without a model, row by row: its text, all turns of it; where it
+    came from; how many of its tokens are supervised. `wanted` are the texts of the target's chosen
+    sides, prompts included."""
 
     texts: Sequence[str]
     sources: Sequence[str]
@@ -73,11 +74,12 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Material(Texts):
-    """The same rows with a model to read them; `pairs` are the target's chosen and rejected sides, which may differ in
-    number for `contrast` alone. `prefix` is what the tokenizer puts before every text (`Encoder.prefix`)."""
+    """The same rows with a model to read them; `pairs` are the target's chosen and rejected sides,
+    which may differ in number for `contrast` alone. `prefix` is what the tokenizer puts before
+    every text (`Encoder.prefix`)."""
 
     model: LanguageModel
-    weights: Weights
+    weights: Parameters
     rows: Sequence[Encoded]
     pairs: Coded
     prefix: Sequence[int] = ()
@@ -94,7 +96,8 @@ class Material(Texts):
         return self.reading(self.rows)
 
     def reading(self, rows: Sequence[Encoded]) -> tuple[Floats, Float[Tensor, "rows width"]]:
-        """Mean loss per supervised token, and the position-weighted mean of the last hidden states."""
+        """Mean loss per supervised token, and the position-weighted mean of the last hidden
+        states."""
         pooling, losses, means = _Pooling(self.model), list[Tensor](), list[Tensor]()
         order = list[int]()
         for places, batch in self.batches(rows):
@@ -115,18 +118,21 @@ class Material(Texts):
     def along(self, directions: Sequence[Direction]) -> Floats:
         """[row, direction]: ∇loglik · direction."""
         engine = ENGINES[self.engine](self.model, self.weights, directions)
-        return of_rows(Fitting(plainly(engine), self.batch_tokens), self.rows, self.device)[0]
+        return of_rows(BatchedEngine(plainly(engine), self.batch_tokens), self.rows, self.device)[0]
 
     def cosines(self, direction: Direction) -> Floats:
         """Of ∇loglik and the direction; 0 for a row without a gradient."""
-        measure = Fitting(with_norms(self.model, self.weights, [direction]), self.batch_tokens)
+        measure = BatchedEngine(
+            with_norms(self.model, self.weights, [direction]), self.batch_tokens
+        )
         scores, norms = of_rows(measure, self.rows, self.device)
         assert norms is not None
         return np.asarray(scores[:, 0] / np.where(norms > 0, norms, 1) / norm(direction))
 
 
 class _Pooling:
-    """A language model that keeps, of its last pass, Σ_t t h_t / Σ_t t over the places t = 1, 2, … of each row."""
+    """A language model that keeps, of its last pass, Σ_t t h_t / Σ_t t over the places t = 1, 2, …
+    of each row."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.network, self.vocabulary, self.model, self.logits = (
@@ -150,8 +156,8 @@ def random(texts: Texts) -> Floats:
 
 
 def random_by_source(texts: Texts) -> Floats:
-    """Random within each source, and of each source the same share but for one row, however many rows are taken:
-    stratified sampling with proportional allocation (Cochran 1977, chapter 5)."""
+    """Random within each source, and of each source the same share but for one row, however many
+    rows are taken: stratified sampling with proportional allocation (Cochran 1977, chapter 5)."""
     drawn, offsets = np.random.default_rng(texts.seed).random((2, len(texts.tokens)))
     found, sources = np.zeros(len(drawn)), np.array(texts.sources, dtype=object)
     for source in dict.fromkeys(texts.sources):
@@ -161,17 +167,19 @@ def random_by_source(texts: Texts) -> Floats:
 
 
 def length(texts: Texts) -> Floats:
-    """Supervised tokens, the longest answer first. Source: Zhao et al. 2024 (arXiv 2402.04833), by whole rows."""
+    """Supervised tokens, the longest answer first. Source: Zhao et al. 2024 (arXiv 2402.04833), by
+    whole rows."""
     return texts.tokens.astype(np.float64)
 
 
 def bm25(texts: Texts) -> Floats:
-    """Mean over the target's chosen sides of Σ_w idf(w) f / (f + k₁ (1 − b + b · words / mean words)), where w runs
-    over the side's words, as often as they stand there, and f counts w in the row; idf = ln(1 + (N − n + ½) / (n + ½)),
-    n of N rows have w; k₁ = 1.5, b = 0.75. Words are runs of letters and digits in lower case, none left out.
+    """Mean over the target's chosen sides of Σ_w idf(w) f / (f + k₁ (1 − b + b · words / mean
+    words)), where w runs over the side's words, as often as they stand there, and f counts w in the
+    row; idf = ln(1 + (N − n + ½) / (n + ½)), n of N rows have w; k₁ = 1.5, b = 0.75. Words are runs
+    of letters and digits in lower case, none left out.
 
-    Source: Robertson and Zaragoza 2009, with Lucene's idf, which is never negative; a rival of LESS (arXiv 2402.04333).
-    """
+    Source: Robertson and Zaragoza 2009, with Lucene's idf, which is never negative; a rival of LESS
+    (arXiv 2402.04333)."""
     import bm25s
 
     rows = [_words(text) for text in texts.texts]
@@ -188,23 +196,26 @@ def _words(text: str) -> list[str]:
 
 
 def loss_top(material: Material) -> Floats:
-    """Mean loss per supervised token, in nats: the rows of highest perplexity first. Source: arXiv 2309.04564 (top)."""
+    """Mean loss per supervised token, in nats: the rows of highest perplexity first. Source: arXiv
+    2309.04564 (top)."""
     return material.read[0]
 
 
 def loss_mid(material: Material) -> Floats:
-    """The rows whose mean loss is nearest to the median of the pool. Source: arXiv 2309.04564 (middle)."""
+    """The rows whose mean loss is nearest to the median of the pool. Source: arXiv 2309.04564
+    (middle)."""
     loss = material.read[0]
     return -np.abs(loss - np.median(loss[np.isfinite(loss)]))
 
 
 def ifd(material: Material) -> Floats:
-    """Instruction-following difficulty: mean loss of the answer after its prompt / mean loss of the answer alone. Above
-    1 the prompt is no help, and the authors' code drops the row: here it comes after all others, turned to −IFD.
+    """Instruction-following difficulty: mean loss of the answer after its prompt / mean loss of the
+    answer alone. Above 1 the prompt is no help, and the authors' code drops the row: here it comes
+    after all others, turned to −IFD.
 
-    Alone are the supervised tokens of a row, with what the tokenizer puts before every text; without any, the first has
-    no context and no loss. NaN where that leaves nothing, or a loss of 0. Source: Li et al. 2023 (arXiv 2308.12032).
-    """
+    Alone are the supervised tokens of a row, with what the tokenizer puts before every text;
+    without any, the first has no context and no loss. NaN where that leaves nothing, or a loss of
+    0. Source: Li et al. 2023 (arXiv 2308.12032)."""
     given, (alone, _) = (
         material.read[0],
         material.reading([_alone(row, material.prefix) for row in material.rows]),
@@ -220,9 +231,10 @@ def _alone(row: Encoded, prefix: Sequence[int]) -> Encoded:
 
 
 def rds(material: Material) -> Floats:
-    """RDS+: rows and the target's chosen sides, prompts included, as position-weighted means of their last hidden
-    states; each target takes, in turn, the row of highest cosine that is left. Source: Ivison et al. 2025 (arXiv
-    2503.01807); in their code a target whose best row is taken already loses that turn."""
+    """RDS+: rows and the target's chosen sides, prompts included, as position-weighted means of
+    their last hidden states; each target takes, in turn, the row of highest cosine that is left.
+    Source: Ivison et al. 2025 (arXiv 2503.01807); in their code a target whose best row is taken
+    already loses that turn."""
     pool, target = (
         torch.nn.functional.normalize(means.double(), dim=1)
         for means in (material.read[1], material.reading(material.pairs[0])[1])
@@ -231,10 +243,10 @@ def rds(material: Material) -> Floats:
 
 
 def less(material: Material) -> Floats:
-    """LESS: cosine of a row's gradient and the mean gradient of the target's chosen answers, each a mean over its
-    tokens. Source: Xia et al. 2024 (arXiv 2402.04333). Here exact over the weights that count, at one checkpoint, and
-    without their random projection, their warm-up and their Adam moments; their code was not compared. A row without a
-    gradient gets 0."""
+    """LESS: cosine of a row's gradient and the mean gradient of the target's chosen answers, each a
+    mean over its tokens. Source: Xia et al. 2024 (arXiv 2402.04333). Here exact over the weights
+    that count, at one checkpoint, and without their random projection, their warm-up and their Adam
+    moments; their code was not compared. A row without a gradient gets 0."""
     return material.cosines(material.direction("unpaired"))
 
 
@@ -244,20 +256,23 @@ def uniform(material: Material) -> Direction:
 
 
 def hard(material: Material) -> Direction:
-    """PRISM's score with pairs weighted as in DPO, those not yet learned most (core/gains.py; arXiv 2305.18290)."""
+    """PRISM's score with pairs weighted as in DPO, those not yet learned most (core/gains.py; arXiv
+    2305.18290)."""
     return material.direction("hard")
 
 
 def unpaired(material: Material) -> Direction:
-    """PRISM's score with chosen answers alone (core/gains.py): what a first-order influence on their loss is."""
+    """PRISM's score with chosen answers alone (core/gains.py): what a first-order influence on
+    their loss is."""
     return material.direction("unpaired")
 
 
 def contrast(material: Material) -> Direction:
-    """Two groups without pairs: ∇loglik(row) · (mean ∇loglik of chosen answers − mean ∇loglik of rejected ones), each
-    mean over its own group. Log-likelihoods are summed over tokens, so long answers count more, and nothing is weighted
-    by preference. Source: IF-Guide's differential attribution (arXiv 2506.01790), by rows, with a flat curvature, read
-    from their code: the paper's own equation was not compared."""
+    """Two groups without pairs: ∇loglik(row) · (mean ∇loglik of chosen answers − mean ∇loglik of
+    rejected ones), each mean over its own group. Log-likelihoods are summed over tokens, so long
+    answers count more, and nothing is weighted by preference. Source: IF-Guide's differential
+    attribution (arXiv 2506.01790), by rows, with a flat curvature, read from their code: the
+    paper's own equation was not compared."""
     chosen, rejected = (_mean_gradient(material, rows) for rows in material.pairs)
     return minus(chosen, rejected)
 
@@ -278,14 +293,14 @@ def _mean_gradient(material: Material, rows: Sequence[Encoded]) -> Direction:
     return {name: value / len(rows) for name, value in total.items()}
 
 
-COUNT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {  # which need no text
+COUNT_BASELINES: Mapping[str, Callable[[Texts], Floats]] = {  # which need no text
     "random": random,
     "random-by-source": random_by_source,
     "length": length,
 }
 
 
-TEXT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {**COUNT_RIVALS, "bm25": bm25}
+TEXT_RIVALS: Mapping[str, Callable[[Texts], Floats]] = {**COUNT_BASELINES, "bm25": bm25}
 
 
 MODEL_RIVALS: Mapping[str, Callable[[Material], Floats]] = {
@@ -305,7 +320,7 @@ GRADIENT_RIVALS: Mapping[str, Callable[[Material], Direction]] = {
 }
 
 
-RIVALS = (*TEXT_RIVALS, *MODEL_RIVALS, *GRADIENT_RIVALS)
+BASELINES = (*TEXT_RIVALS, *MODEL_RIVALS, *GRADIENT_RIVALS)
 
 
 def rank(names: Sequence[str], material: Material) -> dict[str, Floats]:
@@ -318,17 +333,17 @@ def rank(names: Sequence[str], material: Material) -> dict[str, Floats]:
     return found
 
 
-WITHOUT_TARGET = (*COUNT_RIVALS, "loss-top", "loss-mid", "ifd")
+WITHOUT_TARGET = (*COUNT_BASELINES, "loss-top", "loss-mid", "ifd")
 
 
-def refuse_rivals(
-    option: str, names: Sequence[str], target: bool, known: Sequence[str] = RIVALS
+def refuse_baselines(
+    option: str, names: Sequence[str], target: bool, known: Sequence[str] = BASELINES
 ) -> None:
     """Raises BadOption for a rival that nobody knows, or that needs pairs where there are none."""
     for name in names:
         if name not in known:
             raise BadOption(f"{option} {name}: unknown; try some of {', '.join(known)}")
-        if name in RIVALS and name not in WITHOUT_TARGET and not target:
+        if name in BASELINES and name not in WITHOUT_TARGET and not target:
             raise BadOption(
                 f"{option} {name}: needs pairs, and a saved direction has none; give --target"
             )
@@ -341,8 +356,8 @@ def rankings(
     pool: Pool,
     targets: Mapping[str, Sequence[Pair]],
 ) -> dict[str, Floats]:
-    """Of each rival a number for every row of the pool, the highest first; `targets` are the pairs as the run has them,
-    in repair exchanged already."""
+    """Of each rival a number for every row of the pool, the highest first; `targets` are the pairs
+    as the run has them, in repair exchanged already."""
     model, encoder = loaded
     pairs = [pair for each in targets.values() for pair in most_alike(each, config.nearest_share)]
     rows, texts, sources, places, count = list[Encoded](), list[str](), list[str](), list[int](), 0
@@ -360,7 +375,7 @@ def rankings(
         wanted=[pair.chosen.text for pair in pairs],
         seed=config.seed,
         model=model,
-        weights=select_weights(model.network, config.layers),
+        weights=select_parameters(model.network, config.layers),
         rows=rows,
         pairs=encode_sides(pairs, encoder),
         prefix=encoder.prefix,

@@ -1,13 +1,14 @@
 """Cascade: exact scores where the best rows may be, and guesses for the rest.
 
-    look at every row, through the lower blocks → score a random sample → guess → score the rows guessed highest
-    → guess again, until the recall of the best m rows, as the sample tells it, reaches `--recall`
+    look at every row, through the lower blocks → score a random sample → guess → score the rows
+    guessed highest → guess again, until the recall of the best m rows, as the sample tells it,
+    reaches `--recall`
 
-Choices made here: rounds score half of what the sample says is still needed, since the guess that follows is better;
-where that is more than `WORTH` of the pool `PATIENCE` times in a row, all of it is scored and nothing is guessed (a
-first guess learns from few rows). What a round scores is written down before it starts, so that a run that was stopped
-goes on to the same end. Rows are scored along one direction; only the best along that of their chosen half too.
-"""
+Choices made here: rounds score half of what the sample says is still needed, since the guess that
+follows is better; where that is more than `WORTH` of the pool `PATIENCE` times in a row, all of it
+is scored and nothing is guessed (a first guess learns from few rows). What a round scores is
+written down before it starts, so that a run that was stopped goes on to the same end. Rows are
+scored along one direction; only the best along that of their chosen half too."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,15 +26,15 @@ from torch import Tensor
 
 from prism_select.core.likelihood import Batch
 from prism_select.data.encoding import Encoded
-from prism_select.directions.layout import Lines
+from prism_select.directions.layout import DirectionLayout
 from prism_select.run.config import ScoreConfig
 from prism_select.run.folder import SHARD, Store
-from prism_select.scoring.fitting import Fitting
+from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.scorer import Scorer
-from prism_select.selection.cascade_guess import FEATURES, Recall, cut_for, guessed, recall_of
+from prism_select.selection.cascade_prediction import FEATURES, Recall, cut_for, guessed, recall_of
 from prism_select.selection.rules import budget_of, limit_of
 
-__all__ = ["Cascade", "Looker"]
+__all__ = ["Cascade", "FeatureScorer"]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -65,14 +66,14 @@ PLACED = ("row", "id", "source", "file", "line", "reason")
 SEEN = (*PLACED, "tokens", "length", "truncated")
 
 
-class Looker(Scorer):
+class FeatureScorer(Scorer):
     """Features in place of scores, of what another scorer would score."""
 
     def __init__(self, look: Callable[[Batch], Tensor], scorer: Scorer) -> None:
-        fitting = Fitting(
+        fitting = BatchedEngine(
             scorer.measure.measure, scorer.config.tokens_on(scorer.device.type, graph=False)
         )
-        super().__init__(scorer.encoder, fitting, Lines(), scorer.config, scorer.device)
+        super().__init__(scorer.encoder, fitting, DirectionLayout(), scorer.config, scorer.device)
         self.look = look
 
     @property
@@ -106,8 +107,8 @@ class Seen:
 
 @dataclass
 class Search:
-    """How far it came: exact scores, NaN elsewhere, and a guess of each; `tried` rows that have none are bad; `halved`
-    rows have their halves already."""
+    """How far it came: exact scores, NaN elsewhere, and a guess of each; `tried` rows that have
+    none are bad; `halved` rows have their halves already."""
 
     exact: Floats
     guess: Floats
@@ -121,12 +122,13 @@ class Search:
 
 @dataclass(frozen=True)
 class Cascade:
-    """`through` scores the rows that are wanted (None: all) and returns their shards, which it names by their kind."""
+    """`through` scores the rows that are wanted (None: all) and returns their shards, which it
+    names by their kind."""
 
     config: ScoreConfig
     store: Store
     through: Callable[[str, Scorer, Bools | None], list[Path]]
-    looker: Looker
+    looker: FeatureScorer
     quick: Scorer
     half: Scorer
     full: Scorer
@@ -210,8 +212,8 @@ class Cascade:
         raise AssertionError("unreachable")
 
     def _score(self, number: int, rows: Rows, search: Search, everything: bool) -> None:
-        """A round, of the rows that were written down for it where it was begun before; one of everything, with its
-        halves."""
+        """A round, of the rows that were written down for it where it was begun before; one of
+        everything, with its halves."""
         begun, _ = self.store.sound_shards("wanted")
         path = begun.get(number) or self.store.write_shard(
             number, pa.table({"row": np.sort(rows)}), "wanted"
@@ -275,7 +277,8 @@ class _Shards:
         self.spans = [(path, rows[0], rows[-1]) for path, rows in every]
 
     def at(self, rows: Rows) -> pa.Table | None:
-        """A line for each of these rows, which follow one another, of nulls where nothing is known; None for none."""
+        """A line for each of these rows, which follow one another, of nulls where nothing is known;
+        None for none."""
         parts = [
             pq.read_table(path)
             for path, low, high in self.spans

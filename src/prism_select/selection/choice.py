@@ -1,11 +1,12 @@
-"""Choice: scores in, verdicts and files out. Needs no model, so `--select-from` can choose again in seconds.
+"""Choice: scores in, verdicts and files out. Needs no model, so `--select-from` can choose again in
+seconds.
 
     scores + rules → verdict per row → scores.parquet   selected.jsonl   removed.jsonl   quarantine.jsonl
 
-Choices made here: rows are copied from the pool as they came, in the order of the pool, in one pass that neither holds
-nor understands them; texts are read again only for rows that could be chosen, and only when near-duplicates are looked
-for. Of the scores, columns of numbers are held and the rest goes by; rank correlations of more than a million rows are
-those of a million drawn from them.
+Choices made here: rows are copied from the pool as they came, in the order of the pool, in one pass
+that neither holds nor understands them; texts are read again only for rows that could be chosen,
+and only when near-duplicates are looked for. Of the scores, columns of numbers are held and the
+rest goes by; rank correlations of more than a million rows are those of a million drawn from them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ class Chosen:
 
 
 def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
-    """What would stop the choice in the end, found before a model is loaded: `rows` of the pool are good."""
+    """What would stop the choice in the end, found before a model is loaded: `rows` of the pool are
+    good."""
     option, budget = budget_of(config)
     if budget.kind == "rows":
         limit_of(option, budget, np.zeros(rows), np.zeros(rows, dtype=np.int64))
@@ -53,9 +55,9 @@ def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
 def refuse_budget(
     config: ScoreConfig, sampled: Sequence[int], rows: int, every: Callable[[], Iterator[int]]
 ) -> None:
-    """Raises BadOption when `rows` good rows do not fill the budget. `sampled` are the supervised tokens of a sample of
-    them, 0 where a row cannot be encoded; only where twice the budget is more than they promise are the tokens of
-    `every` row counted."""
+    """Raises BadOption when `rows` good rows do not fill the budget. `sampled` are the supervised
+    tokens of a sample of them, 0 where a row cannot be encoded; only where twice the budget is more
+    than they promise are the tokens of `every` row counted."""
     option, budget = budget_of(config)
     units = {"rows": [min(1, tokens) for tokens in sampled], "tokens": sampled}.get(budget.kind)
     if units and 2 * budget.value > sum(units) / len(units) * rows:
@@ -71,8 +73,8 @@ def choose_and_write(
     columns: Columns | None = None,
     searched: int | None = None,
 ) -> Chosen:
-    """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from them. A cascade has
-    `searched` for so many of the best rows."""
+    """Verdicts for the rows of `tables` (given as often as asked), and the files that follow from
+    them. A cascade has `searched` for so many of the best rows."""
     columns = columns or columns_of(config, tables())
     verdicts = decide(config, columns, pool)
     figures: dict[str, Any] = summary_figures(config, columns, verdicts)

@@ -37,7 +37,8 @@ def beyond(searched: int | None, columns: Columns, verdicts: Verdicts) -> list[s
 
 
 def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) -> dict[str, Any]:
-    """How well the ranking finds the rows that are known to be bad; rows without a score or a label are left out."""
+    """How well the ranking finds the rows that are known to be bad; rows without a score or a label
+    are left out."""
     labels = labels_of(field, pool)
     usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
     truth = np.array([bool(label) for label in labels])[usable]
@@ -58,9 +59,9 @@ def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) 
 
 
 def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
-    """A warning where the source that raises the chosen answers most stands last, because it raises the rejected ones
-    more: a gap alone may not be what the user wants. Means by source, of those with `ENOUGH` scored rows; none where
-    only the best rows have halves."""
+    """A warning where the source that raises the chosen answers most stands last, because it raises
+    the rejected ones more: a gap alone may not be what the user wants. Means by source, of those
+    with `ENOUGH` scored rows; none where only the best rows have halves."""
     size = len(columns.sources)
     count, raised, stands = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
     for some in slices(len(columns.score)):
@@ -91,7 +92,8 @@ def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
 
 
 def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Verdicts) -> dict[str, Any]:
-    """Shares of each source in the pool and in the choice, and how far length, damping and the pairs decide."""
+    """Shares of each source in the pool and in the choice, and how far length, damping and the
+    pairs decide."""
     scored, taken = np.isfinite(columns.score), verdicts.among("selected", "removed")
     read, chosen = (counted(columns.source, len(columns.sources), rows) for rows in (scored, taken))
     shares = {

@@ -66,8 +66,8 @@ def in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def copy_rows(
     pool: Pool, verdicts: Verdicts, places: Mapping[str, IO[bytes]], reasons: Mapping[int, str]
 ) -> None:
-    """Each row of the pool to the file of its verdict, where there is one. Raises BadFile where there are fewer rows
-    than verdicts."""
+    """Each row of the pool to the file of its verdict, where there is one. Raises BadFile where
+    there are fewer rows than verdicts."""
     to = [places.get(name) for name in verdicts.names]
     aside = list(verdicts.names).index("quarantined")
     copied, codes = 0, iter(verdicts.codes.data)

@@ -10,11 +10,11 @@ class UnreadText(LookupError):
 
 
 class NearDuplicates:
-    """Says of each row, in the order asked, whether a row taken before is `threshold` similar or more.
+    """Says of each row, in the order asked, whether a row taken before is `threshold` similar or
+    more.
 
-    Similarity: share of common runs of three words (Jaccard), estimated by MinHash with 128 permutations
-    (Broder 1997; standard error at most 0.045).
-    """
+    Similarity: share of common runs of three words (Jaccard), estimated by MinHash with 128
+    permutations (Broder 1997; standard error at most 0.045)."""
 
     def __init__(self, threshold: float, texts: Mapping[int, str]) -> None:
         from datasketch import MinHash, MinHashLSH

@@ -48,8 +48,8 @@ def with_ranking(
 
 
 def columns_of(config: ScoreConfig, tables: Iterable[pa.Table]) -> Columns:
-    """Raises BadOption where the scores of an earlier run lack what the choice goes by. Columns grow in place: as lists
-    of pieces they would take their memory twice."""
+    """Raises BadOption where the scores of an earlier run lack what the choice goes by. Columns
+    grow in place: as lists of pieces they would take their memory twice."""
     more = re.compile(r"score:|score_cosine$|score_damping_|rank_by$|exact$")
     parts, sources, reasons = (
         defaultdict[str, bytearray](bytearray),
@@ -124,7 +124,8 @@ def ranked_by(config: ScoreConfig, whole: Mapping[str, NDArray[np.float64]]) -> 
 
 
 def guesses_last(ranking: NDArray[np.float64], exact: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Places, counted down from 0: exact numbers by their order, then guesses by theirs; NaN where there is neither."""
+    """Places, counted down from 0: exact numbers by their order, then guesses by theirs; NaN where
+    there is neither."""
     order, known = np.lexsort((-ranking, ~exact)), np.isfinite(ranking)
     places = np.empty(len(ranking))
     places[order] = -np.arange(len(ranking))

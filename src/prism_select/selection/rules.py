@@ -3,11 +3,11 @@
     rows are walked from the highest score down; each is taken unless a rule speaks against it:
     its source is at its cap, it nearly repeats a row already taken, or the budget is spent
 
-Choices made here: equal scores keep the order of the pool; the walk stops at the first row that no longer fits the
-budget, so every row `over budget` scores at most as high as every row taken; a cap is a share of the budget, in its
-own unit; rows that cannot be scored never take part. Rows are sorted in bands, the best first and only as far as the
-walk goes, so that a hundred million of them take little more memory than their scores.
-"""
+Choices made here: equal scores keep the order of the pool; the walk stops at the first row that no
+longer fits the budget, so every row `over budget` scores at most as high as every row taken; a cap
+is a share of the budget, in its own unit; rows that cannot be scored never take part. Rows are
+sorted in bands, the best first and only as far as the walk goes, so that a hundred million of them
+take little more memory than their scores."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ class Rules:
 
 
 def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float:
-    """The budget in its own unit (rows, or supervised tokens). Raises BadOption when the pool is smaller."""
+    """The budget in its own unit (rows, or supervised tokens). Raises BadOption when the pool is
+    smaller."""
     scored = np.isfinite(scores)
     if budget.kind == "positive":
         return float((scores[scored] > 0).sum())
@@ -63,8 +64,8 @@ def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float
 
 
 def best_first(scores: Floats, count: int) -> Iterator[NDArray[np.int64]]:
-    """Rows from the highest finite score down, in bands: `count` rows or more (a band has all rows of equal score),
-    then four times as many, and so on."""
+    """Rows from the highest finite score down, in bands: `count` rows or more (a band has all rows
+    of equal score), then four times as many, and so on."""
     below, count = np.inf, max(1, count)
     while len(left := scores[(scores < below) & (scores > -np.inf)]):
         if (rest := len(left) - count) > 0:
@@ -79,8 +80,8 @@ def best_first(scores: Floats, count: int) -> Iterator[NDArray[np.int64]]:
 def choose(
     scores: Floats, tokens: Ints, sources: Ints, rules: Rules, limit: float
 ) -> NDArray[np.int8]:
-    """One of OUTCOMES per row, as its place there: quarantined is a row whose score is not finite. `sources` are
-    numbers from 0."""
+    """One of OUTCOMES per row, as its place there: quarantined is a row whose score is not finite.
+    `sources` are numbers from 0."""
     verdicts = np.full(len(scores), OVER, dtype=np.int8)
     verdicts[~np.isfinite(scores)] = QUARANTINED
     in_tokens, positive = rules.budget.kind == "tokens", rules.budget.kind == "positive"
@@ -111,7 +112,8 @@ class _Walk:
     def through(
         self, rows: NDArray[np.int64], prices: Floats, verdicts: NDArray[np.int8], spent: float
     ) -> tuple[int, float]:
-        """How many of `rows` were passed before the budget was spent, and what they cost with `spent`."""
+        """How many of `rows` were passed before the budget was spent, and what they cost with
+        `spent`."""
         for place, (row, price, source) in enumerate(self._listed(rows, prices)):
             if spent + price > self.limit:
                 return place, spent
@@ -126,7 +128,8 @@ class _Walk:
         return len(rows), spent
 
     def _listed(self, rows: NDArray[np.int64], prices: Floats) -> Iterator[tuple[int, float, int]]:
-        """Row, price and source, of a few rows at a time: as numbers of Python they take much memory."""
+        """Row, price and source, of a few rows at a time: as numbers of Python they take much
+        memory."""
         for start in range(0, len(rows), 1 << 16):
             some = rows[start : start + (1 << 16)]
             yield from zip(
@@ -138,8 +141,8 @@ class _Walk:
 
 
 def round_robin(each: Floats) -> Floats:
-    """Minus the turn at which each row is taken when every target (column) takes its best row that is left, one after
-    another; NaN for rows without a score."""
+    """Minus the turn at which each row is taken when every target (column) takes its best row that
+    is left, one after another; NaN for rows without a score."""
     finite = np.isfinite(each).all(1)
     orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in each[finite].T]
     turns = np.zeros(int(finite.sum()))

@@ -15,7 +15,7 @@ from prism_select.data.encoding import Encoded
 from prism_select.directions.layout import Floats
 from prism_select.run.errors import TooLarge, out_of_memory
 
-__all__ = ["Fitting", "Measure", "of_rows", "plainly"]
+__all__ = ["BatchedEngine", "Measure", "of_rows", "plainly"]
 
 Measure: TypeAlias = Callable[
     [Batch], tuple[Scores, Float[Tensor, " batch"] | None]
@@ -26,10 +26,10 @@ def plainly(engine: Engine) -> Measure:
     return lambda batch: (engine(batch), None)
 
 
-class Fitting:
-    """A measure that takes as many rows of a batch together as fit: at most so many tokens, padding included, until
-    that once was more than the device has memory for; then half, here and ever after. Raises TooLarge for a row that
-    does not fit by itself."""
+class BatchedEngine:
+    """A measure that takes as many rows of a batch together as fit: at most so many tokens, padding
+    included, until that once was more than the device has memory for; then half, here and ever
+    after. Raises TooLarge for a row that does not fit by itself."""
 
     def __init__(self, measure: Measure, tokens: int) -> None:
         self.measure, self.tokens = measure, tokens
@@ -57,7 +57,7 @@ class Fitting:
 
 
 def of_rows(
-    measure: Fitting, rows: Sequence[Encoded], device: torch.device
+    measure: BatchedEngine, rows: Sequence[Encoded], device: torch.device
 ) -> tuple[Floats, Floats | None]:
     """Of each row the scores [row, direction], and the gradient's norm where it is measured."""
     order, found, lengths = list[int](), list[Floats](), list[Floats]()

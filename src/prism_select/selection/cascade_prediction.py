@@ -1,15 +1,16 @@
-"""Surrogate: a cheap guess of every score, and how many of the best rows are still missed when some are scored exactly.
+"""Surrogate: a cheap guess of every score, and how many of the best rows are still missed when some
+are scored exactly.
 
     features    states before and after the first blocks, averaged over the supervised tokens, through a random
                 projection; tokens and length
     guess       kernel ridge regression on them, from the rows that are scored exactly, with some of them as centres
-    missed(τ) = unscored rows · share that reaches τ among rows of a random sample that the guess would have left out
+    missed(τ) = unscored rows · share that reaches τ among rows of a random sample that the guess
+    would have left out
     recall    = exact scores ≥ τ / m      τ: the highest with that number + missed(τ) ≥ m, the rows looked for
 
-Choices made here: a row of the sample is guessed as if it had not been scored (its residual over one minus its
-leverage), so that it stands for the rows that nobody scored; what was found is known and not estimated, so the interval
-(Clopper and Pearson 1934) is that of what was missed alone.
-"""
+Choices made here: a row of the sample is guessed as if it had not been scored (its residual over
+one minus its leverage), so that it stands for the rows that nobody scored; what was found is known
+and not estimated, so the interval (Clopper and Pearson 1934) is that of what was missed alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ class _Enough(Exception):
 
 
 def looking(model: LanguageModel, seed: int) -> Callable[[Batch], Float[Tensor, "batch features"]]:
-    """Features of a batch: a pass through the first `DEPTH` of the blocks, and no head. Raises BadModel where the
-    network is no stack of blocks."""
+    """Features of a batch: a pass through the first `DEPTH` of the blocks, and no head. Raises
+    BadModel where the network is no stack of blocks."""
     _, blocks = stack_of(model.network)
     deep = max(1, round(DEPTH * len(blocks)))
     if deep >= len(blocks):
@@ -133,7 +134,8 @@ def guessed(
     sample: NDArray[np.int64],
     seed: int,
 ) -> Guess:
-    """From the rows whose `exact` score is not NaN; `sample` are the places of those drawn at random."""
+    """From the rows whose `exact` score is not NaN; `sample` are the places of those drawn at
+    random."""
     known = np.flatnonzero(np.isfinite(exact))
     rows = features[known]
     middle, spread = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64) + TINY
@@ -182,7 +184,8 @@ def _kernel(a: Floats, b: Floats) -> Floats:
 
 
 def recall_of(exact: Floats, alike: Bools, unscored: int, best: int) -> Recall:
-    """`alike`: of the rows with an `exact` score, those of the sample that the guess would have left out."""
+    """`alike`: of the rows with an `exact` score, those of the sample that the guess would have
+    left out."""
     order = np.argsort(-exact, kind="stable")
     reach, among = alike[order].cumsum(), max(1, int(alike.sum()))
     shares = (
@@ -199,7 +202,8 @@ def recall_of(exact: Floats, alike: Bools, unscored: int, best: int) -> Recall:
 
 
 def cut_for(guess: Floats, reaches: Bools, missable: int) -> float:
-    """The guess down to which rows must still be scored, so that of the sample's rows that reach the threshold and are
-    not yet found no more than `missable` stay out; infinite where that is so already."""
+    """The guess down to which rows must still be scored, so that of the sample's rows that reach
+    the threshold and are not yet found no more than `missable` stay out; infinite where that is so
+    already."""
     wanted = np.sort(guess[reaches])
     return float(wanted[missable]) if len(wanted) > missable else float("inf")
