@@ -8,7 +8,9 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+from prism_select.data import streams
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example
 from prism_select.data.targets import read_target
@@ -34,9 +36,14 @@ LIMIT = 4096  # bytes in a row
 def read_all(path: Path) -> int:
     """Reads a file as a pool and as a target; returns the rows of the pool. Raises what no file
     should cause."""
+    with patch.object(streams, "ROW_BYTES", LIMIT):
+        return _read(path)
+
+
+def _read(path: Path) -> int:
     count = 0
     try:
-        for raw, row in Pool([str(path)], {}, LIMIT).rows():
+        for raw, row in Pool([str(path)], {}).rows():
             count += 1
             assert isinstance(row, Example | BadRow) and (raw.fields is None) == (
                 raw.problem is not None
@@ -49,7 +56,7 @@ def read_all(path: Path) -> int:
     except PrismError as error:
         one_line(error)
     try:
-        for pair in read_target(str(path), {}, LIMIT):
+        for pair in read_target(str(path), {}):
             pair.chosen.text.encode()
     except PrismError as error:
         one_line(error)

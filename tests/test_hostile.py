@@ -24,10 +24,11 @@ import zstandard
 from conftest import CHATML, PEAK, Outcome, Row, jsonl, prism, prism_apart, save_model
 
 from prism_select.commands import pipeline
+from prism_select.data import streams
 from prism_select.data.encoding import Encoder
 from prism_select.data.files import read_rows
 from prism_select.data.records import Example, Turn
-from prism_select.run.config import ROW_BYTES
+from prism_select.data.streams import ROW_BYTES
 from prism_select.run.errors import BadFile, BadRow
 from prism_select.scoring import shards
 
@@ -121,7 +122,7 @@ def test_an_archive_or_a_line_that_goes_on_for_ever_takes_bounded_memory(
     assert int(added) < (100 if name == "pool.json.gz" else 60) * MEGABYTE
     if name == "pool.json.gz":
         assert rows == [
-            f"{file}:2: broken JSON array: an element is longer than --max-row-bytes allows ({ROW_BYTES:,}); mend it "
+            f"{file}:2: broken JSON array: an element has more than {ROW_BYTES:,} bytes; mend it "
             "there, or write one object per line"
         ]
     else:
@@ -132,9 +133,10 @@ def test_an_archive_or_a_line_that_goes_on_for_ever_takes_bounded_memory(
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "json", "parquet"])
 def test_a_row_of_the_longest_length_is_read_and_one_byte_more_is_not(
-    tmp_path: Path, ending: str
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2000
+    monkeypatch.setattr(streams, "ROW_BYTES", limit)
     wrapping = {"jsonl": 12, "json": 12, "parquet": 12, "csv": 0}[ending]  # of {"text": ""}
     for more, good in ((0, True), (1, False)):
         texts = ["a", "x" * (limit - wrapping + more), "b"]
@@ -148,35 +150,37 @@ def test_a_row_of_the_longest_length_is_read_and_one_byte_more_is_not(
             path.write_text(
                 "\n".join(rows) + "\n" if ending == "jsonl" else "[" + ",\n".join(rows) + "]"
             )
-        found = list(read_rows(str(path), limit))
+        found = list(read_rows(str(path)))
         assert [row.fields is not None for row in found] == [True, good, True]
         assert [row.line for row in found] == [line + (ending == "csv") for line in (1, 2, 3)]
         if not good:
-            assert (
-                "--max-row-bytes allows 2,000" in (found[1].problem or "")
-                and len(found[1].text) < 1100
-            )
+            assert "at most 2,000 are read" in (found[1].problem or "")
+            assert len(found[1].text) < 1100
 
 
-def test_a_quote_that_is_never_closed_costs_a_bounded_piece_of_a_table(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_costs_a_bounded_piece_of_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "ROW_BYTES", 2000)
     path = tmp_path / "pool.csv"
     path.write_text("text\n" + 'a\n"' + "word\n" * 5000)
-    found = list(read_rows(str(path), 2000))
-    assert found[0].fields == {"text": "a"} and "--max-row-bytes" in (found[1].problem or "")
+    found = list(read_rows(str(path)))
+    assert found[0].fields == {"text": "a"} and "at most 2,000" in (found[1].problem or "")
     assert found[-1].fields == {"text": "word"} and found[-1].line == 5002
 
 
-def test_a_long_row_is_set_aside_with_its_beginning_and_the_rest_is_scored(desk: Desk) -> None:
+def test_a_long_row_is_quarantined_with_its_beginning_and_the_others_are_scored(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "ROW_BYTES", 2000)
     long = {"prompt": "Q?", "completion": "x" * 5000}
-    done = desk.call("--max-row-bytes", 2000, "--max-bad", "10%", pool=[*GOOD[:5], long, *GOOD[5:]])
+    done = desk.call("--max-bad", "10%", pool=[*GOOD[:5], long, *GOOD[5:]])
     assert done.code == 0, done.err
     (aside,) = (
         json.loads(line) for line in (desk.out / "quarantine.jsonl").read_text().splitlines()
     )
-    assert (
-        aside["line"] == 6
-        and "5,034 bytes in one row, and --max-row-bytes allows 2,000" in aside["reason"]
-    )
+    assert aside["line"] == 6
+    assert "5,034 bytes in one row, and at most 2,000 are read" in aside["reason"]
     assert aside["raw"].startswith('{"prompt": "Q?"') and len(aside["raw"]) < 1100
     assert pq.read_table(desk.out / "scores.parquet")["verdict"].to_pylist().count("scored") == 10
 
@@ -546,13 +550,16 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_line(desk: Desk) -> No
     assert files and not any(secret.encode() in path.read_bytes() for path in files)
 
 
-def test_an_endless_element_of_an_array_stops_with_its_line(tmp_path: Path) -> None:
+def test_an_endless_element_of_an_array_stops_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "ROW_BYTES", 2000)
     path = tmp_path / "pool.json"
     path.write_text('[{"text": "a"},\n\n{"text": "' + "x" * 300_000 + '"}]')
-    rows = read_rows(str(path), 2000)
+    rows = read_rows(str(path))
     assert next(rows).line == 1
     with pytest.raises(
-        BadFile, match=r"pool.json:3: broken JSON array: an element is longer than --max-row-bytes"
+        BadFile, match=r"pool.json:3: broken JSON array: an element has more than 2,000 bytes"
     ):
         next(rows)
     assert issubclass(BadRow, BadFile)

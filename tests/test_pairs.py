@@ -211,7 +211,7 @@ def test_weak_answers_come_from_a_column_and_swapped_ones_from_other_rows(tmp_pa
     file = jsonl(
         tmp_path / "solved.jsonl", [*SOLVED, {"question": "q", "answer": "a", "weaker": None}]
     )
-    weak = made(tmp_path / "weak.jsonl", file, "--how", "weak", "--weak-field", "weaker")
+    weak = made(tmp_path / "weak.jsonl", file, "--how", "weak", "--fields", "weak=weaker")
     assert [pair["rejected"] for pair in weak] == [row["weaker"] for row in SOLVED]
     lost = rows(tmp_path / "weak.jsonl.skipped.jsonl")
     assert [(row["line"], row["reason"]) for row in lost] == [(5, "no text in weaker")]
@@ -417,8 +417,8 @@ def test_what_cannot_be_an_answer_is_no_answer(tmp_path: Path) -> None:
                 odd,
                 "--how",
                 "weak",
-                "--weak-field",
-                "weaker",
+                "--fields",
+                "weak=weaker",
                 "--max-bad",
                 "60%",
             )

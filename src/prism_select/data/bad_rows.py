@@ -2,13 +2,13 @@
 
 import math
 
-from prism_select.run.config import ModelOptions
+from prism_select.run.config import RowOptions
 from prism_select.run.errors import BadRow, TooManyBadRows
 
 __all__ = ["refuse_bad_rows"]
 
 
-def refuse_bad_rows(config: ModelOptions, bad: int, rows: int, first: BadRow | None) -> None:
+def refuse_bad_rows(config: RowOptions, bad: int, rows: int, first: BadRow | None) -> None:
     """Raises the first bad row itself, or TooManyBadRows, as the options ask."""
     if first is None:
         return

@@ -22,9 +22,8 @@ from prism_select.data.csv_rows import csv_rows
 from prism_select.data.json_rows import json_array, json_lines, json_row_of_line
 from prism_select.data.records import Raw, is_text
 from prism_select.data.remote import addresses, is_remote, local
-from prism_select.data.streams import CHUNK_BYTES, bounded_lines, filled, open_stream
+from prism_select.data.streams import CHUNK_BYTES, bounded, filled, open_stream
 from prism_select.data.table_rows import hub_rows, parquet_rows, parquet_rows_at
-from prism_select.run.config import ROW_BYTES
 from prism_select.run.errors import BadFile
 
 __all__ = ["find_files", "read_rows", "read_texts", "readable", "rows_at"]
@@ -87,24 +86,22 @@ def readable(file: str) -> str:
     return file
 
 
-def read_rows(file: str, limit: int = ROW_BYTES) -> Iterator[Raw]:
-    """The rows of one file of `find_files`, blank lines left out; a row of more than `limit` bytes
+def read_rows(file: str) -> Iterator[Raw]:
+    """The rows of one file of `find_files`, blank lines left out; a row of more than ROW_BYTES
     cannot be read.
 
     Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
     """
     kind = _kind(file)
     if tables := {"hub": hub_rows, "parquet": parquet_rows}.get(kind):
-        yield from (bounded_lines(raw, limit) for raw in tables(file))
+        yield from (bounded(raw) for raw in tables(file))
         return
     rows = {"lines": json_lines, "csv": csv_rows, "array": json_array}[kind]
     with open_stream(file) as stream:
-        yield from rows(file, stream, limit)
+        yield from rows(file, stream)
 
 
-def rows_at(
-    file: str, places: Collection[int], limit: int = ROW_BYTES
-) -> Iterator[tuple[int, Raw]]:
+def rows_at(file: str, places: Collection[int]) -> Iterator[tuple[int, Raw]]:
     """The rows at these places among those of `read_rows`, counted from 0, each with its place, in
     order.
 
@@ -112,19 +109,16 @@ def rows_at(
     """
     wanted, last, kind = set(places), max(places, default=-1), _kind(file)
     if kind == "parquet":
-        yield from (
-            (place, bounded_lines(raw, limit))
-            for place, raw in parquet_rows_at(file, sorted(wanted))
-        )
+        yield from ((place, bounded(raw)) for place, raw in parquet_rows_at(file, sorted(wanted)))
     elif kind == "lines":
         with open_stream(file) as stream:
             for place, (number, line, long) in zip(
-                range(last + 1), filled(file, stream, limit), strict=False
+                range(last + 1), filled(file, stream), strict=False
             ):
                 if place in wanted:
                     yield place, long or json_row_of_line(file, number, line)
     else:
-        for place, raw in zip(range(last + 1), read_rows(file, limit), strict=False):
+        for place, raw in zip(range(last + 1), read_rows(file), strict=False):
             if place in wanted:
                 yield place, raw
 
@@ -150,14 +144,14 @@ def _kind(file: str) -> str:
     return "array" if first == b"[" else "lines"
 
 
-def read_texts(file: str, limit: int = ROW_BYTES) -> Iterator[tuple[int, bytes]]:
+def read_texts(file: str) -> Iterator[tuple[int, bytes]]:
     """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is
     not asked."""
     if _kind(file) != "lines":
         yield from (
-            (raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file, limit)
+            (raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file)
         )
         return
     with open_stream(file) as stream:
-        for number, line, long in filled(file, stream, limit):
+        for number, line, long in filled(file, stream):
             yield number, long.text.encode() if long else line

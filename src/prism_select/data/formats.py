@@ -157,13 +157,13 @@ def _unknown(
     )
 
 
-def parse_fields(text: str) -> dict[str, tuple[str, ...]]:
+def parse_fields(text: str | None) -> dict[str, tuple[str, ...]]:
     """`prompt=ask,prompt=question,id=key` → {"prompt": ("ask", "question"), "id": ("key",)}."""
     known = sorted(
-        {"id", "source", "input"}.union(*(name.split("+") for name in (*_POOL, *_TARGET)))
+        {"id", "source", "input", "weak"}.union(*(name.split("+") for name in (*_POOL, *_TARGET)))
     )
     mapping: dict[str, tuple[str, ...]] = {}
-    for part in filter(str.strip, text.split(",")):
+    for part in filter(str.strip, (text or "").split(",")):
         name, _, column = (side.strip() for side in part.partition("="))
         if not name or not column:
             raise BadOption(

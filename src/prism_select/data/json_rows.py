@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 
+from prism_select.data import streams
 from prism_select.data.records import Raw
-from prism_select.data.streams import CHUNK_BYTES, bounded_lines, decoded, filled
+from prism_select.data.streams import CHUNK_BYTES, bounded, decoded, filled
 from prism_select.run.errors import BadFile
 
 __all__ = ["json_array", "json_lines", "json_row_of_line"]
@@ -29,8 +30,8 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def json_lines(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
-    for number, line, long in filled(file, stream, limit):
+def json_lines(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    for number, line, long in filled(file, stream):
         yield long or json_row_of_line(file, number, line)
 
 
@@ -55,8 +56,8 @@ def _json_row(file: str, line: int, text: str, value: object) -> Raw:
     return Raw(file, line, text, None, f"{found} where an object was expected")
 
 
-def json_array(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw]:
-    window = _Window(file, stream, limit)
+def json_array(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    window = _Window(file, stream)
     window.take()
     mark = "," if window.peek() != "]" else window.take()
     while mark != "]":
@@ -68,7 +69,7 @@ def json_array(file: str, stream: io.BufferedReader, limit: int) -> Iterator[Raw
         row = (
             Raw(file, line, text, None, problem) if problem else _json_row(file, line, text, value)
         )
-        yield bounded_lines(row, limit)
+        yield bounded(row)
         mark = window.take()
         if mark not in (",", "]"):
             raise window.broken(
@@ -84,9 +85,9 @@ class _Window:
     Bytes that are not UTF-8 become lone surrogates on the way in, so that they spoil only their own
     row."""
 
-    def __init__(self, file: str, stream: io.BufferedReader, limit: int) -> None:
+    def __init__(self, file: str, stream: io.BufferedReader) -> None:
         self.line = 1
-        self._file, self._stream, self._limit = file, stream, limit
+        self._file, self._stream = file, stream
         self._text, self._at, self._ended = "", 0, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
@@ -131,9 +132,9 @@ class _Window:
                     raise self.broken(error.msg.removesuffix(" at"), line) from error
             except RecursionError as error:
                 raise self.broken("nested too deeply", self.line) from error
-            if len(self._text) - self._at > self._limit + CHUNK_BYTES:
+            if len(self._text) - self._at > streams.ROW_BYTES + CHUNK_BYTES:
                 raise self.broken(
-                    f"an element is longer than --max-row-bytes allows ({self._limit:,})", self.line
+                    f"an element has more than {streams.ROW_BYTES:,} bytes", self.line
                 )
             self._refill()
 

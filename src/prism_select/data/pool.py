@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from prism_select.data.fields import Names, columns_of, explicit_id
 from prism_select.data.files import find_files, read_rows
-from prism_select.data.formats import Format, detect_pool, to_example
+from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
 from prism_select.data.records import Example, Raw
 from prism_select.data.remote import local
-from prism_select.run.config import ROW_BYTES
+from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile, BadRow, EmptyInput
 
 __all__ = ["Pool", "Survey", "changed", "fingerprint"]
@@ -50,9 +50,14 @@ class Survey:
 
 
 class Pool:
-    def __init__(self, patterns: Sequence[str], mapping: Names, row_bytes: int = ROW_BYTES) -> None:
-        self.files, self.mapping, self.row_bytes = find_files(patterns), mapping, row_bytes
+    def __init__(self, patterns: Sequence[str], mapping: Names) -> None:
+        self.files, self.mapping = find_files(patterns), mapping
         self._stamps = stamps(self.files)
+
+    @classmethod
+    def of(cls, config: ScoreConfig) -> "Pool":
+        """The pool of a run."""
+        return cls(config.pool, parse_fields(config.fields))
 
     def refuse_changes(self, files: Iterable[str] = ()) -> None:
         """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened,
@@ -64,7 +69,7 @@ class Pool:
 
     def raw(self) -> Iterator[Raw]:
         for file in self.files:
-            yield from read_rows(file, self.row_bytes)
+            yield from read_rows(file)
 
     def rows(
         self, wanted: NDArray[np.bool_] | None = None
@@ -74,7 +79,7 @@ class Pool:
         seen, places = set[int](), count()
         for file in self.files:
             format: Format | None = None
-            for raw, place in zip(read_rows(file, self.row_bytes), places, strict=False):
+            for raw, place in zip(read_rows(file), places, strict=False):
                 asked = wanted is None or wanted[place]
                 try:
                     if format is None and raw.fields is not None:

@@ -15,8 +15,9 @@ from prism_select.run.errors import BadFile
 __all__ = [
     "CHUNK_BYTES",
     "DAMAGED_ADVICE",
+    "ROW_BYTES",
     "SHOWN_BYTES",
-    "bounded_lines",
+    "bounded",
     "decoded",
     "filled",
     "open_stream",
@@ -25,10 +26,9 @@ __all__ = [
     "too_long",
 ]
 
+ROW_BYTES = 1 << 24  # a longer row is bad
 CHUNK_BYTES = 1 << 16
-
-
-SHOWN_BYTES = 1 << 10  # bytes of a row that is too long
+SHOWN_BYTES = 1 << 10  # of a row that is too long
 
 
 DAMAGED_ADVICE = (
@@ -36,33 +36,30 @@ DAMAGED_ADVICE = (
 )
 
 
-def bounded_lines(raw: Raw, limit: int) -> Raw:
+def bounded(raw: Raw) -> Raw:
     """The row of a table, or what is wrong with it where it is too long."""
-    if len(raw.text) <= limit // 4:  # a character takes four bytes at most
+    if len(raw.text) <= ROW_BYTES // 4:  # a character takes four bytes at most
         return raw
     size = len(raw.text.encode("utf-8", "replace"))
     return (
         raw
-        if size <= limit
-        else too_long(
-            raw.file, raw.line, raw.text[:SHOWN_BYTES].encode("utf-8", "replace"), size, limit
-        )
+        if size <= ROW_BYTES
+        else too_long(raw.file, raw.line, raw.text[:SHOWN_BYTES].encode("utf-8", "replace"), size)
     )
 
 
-def too_long(file: str, line: int, beginning: bytes, size: int, limit: int) -> Raw:
+def too_long(file: str, line: int, beginning: bytes, size: int) -> Raw:
     text = decoded(beginning[:SHOWN_BYTES], "row")[0].replace("\n", " ") + " …"
-    return Raw(
-        file, line, text, None, f"{size:,} bytes in one row, and --max-row-bytes allows {limit:,}"
-    )
+    problem = f"{size:,} bytes in one row, and at most {ROW_BYTES:,} are read"
+    return Raw(file, line, text, None, problem)
 
 
-def text_lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Each line, and how many bytes it has without its end where it is longer than `limit`: then
+def text_lines(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
+    """Each line, and how many bytes it has without its end where it is longer than ROW_BYTES: then
     only its beginning is held."""
-    while line := stream.readline(limit + 2):
+    while line := stream.readline(ROW_BYTES + 2):
         size, end = len(line), line
-        if size > limit:
+        if size > ROW_BYTES:
             while not end.endswith(b"\n") and (end := stream.readline(CHUNK_BYTES)):
                 size += len(end)
             size -= len(end[-2:]) - len(end[-2:].rstrip(b"\r\n"))
@@ -114,13 +111,11 @@ def decoded(data: bytes, unit: str) -> tuple[str, str | None]:
         ), f"invalid UTF-8 at byte {error.start + 1} of the {unit}"
 
 
-def filled(
-    file: str, stream: io.BufferedReader, limit: int
-) -> Iterator[tuple[int, bytes, Raw | None]]:
+def filled(file: str, stream: io.BufferedReader) -> Iterator[tuple[int, bytes, Raw | None]]:
     """Lines that are not blank, by number, without their ends; one that is too long comes as what
     is wrong with it."""
-    for number, (line, size) in enumerate(text_lines(stream, limit), start=1):
-        if size > limit:
-            yield number, b"", too_long(file, number, line, size, limit)
+    for number, (line, size) in enumerate(text_lines(stream), start=1):
+        if size > ROW_BYTES:
+            yield number, b"", too_long(file, number, line, size)
         elif line.strip():
             yield number, line.removesuffix(b"\n").removesuffix(b"\r"), None

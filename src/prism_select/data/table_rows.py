@@ -12,7 +12,7 @@ from prism_select.data.remote import local
 from prism_select.data.streams import CHUNK_BYTES, DAMAGED_ADVICE, reading
 from prism_select.run.errors import BadOption
 
-__all__ = ["hub_rows", "parquet_rows", "parquet_rows_at", "table_row"]
+__all__ = ["arrow_row", "hub_rows", "parquet_rows", "parquet_rows_at", "table_row"]
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def parquet_rows(file: str) -> Iterator[Raw]:
         for batch in table.iter_batches(batch_size=256):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
-                yield _parquet_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
+                yield arrow_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
 
 
 def parquet_rows_at(file: str, places: Sequence[int]) -> Iterator[tuple[int, Raw]]:
@@ -46,11 +46,11 @@ def parquet_rows_at(file: str, places: Sequence[int]) -> Iterator[tuple[int, Raw
             for batch in table.iter_batches(batch_size=256, row_groups=[group]):
                 for place in (place for place in places if start <= place < start + len(batch)):
                     cells = {name: batch[name][place - start] for name in batch.schema.names}
-                    yield place, _parquet_row(file, place + 1, cells)
+                    yield place, arrow_row(file, place + 1, cells)
                 start += len(batch)
 
 
-def _parquet_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
+def arrow_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
     fields: dict[str, object] = {}
     problem = None
     for name, cell in cells.items():

@@ -11,20 +11,19 @@ from prism_select.data.fields import Names, columns_of
 from prism_select.data.files import find_files, read_rows
 from prism_select.data.formats import Format, detect_target, to_pairs, unused
 from prism_select.data.records import Example, Pair, Raw
-from prism_select.run.config import ROW_BYTES
 from prism_select.run.errors import BadOption, BadRow, EmptyInput
 
 __all__ = ["most_alike", "named", "read_target", "read_targets", "seen_in_target"]
 
 
-def read_target(file: str, mapping: Names, row_bytes: int = ROW_BYTES) -> list[Pair]:
+def read_target(file: str, mapping: Names) -> list[Pair]:
     """All pairs of a file. Raises EmptyInput when there is none, BadRow for the first row that
     gives none."""
-    return [pair for _, pair in _target_rows(file, mapping, row_bytes)]
+    return [pair for _, pair in _target_rows(file, mapping)]
 
 
 def read_targets(
-    given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
+    given: Sequence[str], mapping: Names, by: str | None = None
 ) -> dict[str, list[Pair]]:
     """The pairs of each target, by name; the name of a single file without one is empty. `by` is a
     column whose values are targets. Raises BadOption for a name that comes twice, and what
@@ -38,11 +37,11 @@ def read_targets(
             f"--target: two targets are called {twice[0]}; name them, as in --target NAME={files[-1][1]}"
         )
     if not by:
-        return {name: read_target(file, mapping, row_bytes) for name, file in files}
+        return {name: read_target(file, mapping) for name, file in files}
     if len(files) > 1:
         raise BadOption(f"--target-by {by}: it takes one target file, and here are {len(files)}")
     found: dict[str, list[Pair]] = {}
-    for raw, pair in _target_rows(files[0][1], mapping, row_bytes):
+    for raw, pair in _target_rows(files[0][1], mapping):
         value = (raw.fields or {}).get(by)
         if not isinstance(value, str | int) or not str(value).strip():
             raise BadRow(
@@ -67,23 +66,23 @@ def named(text: str) -> tuple[str, str]:
 
 
 def seen_in_target(
-    given: Sequence[str], mapping: Names, by: str = "", row_bytes: int = ROW_BYTES
+    given: Sequence[str], mapping: Names, by: str | None = None
 ) -> Iterator[tuple[str, Format, set[str], list[str]]]:
     """By the first row of each file: its format, the columns of --fields that it has, and those
     that nothing reads."""
     for name in find_files([named(text)[1] for text in given]):
-        first = next((raw for raw in read_rows(name, row_bytes) if raw.fields is not None), None)
+        first = next((raw for raw in read_rows(name) if raw.fields is not None), None)
         if first is not None and first.fields is not None:
             format = detect_target(first.fields, mapping, first.file, first.line)
             left = [column for column in unused(first.fields, mapping, format) if column != by]
             yield name, format, set(columns_of(first.fields, mapping).values()), left
 
 
-def _target_rows(file: str, mapping: Names, row_bytes: int) -> list[tuple[Raw, Pair]]:
+def _target_rows(file: str, mapping: Names) -> list[tuple[Raw, Pair]]:
     rows: list[tuple[Raw, Pair]] = []
     format: Format | None = None
     for name in find_files([file]):
-        for raw in read_rows(name, row_bytes):
+        for raw in read_rows(name):
             if format is None and raw.fields is not None:
                 format = detect_target(raw.fields, mapping, raw.file, raw.line)
             rows += [

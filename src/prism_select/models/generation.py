@@ -15,7 +15,7 @@ from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import NoPair
 from prism_select.data.records import Example
-from prism_select.models.causal_lm import CausalLM
+from prism_select.models.loading import LoadedModel
 from prism_select.run.config_pairs import PairsConfig
 
 __all__ = ["favourite", "prompt_of", "sample"]
@@ -34,9 +34,10 @@ def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[i
 
 
 def sample(
-    model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], config: PairsConfig
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], config: PairsConfig
 ) -> list[list[str]]:
     """Those of `config.samples` answers to each prompt that end."""
+    model, encoder = loaded.model, loaded.encoder
     batch = collate(
         [Encoded(prompt, [False] * len(prompt), False) for prompt in prompts], model.device, "left"
     )
@@ -49,7 +50,7 @@ def sample(
             input_ids=batch.tokens,
             attention_mask=batch.real.long(),
             do_sample=True,
-            temperature=config.temperature,
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
@@ -68,12 +69,12 @@ def sample(
     ]
 
 
-def _finished(text: str, stop: str, ended: bool) -> str | None:
+def _finished(text: str, stop: str | None, ended: bool) -> str | None:
     before, found, _ = text.partition(stop) if stop else (text, "", "")
     return before if found or ended else None
 
 
-def favourite(model: CausalLM, encoder: Encoder, answers: Sequence[Example]) -> int:
+def favourite(loaded: LoadedModel, answers: Sequence[Example]) -> int:
     """The place of the answer with the highest mean log-likelihood."""
-    batch = collate([encoder.encode(answer) for answer in answers], model.device)
-    return int(mean_logliks(model, batch).argmax())
+    rows = [loaded.encoder.encode(answer) for answer in answers]
+    return int(mean_logliks(loaded.model, collate(rows, loaded.model.device)).argmax())

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from safetensors import SafetensorError
 from prism_select.data.encoding import Encoder
 from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import ModelOptions, ScoreConfig
+from prism_select.run.config import ModelOptions
 from prism_select.run.errors import BadModel, BadOption
 from prism_select.run.progress import Progress
 
 __all__ = [
+    "LoadedModel",
     "fingerprint_of",
     "load",
     "load_model",
@@ -23,6 +25,14 @@ __all__ = [
     "resolve_device",
     "weights_of",
 ]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what makes its tokens of rows."""
+
+    model: CausalLM
+    encoder: Encoder
 
 
 def resolve_device(name: str) -> torch.device:
@@ -156,20 +166,20 @@ def model_fingerprint(name: str) -> str:
     return whole.hexdigest()
 
 
-def fingerprint_of(config: ScoreConfig) -> str:
+def fingerprint_of(config: ModelOptions) -> str:
     """Of the model, with the adapter on it."""
-    return model_fingerprint(config.model) + (
+    return model_fingerprint(str(config.model)) + (
         "+" + model_fingerprint(config.adapter) if config.adapter else ""
     )
 
 
-def load_model(config: ModelOptions, progress: Progress) -> tuple[CausalLM, Encoder]:
+def load_model(config: ModelOptions, layers: str, progress: Progress) -> LoadedModel:
+    """With the adapter merged, or kept apart where `layers` is adapter. Raises what `load` and
+    `load_adapter` raise."""
     with progress.task(f"loading {config.model}", None):
-        model, tokenizer = load(config.model, config.dtype, resolve_device(config.device))
+        model, tokenizer = load(str(config.model), config.dtype, resolve_device(config.device))
         if config.adapter:
-            model = load_adapter(
-                model.network, Path(config.adapter), merge=config.layers != "adapter"
-            )
+            model = load_adapter(model.network, Path(config.adapter), merge=layers != "adapter")
     limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
     encoder = Encoder(
         tokenizer, config.template, min(config.max_length, limit), model.vocabulary, config.skip_end
@@ -178,4 +188,4 @@ def load_model(config: ModelOptions, progress: Progress) -> tuple[CausalLM, Enco
         f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}, template "
         f"{encoder.template}, at most {encoder.max_length} tokens a row"
     )
-    return model, encoder
+    return LoadedModel(model, encoder)

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example
 from prism_select.models.adapters import WEIGHTS, load_adapter
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.loading import LoadedModel
 from prism_select.run.errors import BadOption, BadRow
 
 __all__ = [
@@ -36,9 +37,9 @@ __all__ = [
     "TrainingSettings",
     "drawn",
     "has_adapter",
-    "merged",
     "train",
     "warm_up",
+    "with_adapter",
 ]
 
 ADAPTER = "adapter"
@@ -98,23 +99,21 @@ def has_adapter(folder: Path) -> bool:
     return (folder / WEIGHTS).exists()
 
 
-def merged(model: CausalLM, folder: Path) -> CausalLM:
-    """The model with the adapter of a folder in its weights."""
-    return load_adapter(model.network, folder, merge=True)
+def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """The model with the adapter of a folder merged into its weights."""
+    return replace(loaded, model=load_adapter(loaded.model.network, folder, merge=True))
 
 
-def warm_up(
-    model: CausalLM, encoder: Encoder, rows: Sequence[Encoded], seed: int
-) -> tuple[CausalLM, Path]:
+def warm_up(loaded: LoadedModel, rows: Sequence[Encoded], seed: int) -> tuple[LoadedModel, Path]:
     """The model with a new adapter, trained on `rows`, in its weights, and a temporary folder with
     the adapter. Raises BadOption without TRL and PEFT, or without rows."""
     if not rows:
         raise BadOption("--warmup drew no row of this pool; raise its share")
     folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
     try:
-        adapted = train(model, encoder.tokenizer, rows, TrainingSettings(seed))
+        adapted = train(loaded.model, loaded.encoder.tokenizer, rows, TrainingSettings(seed))
         adapted.save_pretrained(str(folder))
-        return CausalLM(adapted.merge_and_unload()), folder
+        return replace(loaded, model=CausalLM(adapted.merge_and_unload())), folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
