@@ -1,248 +1,281 @@
-"""TODO."""
+"""Summaries: the table at the end of a command, as rows of a name and a line.
 
-from collections.abc import Mapping
+    read       1,000 rows, 2 quarantined
+    verdicts   50 selected, 948 over budget
+    …
+
+Choices made here:
+- each function makes the rows of one subject, from the manifest or the result as it is in JSON;
+- a figure without a value (null) is "undefined", such as the AUROC of labels that are all equal.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prism_select.run.config import sides_of
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.config_pairs import PairsConfig
+from prism_select.run.polarity import Polarity
 
-__all__ = ["evaluation_summary", "failed", "pairs_summary", "summary"]
+if TYPE_CHECKING:
+    from prism_select.commands.pairs import Made
+    from prism_select.scoring.cost_plan import Plan
+
+__all__ = [
+    "evaluation_summary",
+    "failed_controls",
+    "pairs_summary",
+    "plan_summary",
+    "run_summary",
+]
+
+SHOWN_SOURCES = 6
+SHOWN_TARGETS = 8
+
+
+def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The table of score, select and repair: rows, pairs, choice, computation, files."""
+    target, engine, choice = manifest["target"], manifest["engine"], manifest["choice"]
+    rows = _counts(manifest["counts"])
+    if "pairs" in target:
+        rows |= _pairs(target, Polarity.of_manifest(manifest))
+    if "cosines" in target:
+        rows |= _targets(target)
+    if manifest["command"] != "score" and len(choice["sources"]) > 1:
+        verb = "removed of" if manifest["command"] == "repair" else "chosen of"
+        rows[verb] = _sources(choice["sources"])
+    if labels := choice.get("labels"):
+        rows |= _labels(labels)
+    correlations = choice["rank_correlation_with_tokens"].items()
+    rows["length"] = "rank correlation with tokens " + ", ".join(
+        f"{_figure(value, '+.2f')} ({column})" for column, value in correlations
+    )
+    if manifest["curvature"]["name"] != "flat":
+        rows["curvature"] = _curvature(manifest["curvature"], choice)
+    if "rank" in manifest:
+        rows["rank"] = _rank(manifest["rank"])
+    if "cascade" in manifest:
+        rows["cascade"] = _cascade(manifest["cascade"])
+    check = f"off by {engine['check']['disagreement']:.1e}"
+    rows["engine"] = f"{engine['name']} in {engine['dtype']}, {check}"
+    seconds = manifest["timings"]
+    rows["time"] = f"{seconds['total']:.1f} s, of which scoring {seconds['score']:.1f} s"
+    rows |= _numbered("warning", manifest["warnings"])
+    return rows | {"report": _page(path), "files": f"{path}: {', '.join(files)}"}
+
+
+def plan_summary(plan: "Plan") -> dict[str, str]:
+    """The table of --dry-run."""
+    return {
+        "tokens": f"{plan.tokens:,}",
+        "time": f"{plan.seconds:,.0f} s for the whole run, on this machine as it is now",
+        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest",
+        "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
+    }
+
+
+def pairs_summary(config: PairsConfig, result: "Made | Mapping[str, Any]") -> dict[str, str]:
+    """The table of `prism pairs`: of a file that was made, or of a diagnosis."""
+    if isinstance(result, Mapping):
+        largest = ", ".join(
+            f"{pair['pair']} ({_figure(pair['share'], '.0%')})" for pair in result["dominant_pairs"]
+        )
+        rows = _pairs(result, Polarity()) | {"largest shares": f"pairs {largest}"}
+        return rows | _numbered("warning", result["warnings"])
+    rows = {"read": f"{result.rows:,} rows", "pairs": f"{result.pairs:,} by {config.how}"}
+    skipped = sorted(result.skipped.items(), key=lambda item: -item[1])
+    rows |= _numbered("no pair", (f"{count:,} rows: {reason}" for reason, count in skipped))
+    return rows | {"files": f"{result.path}, {result.path}.skipped.jsonl"}
+
+
+def evaluation_summary(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, str]:
+    """The table of `prism evaluate`: methods, verdicts, forecast, compute, labels, controls."""
+    rows = _training(config, result)
+    questions = result["questions"] < result["pairs"]
+    for name, method in result["methods"].items():
+        rows[name] = _method(method, questions)
+    rows |= _numbered("verdict", map(_verdict, result["against"].values()))
+    rows["forecast"] = _forecast(result["forecast"])
+    if result["compute"]:
+        rows["compute"] = result["compute"]["words"]
+    if result["labels"]:
+        best = sorted(result["labels"].items(), key=lambda item: -(item[1] or 0.0))
+        rows["labels"] = "AUROC " + ", ".join(f"{_figure(value)} {name}" for name, value in best)
+    rows |= _numbered("control", (control["words"] for control in result["controls"]))
+    run = Path(config.run or "")
+    rows |= {"report": _page(run), "files": f"{run}/evaluation"}
+    return rows | {"time": f"{result['seconds']:.1f} s"}
+
+
+def failed_controls(result: Mapping[str, Any]) -> set[str]:
+    """Names of the rows of `evaluation_summary` with a control that failed."""
+    controls = enumerate(result["controls"], start=1)
+    return {f"control {number}" for number, control in controls if not control["holds"]}
 
 
 def _figure(value: float | None, spec: str = ".3f") -> str:
-    """null in a manifest is a figure that has no value: the AUROC of labels that are all the same,
-    say."""
     return "undefined" if value is None else format(value, spec)
 
 
-def target_lines(target: Mapping[str, Any], swapped: bool) -> dict[str, str]:
-    """What the pairs say, as the manifest's `target` has it; `swapped` pairs by the names of the
-    target file."""
-    sides = sides_of(swapped)
+def _numbered(name: str, lines: Iterable[str]) -> dict[str, str]:
+    return {f"{name} {number}": line for number, line in enumerate(lines, start=1)}
+
+
+def _page(run: Path) -> str:
+    page = run / "report.html"
+    return str(page) if page.exists() else f"none; prism report {run} makes it"
+
+
+def _counts(counts: Mapping[str, int]) -> dict[str, str]:
+    """Rows read, and how many have each verdict."""
+    marks = [f"{counts[name]:,} {name}" for name in ("quarantined", "truncated") if counts[name]]
+    verdicts = [
+        f"{count:,} {name}"
+        for name, count in counts.items()
+        if name not in ("read", "scored", "quarantined", "truncated")
+        and (count or name not in ("near duplicate", "source cap"))
+    ]
+    return {
+        "read": ", ".join([f"{counts['read']:,} rows", *marks]),
+        "verdicts": ", ".join(verdicts) or f"{counts['scored']:,} scored",
+    }
+
+
+def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
+    """The diagnosis of the pairs, as it stands in the manifest under `target`."""
+    toward, away = polarity.toward, polarity.away
     rows = {
-        "pairs": f"{target['pairs']}, mean preference for the {sides[0]} {target['mean_preference']:.3f}, above one "
-        f"half in {target['preferred_share']:.0%}, {target['effective_pairs']:.1f} effective"
+        "pairs": f"{target['pairs']}, mean preference for the {toward} "
+        f"{target['mean_preference']:.3f}, above one half in {target['preferred_share']:.0%}, "
+        f"{target['effective_pairs']:.1f} effective"
     }
     if target["split_half_agreement"] is not None:
         low, high = target["agreement_spread"]
-        wanted = target["pairs_for_half_agreement"]
-        more = f"; about {wanted:,} pairs for 0.50" if wanted else ""
+        needed = target["pairs_for_half_agreement"]
+        advice = f"; about {needed:,} pairs for 0.50" if needed else ""
         rows["agreement"] = (
-            f"two halves agree at {target['split_half_agreement']:.2f} (splits {low:.2f} to {high:.2f}){more}"
+            f"two halves agree at {target['split_half_agreement']:.2f} "
+            f"(splits {low:.2f} to {high:.2f}){advice}"
         )
     rows["common part"] = (
         f"{target['common_part']:.1f} times what tells the two answers of a pair apart"
     )
     rows["answers"] = (
-        f"{target['mean_tokens_chosen']:.0f} tokens {sides[0]}, {target['mean_tokens_rejected']:.0f} {sides[1]}, "
-        f"overlap {target['token_overlap']:.2f}, {sides[0]} longer in {target['chosen_longer_share']:.0%}"
+        f"{target['mean_tokens_chosen']:.0f} tokens {toward}, "
+        f"{target['mean_tokens_rejected']:.0f} {away}, overlap {target['token_overlap']:.2f}, "
+        f"{toward} longer in {target['chosen_longer_share']:.0%}"
     )
     return rows
 
 
-def pairs_summary(config: PairsConfig, told: Any) -> dict[str, str]:
-    """The final table of `prism pairs`: of a file that was made, or of a diagnosis."""
-    if config.check:
-        warnings = {f"warning {place + 1}": line for place, line in enumerate(told["warnings"])}
-        first = ", ".join(
-            f"{each['pair']} ({_figure(each['share'], '.0%')})" for each in told["dominant_pairs"]
-        )
-        return {**target_lines(told, swapped=False), "largest shares": f"pairs {first}", **warnings}
-    rows = {"read": f"{told.rows:,} rows", "pairs": f"{told.pairs:,} by {config.how}"}
-    for place, (reason, count) in enumerate(
-        sorted(told.skipped.items(), key=lambda item: -item[1])
-    ):
-        rows[f"no pair {place + 1}"] = f"{count:,} rows: {reason}"
-    rows["files"] = f"{told.path}, {told.path}.skipped.jsonl"
-    return rows
-
-
-def several_lines(target: Mapping[str, Any]) -> dict[str, str]:
-    """How several targets stand to each other: the cosines of their directions."""
-    if "cosines" not in target:
-        return {}
+def _targets(target: Mapping[str, Any]) -> dict[str, str]:
+    """Several targets: their pairs, and the cosines of their directions."""
     names = list(target["targets"])
-    rows = {
-        "targets": ", ".join(
-            f"{name} {told['pairs']} pairs" for name, told in target["targets"].items()
-        )
-    }
-    for place, cosines in enumerate(target["cosines"][: min(8, len(names) - 1)]):
-        others = zip(cosines[place + 1 :], names[place + 1 :], strict=True)
-        rows[f"cosine {names[place]}"] = ", ".join(
-            f"{_figure(c, '+.2f')} {other}" for c, other in others
+    sizes = [f"{name} {values['pairs']} pairs" for name, values in target["targets"].items()]
+    rows = {"targets": ", ".join(sizes)}
+    for index, cosines in enumerate(target["cosines"][: min(SHOWN_TARGETS, len(names) - 1)]):
+        following = zip(cosines[index + 1 :], names[index + 1 :], strict=True)
+        rows[f"cosine {names[index]}"] = ", ".join(
+            f"{_figure(cosine, '+.2f')} {name}" for cosine, name in following
         )
     return rows
 
 
-def layers_line(told: Mapping[str, Any]) -> str:
-    most = sorted(told["share"].items(), key=lambda item: -item[1])[:3]
-    line = "most is added by " + ", ".join(f"{name} ({share:.0%})" for name, share in most)
-    if "cuts" in told:
-        by_name = {cut["name"]: cut["auroc"] for cut in told["cuts"]}
-        best = f"--layers {told['suggestion']} ranks these {told['rows']} rows best, AUROC {told['cuts'][0]['auroc']:.3f}"
-        line += f"; {best} (all: {by_name['all']:.3f})"
-    return line
+def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
+    ordered = sorted(sources.items(), key=lambda item: -item[1]["chosen"])
+    chosen = [(name, counts) for name, counts in ordered if counts["chosen"]]
+    lines = [
+        f"{name} {counts['chosen']:,} of {counts['pool']:,}"
+        for name, counts in chosen[:SHOWN_SOURCES]
+    ]
+    if len(chosen) > SHOWN_SOURCES:
+        lines.append(f"and {len(chosen) - SHOWN_SOURCES} sources more")
+    return ", ".join(lines) or "no source"
 
 
-def curvature_line(told: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
-    cosines = ", ".join(
-        f"{_figure(value, '.2f')} {name}".strip() for name, value in told["cosine"].items()
-    )
-    line = f"{told['name']}, damping {told['damping']:g}, cosine before and after {cosines}"
-    if told["residual"] is not None:
-        line += f", residual {told['residual']:.1e}"
-    for pair in choice.get("damping_overlap", ()):
-        a, b = pair["dampings"]
-        line += f"; best 5% by damping {a} and {b} share {pair['overlap']:.0%}"
-    return line
-
-
-def cascade_line(told: Mapping[str, Any]) -> str:
-    recall, rows = told["recall"], told["exact"] + told["guessed"]
-    if not told["guessed"]:
-        return f"a guess does not help here: all {rows:,} rows were scored exactly"
-    return (
-        f"{told['exact']:,} of {rows:,} rows scored exactly; they hold {recall['estimate']:.0%} of the best "
-        f"{told['best']:,} [{recall['low']:.0%}, {recall['high']:.0%}], as a random sample tells it"
-    )
-
-
-def page_line(run: Path) -> str:
-    page = run / "report.html"
-    return str(page) if page.exists() else f"none; prism report {run} makes it"
-
-
-def summary(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The final table: what was read and chosen, what the pairs say, how it was computed, where the
-    files are."""
-    counts, target, engine, choice = (
-        manifest[key] for key in ("counts", "target", "engine", "choice")
-    )
-    extra = [f"{counts[name]:,} {name}" for name in ("quarantined", "truncated") if counts[name]]
-    rows = {"read": ", ".join([f"{counts['read']:,} rows", *extra])}
-    told = {
-        name: counts[name]
-        for name in counts
-        if name not in ("read", "scored", "quarantined", "truncated")
-    }
-    told = {
-        name: count
-        for name, count in told.items()
-        if count or name not in ("near duplicate", "source cap")
-    }
-    rows["verdicts"] = (
-        ", ".join(f"{count:,} {name}" for name, count in told.items())
-        or f"{counts['scored']:,} scored"
-    )
-    if "pairs" in target:
-        rows |= target_lines(target, manifest["score"]["swapped"])
-    rows |= several_lines(target)
-    if len(choice["sources"]) > 1 and manifest["command"] != "score":
-        shares = sorted(choice["sources"].items(), key=lambda item: -item[1]["chosen"])
-        told_of = [
-            f"{name} {s['chosen']:,} of {s['pool']:,}" for name, s in shares[:6] if s["chosen"]
-        ]
-        left = sum(bool(s["chosen"]) for _, s in shares[6:])
-        taken = "removed of" if manifest["command"] == "repair" else "chosen of"
-        rows[taken] = (
-            ", ".join([*told_of, *[f"and {left} sources more"] * bool(left)]) or "no source"
-        )
-    if labels := choice.get("labels"):
-        rows["ranking"] = (
-            f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per token), average precision "
-            f"{_figure(labels['average_precision'])} ({_figure(labels['average_precision_per_token'])})"
-        )
-        share = _figure(labels["precision_at_removed"])
-        rows["precision"] = (
-            f"{share} of the {labels['removed']:,} removed rows with a label are bad, as are {labels['bad']:,} of all "
-            f"{labels['rows']:,} with one"
-        )
-    by_length = choice["rank_correlation_with_tokens"].items()
-    rows["length"] = "rank correlation with tokens " + ", ".join(
-        f"{_figure(r, '+.2f')} ({how})" for how, r in by_length
-    )
-    if manifest["curvature"]["name"] != "flat":
-        rows["curvature"] = curvature_line(manifest["curvature"], choice)
-    if cut := manifest.get("rank"):
-        rows["rank"] = (
-            f"{cut['rank']}, {cut['energy_kept']:.1%} of the direction's energy, rank correlation with the whole "
-            f"{_figure(cut['rank_correlation'], '.3f')} on {cut['rows']} rows"
-        )
-    if "cascade" in manifest:
-        rows["cascade"] = cascade_line(manifest["cascade"])
-    if "layers" in manifest:
-        rows["layers"] = layers_line(manifest["layers"])
-    if "stable_share" in choice:
-        rows["stability"] = (
-            f"{choice['stable_share']:.0%} of the chosen rows are chosen in 90% or more of resamples of the pairs"
-        )
-    rows["engine"] = (
-        f"{engine['name']} in {engine['dtype']}, off by {engine['check']['disagreement']:.1e}"
-    )
-    rows["time"] = (
-        f"{manifest['timings']['total']:.1f} s, of which scoring {manifest['timings']['score']:.1f} s"
-    )
-    for place, line in enumerate(manifest["warnings"]):
-        rows[f"warning {place + 1}"] = line
-    rows["report"] = page_line(path)
-    rows["files"] = f"{path}: " + ", ".join(sorted(p.name for p in path.iterdir() if p.is_file()))
-    return rows
-
-
-def evaluation_summary(config: EvaluateConfig, told: Mapping[str, Any]) -> dict[str, str]:
-    """The final table of `prism evaluate`: each method, prism against each rival, the forecast, the
-    controls."""
-    left = (
-        f", {told['pairs_left_out']} left out that the run has seen"
-        if told["pairs_left_out"]
-        else ""
-    )
-    kind = "all weights" if config.full else "LoRA"
-    several = told["questions"] < told["pairs"]
-    of = f" of {told['questions']} questions" if several else ""
-    rows = {
-        "pairs": f"{told['pairs']} held out{of}{left}",
-        "training": f"{told['steps']} steps at {told['rate']:g}, {kind}, {config.seeds} seed{'s' * (config.seeds > 1)}",
-    }
-    for name, each in told["methods"].items():
-        size = f"; {sum(each['rows']) / len(each['rows']):,.0f} rows" if "rows" in each else ""
-        right = f"accuracy {each['accuracy']:.1%}, " if several else ""
-        rows[name] = (
-            f"gain {each['gain']:.4f}, gap {each['gap']:+.4f}, win rate {each['win_rate']:.1%}, {right}log-likelihood "
-            f"of the chosen {each['loglik_chosen']:.4f}{size}"
-        )
-        for task, values in each.get("tasks", {}).items():
-            rows[name] += f", {task} {sum(values) / len(values):.4f}"
-    for place, each in enumerate(told["against"].values()):
-        rows[f"verdict {place + 1}"] = (
-            f"prism is {each['words']}" if "no gain" not in each["words"] else each["words"]
-        )
-    forecast = told["forecast"]
-    rows["forecast"] = (
-        f"none told from {forecast['trainings']} trainings: too few, or all alike"
-        if forecast["rank_correlation"] is None
-        else f"rank correlation {forecast['rank_correlation']:+.2f} between predicted and realised change of the gain, "
-        f"over {forecast['trainings']} trainings"
-    )
-    if spent := told["compute"]:
-        rows["compute"] = spent["words"]
-    if lds := told["lds"]:
-        rows["LDS"] = (
-            f"{_figure(lds['lds'])} [{_figure(lds['low'])}, {_figure(lds['high'])}] over {config.lds} halves"
-        )
-    if told["labels"]:
-        best = sorted(told["labels"].items(), key=lambda item: -(item[1] or 0.0))
-        rows["labels"] = "AUROC " + ", ".join(f"{_figure(value)} {name}" for name, value in best)
-    rows |= {f"control {place + 1}": each["words"] for place, each in enumerate(told["controls"])}
-    files = {"report": page_line(Path(config.run)), "files": f"{config.run}/evaluation"}
-    return rows | {"time": f"{told['seconds']:.1f} s", **files}
-
-
-def failed(told: Mapping[str, Any]) -> set[str]:
-    """The rows of the table that tell a control which failed."""
+def _labels(labels: Mapping[str, Any]) -> dict[str, str]:
+    """How well a repair finds the rows that `--label-field` marks as bad."""
     return {
-        f"control {place + 1}" for place, each in enumerate(told["controls"]) if not each["holds"]
+        "ranking": f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per "
+        f"token), average precision {_figure(labels['average_precision'])} "
+        f"({_figure(labels['average_precision_per_token'])})",
+        "precision": f"{_figure(labels['precision_at_removed'])} of the {labels['removed']:,} "
+        f"removed rows with a label are bad, as are {labels['bad']:,} of all {labels['rows']:,} "
+        "with one",
     }
+
+
+def _curvature(curvature: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
+    cosines = ", ".join(
+        f"{_figure(value, '.2f')} {name}".strip() for name, value in curvature["cosine"].items()
+    )
+    name, damping = curvature["name"], curvature["damping"]
+    line = f"{name}, damping {damping:g}, cosine before and after {cosines}"
+    for compared in choice.get("damping_overlap", ()):
+        first, second = compared["dampings"]
+        line += f"; best 5% by damping {first} and {second} share {compared['overlap']:.0%}"
+    return line
+
+
+def _rank(rank: Mapping[str, Any]) -> str:
+    return (
+        f"{rank['rank']}, {rank['energy_kept']:.1%} of the direction's energy, rank correlation "
+        f"with the whole {_figure(rank['rank_correlation'], '.3f')} on {rank['rows']} rows"
+    )
+
+
+def _cascade(cascade: Mapping[str, Any]) -> str:
+    recall, total = cascade["recall"], cascade["exact"] + cascade["guessed"]
+    if not cascade["guessed"]:
+        return f"predicted scores do not help here: all {total:,} rows were scored exactly"
+    return (
+        f"{cascade['exact']:,} of {total:,} rows scored exactly; they hold "
+        f"{recall['estimate']:.0%} of the best {cascade['best']:,} [{recall['low']:.0%}, "
+        f"{recall['high']:.0%}], estimated from a random sample"
+    )
+
+
+def _training(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, str]:
+    """What was trained, and what it is measured on."""
+    pairs = f"{result['pairs']} held out"
+    if result["questions"] < result["pairs"]:
+        pairs += f" of {result['questions']} questions"
+    if result["pairs_left_out"]:
+        pairs += f", {result['pairs_left_out']} left out that the run has seen"
+    kind = "all parameters" if config.full else "LoRA"
+    seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
+    training = f"{result['steps']} steps at {result['rate']:g}, {kind}, {seeds}"
+    return {"pairs": pairs, "training": training}
+
+
+def _method(method: Mapping[str, Any], questions: bool) -> str:
+    """Figures of one method, as means over its trainings."""
+    accuracy = f"accuracy {method['accuracy']:.1%}, " if questions else ""
+    line = (
+        f"gain {method['gain']:.4f}, gap {method['gap']:+.4f}, win rate {method['win_rate']:.1%}, "
+        f"{accuracy}log-likelihood of the chosen {method['loglik_chosen']:.4f}"
+    )
+    if "rows" in method:
+        line += f"; {_mean(method['rows']):,.0f} rows"
+    for task, values in method.get("tasks", {}).items():
+        line += f", {task} {_mean(values):.4f}"
+    return line
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _verdict(comparison: Mapping[str, Any]) -> str:
+    words = str(comparison["words"])
+    return words if "no gain" in words else f"prism is {words}"
+
+
+def _forecast(forecast: Mapping[str, Any]) -> str:
+    trainings, correlation = forecast["trainings"], forecast["rank_correlation"]
+    if correlation is None:
+        return f"none from {trainings} trainings: too few, or all alike"
+    return (
+        f"rank correlation {correlation:+.2f} between predicted and realised change of the gain, "
+        f"over {trainings} trainings"
+    )

@@ -1,10 +1,14 @@
-"""Terminal: what a run looks like while it goes on, and the table at its end.
+"""Terminal: progress while a command runs, and the table at its end.
 
-Choices made here: everything a run tells goes to standard output, errors alone to standard error; a
-bar where there is a terminal, a plain line every ten seconds where there is none; control
-characters from files never reach the terminal. With --json standard output has the summary alone,
-one JSON object, and all else goes to standard error; with --quiet the table at the end is all there
-is. NO_COLOR is Rich's."""
+    normal    progress and table on standard output, errors on standard error
+    --json    one JSON object on standard output, progress on standard error
+    --quiet   the table alone
+
+Choices made here:
+- a terminal gets a bar, a file or pipe a line every ten seconds;
+- control characters of files never reach the terminal;
+- Rich reads NO_COLOR.
+"""
 
 import json
 import os
@@ -43,30 +47,31 @@ def printable(text: str) -> str:
 class _Plain:
     def __init__(self, console: Console, label: str, total: int | None) -> None:
         self.console, self.label, self.total = console, label, total
-        self.started = self.told = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.rows = self.tokens = self.worked = 0
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
-        self.worked += (
-            rows if tokens else 0
-        )  # what an earlier start has done took no time in this one
-        if time.monotonic() - self.told > EVERY_SECONDS:
-            self.tell()
+        # rows of an earlier start come without tokens: they took no time in this one
+        self.worked += rows if tokens else 0
+        if time.monotonic() - self.printed > EVERY_SECONDS:
+            self.print()
 
-    def tell(self) -> None:
-        self.told = time.monotonic()
-        seconds = self.told - self.started
-        of = "" if self.total is None else f" of {self.total:,}"
-        unit = " rows" if self.tokens or self.total is None else ""
-        parts = [f"{self.rows:,}{of}{unit}"] * bool(self.rows)
-        parts += [f"{self.tokens / seconds:,.0f} tokens/s"] * bool(self.tokens)
+    def print(self) -> None:
+        self.printed = time.monotonic()
+        seconds = self.printed - self.started
+        figures = []
+        if self.rows:
+            of = "" if self.total is None else f" of {self.total:,}"
+            unit = " rows" if self.tokens or self.total is None else ""
+            figures.append(f"{self.rows:,}{of}{unit}")
+        if self.tokens:
+            figures.append(f"{self.tokens / seconds:,.0f} tokens/s")
         if self.total and 0 < self.rows < self.total:
-            parts.append(
-                f"about {seconds * (self.total - self.rows) / (self.worked or self.rows):,.0f} s left"
-            )
-        line = f"{self.label}: {', '.join([*parts, f'{seconds:.0f} s so far'])}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            remaining = seconds * (self.total - self.rows) / (self.worked or self.rows)
+            figures.append(f"about {remaining:,.0f} s left")
+        line = ", ".join([*figures, f"{seconds:.0f} s so far"])
+        self.console.print(f"{self.label}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bar:
@@ -76,17 +81,14 @@ class _Bar:
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self.tokens += tokens
-        rate = (
-            f"{self.tokens / (time.monotonic() - self.started):,.0f} tokens/s"
-            if self.tokens
-            else ""
-        )
+        per_second = self.tokens / (time.monotonic() - self.started)
+        rate = f"{per_second:,.0f} tokens/s" if self.tokens else ""
         self.bars.update(self.id, advance=rows, rate=rate)
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Who listened has left: the run goes on in silence."""
+        """The reader of the pipe has ended: the run goes on in silence."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -116,7 +118,7 @@ class Terminal:
             plain = _Plain(self.console, label, total)
             yield plain
             if time.monotonic() - plain.started > QUIET_SECONDS:
-                plain.tell()
+                plain.print()
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -130,17 +132,15 @@ class Terminal:
             yield _Bar(bars, label, total)
 
     def end(
-        self, told: Mapping[str, Any], rows: Mapping[str, str], red: Collection[str] = ()
+        self, values: Mapping[str, Any], rows: Mapping[str, str], red: Collection[str] = ()
     ) -> None:
-        """The summary: `told` as JSON where that was asked for, else `rows` as a table."""
+        """Prints the summary: `values` as JSON with --json, else `rows` as a table."""
         if self.silent:
             return
         if self.json:
-            from prism_select.run.folder import (
-                finite,
-            )  # pyarrow comes with it, and help goes without
+            from prism_select.run.folder import finite  # imports pyarrow; --help does without
 
-            print(json.dumps(finite(told), ensure_ascii=True, default=str), file=sys.stdout)
+            print(json.dumps(finite(values), ensure_ascii=True, default=str), file=sys.stdout)
         else:
             self.table(rows, red)
 

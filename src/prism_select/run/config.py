@@ -1,13 +1,13 @@
 """Configuration: the options of a run in sections, each a frozen dataclass that functions take.
 
-    ModelOptions       the model, and how rows become tokens        RowOptions       columns, bad rows
-    DirectionOptions   how pairs become a gradient                  TargetOptions    which pairs
-    CurvatureOptions   the Hessian approximation                    ScoringOptions   engine, ranking
-    RuntimeOptions     processes, plan                              FolderOptions    what is written
+    ModelOptions       the model, and how rows become tokens     RowOptions      columns, bad rows
+    DirectionOptions   how pairs become a gradient               TargetOptions   which pairs
+    CurvatureOptions   the Hessian approximation                 ScoringOptions  engine, ranking
+    RuntimeOptions     processes, plan                           FolderOptions   what is written
 
-    ScoreConfig = all of them      SelectConfig, RepairConfig = ScoreConfig + how rows are chosen
+    ScoreConfig = all of them     SelectConfig, RepairConfig = ScoreConfig + how rows are chosen
 
-    prism score --layers late …   =   ScoreConfig(layers="late", …)   =   config.toml: layers = "late"
+    prism score --layers late …  =  ScoreConfig(layers="late", …)  =  config.toml: layers = "late"
 
 Choices made here:
 - a command's config inherits from its sections: flat on the command line and in config.toml, while
@@ -29,6 +29,7 @@ from prism_select.run.options import (
     marked,
     parse_number,
     parse_share,
+    split_names,
 )
 
 __all__ = [
@@ -78,7 +79,8 @@ class ModelOptions(Options):
     ] = None
     adapter: Annotated[
         str | None,
-        "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept apart.",
+        "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept "
+        "apart.",
         Mark.PATH,
     ] = None
     dtype: Annotated[
@@ -90,8 +92,8 @@ class ModelOptions(Options):
     ] = "auto"
     template: Annotated[
         Literal["auto", "chat", "plain"],
-        "How messages become text: the tokenizer's chat template, or joined as they are; auto is chat "
-        "where there is one.",
+        "How messages become text: the tokenizer's chat template, or joined as they are; auto is "
+        "chat where there is one.",
     ] = "auto"
     max_length: Annotated[
         int, "Rows of more tokens than this, or than the model takes, are truncated."
@@ -103,8 +105,8 @@ class ModelOptions(Options):
     ] = False
     batch_tokens: Annotated[
         int | None,
-        "Tokens in a batch, padding included  [default: 4,096 on a GPU; 512 on a CPU, or 2,048 where "
-        "no graph is kept].",
+        "Tokens in a batch, padding included  [default: 4,096 on a GPU; 512 on a CPU, or 2,048 "
+        "where no graph is kept].",
         Mark.MENDABLE | Mark.RARE,
     ] = None
 
@@ -174,8 +176,8 @@ class DirectionOptions(Options):
     ] = 0.0
     common: Annotated[
         Literal["keep", "remove"],
-        "The gradient that both answers of the pairs share: keep it in the direction, or project it "
-        "out.",
+        "The gradient that both answers of the pairs share: keep it in the direction, or project "
+        "it out.",
         Mark.IN_DIRECTION | Mark.RARE,
     ] = "keep"
 
@@ -230,8 +232,8 @@ class CurvatureOptions(Options):
     ] = "flat"
     damping: Annotated[
         str,
-        "Share of each layer's mean eigenvalue added to the curvature; with several, as in 0.1,1, the "
-        "first counts and the others are compared with it.",
+        "Share of each layer's mean eigenvalue added to the curvature; with several, as in 0.1,1, "
+        "the first counts and the others are compared with it.",
         Mark.IN_DIRECTION,
     ] = "0.1"
 
@@ -240,8 +242,8 @@ class CurvatureOptions(Options):
             raise BadOption(
                 f"--damping {self.damping}: not one or several numbers above 0; try 0.1 or 0.1,1"
             )
-        others = [f"{value:g}" for value in self.dampings[1:]]
-        if len(set(others)) < len(others):
+        compared = [f"{value:g}" for value in self.dampings[1:]]
+        if len(set(compared)) < len(compared):
             raise BadOption(f"--damping {self.damping}: the same value twice; leave one out")
         if len(self.dampings) > 1 and self.curvature == "flat":
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
@@ -250,7 +252,7 @@ class CurvatureOptions(Options):
     def dampings(self) -> tuple[float, ...]:
         """The first is the one that counts; none where `damping` is no list of numbers."""
         try:
-            return tuple(float(part) for part in self.damping.split(","))
+            return tuple(float(text) for text in self.damping.split(","))
         except ValueError:
             return ()
 
@@ -263,12 +265,13 @@ class ScoringOptions(Options):
 
     engine: Annotated[
         Literal["auto", "reverse", "forward", "difference", "reference"],
-        "How scores are computed; auto takes the fastest that reaches every parameter, and checks it.",
+        "How scores are computed; auto takes the fastest that reaches every parameter, and checks "
+        "it.",
     ] = "auto"
     normalize: Annotated[
         Literal["none", "tokens", "norm"],
-        "Rank by the score (none: summed over tokens, the paper), by the score per token, or by its "
-        "cosine with the row's gradient.",
+        "Rank by the score (none: summed over tokens, the paper), by the score per token, or by "
+        "its cosine with the row's gradient.",
         Mark.IN_CHOICE,
     ] = "none"
     tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
@@ -279,19 +282,20 @@ class ScoringOptions(Options):
     ] = None
     warmup: Annotated[
         str | None,
-        "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it merged.",
+        "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it "
+        "merged.",
         Mark.IN_DIRECTION | Mark.RARE,
     ] = None
     cascade: Annotated[
         bool,
-        "Score exactly only where the best rows may be, and predict the other scores from the lower "
-        "blocks; select and repair.",
+        "Score exactly only where the best rows may be, and predict the other scores from the "
+        "lower blocks; select and repair.",
         Mark.RARE,
     ] = False
     save_adapter: Annotated[
         str | None,
-        "Also write the direction, of length one, to this folder as a PEFT LoRA adapter of rank --rank "
-        "(or 16).",
+        "Also write the direction, of length one, to this folder as a PEFT LoRA adapter of rank "
+        "--rank (or 16).",
         Mark.PATH | Mark.RARE,
     ] = None
 
@@ -331,15 +335,15 @@ class RuntimeOptions(Options):
 
     runtime: Annotated[
         Literal["local", "ray"],
-        "This process (and those that torchrun started beside it), or actors of Ray (with the extra "
-        "[ray]).",
+        "This process (and those that torchrun started beside it), or actors of Ray (with the "
+        "extra [ray]).",
         Mark.MENDABLE,
     ] = "local"
     ray: Annotated[
         str | None,
         "Ray: address=HOST:PORT (or auto) of a cluster, actors=N, and what an actor takes, as in "
-        "actors=4,GPU=1,CPU=4  [default: a cluster for this run, as many actors as find room, a GPU "
-        "each where there is one].",
+        "actors=4,GPU=1,CPU=4  [default: a cluster for this run, as many actors as find room, a "
+        "GPU each where there is one].",
         Mark.MENDABLE | Mark.RARE,
     ] = None
     dry_run: Annotated[
@@ -356,8 +360,8 @@ class RuntimeOptions(Options):
 
     @property
     def _ray(self) -> Mapping[str, str]:
-        parts = (part.partition("=") for part in (self.ray or "").split(",") if part.strip())
-        return {name.strip(): value.strip() for name, _, value in parts}
+        pairs = (text.partition("=") for text in split_names(self.ray))
+        return {name.strip(): value.strip() for name, _, value in pairs}
 
     @property
     def ray_address(self) -> str | None:
@@ -373,8 +377,8 @@ class RuntimeOptions(Options):
     @property
     def resources(self) -> Mapping[str, float]:
         """What an actor takes, by name; NaN for what is no number."""
-        own = ("address", "actors")
-        return {name: parse_number(value) for name, value in self._ray.items() if name not in own}
+        names = self._ray.keys() - {"address", "actors"}
+        return {name: parse_number(self._ray[name]) for name in sorted(names)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,15 +406,15 @@ class FolderOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(
-    ModelOptions,
-    RowOptions,
-    TargetOptions,
-    DirectionOptions,
-    CurvatureOptions,
-    ScoringOptions,
-    RuntimeOptions,
     FolderOptions,
-):
+    RuntimeOptions,
+    ScoringOptions,
+    CurvatureOptions,
+    DirectionOptions,
+    TargetOptions,
+    RowOptions,
+    ModelOptions,
+):  # a dataclass takes its fields from the last base first
     """Score every row of a pool by how much training on it would raise the gain on the target
     pairs."""
 
@@ -431,8 +435,8 @@ class ScoreConfig(
     def validate(self) -> None:
         self._check_required()
         self._check_adapter()
-        self._check_combination()
-        self._check_cascade()
+        self._check_combination(self.amount)
+        self._check_cascade(self.amount)
 
     def _check_required(self) -> None:
         required = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
@@ -446,7 +450,7 @@ class ScoreConfig(
                 "give either --target PAIRS or --direction FILE" + ", not both" * bool(self.target)
             )
         if self.direction and (
-            fixed := sorted({*self.given} & marked(ScoreConfig, Mark.IN_DIRECTION))
+            fixed := sorted({*self.changed} & marked(ScoreConfig, Mark.IN_DIRECTION))
         ):
             raise BadOption(
                 f"{flag_of(fixed[0])}: a saved direction has that in it; leave it out, or give "
@@ -458,44 +462,45 @@ class ScoreConfig(
             raise BadOption("--layers adapter: there is none; give its folder with --adapter")
         if self.warmup and self.adapter:
             raise BadOption(
-                "--warmup makes an adapter of its own: leave out --adapter, or save the model merged"
+                "--warmup makes an adapter of its own: leave out --adapter, or save the model "
+                "merged"
             )
         if self.save_adapter and self.layers == "adapter":
             raise BadOption(
-                "--save-adapter: the direction of an adapter's own weights is no adapter; take other "
-                "--layers"
+                "--save-adapter: the direction of an adapter's own weights is no adapter; take "
+                "other --layers"
             )
 
-    def _check_combination(self) -> None:
+    def _check_combination(self, amount: Amount) -> None:
         chooses = self.command != "score"
-        if self.combine == "round-robin" and chooses and self.amount.kind == "positive":
+        if self.combine == "round-robin" and chooses and amount.kind == "positive":
             raise BadOption(
                 "--combine round-robin takes rows in turn and knows no positive ones; give a share"
             )
         if self.combine != "mean" and len(self.dampings) > 1:
             raise BadOption("several values of --damping: only with --combine mean")
 
-    def _check_cascade(self) -> None:
+    def _check_cascade(self, amount: Amount) -> None:
         if not self.cascade:
             return
         if self.command == "score":
             raise BadOption(
-                "--cascade: looks for the best rows of a budget, and score has none; take select or "
-                "repair"
+                "--cascade: looks for the best rows of a budget, and score has none; take select "
+                "or repair"
             )
-        if self.amount.kind == "positive":
+        if amount.kind == "positive":
             raise BadOption(
                 "--cascade: predicted scores have no sure sign; give the budget as a share, 5% say"
             )
-        exact = {
+        needs_exact = {
             "--tokens": self.tokens,
             "--normalize norm": self.normalize == "norm",
             f"--combine {self.combine}": self.combine != "mean",
             "--rank-by": bool(getattr(self, "rank_by", None)),
             "several values of --damping": len(self.dampings) > 1,
         }
-        for option, given in exact.items():
-            if given:
+        for option, present in needs_exact.items():
+            if present:
                 raise BadOption(
                     f"--cascade and {option}: takes an exact score of every row; leave one out"
                 )
@@ -542,7 +547,8 @@ class SelectConfig(ScoreConfig):
             raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
         if self.rank_by and self.amount.kind == "positive":
             raise BadOption(
-                f"--rank-by {self.rank_by}: only scores have a sign; give --budget as a share, 5% say"
+                f"--rank-by {self.rank_by}: only scores have a sign; give --budget as a share, 5% "
+                "say"
             )
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise BadOption(
@@ -555,9 +561,9 @@ class SelectConfig(ScoreConfig):
         if self.dry_run:
             raise BadOption("--select-from takes seconds and has no plan: leave out --dry-run")
         readable = marked(SelectConfig, Mark.IN_CHOICE)
-        if others := [flag_of(name) for name in self.given if name not in readable]:
+        if refused := [flag_of(name) for name in self.changed if name not in readable]:
             raise BadOption(
-                f"--select-from takes scores as they are: leave out {', '.join(others)}"
+                f"--select-from takes scores as they are: leave out {', '.join(refused)}"
             )
         if not self.out:
             raise BadOption("--out is missing: the folder for the new choice")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from prism_select.run.errors import BadOption
-from prism_select.run.options import Mark, Options, flag_of, split_names
+from prism_select.run.options import Mark, Options, split_names
 
 __all__ = ["EvaluateConfig", "ReportConfig"]
 
@@ -21,7 +21,9 @@ class EvaluateConfig(Options):
     group: ClassVar[str] = "Evaluation"
 
     run: Annotated[
-        str | None, "Folder of a complete select or repair run.", Mark.REQUIRED | Mark.PATH
+        str | None,
+        "Folder of a complete select or repair run.",
+        Mark.REQUIRED | Mark.ARGUMENT | Mark.PATH,
     ] = None
     holdout: Annotated[
         str | None,
@@ -31,18 +33,18 @@ class EvaluateConfig(Options):
     ] = None
     against: Annotated[
         str,
-        "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, loss-mid, "
-        "ifd, rds, less, uniform, hard, unpaired, contrast. In select each fills the same number of "
-        "supervised tokens, in repair each loses as many rows; everything is the whole pool, in as "
-        "many steps; random-priced trains for as much longer as scoring took.",
+        "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, "
+        "loss-mid, ifd, rds, less, uniform, hard, unpaired, contrast. In select each fills the "
+        "same number of supervised tokens, in repair each loses as many rows; everything is the "
+        "whole pool, in as many steps; random-priced trains for as much longer as scoring took.",
     ] = "random,length,everything"
     seeds: Annotated[
         int, "Trainings of each method: adapter, order of rows and random rows differ."
     ] = 3
     steps: Annotated[
         str,
-        "Length of each training: passes over the chosen rows, as in 3epochs, or steps of 8 rows, as "
-        "in 40; every method takes as many steps.",
+        "Length of each training: passes over the chosen rows, as in 3epochs, or steps of 8 rows, "
+        "as in 40; every method takes as many steps.",
     ] = "3epochs"
     rate: Annotated[
         float | None,
@@ -53,8 +55,8 @@ class EvaluateConfig(Options):
     ] = False
     tasks: Annotated[
         str | None,
-        "Tasks of lm-eval, with commas between, before and after each training; a folder among them "
-        "defines tasks of your own. Needs the extra [tasks].",
+        "Tasks of lm-eval, with commas between, before and after each training; a folder among "
+        "them defines tasks of your own. Needs the extra [tasks].",
     ] = None
     seed: Annotated[int, "The first seed, and that of everything else that is drawn."] = 0
 
@@ -71,7 +73,7 @@ class EvaluateConfig(Options):
                 f"--steps {self.steps}, --rate {self.rate}: must be above 0; try 3epochs and 2e-4"
             )
         if not 0 <= self.seed < 2**32:
-            raise BadOption(f"{flag_of('seed')} {self.seed}: must be between 0 and {2**32 - 1}")
+            raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
 
     @property
     def baselines(self) -> list[str]:
@@ -102,11 +104,12 @@ class ReportConfig(Options):
     pool."""
 
     command: ClassVar[str] = "report"
+    group: ClassVar[str] = "Running"
 
     runs: Annotated[
         Sequence[str],
         "Folder of a complete run; with a second one, the two are compared.",
-        Mark.REQUIRED | Mark.PATH,
+        Mark.REQUIRED | Mark.ARGUMENT | Mark.PATH,
     ] = ()
     out: Annotated[
         str | None,

@@ -11,21 +11,23 @@ __all__ = ["PairsConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(ModelOptions, RowOptions, DirectionOptions, FolderOptions):
+class PairsConfig(FolderOptions, DirectionOptions, RowOptions, ModelOptions):
     """Make pairs from what you have, or check pairs that you have (--check)."""
 
     command: ClassVar[str] = "pairs"
     group: ClassVar[str] = "Pairs"
 
     file: Annotated[
-        str | None, "Rows to make pairs of: questions with answers, in any format of a pool."
+        str | None,
+        "Rows to make pairs of: questions with answers, in any format of a pool.",
+        Mark.REQUIRED | Mark.ARGUMENT | Mark.PATH,
     ] = None
     how: Annotated[
         Literal["numbers", "choices", "answers", "weak", "swap"] | None,
-        "What the rejected answer is: the same with its numbers changed (numbers), each wrong choice, "
-        "or with --model only the one that the model likes best (choices), an answer of the model that "
-        "--accept refuses (answers), the column that --fields weak=COLUMN names (weak), or another "
-        "row's answer (swap, for control).",
+        "What the rejected answer is: the same with its numbers changed (numbers), each wrong "
+        "choice, or with --model only the one that the model likes best (choices), an answer of "
+        "the model that --accept refuses (answers), the column that --fields weak=COLUMN names "
+        "(weak), or another row's answer (swap, for control).",
         Mark.REQUIRED,
     ] = None
     check: Annotated[

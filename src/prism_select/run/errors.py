@@ -49,11 +49,11 @@ class PrismError(Exception):
     """Root of the tree; its text is the one line that the user reads."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For its way to another process, whatever its constructor takes."""
-        return _again, (type(self), self.args), self.__dict__
+        """Pickles an error whatever its constructor takes."""
+        return _rebuilt, (type(self), self.args), self.__dict__
 
 
-def _again(kind: type[PrismError], args: tuple[Any, ...]) -> PrismError:
+def _rebuilt(kind: type[PrismError], args: tuple[Any, ...]) -> PrismError:
     return kind.__new__(kind, *args)
 
 
@@ -62,13 +62,14 @@ class BadOption(PrismError):
 
 
 class UnknownLayers(BadOption):
-    def __init__(self, wanted: str, known: Sequence[str]) -> None:
-        examples = ", ".join(known[:3])
+    def __init__(self, pattern: str, names: Sequence[str]) -> None:
         advice = "try all, late, last:N or another regular expression"
-        if wanted == "adapter":
+        if pattern == "adapter":
             advice = "an adapter counts where --adapter puts it on the model without merging it"
-        found = f"this model has {len(known)} weights, for example {examples}"
-        super().__init__(f"--layers {wanted}: no weight matches; {found}; {advice}")
+        super().__init__(
+            f"--layers {pattern}: no weight matches; this model has {len(names)} weights, for "
+            f"example {', '.join(names[:3])}; {advice}"
+        )
 
 
 class BadFile(PrismError):
@@ -76,8 +77,8 @@ class BadFile(PrismError):
 
     def __init__(self, file: str, line: int | None, what: str, advice: str) -> None:
         self.file, self.line, self.what, self.advice = file, line, what, advice
-        place = file if line is None else f"{file}:{line}"
-        super().__init__(f"{place}: {what}; {advice}")
+        where = file if line is None else f"{file}:{line}"
+        super().__init__(f"{where}: {what}; {advice}")
 
 
 class BadRow(BadFile):
@@ -105,17 +106,19 @@ class Unreachable(BadModel):
 
     def __init__(self, engine: str, names: Sequence[str], why: str) -> None:
         self.names = tuple(names)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         super().__init__(
-            f"engine {engine} cannot reach {', '.join(names[:3])}{more}: {why}; "
+            f"engine {engine} cannot reach {shown}: {why}; "
             "try --engine difference, or leave these weights out with --layers"
         )
 
 
 class TooLarge(PrismError):
     def __init__(self, what: str, device: str) -> None:
-        advice = "start afresh with a smaller --max-length or --dtype bfloat16, and --overwrite or another --out"
-        super().__init__(f"{what} does not fit into the memory of {device}; {advice}")
+        super().__init__(
+            f"{what} does not fit into the memory of {device}; start afresh with a smaller "
+            "--max-length or --dtype bfloat16, and --overwrite or another --out"
+        )
 
 
 class NotFinite(PrismError):

@@ -1,13 +1,14 @@
-"""Store: the run folder. A file is complete or absent: it is written beside its place and renamed
-into it.
+"""Run folder: a file in it is complete or absent, because a draft is renamed into place.
 
-RUN/config.toml      first of all; another configuration is refused from then on
-RUN/shards/*.parquet scores of finished windows of the pool; gone when the run is complete
-RUN/manifest.json    last of all; a run folder that has one is complete
+    RUN/config.toml       written first; from then on another configuration is refused
+    RUN/shards/*.parquet  scores of finished windows of the pool; gone when the run is complete
+    RUN/manifest.json     written last; a run folder that has one is complete
 
-Choices made here: a shard carries the checksum of its contents in its name, so that both appear at
-once; one that no longer agrees with its name counts as absent. A draft is made anew under its name,
-so that no link is written through."""
+Choices made here:
+- a shard carries the checksum of its contents in its name, so both appear at once; a shard whose
+  contents do not match its name counts as absent;
+- a draft is always a new file, so no symbolic link is written through.
+"""
 
 import errno
 import hashlib
@@ -25,9 +26,9 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_select.run.config import MENDABLE, ScoreConfig
+from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, DiskTrouble, RunMismatch
-from prism_select.run.options import to_toml
+from prism_select.run.options import Mark, marked, to_toml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,16 +43,24 @@ FILES = (
     "scores.parquet",
     "selected.jsonl",
 )
-
-
+# What `overwrite` removes, in this order: config.toml goes last, because it marks a run's folder.
+REMOVED = (
+    *(name for name in FILES if name != "config.toml"),
+    "removed.jsonl",
+    "quarantine.jsonl",
+    "report.html",
+    "comparison.html",
+    "shards",
+    "adapter",
+    "evaluation",
+    "config.toml",
+)
 DTYPES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
 }
-
-
 SHARD = pa.schema(
     [
         ("row", pa.int64()),
@@ -84,88 +93,73 @@ class Store:
         return (self.path / "manifest.json").exists()
 
     def refuse_others(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
-        """Raises RunMismatch, naming what differs, when the folder holds another run; then `begin`
-        may not follow. A folder with something else in it is refused even with `overwrite`."""
+        """Raises RunMismatch when the folder holds another run, and names the first difference. A
+        folder with anything but a run in it is refused even with `overwrite`."""
         with self._disk():
             present = self._usable()
-            then = self._earlier() if "config.toml" in present else {}
-        ours = "command" in then or all(
+            earlier = self._earlier() if "config.toml" in present else {}
+        is_run = "command" in earlier or all(
             name == "shards" or name.endswith(".part") for name in present
         )
-        if not ours:
+        if not is_run:
             raise RunMismatch(
                 f"{self.path} holds {present[0]} and no run; give an empty or new folder as --out"
             )
-        if config.overwrite or not then:
+        if config.overwrite or not earlier:
             return
-        now = _flat(self._config_text(config, inputs))
-        then = {
-            **{f.name: f.default for f in fields(config) if f.name not in then},
-            **then,
-        }  # of an older version
-        # of a model the contents are compared, wherever it lies
-        for name in ["command", *sorted((then.keys() | now.keys()) - MENDABLE - {"model"})]:
-            if then.get(name) != now.get(name):
-                was, here = _apart(
-                    *(
-                        json.dumps(each.get(name), default=str, ensure_ascii=False)
-                        for each in (then, now)
-                    )
-                )
+        defaults = {field.name: field.default for field in fields(config)}
+        before = {**defaults, **earlier}
+        after = {**defaults, **_flat(self._config_text(config, inputs))}
+        # a model may have moved: its contents are compared, not its path
+        free = marked(type(config), Mark.MENDABLE) | {"model"}
+        for name in ["command", *sorted((before.keys() | after.keys()) - free)]:
+            if before.get(name) != after.get(name):
+                was, here = _excerpts(_shown(before.get(name)), _shown(after.get(name)))
                 raise RunMismatch(
-                    f"{self.path} belongs to another run: {name} was {was} there and is {here} here; use another "
-                    "--out, or --overwrite to start it afresh"
+                    f"{self.path} belongs to another run: {name} was {was} there and is {here} "
+                    "here; use another --out, or --overwrite to start it afresh"
                 )
 
     def _usable(self) -> list[str]:
-        """What is in the folder already. Raises BadOption where it is no folder, or a link stands
-        in it or for it: what is written must end up where the user looks. Raises OSError where
-        nothing may be written."""
-        there = next(
+        """Names of the files in the folder. Raises BadOption when the path is not a folder, or when
+        a symbolic link would carry files elsewhere, and OSError when it cannot be written."""
+        nearest = next(
             path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path)
         )
-        if there.is_symlink() and there == self.path:
+        if nearest.is_symlink() and nearest == self.path:
             raise BadOption(
                 f"--out {self.path}: a symbolic link; give the folder that it points to"
             )
-        if not there.is_dir():
-            raise BadOption(f"--out {self.path}: {there} is a file; give a folder")
-        present = sorted(self.path.iterdir()) if there == self.path else []
+        if not nearest.is_dir():
+            raise BadOption(f"--out {self.path}: {nearest} is a file; give a folder")
+        present = sorted(self.path.iterdir()) if nearest == self.path else []
         if linked := [path for path in present if path.is_symlink()]:
             raise BadOption(
                 f"--out {self.path}: {linked[0].name} in it is a symbolic link; give another folder"
             )
-        for folder in (there, self.shards):
+        for folder in (nearest, self.shards):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
                 raise OSError(code, os.strerror(code))
         return [path.name for path in present]
 
     def _earlier(self) -> Mapping[str, Any]:
-        """What the folder's config.toml says; nothing where it is no run's."""
+        """Options and fingerprints in the folder's config.toml; empty when it is not a run's."""
         try:
             return _flat((self.path / "config.toml").read_text(encoding="utf-8"))
         except ValueError:  # neither UTF-8 nor TOML
             return {}
 
     def begin(self, config: ScoreConfig, inputs: Mapping[str, str]) -> None:
-        """Makes the folder; with `overwrite` on, removes an earlier run first. `inputs` are
-        fingerprints."""
+        """Makes the folder, and with `overwrite` removes an earlier run first. `inputs` are
+        fingerprints by name."""
         with self._disk():
-            if config.overwrite and self.path.exists():
-                for name in (  # config.toml goes last: it tells whose folder this is
-                    *(name for name in FILES if name != "config.toml"),
-                    "removed.jsonl",
-                    "quarantine.jsonl",
-                    "report.html",
-                    "comparison.html",
-                    "curvature.safetensors",
-                    "layers.parquet",
-                ):
-                    (self.path / name).unlink(missing_ok=True)
-                for name in ("shards", "adapter", "evaluation"):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-                (self.path / "config.toml").unlink(missing_ok=True)
+            if config.overwrite:
+                for path in (self.path / name for name in REMOVED):
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
             self.shards.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():
             self.write("config.toml", self._config_text(config, inputs).encode())
@@ -175,17 +169,10 @@ class Store:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def _config_text(self, config: ScoreConfig, inputs: Mapping[str, str]) -> str:
-        prints = {
-            "command": config.command,
-            **{f"{name} contents": value for name, value in inputs.items()},
-        }
-        lines = [f"{json.dumps(name)} = {json.dumps(value)}" for name, value in prints.items()]
-        return (
-            to_toml(replace(config, overwrite=False))
-            + "\n[fingerprints]\n"
-            + "\n".join(lines)
-            + "\n"
-        )
+        prints = {"command": config.command} | {f"{k} contents": v for k, v in inputs.items()}
+        lines = [f"{json.dumps(name)} = {json.dumps(value)}\n" for name, value in prints.items()]
+        options = to_toml(replace(config, overwrite=False))
+        return f"{options}\n[fingerprints]\n{''.join(lines)}"
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -203,9 +190,9 @@ class Store:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A draft to fill, renamed into place at the end of the block; an error leaves nothing."""
-        place = self.path / name
-        draft = place.with_name(place.name + ".part")
+        """A draft to fill, renamed at the end of the block; an error leaves no file behind."""
+        path = self.path / name
+        draft = path.with_name(path.name + ".part")
         try:
             with self._disk():
                 draft.unlink(missing_ok=True)
@@ -213,12 +200,12 @@ class Store:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
-                draft.replace(place)
+                draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
 
     def move_in(self, name: str, folder: Path) -> None:
-        """A folder from elsewhere, whole or not at all."""
+        """Moves a folder from elsewhere, complete or not at all."""
         draft = self.path / f"{name}.part"
         with self._disk():
             shutil.rmtree(draft, ignore_errors=True)
@@ -231,12 +218,12 @@ class Store:
             file.write(content)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """A number that is NaN or infinite, and so has no value, becomes null."""
+        """NaN and infinity become null."""
         text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
     def write_shard(self, number: int, table: pa.Table, kind: str = "") -> Path:
-        """Those of a `kind` are numbered apart; without one they are windows of scores.parquet."""
+        """Each `kind` of shard has its own numbers; without a kind, windows of scores.parquet."""
         with pa.BufferOutputStream() as buffer:
             pq.write_table(table, buffer)
             content = buffer.getvalue().to_pybytes()
@@ -251,8 +238,8 @@ class Store:
     def write_tensors(
         self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
     ) -> None:
-        """As safetensors.torch.save, which holds two more copies of all of them; the widest first,
-        as it wants them."""
+        """Writes the format of safetensors.torch.save without its two copies in memory. The format
+        wants wide types first."""
         import torch
 
         ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -272,48 +259,45 @@ class Store:
                 file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def table_of(self, name: str, mark: str) -> pa.Table | None:
-        """A table that was written with this mark as its metadata `of`; None for none, or another
-        one."""
+        """The table, if its metadata has this mark under `of`; else None."""
         if not (self.path / name).exists():
             return None
         table = pq.read_table(self.path / name)
         return table if (table.schema.metadata or {}).get(b"of") == mark.encode() else None
 
     def json_of(self, name: str, mark: str) -> dict[str, Any] | None:
-        """Values that were written with this mark as their key `of`; None for none, or others."""
-        place = self.path / name
-        told = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-        return told if told.get("of") == mark else None
+        """The values, if they have this mark under `of`; else None."""
+        path = self.path / name
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return values if values.get("of") == mark else None
 
     def present_shards(self, kind: str = "") -> dict[int, Path]:
-        """The shards of a kind that are there, by number, unread."""
-        found = sorted(self.shards.glob(f"{kind}{'[0-9]' * 8}-*.parquet"))
-        return {int(path.name.partition("-")[0].removeprefix(kind)): path for path in found}
+        """Paths of the shards of a kind by number; the files are not read."""
+        paths = sorted(self.shards.glob(f"{kind}{'[0-9]' * 8}-*.parquet"))
+        return {int(path.name.partition("-")[0].removeprefix(kind)): path for path in paths}
 
     def sound_shards(self, kind: str = "") -> tuple[dict[int, Path], list[int]]:
-        """The shards whose contents are as they were written, and the numbers of those that were
-        not: they are removed. Drafts that a killed process left go too."""
+        """The intact shards by number, and the numbers of damaged ones, which are removed. Drafts
+        of a killed process are removed too."""
         present = self.present_shards(kind)
         with self._disk():
             for draft in self.shards.glob("*.part"):
                 draft.unlink(missing_ok=True)
-            damaged = {
-                n: path
-                for n, path in present.items()
+            damaged = [
+                number
+                for number, path in present.items()
                 if _checksum(path.read_bytes()) not in path.name
-            }
-            for path in damaged.values():
-                path.unlink()
-        return {number: path for number, path in present.items() if number not in damaged}, list(
-            damaged
-        )
+            ]
+            for number in damaged:
+                present.pop(number).unlink()
+        return present, damaged
 
     def drop_shards(self) -> None:
         shutil.rmtree(self.shards, ignore_errors=True)
 
 
 class Run:
-    """A complete run folder, read when asked."""
+    """A complete run folder; each file is read when its property is used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -325,11 +309,10 @@ class Run:
         return pq.read_table(self.path / "scores.parquet")
 
     def columns(self, *names: str) -> pa.Table:
-        """Those of the scores that are there."""
-        there = pq.read_schema(self.path / "scores.parquet").names
-        return pq.read_table(
-            self.path / "scores.parquet", columns=[n for n in dict.fromkeys(names) if n in there]
-        )
+        """Of these columns of the scores, the ones that the run has."""
+        file = self.path / "scores.parquet"
+        present = pq.read_schema(file).names
+        return pq.read_table(file, columns=[n for n in dict.fromkeys(names) if n in present])
 
     @property
     def pairs(self) -> pa.Table:
@@ -341,7 +324,7 @@ class Run:
 
     @property
     def selected(self) -> Iterator[dict[str, Any]]:
-        """The kept rows, as they came."""
+        """The selected rows, as they stood in the pool."""
         return self._rows("selected.jsonl")
 
     @property
@@ -363,11 +346,11 @@ class Run:
 
 
 def finite(value: Any) -> Any:
-    """As JSON has it: names are texts, and a number that is NaN or infinite is null."""
+    """The value for JSON: keys are texts, and NaN and infinity are null."""
     if isinstance(value, Mapping):
-        return {str(name): finite(part) for name, part in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -381,7 +364,7 @@ def bad_rows_of(shard: Path) -> list[BadRow]:
 
 
 def json_line(row: Mapping[str, object]) -> bytes:
-    """What no UTF-8 can say is escaped."""
+    """One line; lone surrogates, which UTF-8 cannot hold, are escaped."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -396,8 +379,12 @@ def _flat(text: str) -> Mapping[str, Any]:
     return {**prints, **values} if isinstance(prints, dict) else values
 
 
-def _apart(*texts: str) -> list[str]:
-    """Texts cut to where they differ."""
+def _shown(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _excerpts(*texts: str) -> list[str]:
+    """Long texts, cut to about where they differ."""
     start = max(0, len(os.path.commonprefix(texts)) - 20)
     start = 0 if max(map(len, texts)) <= 60 else start
     shown = ["…" * (start > 0) + text[start:] for text in texts]

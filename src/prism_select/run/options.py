@@ -49,6 +49,7 @@ class Mark(Flag):
     NONE = 0
     REQUIRED = auto()  # a run needs it: --help shows it first
     RARE = auto()  # --help shows it last
+    ARGUMENT = auto()  # a word of its own on the command line, without a flag
     PATH = auto()  # a file or a folder, for completion
     MENDABLE = auto()  # may change between a run and its resumption
     IN_DIRECTION = auto()  # a saved direction was made with it: refused with --direction
@@ -91,18 +92,21 @@ class Options:
             value = getattr(self, option.name)
             if value is None:
                 continue
-            if option.kind is str:
-                object.__setattr__(self, option.name, str(value))
-            if option.kind == Sequence[str]:
-                several = [value] if isinstance(value, str | Path) else value
-                object.__setattr__(self, option.name, tuple(map(str, several)) or option.default)
-            if option.choices and value not in option.choices:
+            if value == "" and option.default is None:  # an empty variable of a shell
+                object.__setattr__(self, option.name, None)
+            elif option.choices and value not in option.choices:
                 raise BadOption(
-                    f"{flag_of(option.name)} {value}: unknown; try one of {', '.join(option.choices)}"
+                    f"{flag_of(option.name)} {value}: unknown; try one of "
+                    f"{', '.join(option.choices)}"
                 )
+            elif option.kind is str:
+                object.__setattr__(self, option.name, str(value))
+            elif option.kind == Sequence[str]:
+                items = (value,) if isinstance(value, str | Path) else value
+                object.__setattr__(self, option.name, tuple(filter(None, map(str, items))))
 
     @property
-    def given(self) -> list[str]:
+    def changed(self) -> list[str]:
         """Names of the options that are not at their defaults."""
         return list(settings(self))
 
@@ -120,16 +124,23 @@ def options_of(kind: type[Options]) -> Iterator[Option]:
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         hint, text, *marks = get_args(hints[field.name])
-        section = next(c for c in kind.__mro__ if field.name in vars(c).get("__annotations__", {}))
         mark = marks[0] if marks else Mark.NONE
-        group = vars(section).get("group", section.group)
+        group = _section_of(kind, field.name).group
         yield Option(field.name, _without_none(hint), field.default, text, mark, group)
+
+
+def _section_of(kind: type[Options], name: str) -> type[Options]:
+    """The class that declares the field."""
+    for base in kind.__mro__:
+        if issubclass(base, Options) and name in vars(base).get("__annotations__", {}):
+            return base
+    raise AssertionError(f"{kind.__name__} has no field {name}")
 
 
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) not in (UnionType, Union):
         return hint
-    return next(part for part in get_args(hint) if part is not NoneType)
+    return next(kind for kind in get_args(hint) if kind is not NoneType)
 
 
 def marked(kind: type[Options], mark: Mark) -> frozenset[str]:
@@ -209,8 +220,8 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
     for name, value in values.items():
         if name not in options:
             close = [f"did you mean {match}?" for match in get_close_matches(name, options, n=1)]
-            parts = [f"unknown option {name!r}", *close, f"known are {', '.join(sorted(options))}"]
-            raise BadOption(f"--config {path}: {'; '.join(parts)}")
+            advice = "; ".join([*close, f"known are {', '.join(sorted(options))}"])
+            raise BadOption(f"--config {path}: unknown option {name!r}; {advice}")
         types = _toml_types(options[name].kind)
         if isinstance(value, bool) != (bool in types) or not isinstance(value, types):
             raise BadOption(

@@ -1,5 +1,4 @@
-"""Progress: what the steps report while they run. They never print; the command line decides what
-is shown."""
+"""Progress: what the steps of a run report. They never print; the command line shows it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ class Task(Protocol):
 
 class Progress(Protocol):
     def say(self, line: str) -> None:
-        """One line that the user should read: a choice that was made, or a warning."""
+        """Reports a line for the user: a choice that was made, or a warning."""
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
-        """A step that may take long; `total` rows, or None where that is not known."""
+        """A step that may take long; `total` counts its rows, None if unknown."""
         ...
 
 
@@ -28,7 +27,7 @@ class _Nothing:
 
 
 class Silent:
-    """For use from Python."""
+    """Shows nothing: for use from Python."""
 
     def say(self, line: str) -> None:
         pass
