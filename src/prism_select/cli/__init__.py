@@ -1,0 +1,1 @@
+"""Command line: options → config → api → lines on a terminal."""

@@ -1,0 +1,1 @@
+"""What score, select, repair and pairs do, step by step, and the manifest that they write."""

@@ -1,0 +1,1 @@
+"""Files → rows → examples and pairs → tokens → batches."""

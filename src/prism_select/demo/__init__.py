@@ -1,0 +1,1 @@
+"""The bundled model, the small world that it read about, and `prism demo`."""

@@ -1,0 +1,1 @@
+"""Pairs → directions: gradients, diagnostics, curvature, low rank, LoRA."""

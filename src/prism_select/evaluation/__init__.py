@@ -1,0 +1,1 @@
+"""Does the choice help? Retraining on it and on baselines, controls, results."""

@@ -1,0 +1,1 @@
+"""Causal language models: loading, adapters, layer selection, LoRA training, generation."""

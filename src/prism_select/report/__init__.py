@@ -1,0 +1,1 @@
+"""The page of a run, and of two runs compared: facts, charts, template."""

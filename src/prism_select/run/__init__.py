@@ -1,0 +1,1 @@
+"""What a run is: options, configuration, folder, progress, errors."""

@@ -1,0 +1,1 @@
+"""Direction × pool → scores: engine choice, scorer, shards, plan, processes, Ray actors."""

@@ -1,0 +1,1 @@
+"""Scores → verdicts → files: budgets, near-duplicates, baselines, the cascade."""
