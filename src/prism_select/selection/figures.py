@@ -1,9 +1,21 @@
-"""TODO."""
+"""Figures: what the manifest says of a choice, and what a run warns of.
 
+    sources          rows of each source, in the pool and among the chosen
+    with tokens      rank correlation of scores and supervised tokens, by kind of score
+    dampings         overlap of the best 5% under two values of --damping
+    labels           AUROC and average precision, where a column says which rows are bad
+
+Choices made here:
+- rank correlations of more than a million rows are those of a million drawn from them;
+- means by source are those of sources with enough scored rows.
+"""
+
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prism_select.core.statistics import (
     auroc,
@@ -11,46 +23,53 @@ from prism_select.core.statistics import (
     overlap_of_best,
     precision_at,
     rank_correlation,
-    stable_share,
 )
 from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool
-from prism_select.run.config import ScoreConfig
-from prism_select.selection.ranking_columns import Columns
-from prism_select.selection.verdicts import MANY, Verdicts, counted, slices
+from prism_select.run.config import ScoreConfig, ScoringOptions
+from prism_select.run.thresholds import ROWS_OF_SOURCE, UNSEARCHED_SHARE
+from prism_select.selection.ranking_columns import RankedRows
+from prism_select.selection.verdicts import SLICE, Verdicts, count_codes, slices
 
-__all__ = ["beyond", "hidden_sources", "label_figures", "summary_figures"]
+__all__ = ["hidden_source_warnings", "label_figures", "summary_figures", "unsearched_warnings"]
 
-ENOUGH = 10
+CHOSEN = ("selected", "removed")
+BEST = 0.05  # of the rows: the share whose overlap is compared
 
 
-def beyond(searched: int | None, columns: Columns, verdicts: Verdicts) -> list[str]:
-    """A warning where more than a few rows are taken that a cascade has not searched for."""
-    taken = columns.ranking[verdicts.among("selected", "removed")]  # places, counted down from 0
-    below = 0 if searched is None else int((taken <= -searched).sum())
-    if below <= 0.05 * len(taken):
+def unsearched_warnings(searched: int | None, rows: RankedRows, verdicts: Verdicts) -> list[str]:
+    """A warning where rows were chosen that a cascade has not searched for, if they are many.
+
+    `searched` is how many of the best rows the cascade searched for; None without a cascade.
+    """
+    ranks = rows.ranking[verdicts.among(*CHOSEN)]  # of a cascade: counted down from 0
+    unsearched = 0 if searched is None else int((ranks <= -searched).sum())
+    if unsearched <= UNSEARCHED_SHARE * len(ranks):
         return []
     return [
-        f"{below:,} of the {len(taken):,} rows that were taken are not among the best {searched:,} that the cascade "
-        "looked for (a cap, near-duplicates or another budget): better ones may be among its guesses"
+        f"{unsearched:,} of the {len(ranks):,} chosen rows are not among the best {searched:,} "
+        "that the cascade searched for (a cap, near-duplicates or another budget): better rows may "
+        "be among those with a predicted score"
     ]
 
 
-def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) -> dict[str, Any]:
-    """How well the ranking finds the rows that are known to be bad; rows without a score or a label
-    are left out."""
+def label_figures(field: str, rows: RankedRows, verdicts: Verdicts, pool: Pool) -> dict[str, Any]:
+    """How well the ranking detects the rows that are labelled bad.
+
+    Rows without a score or a label are left out.
+    """
     labels = labels_of(field, pool)
-    usable = np.array([label is not None for label in labels]) & np.isfinite(columns.score)
+    usable = np.array([label is not None for label in labels]) & np.isfinite(rows.score)
     truth = np.array([bool(label) for label in labels])[usable]
     removed = verdicts.among("removed")[usable]
-    per_token = (columns.score / np.maximum(1, columns.tokens))[usable]
-    cosine = columns.others.get("score_cosine")
+    per_token = (rows.score / np.maximum(1, rows.tokens))[usable]
+    cosine = rows.extra.get("score_cosine")
     return {
         "rows": int(usable.sum()),
         "bad": int(truth.sum()),
-        "auroc": auroc(columns.score[usable], truth),
+        "auroc": auroc(rows.score[usable], truth),
         "auroc_per_token": auroc(per_token, truth),
-        "average_precision": average_precision(columns.score[usable], truth),
+        "average_precision": average_precision(rows.score[usable], truth),
         "average_precision_per_token": average_precision(per_token, truth),
         "precision_at_removed": precision_at(removed, truth),
         "removed": int(removed.sum()),
@@ -58,27 +77,27 @@ def label_figures(field: str, columns: Columns, verdicts: Verdicts, pool: Pool) 
     }
 
 
-def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
-    """A warning where the source that raises the chosen answers most stands last, because it raises
-    the rejected ones more: a gap alone may not be what the user wants. Means by source, of those
-    with `ENOUGH` scored rows; none where only the best rows have halves."""
-    size = len(columns.sources)
-    count, raised, stands = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
-    for some in slices(len(columns.score)):
-        scored, source = np.isfinite(columns.score_chosen[some]), columns.source[some]
-        if (np.isfinite(columns.score[some]) > scored).any():
+def hidden_source_warnings(config: ScoringOptions, rows: RankedRows) -> list[str]:
+    """A warning where the source with the highest influence on the chosen answers has the lowest
+    score: the gap between the answers may not be what the user wants.
+
+    There is none where only the best rows have halves.
+    """
+    size, codes = len(rows.source.names), rows.source.codes
+    count = np.zeros(size, dtype=np.int64)
+    on_chosen, score = np.zeros(size), np.zeros(size)
+    for piece in slices(len(rows.score)):
+        scored, source = np.isfinite(rows.score_chosen[piece]), codes[piece]
+        if (np.isfinite(rows.score[piece]) > scored).any():
             return []
-        unit = (
-            np.maximum(1, columns.tokens[some])
-            if config.ranking == "score_per_token"
-            else np.ones(len(scored))
-        )
+        per_token = config.ranking == "score_per_token"
+        unit = np.maximum(1, rows.tokens[piece]) if per_token else np.ones(len(scored))
         count += np.bincount(source[scored], minlength=size)
-        raised += np.bincount(source[scored], (columns.score_chosen[some] / unit)[scored], size)
-        stands += np.bincount(source[scored], (columns.score[some] / unit)[scored], size)
+        on_chosen += np.bincount(source[scored], (rows.score_chosen[piece] / unit)[scored], size)
+        score += np.bincount(source[scored], (rows.score[piece] / unit)[scored], size)
     means = {
-        columns.sources[i]: (raised[i] / count[i], stands[i] / count[i])
-        for i in np.flatnonzero(count >= ENOUGH).tolist()
+        rows.source.names[i]: (on_chosen[i] / count[i], score[i] / count[i])
+        for i in np.flatnonzero(count >= ROWS_OF_SOURCE).tolist()
     }
     if len(means) < 2:
         return []
@@ -86,55 +105,54 @@ def hidden_sources(config: ScoreConfig, columns: Columns) -> list[str]:
     if means[best][0] <= 0 or means[best][1] > min(mean for _, mean in means.values()):
         return []
     return [
-        f"source {best} raises the chosen answers most ({means[best][0]:+.2g} a row on average) and still stands last "
-        f"({means[best][1]:+.2g}), since it raises the rejected ones more; nearer negatives or --common remove may help"
+        f"source {best} has the highest influence on the chosen answers ({means[best][0]:+.2g} a "
+        f"row on average) but the lowest score ({means[best][1]:+.2g}), because it raises the "
+        "rejected answers even more; try closer negatives, or --common remove"
     ]
 
 
-def summary_figures(config: ScoreConfig, columns: Columns, verdicts: Verdicts) -> dict[str, Any]:
-    """Shares of each source in the pool and in the choice, and how far length, damping and the
-    pairs decide."""
-    scored, taken = np.isfinite(columns.score), verdicts.among("selected", "removed")
-    read, chosen = (counted(columns.source, len(columns.sources), rows) for rows in (scored, taken))
-    shares = {
-        name: {"pool": int(read[i]), "chosen": int(chosen[i])}
-        for i, name in enumerate(columns.sources)
-        if read[i]
-    }
-    few = np.arange(min(len(scored), MANY))
-    if len(scored) > MANY:
-        few = np.unique(np.random.default_rng(config.seed).integers(len(scored), size=MANY))
-    few = few[scored[few]]
-    tokens = columns.tokens[few].astype(np.float64)
-    by_length = {"none": columns.score[few], "tokens": columns.score[few] / np.maximum(1, tokens)}
-    if "score_cosine" in columns.others:
-        by_length["norm"] = columns.others["score_cosine"][few]
+def summary_figures(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> dict[str, Any]:
+    """Rows by source, and how far scores depend on length and on damping."""
+    scored = np.isfinite(rows.score)
     figures: dict[str, Any] = {
-        "sources": dict(sorted(shares.items())),
-        "rank_correlation_with_tokens": {
-            name: rank_correlation(s, tokens) for name, s in by_length.items()
-        },
-    }
-    dampings = {
-        name.removeprefix("score_damping_"): s
-        for name, s in columns.others.items()
-        if "_damping_" in name
+        "sources": _source_figures(rows, scored, verdicts.among(*CHOSEN)),
+        "rank_correlation_with_tokens": _length_figures(config.seed, rows, scored),
     }
     if len(config.dampings) > 1:
-        every = {f"{config.dampings[0]:g}": columns.score, **dampings}
+        by_damping = {f"{config.dampings[0]:g}": rows.score}
+        for name, score in rows.extra.items():
+            if name.startswith("score_damping_"):
+                by_damping[name.removeprefix("score_damping_")] = score
         figures["damping_overlap"] = [
             {
                 "dampings": [a, b],
-                "overlap": overlap_of_best(every[a][scored], every[b][scored], 0.05),
+                "overlap": overlap_of_best(by_damping[a][scored], by_damping[b][scored], BEST),
             }
-            for a, b in combinations(every, 2)
+            for a, b in combinations(by_damping, 2)
         ]
-    if "score_groups" in columns.others and taken.any():
-        unit = (
-            np.maximum(1, columns.tokens)
-            if config.ranking == "score_per_token"
-            else np.ones(len(scored))
-        )
-        groups = (columns.others["score_groups"] / unit[:, None])[scored]
-        figures["stable_share"] = stable_share(groups, taken[scored], config.seed)
     return figures
+
+
+def _source_figures(
+    rows: RankedRows, scored: NDArray[np.bool_], chosen: NDArray[np.bool_]
+) -> Mapping[str, Mapping[str, int]]:
+    names, codes = rows.source.names, rows.source.codes
+    in_pool, in_choice = (count_codes(codes, len(names), which) for which in (scored, chosen))
+    figures = {
+        name: {"pool": int(in_pool[i]), "chosen": int(in_choice[i])}
+        for i, name in enumerate(names)
+        if in_pool[i]
+    }
+    return dict(sorted(figures.items()))
+
+
+def _length_figures(seed: int, rows: RankedRows, scored: NDArray[np.bool_]) -> Mapping[str, float]:
+    sample = np.arange(min(len(scored), SLICE))
+    if len(scored) > SLICE:
+        sample = np.unique(np.random.default_rng(seed).integers(len(scored), size=SLICE))
+    sample = sample[scored[sample]]
+    tokens = rows.tokens[sample].astype(np.float64)
+    scores = {"none": rows.score[sample], "tokens": rows.score[sample] / np.maximum(1, tokens)}
+    if "score_cosine" in rows.extra:
+        scores["norm"] = rows.extra["score_cosine"][sample]
+    return {name: rank_correlation(values, tokens) for name, values in scores.items()}

@@ -91,7 +91,7 @@ def read_columns(tables: Iterable[pa.Table], types: Callable[[str], ColumnType])
                 values = _numbers_of(table[name], kind)
             dtypes[name] = kind
             arrays[name] += values.data
-    numbers = {
+    numbers: dict[str, NDArray[Any]] = {
         name: np.frombuffer(arrays[name], dtype=kind)
         for name, kind in dtypes.items()
         if kind is not str

@@ -1,4 +1,13 @@
-"""TODO."""
+"""Verdicts: what became of each row, one of a few words.
+
+    score     scored, quarantined
+    select    selected, over budget, near duplicate, source cap, quarantined
+    repair    removed, kept, quarantined
+
+Choices made here:
+- a verdict is one byte, a number among the words;
+- arrays of all rows are worked on a million rows at a time, so that no copy of them is made.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,54 +18,53 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-__all__ = ["MANY", "VERDICTS", "Verdicts", "counted", "slices"]
+__all__ = ["SLICE", "VERDICTS", "Verdicts", "count_codes", "slices"]
 
 VERDICTS = {
     "score": ("scored", "quarantined"),
     "select": ("selected", "over budget", "near duplicate", "source cap", "quarantined"),
     "repair": ("removed", "kept", "quarantined"),
 }
-
-
-MANY = 1_000_000
+SLICE = 1_000_000  # rows
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """One for each row: its place among `names`."""
+    """The verdict of a row is `names[codes[row]]`."""
 
     codes: NDArray[np.int8]
     names: Sequence[str]
 
     @property
     def counts(self) -> Counter[str]:
-        numbers = counted(self.codes, len(self.names)).tolist()
+        """Rows by verdict; verdicts of no row are left out."""
+        numbers = count_codes(self.codes, len(self.names)).tolist()
         return Counter(
             {name: count for name, count in zip(self.names, numbers, strict=True) if count}
         )
 
     def among(self, *names: str) -> NDArray[np.bool_]:
+        """Which rows have one of these verdicts."""
         among: NDArray[np.bool_] = np.array([name in names for name in self.names])[self.codes]
         return among
 
     def texts(self, start: int, stop: int) -> pa.Array:
-        return pa.DictionaryArray.from_arrays(self.codes[start:stop], list(self.names)).cast(
-            pa.string()
-        )
+        """The verdicts of rows `start` to `stop`, as a column of text."""
+        codes = pa.DictionaryArray.from_arrays(self.codes[start:stop], list(self.names))
+        return codes.cast(pa.string())
 
 
 def slices(rows: int) -> Iterator[slice]:
-    """A million rows each."""
-    return (slice(start, start + MANY) for start in range(0, rows, MANY))
+    """`SLICE` rows each."""
+    return (slice(start, start + SLICE) for start in range(0, rows, SLICE))
 
 
-def counted(
+def count_codes(
     codes: NDArray[Any], size: int, rows: NDArray[np.bool_] | None = None
 ) -> NDArray[np.int64]:
-    """How often each of `size` numbers stands in `codes`, or in those of some rows."""
+    """How often each number below `size` is in `codes`, or in the `codes` of some rows."""
     total = np.zeros(size, dtype=np.int64)
-    for some in slices(len(codes)):
-        total += np.bincount(
-            codes[some] if rows is None else codes[some][rows[some]], minlength=size
-        )
+    for piece in slices(len(codes)):
+        selected = codes[piece] if rows is None else codes[piece][rows[piece]]
+        total += np.bincount(selected, minlength=size)
     return total
