@@ -1,4 +1,14 @@
-"""TODO."""
+"""CSV rows: a header that names the columns, then one row per record.
+
+    prompt,completion            → {"prompt": "1 + 1", "completion": "2"}
+    1 + 1,2
+
+Choices made here:
+- a value is text: nothing is taken for a number;
+- a record may span lines; its row has the line where it starts;
+- after a record that is too long, a row begins at the next line: a quote that is never closed must
+  not swallow the file.
+"""
 
 import csv
 import io
@@ -6,7 +16,7 @@ from collections.abc import Iterator
 
 from prism_select.data import streams
 from prism_select.data.records import Raw
-from prism_select.data.streams import SHOWN_BYTES, decoded, text_lines, too_long
+from prism_select.data.streams import SHOWN_BYTES, bounded_lines, decode, long_row
 from prism_select.data.table_rows import table_row
 from prism_select.run.errors import BadFile
 
@@ -14,8 +24,9 @@ __all__ = ["csv_rows"]
 
 
 def csv_rows(file: str, stream: io.BufferedReader) -> Iterator[Raw]:
+    """Raises BadFile where the header cannot be read or names a column twice."""
     header: list[str] | None = None
-    for line, text, cells, problem in _csv_cells(stream):
+    for line, text, cells, problem in _records(stream):
         if header is None:
             header = [name.strip() for name in cells]
             twice = [name for name in header if name and header.count(name) > 1]
@@ -35,38 +46,36 @@ class _TooLong(Exception):
     pass
 
 
-def _csv_cells(stream: io.BufferedReader) -> Iterator[tuple[int, str, list[str], str | None]]:
-    """Each row that is not blank: the line where it starts, its text, its cells, what is wrong with
-    it. After a row that is too long the next line begins one: a quote that is never closed must not
-    swallow the file."""
+def _records(stream: io.BufferedReader) -> Iterator[tuple[int, str, list[str], str | None]]:
+    """First line, text, cells and problem of each record that is not blank."""
     csv.field_size_limit(max(csv.field_size_limit(), streams.ROW_BYTES))
-    seen: list[bytes] = []  # the lines of the row
-    count = size = 0  # lines before the next one; bytes of the row
+    record: list[bytes] = []  # its lines
+    count = size = 0  # lines read; bytes of the record
 
     def lines() -> Iterator[str]:
         nonlocal count, size
-        for line, length in text_lines(stream):
+        for line, length in bounded_lines(stream):
             count, size = count + 1, size + length
-            seen.append(line)
+            record.append(line)
             if size > streams.ROW_BYTES:
                 raise _TooLong
             yield line.decode(errors="surrogateescape")
 
     rows = csv.reader(lines(), strict=True)
     while True:
-        seen.clear()
+        record.clear()
         start, size, problem, cells = count + 1, 0, None, list[str]()
         try:
             cells = next(rows)
         except StopIteration:
             return
         except _TooLong:
-            long = too_long("", start, b"".join(seen)[:SHOWN_BYTES], size)
+            long = long_row("", start, b"".join(record)[:SHOWN_BYTES], size)
             yield start, long.text, [], long.problem
             rows = csv.reader(lines(), strict=True)
             continue
         except csv.Error as error:
             problem = f"broken CSV: {error}"
-        text, undecodable = decoded(b"".join(seen).removesuffix(b"\n").removesuffix(b"\r"), "row")
+        text, undecodable = decode(b"".join(record).removesuffix(b"\n").removesuffix(b"\r"), "row")
         if text.strip():
             yield start, text, cells, undecodable or ("NUL byte" if "\0" in text else problem)

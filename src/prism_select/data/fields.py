@@ -1,4 +1,13 @@
-"""TODO."""
+"""Fields: the columns of a row under the standard names, as --fields maps them.
+
+    --fields prompt=ask,prompt=question       {"prompt": ("ask", "question")}
+    {"question": "Q?", "id": 7}             → {"prompt": "Q?", "id": 7}
+
+Choices made here:
+- of several columns for one field, the first that a row has counts;
+- `a.b` is the column b in the object a, unless a column is called `a.b`;
+- a mapped column hides the column of the standard name; a row without it is left as it is.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -8,54 +17,45 @@ from prism_select.data.records import Raw
 
 __all__ = ["Fields", "Names", "columns_of", "explicit_id", "standard_fields"]
 
-Names: TypeAlias = Mapping[
-    str, Sequence[str]
-]  # of each field, its columns: the first that a row has counts
-
-
-Fields: TypeAlias = Mapping[str, object]
-
+Names: TypeAlias = Mapping[str, Sequence[str]]  # field → columns
+Fields: TypeAlias = Mapping[str, object]  # column → value
 
 _AS_NAMED: Names = MappingProxyType({})
-
-
-_NOWHERE = object()
+_MISSING = object()
 
 
 def columns_of(fields: Fields, mapping: Names) -> dict[str, str]:
-    """Of each field that is mapped to a column of this row, the column: `a.b` is b in the object
-    a."""
-    found = {
-        name: [c for c in columns if _at(fields, c) is not _NOWHERE]
+    """The column of each mapped field that this row has."""
+    present = {
+        name: [column for column in columns if _value_at(fields, column) is not _MISSING]
         for name, columns in mapping.items()
     }
-    return {name: columns[0] for name, columns in found.items() if columns}
+    return {name: columns[0] for name, columns in present.items() if columns}
 
 
-def _at(fields: Fields, column: str) -> object:
+def _value_at(fields: Fields, column: str) -> object:
     outer, dot, inner = column.partition(".")
     if column in fields or not dot:
-        return fields.get(column, _NOWHERE)
-    held = fields.get(outer)
-    return _at(held, inner) if isinstance(held, Mapping) else _NOWHERE
+        return fields.get(column, _MISSING)
+    value = fields.get(outer)
+    return _value_at(value, inner) if isinstance(value, Mapping) else _MISSING
 
 
 def standard_fields(fields: Fields, mapping: Names) -> dict[str, object]:
-    """The fields under their standard names; where a row lacks a mapped column, its names stay as
-    they are."""
-    used = columns_of(fields, mapping) if mapping else {}
-    named = {
+    """The values of a row by standard name; `answerKey` is also an `answer`."""
+    columns = columns_of(fields, mapping) if mapping else {}
+    standard = {
         name: value
         for name, value in fields.items()
-        if name not in used and name not in used.values()
+        if name not in columns and name not in columns.values()
     }
-    named.update((name, _at(fields, column)) for name, column in used.items())
-    if "answer" not in named and "answerKey" in named:
-        named["answer"] = named["answerKey"]
-    return named
+    standard.update((name, _value_at(fields, column)) for name, column in columns.items())
+    if "answer" not in standard and "answerKey" in standard:
+        standard["answer"] = standard["answerKey"]
+    return standard
 
 
 def explicit_id(raw: Raw, mapping: Names = _AS_NAMED) -> str | None:
-    """The id that the row itself carries, if any: what must not occur twice in a pool."""
+    """The id in the row itself, if any; it may occur once in a pool."""
     value = standard_fields(raw.fields or {}, mapping).get("id")
     return str(value) if type(value) in (int, str) and str(value).strip() else None

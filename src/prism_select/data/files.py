@@ -1,17 +1,16 @@
-"""Readers: files to rows as they came, one at a time.
+"""Files: what a user names → files → rows as they came, one at a time.
 
     find_files   patterns → files   folders, globs, addresses and hub names; each file once
-    readable     a file → itself    or what is wrong with it
-    read_rows    a file → its rows  with file and line; a row that cannot be read says why
-    read_texts   the same rows      as they came, for copying
-    rows_at      some of its rows   without parsing the others where the format allows that
+    read_rows    a file → its rows  with file and line; a bad row has the reason
+    read_texts   a file → texts     the same rows as bytes, for copying
+    rows_at      a file → some rows the others are not parsed where the format allows that
 
-Choices made here: one row (of a table, one small batch) is held at a time, whatever the size of the
-file, and of a row that is longer than the limit only its beginning, so that neither a long line nor
-an archive that unpacks to very much can fill the memory. A broken line costs that line; a broken
-JSON array or archive costs the rest of the file, since nothing tells where its next row starts.
-Lines end at a line feed and are counted after decompression; the rows of a table (parquet, hub) are
-numbered. Numbers in CSV stay text."""
+Choices made here:
+- one row is held at a time (of a table, one small batch), whatever the size of the file;
+- the ending decides how a file is read; a .json file by its first character;
+- rows of files have their line; rows of a table (parquet, hub) have their number, rows of an
+  object in memory their index from 0.
+"""
 
 import glob
 import os
@@ -20,39 +19,41 @@ from collections.abc import Collection, Iterator, Sequence
 
 from prism_select.data.csv_rows import csv_rows
 from prism_select.data.json_rows import json_array, json_lines, json_row_of_line
+from prism_select.data.object_rows import object_rows, object_rows_at
 from prism_select.data.records import Raw, is_text
 from prism_select.data.remote import addresses, is_remote, local
-from prism_select.data.streams import CHUNK_BYTES, bounded, filled, open_stream
+from prism_select.data.streams import CHUNK_BYTES, bounded_row, numbered_lines, open_stream
 from prism_select.data.table_rows import hub_rows, parquet_rows, parquet_rows_at
 from prism_select.run.errors import BadFile
+from prism_select.run.objects import is_object
 
-__all__ = ["find_files", "read_rows", "read_texts", "readable", "rows_at"]
+__all__ = ["SUPPORTED_ENDING", "find_files", "read_rows", "read_texts", "readable", "rows_at"]
 
-_SUPPORTED = re.compile(r"\.(?:(jsonl|json|csv)(?:\.(gz|zst))?|(parquet))$", re.IGNORECASE)
-
-
+SUPPORTED_ENDING = re.compile(r"\.(?:(jsonl|json|csv)(?:\.(?:gz|zst))?|(parquet))$", re.IGNORECASE)
 _ADVICE = (
     "supported are .jsonl, .json and .csv (also with .gz or .zst), .parquet and hub:NAME[:split]"
 )
 
 
-def find_files(patterns: Sequence[str]) -> list[str]:
-    """Every file that the patterns reach, once, in the order of the patterns and sorted within
-    each.
+_TABLES = {"hub": hub_rows, "parquet": parquet_rows, "object": object_rows}
 
-    A folder gives all its supported files, at any depth, but no hidden ones. Raises BadFile for a
-    pattern that reaches nothing, an unsupported ending named directly and a file that cannot be
-    read."""
-    found: dict[str, str] = {}
+
+def find_files(patterns: Sequence[str]) -> list[str]:
+    """The files of all patterns, each once, in the order of the patterns and sorted within one.
+
+    A folder gives its supported files at any depth, but no hidden ones. Raises BadFile for a
+    pattern that reaches nothing, an ending that is not supported and a file that cannot be read."""
+    files: dict[str, str] = {}
     for pattern in patterns:
-        for file in [pattern] if pattern.startswith("hub:") else _matches(pattern):
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+        named = pattern.startswith("hub:") or is_object(pattern)
+        for file in [pattern] if named else _matches(pattern):
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
 def _matches(pattern: str) -> list[str]:
     if is_remote(pattern):
-        if usable := sorted(file for file in addresses(pattern) if _SUPPORTED.search(file)):
+        if usable := sorted(file for file in addresses(pattern) if SUPPORTED_ENDING.search(file)):
             return usable
         raise BadFile(
             pattern, None, "no file there, or none with an ending that can be read", _ADVICE
@@ -66,14 +67,18 @@ def _matches(pattern: str) -> list[str]:
     for path in paths:
         inside = os.path.join(glob.escape(path), "**", "*")
         files.update(glob.glob(inside, recursive=True) if os.path.isdir(path) else [path])
-    usable = sorted(file for file in files if _SUPPORTED.search(file) and os.path.isfile(file))
+    usable = sorted(
+        file for file in files if SUPPORTED_ENDING.search(file) and os.path.isfile(file)
+    )
     if not usable:
         raise BadFile(pattern, None, "no file here has an ending that can be read", _ADVICE)
     return [readable(file) for file in usable]
 
 
 def readable(file: str) -> str:
-    """`file` itself. Raises BadFile where it is no file that can be read."""
+    """`file` itself. Raises BadFile if it cannot be read."""
+    if is_object(file):
+        return file
     if is_remote(file):
         local(file)
         return file
@@ -87,50 +92,46 @@ def readable(file: str) -> str:
 
 
 def read_rows(file: str) -> Iterator[Raw]:
-    """The rows of one file of `find_files`, blank lines left out; a row of more than ROW_BYTES
-    cannot be read.
-
-    Raises BadFile, after the rows that could be read, where the rest of the file cannot be.
-    """
+    """The rows of one file of `find_files`, without blank lines. Raises BadFile, after the rows
+    before it, where the file cannot be read any further."""
     kind = _kind(file)
-    if tables := {"hub": hub_rows, "parquet": parquet_rows}.get(kind):
-        yield from (bounded(raw) for raw in tables(file))
+    if tables := _TABLES.get(kind):
+        yield from (bounded_row(raw) for raw in tables(file))
         return
     rows = {"lines": json_lines, "csv": csv_rows, "array": json_array}[kind]
     with open_stream(file) as stream:
         yield from rows(file, stream)
 
 
-def rows_at(file: str, places: Collection[int]) -> Iterator[tuple[int, Raw]]:
-    """The rows at these places among those of `read_rows`, counted from 0, each with its place, in
-    order.
-
-    Raises BadFile as `read_rows` does.
-    """
-    wanted, last, kind = set(places), max(places, default=-1), _kind(file)
-    if kind == "parquet":
-        yield from ((place, bounded(raw)) for place, raw in parquet_rows_at(file, sorted(wanted)))
+def rows_at(file: str, positions: Collection[int]) -> Iterator[tuple[int, Raw]]:
+    """The rows of `read_rows` at these positions, counted from 0, each with its position, in order.
+    Raises BadFile as `read_rows` does."""
+    selected, count, kind = set(positions), max(positions, default=-1) + 1, _kind(file)
+    if read := {"parquet": parquet_rows_at, "object": object_rows_at}.get(kind):
+        for position, raw in read(file, sorted(selected)):
+            yield position, bounded_row(raw)
     elif kind == "lines":
         with open_stream(file) as stream:
-            for place, (number, line, long) in zip(
-                range(last + 1), filled(file, stream), strict=False
-            ):
-                if place in wanted:
-                    yield place, long or json_row_of_line(file, number, line)
+            lines = zip(range(count), numbered_lines(file, stream), strict=False)
+            for position, (number, line, long) in lines:
+                if position in selected:
+                    yield position, long or json_row_of_line(file, number, line)
     else:
-        for place, raw in zip(range(last + 1), read_rows(file), strict=False):
-            if place in wanted:
-                yield place, raw
+        for position, raw in zip(range(count), read_rows(file), strict=False):
+            if position in selected:
+                yield position, raw
 
 
 def _kind(file: str) -> str:
-    """hub, lines, array, csv or parquet."""
+    """hub, object, lines, array, csv or parquet."""
+    if is_object(file):
+        return "object"
     if file.startswith("hub:"):
         return "hub"
-    ending = _SUPPORTED.search(file)
+    ending = SUPPORTED_ENDING.search(file)
     if ending is None:
         raise BadFile(file, None, "its ending is not supported", _ADVICE)
-    kind = (ending[1] or ending[3]).lower()
+    kind = (ending[1] or ending[2]).lower()
     if kind != "json":
         return "lines" if kind == "jsonl" else kind
     with open_stream(file) as stream:
@@ -138,20 +139,18 @@ def _kind(file: str) -> str:
             pass
     first = head.lstrip()[:1]
     if first not in (b"[", b"{", b""):
-        raise BadFile(
-            file, None, "neither a JSON array nor JSON lines", "a .json file starts with [ or {"
-        )
+        advice = "a .json file starts with [ or {"
+        raise BadFile(file, None, "neither a JSON array nor JSON lines", advice)
     return "array" if first == b"[" else "lines"
 
 
 def read_texts(file: str) -> Iterator[tuple[int, bytes]]:
-    """Line and text of each row of `read_rows`; what JSON lines mean, which is most of the work, is
-    not asked."""
+    """Line and text of each row of `read_rows`. JSON lines are not parsed, which saves most of the
+    time."""
     if _kind(file) != "lines":
-        yield from (
-            (raw.line, raw.text.encode("utf-8", "surrogatepass")) for raw in read_rows(file)
-        )
+        for raw in read_rows(file):
+            yield raw.line, raw.text.encode("utf-8", "surrogatepass")
         return
     with open_stream(file) as stream:
-        for number, line, long in filled(file, stream):
+        for number, line, long in numbered_lines(file, stream):
             yield number, long.text.encode() if long else line

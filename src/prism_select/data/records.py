@@ -1,11 +1,13 @@
 """Records: what a row means, whatever file it came from.
 
-    Raw      a row of a file, as it came: where it stood, its text, its fields or what is wrong with it
-    Example  turns of a conversation; its assistant turns are what the model learns to say
-    Pair     two examples with one prompt: `chosen` is what the user wants, `rejected` what they don't
+    Raw      a row of a file as it came: file and line, text, fields or what is wrong with it
+    Example  turns of a conversation, of which the answers are supervised
+    Pair     two examples with one prompt: `chosen` is wanted, `rejected` is not
 
-Choices made here: a prompt with a completion is a conversation of two turns; a bare text is one
-turn with the role `text`, supervised from end to end and never put through a template."""
+Choices made here:
+- a prompt with a completion is a conversation of two turns;
+- a bare text is one turn with the role `text`: supervised from end to end, without a template.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A row as it came. `fields` is None exactly when `problem` says why it could not be read."""
+    """A row as it came. `fields` is None exactly when `problem` says why it cannot be read."""
 
     file: str
     line: int
@@ -26,8 +28,8 @@ class Raw:
     fields: Mapping[str, object] | None
     problem: str | None = None
 
-    def set_aside(self, reason: str) -> dict[str, object]:
-        """As a line of quarantine.jsonl, or of what was skipped."""
+    def quarantined(self, reason: str) -> dict[str, object]:
+        """The row as a line of quarantine.jsonl."""
         return {"file": self.file, "line": self.line, "reason": reason, "raw": self.text}
 
 
@@ -39,10 +41,8 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What is scored: log-likelihoods are taken over the tokens of the assistant (or text) turns.
-
-    The first `prompt_turns` turns are context only, also where an assistant said them.
-    """
+    """A conversation. Its assistant (or text) turns are supervised, except among the first
+    `prompt_turns`, which are context."""
 
     turns: tuple[Turn, ...]
     id: str
@@ -52,13 +52,21 @@ class Example:
     prompt_turns: int = 0
 
     @property
+    def prompt(self) -> tuple[Turn, ...]:
+        return self.turns[: self.prompt_turns]
+
+    @property
+    def answer(self) -> tuple[Turn, ...]:
+        return self.turns[self.prompt_turns :]
+
+    @property
     def text(self) -> str:
         return "\n".join(turn.text for turn in self.turns)
 
     @property
     def conversation(self) -> bool:
-        """Whether there is more in it than one prompt and one answer: then it takes a template to
-        tell who speaks."""
+        """Whether it has more than one prompt and one answer, so that only a chat template shows
+        who speaks."""
         return len(self.turns) - self.prompt_turns > 1 or self.prompt_turns > 1
 
 
@@ -69,10 +77,10 @@ class Pair:
 
     @property
     def swapped(self) -> "Pair":
-        """As a repair aims: at the unwanted answer."""
+        """The pair that `repair` uses: it aims at the rejected answer."""
         return Pair(self.rejected, self.chosen)
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written down: a lone surrogate cannot."""
+    """Whether it can be encoded: a lone surrogate cannot."""
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)

@@ -1,4 +1,12 @@
-"""TODO."""
+"""Table rows: rows of parquet files, and of data sets of the Hugging Face hub.
+
+    a batch of 256 rows → cells → {column: value} → JSON text
+
+Choices made here:
+- a cell that cannot be a Python value makes its own row bad, and no other;
+- `rows_at` reads only the row groups that hold a requested row;
+- the text of a row is JSON, so that it can be copied to a .jsonl file.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +20,22 @@ from prism_select.data.remote import local
 from prism_select.data.streams import CHUNK_BYTES, DAMAGED_ADVICE, reading
 from prism_select.run.errors import BadOption
 
-__all__ = ["arrow_row", "hub_rows", "parquet_rows", "parquet_rows_at", "table_row"]
+__all__ = [
+    "arrow_row",
+    "hub_rows",
+    "parquet_rows",
+    "parquet_rows_at",
+    "parquet_table_at",
+    "table_row",
+]
 
 
 @contextmanager
 def _parquet(file: str) -> Iterator[pq.ParquetFile]:
     with (
         reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), DAMAGED_ADVICE),
-        pq.ParquetFile(
-            local(file), buffer_size=CHUNK_BYTES, pre_buffer=False
-        ) as table,  # which would hold the whole file
+        # pre_buffer would hold the whole file
+        pq.ParquetFile(local(file), buffer_size=CHUNK_BYTES, pre_buffer=False) as table,
     ):
         yield table
 
@@ -35,19 +49,31 @@ def parquet_rows(file: str) -> Iterator[Raw]:
                 yield arrow_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
 
 
-def parquet_rows_at(file: str, places: Sequence[int]) -> Iterator[tuple[int, Raw]]:
-    """Row groups without a wanted row are not read."""
+def parquet_rows_at(file: str, positions: Sequence[int]) -> Iterator[tuple[int, Raw]]:
+    """The rows at these positions, counted from 0, each with its position."""
     with _parquet(file) as table:
         end = 0
         for group in range(table.num_row_groups):
             start, end = end, end + table.metadata.row_group(group).num_rows
-            if not any(start <= place < end for place in places):
+            if not any(start <= position < end for position in positions):
                 continue
             for batch in table.iter_batches(batch_size=256, row_groups=[group]):
-                for place in (place for place in places if start <= place < start + len(batch)):
-                    cells = {name: batch[name][place - start] for name in batch.schema.names}
-                    yield place, arrow_row(file, place + 1, cells)
-                start += len(batch)
+                stop = start + len(batch)
+                for position in (row for row in positions if start <= row < stop):
+                    cells = {name: batch[name][position - start] for name in batch.schema.names}
+                    yield position, arrow_row(file, position + 1, cells)
+                start = stop
+
+
+def parquet_table_at(file: str, positions: Sequence[int]) -> pa.Table:
+    """The rows at these ascending positions as one table, with the file's own types."""
+    tables, end = list[pa.Table](), 0
+    with _parquet(file) as opened:
+        for group in range(opened.num_row_groups):
+            start, end = end, end + opened.metadata.row_group(group).num_rows
+            if rows := [position - start for position in positions if start <= position < end]:
+                tables.append(opened.read_row_group(group).take(rows))
+    return pa.concat_tables(tables)
 
 
 def arrow_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
@@ -62,6 +88,8 @@ def arrow_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
 
 
 def hub_rows(file: str) -> Iterator[Raw]:
+    """The rows of hub:NAME or hub:NAME:SPLIT (default: train), streamed. Raises BadOption without a
+    name or the package datasets, BadFile where they cannot be loaded."""
     name, _, split = file.removeprefix("hub:").partition(":")
     if not name:
         raise BadOption(f"{file} names no data set; write hub:NAME or hub:NAME:SPLIT")
@@ -72,9 +100,8 @@ def hub_rows(file: str) -> Iterator[Raw]:
             f"{file}: needs the package datasets; pip install 'prism-select[hub]'"
         ) from error
     with reading(file, Exception, "check the name, the split (hub:NAME:SPLIT) and the network"):
-        for number, fields in enumerate(
-            datasets.load_dataset(name, split=split or "train", streaming=True), start=1
-        ):
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for number, fields in enumerate(rows, start=1):
             yield table_row(file, number, fields)
 
 

@@ -1,0 +1,191 @@
+"""Row content: the fields of one row as texts, turns, examples and pairs.
+
+    RowContent(raw, mapping).turns("prompt", "user") → (Turn("user", "1 + 1?"),)
+
+Choices made here:
+- whatever cannot be read is a BadRow with the field's name and the type of its value;
+- texts are kept to the letter: spaces are stripped only to find out what is empty or equal;
+- an answer that repeats the prompt (a whole conversation as `chosen`) starts after it.
+"""
+
+import os.path
+import reprlib
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from prism_select.data.fields import Names, columns_of, standard_fields
+from prism_select.data.files import SUPPORTED_ENDING
+from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
+from prism_select.run.errors import BadRow
+
+__all__ = ["RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
+
+Turns: TypeAlias = tuple[Turn, ...]
+
+RENAME_ADVICE = (
+    "name its columns with --fields, for example --fields prompt=question,completion=response"
+)
+_MEND_ADVICE = "mend the row or remove it"
+_TYPES = {
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+    list: "a list",
+}
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+
+
+class RowContent:
+    """One row under standard names. Every method raises BadRow for what it cannot read."""
+
+    def __init__(self, raw: Raw, mapping: Names) -> None:
+        self._raw, self._mapping = raw, mapping
+        if raw.fields is None:
+            raise self.bad(raw.problem or "the row could not be read")
+        self._fields = standard_fields(raw.fields, mapping)
+
+    def bad(self, what: str, advice: str = _MEND_ADVICE) -> BadRow:
+        return BadRow(self._raw.file, self._raw.line, what, advice)
+
+    def label(self, name: str) -> str:
+        """The field as messages call it: with its column, if that has another name."""
+        columns = self._mapping.get(name, (name,))
+        column = columns_of(self._raw.fields or {}, self._mapping).get(name, columns[0])
+        return name if column == name else f"{name} (column {column!r})"
+
+    def value(self, name: str) -> object:
+        if name not in self._fields:
+            raise self.bad(
+                f"missing field: {self.label(name)}", f"add it, remove the row, or {RENAME_ADVICE}"
+            )
+        return self._fields[name]
+
+    def string(self, value: object, label: str) -> str:
+        if not isinstance(value, str):
+            raise self.bad(f"{label}: {type_in_words(value)} where text was expected")
+        if not is_text(value):
+            raise self.bad(f"{label}: not valid text: lone surrogate")
+        return value
+
+    def text(self, name: str) -> str:
+        return self.string(self.value(name), self.label(name))
+
+    def name(self, name: str, default: str) -> str:
+        """An id or a source: text or a whole number, as text."""
+        value = self._fields.get(name)
+        if value is None:
+            return default
+        text = str(value) if type(value) is int else self.string(value, self.label(name))
+        return text if text.strip() else default
+
+    def turns(self, name: str, role: Role) -> Turns:
+        """One turn of `role` for a text; the turns of a message or of a list of messages."""
+        value, label = self.value(name), self.label(name)
+        if isinstance(value, str):
+            return (Turn(role, self.string(value, label)),)
+        if not isinstance(value, list | Mapping):
+            raise self.bad(
+                f"{label}: {type_in_words(value)} where text or a list of messages was expected"
+            )
+        return self._messages([value] if isinstance(value, Mapping) else value, label)
+
+    def conversation(self, name: str) -> Turns:
+        return self._messages(self.value(name), self.label(name))
+
+    def _messages(self, value: object, label: str) -> Turns:
+        if not isinstance(value, list):
+            raise self.bad(f"{label}: {type_in_words(value)} where a list of messages was expected")
+        if not value:
+            raise self.bad(f"{label}: an empty list where messages were expected")
+        return tuple(
+            self._message(message, f"{label}[{index}]") for index, message in enumerate(value)
+        )
+
+    def _message(self, value: object, label: str) -> Turn:
+        if not isinstance(value, Mapping):
+            raise self.bad(f"{label}: {type_in_words(value)} where a message was expected")
+        message = {key: content for key, content in value.items() if content is not None}
+        role = message.get("role", message.get("from"))
+        if not isinstance(role, str) or role not in _ROLES:
+            what = "no role" if role is None else f"unknown role {reprlib.repr(role)}"
+            raise self.bad(f"{label}: {what}", f"use one of {', '.join(_ROLES)}")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise self.bad(
+                f"{label}: a tool call, which is not text",
+                "write the call into the content, as text",
+            )
+        content = message.get("content", message.get("value"))
+        if not isinstance(content, list):
+            return Turn(_ROLES[role], self.string(content, f"{label} content"))
+        blocks = [
+            block if isinstance(block, Mapping) else {"type": type_in_words(block)}
+            for block in content
+        ]
+        types = [block.get("type") for block in blocks if block.get("type") != "text"]
+        if types:
+            raise self.bad(
+                f"{label} content: a part of type {reprlib.repr(types[0])} where text was expected"
+            )
+        texts = (self.string(block.get("text"), f"{label} content") for block in blocks)
+        return Turn(_ROLES[role], "".join(texts))
+
+    def instruction(self) -> Turns:
+        """The fields instruction and input as one user turn."""
+        context = self.text("input") if self._fields.get("input") is not None else ""
+        texts = (text for text in (self.text("instruction"), context) if text.strip())
+        return (Turn("user", "\n\n".join(texts)),)
+
+    def bare_text(self) -> Turns:
+        return self.supervised((Turn("text", self.text("text")),), "text")
+
+    def answer(self, name: str) -> Turns:
+        return self.supervised(self.turns(name, "assistant"), name)
+
+    def supervised(self, turns: Turns, name: str) -> Turns:
+        """The turns themselves. Raises BadRow if there is no text in them to be supervised."""
+        texts = [turn.text for turn in turns if turn.role in ("assistant", "text")]
+        if turns and not texts:
+            raise self.bad(f"nothing is supervised: no assistant turn in {self.label(name)}")
+        if not any(text.strip() for text in texts):
+            raise self.bad(f"empty {self.label(name)}")
+        return turns
+
+    def example(self, prompt: Turns, answer: Turns) -> Example:
+        raw, name = self._raw, os.path.basename(self._raw.file.removeprefix("hub:").rstrip("/"))
+        hub = raw.file.startswith("hub:")
+        stem = name.partition(":")[0] if hub else SUPPORTED_ENDING.sub("", name)
+        identity, source = self.name("id", f"{name}:{raw.line}"), self.name("source", stem)
+        if answer[0].role != "assistant":  # the answer may be the whole conversation
+            for end in range(len(prompt), len(answer)) if prompt else ():
+                if stripped(answer[end - len(prompt) : end]) == stripped(prompt):
+                    prompt, answer = answer[:end], self.supervised(answer[end:], "answer")
+                    break
+        return Example(prompt + answer, identity, source, raw.file, raw.line, len(prompt))
+
+    def pair(self, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
+        if stripped(chosen) == stripped(rejected):
+            raise self.bad(
+                "chosen is equal to rejected",
+                "a pair must show a difference; mend the row or remove it",
+            )
+        pair = Pair(self.example(prompt, chosen), self.example(prompt, rejected))
+        if pair.chosen.prompt != pair.rejected.prompt:
+            raise self.bad("chosen and rejected answer different prompts")
+        return pair
+
+
+def type_in_words(value: object) -> str:
+    return (
+        "an object" if isinstance(value, Mapping) else _TYPES.get(type(value), type(value).__name__)
+    )
+
+
+def stripped(turns: Turns) -> list[tuple[Role, str]]:
+    return [(turn.role, turn.text.strip()) for turn in turns]
