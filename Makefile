@@ -1,6 +1,7 @@
 # make demo: the main jobs on the bundled model and data      make test: everything that must hold
+# make style: how the source measures up against what is wanted
 # make real, make pairs, make curvature: rankings of a real pre-trained model (slow)
-# make quality: does the choice help? training on it and on every rival's, a real model and a tiny one (hours)
+# make quality: does the choice help? training on it and on every baseline's choice, a real model and a tiny one (hours)
 # make attempts: what was tried where the choice falls short (hours)
 # make cascade: how many rows must be scored exactly until most of the best are found?
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
@@ -14,7 +15,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test fuzz real pairs quality attempts curvature cascade reselect lds peers bench bench-cost scale clean
+.PHONY: demo test style fuzz real pairs quality attempts curvature cascade reselect lds peers bench bench-cost scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv/: 2.5 GB, some minutes"
@@ -30,8 +31,12 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+style: $(STAMP)
+	$(BIN)/python tests/style.py
 
 fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
