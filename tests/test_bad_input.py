@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from prism_select.commands import pipeline
 from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.errors import PrismError
+from prism_select.run.options import options_of
 from prism_select.scoring import shards
 
 GOOD: list[Row] = [
@@ -425,10 +426,10 @@ def test_a_direction_of_another_model_or_towards_the_other_answers_is_refused(
 
 CONFIGS = {kind.command: kind for kind in (ScoreConfig, SelectConfig, RepairConfig)}
 CHOICES = [
-    (command, name, get_args(hint))
+    (command, option.name, option.choices)
     for command, kind in CONFIGS.items()
-    for name, hint in get_type_hints(kind).items()
-    if get_origin(hint) is not None and get_args(hint) and isinstance(get_args(hint)[0], str)
+    for option in options_of(kind)
+    if option.choices
 ]
 
 
@@ -436,7 +437,6 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
     names = {name for _, name, _ in CHOICES}
     assert {"weighting", "engine", "normalize", "dtype", "template", "bad_rows", "common"} | {
         "curvature",
-        "curvature_labels",
         "combine",
         "rank_by",
         "runtime",
@@ -444,14 +444,16 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "known"), CHOICES, ids=lambda value: value if isinstance(value, str) else ""
+    ("command", "name", "choices"),
+    CHOICES,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_unknown_value_is_refused_with_those_that_are_known(
-    desk: Desk, command: str, name: str, known: tuple[str, ...]
+    desk: Desk, command: str, name: str, choices: list[str]
 ) -> None:
     flag = f"--{name.replace('_', '-')}"
     desk.refuses(
-        f"{flag} nothing: unknown; try one of {', '.join(filter(None, known))}",
+        f"{flag} nothing: unknown; try one of {', '.join(choices)}",
         flag,
         "nothing",
         command=command,
@@ -504,6 +506,18 @@ def test_an_unknown_value_is_refused_with_those_that_are_known(
             "give either --target PAIRS or --direction FILE, not both",
         ),
         (("--budget", "5%"), "No such option '--budget'"),
+        (("--ray", "actors=4"), "--ray: only Ray has actors; give --runtime ray, or leave it out"),
+        (("--runtime", "ray", "--ray", "actors=0"), "not NAME=NUMBER above 0; try actors=4,GPU=1"),
+        (("--runtime", "ray", "--ray", "actors=1.5"), "--ray actors=1.5: not NAME=NUMBER above 0"),
+        (("--runtime", "ray", "--ray", "GPU=many"), "--ray GPU=many: not NAME=NUMBER above 0"),
+        (("--runtime", "ray", "--ray", "address"), "--ray address: not NAME=NUMBER above 0"),
+        (("--rank", "0"), "--rank 0: must be at least 1; leave it out for full rank"),
+        (("--damping", "0"), "--damping 0: not one or several numbers above 0; try 0.1 or 0.1,1"),
+        (("--damping", "0.1,1"), "--damping 0.1,1: flat has none to compare; give --curvature"),
+        (
+            ("--layers", "adapter"),
+            "--layers adapter: there is none; give its folder with --adapter",
+        ),
     ],
     ids=" ".join,
 )
@@ -525,11 +539,12 @@ def test_an_amount_that_is_none_is_refused(desk: Desk, text: str) -> None:
     [
         (("--per-source", "3"), "--per-source 3: not a share of the budget; try 30%"),
         (("--near-duplicates", "2"), "--near-duplicates 2.0: not between 0 and 1; try 0.8"),
+        (("--near-duplicates", "0"), "--near-duplicates 0.0: not between 0 and 1; try 0.8"),
         (("--near-duplicates", "nan"), "--near-duplicates nan: not between 0 and 1; try 0.8"),
         (("--near-duplicates", "80%"), "'80%' is not a valid float"),
         (
             ("--select-from", "x"),
-            "--select-from takes scores as they are: leave out --model, --pool, --target",
+            "--select-from takes scores as they are: leave out --model, --target, --pool",
         ),
     ],
     ids=" ".join,
@@ -574,6 +589,29 @@ def test_a_missing_option_is_named(desk: Desk, missing: str) -> None:
     )
     words = [word for name, value in given.items() if name != "--target" for word in (name, value)]
     refused(prism("score", *words), "give either --target PAIRS or --direction FILE", desk.out)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "RUN is missing; prism evaluate --help shows what it needs"),
+        (("run",), "--holdout is missing; prism evaluate --help shows what it needs"),
+        (("run", "--holdout", "h", "--against", ","), "--against is empty; try random,length"),
+        (("run", "--holdout", "h", "--seeds", "0"), "--seeds 0: must be at least 1"),
+        (("run", "--holdout", "h", "--seed", "-1"), "--seed -1: must be between 0 and 4294967295"),
+        *(
+            (("run", "--holdout", "h", "--steps", steps), f"--steps {steps}: no length above 0")
+            for steps in ("0", "0epochs", "4.5", "epochs", "-3", "3 rows", "nan")
+        ),
+        *(
+            (("run", "--holdout", "h", "--rate", rate), f"--rate {float(rate)}: must be above 0")
+            for rate in ("0", "-1", "nan", "inf")
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_of_evaluate_is_refused(words: tuple[str, ...], says: str) -> None:
+    refused(prism("evaluate", *words), says, None)
 
 
 def test_an_unknown_command_is_refused_and_none_shows_the_help() -> None:
@@ -862,7 +900,9 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_option_that_d
     differs("target contents was ", target=jsonl(desk.folder / "pairs.jsonl", PAIRS[:2]))
     differs("pool was ", pool=desk.pool(GOOD, "other.jsonl"))
     long = ",".join(f"prompt=column{i}" for i in range(9))
-    differs('fields was "" there and is "prompt=column0,', "--fields", f"{long},prompt=prompt")
+    differs(
+        'fields was not given there and is "prompt=column0,', "--fields", f"{long},prompt=prompt"
+    )
     assert {path.name: path.read_bytes() for path in desk.out.iterdir()} == before
     assert (
         desk.call("--batch-tokens", "64", "--max-bad", "3%").code == 0

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome, Row, jsonl, prism, prism_apart
+from style import options_by_command
 
 from prism_select.cli.terminal import Terminal
+from prism_select.run.config import SelectConfig
 
 PAIRS: list[Row] = [
     {"prompt": f"Say {place}", "chosen": f"please {place}", "rejected": "no way"}
@@ -184,15 +186,63 @@ def test_completion_knows_values_and_files(
     assert prism_apart().out == offered
 
 
-def test_help_shows_first_what_a_run_needs_and_an_example() -> None:
-    told = prism("select", "--help").out
-    needed, _, others = " ".join(told.split()).partition(" Options: ")
-    assert all(name in needed for name in ("--model", "--pool", "--target", "--out", "--budget"))
-    assert (
-        "--engine" in others and "One of prism, uniform" in others and "[default: prism]" in others
+def test_help_shows_first_what_a_run_needs_and_last_what_it_rarely_does() -> None:
+    text = prism("select", "--help").out
+    titles = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == [
+        "What a run needs:",
+        *("Input:", "Target:", "Direction:", "Scoring:", "Choice:", "Running:"),
+        "Rarely needed:",
+    ]
+    needed, common, rare = (
+        " ".join(text.split(title)[1].split())
+        for title in ("What a run needs:", "Input:", "Rarely needed:")
     )
-    assert (
-        "For example: prism select --model MODEL --pool pool.jsonl --target pairs.jsonl"
-        in " ".join(told.split())
-    )
+    names = [word for word in needed.partition("Input:")[0].split() if word.startswith("--")]
+    assert names == ["--model", "--pool", "--target", "--budget", "--out"]
+    assert "--engine" in common and "One of prism, uniform" in common
+    assert "[default: prism]" in common and "--cascade / --no-cascade" in rare
+    example = "prism select --model MODEL --pool pool.jsonl --target pairs.jsonl --out run"
+    assert f"For example: {example}" in rare
     assert "..." not in prism("--help").out.partition("Commands:")[2]
+
+
+def test_help_explains_arguments_too() -> None:
+    text = " ".join(prism("report", "--help").out.split())
+    assert "What a run needs: RUNS Folder of a complete run" in text
+
+
+def test_a_flag_of_a_config_file_can_be_taken_back(desk: Desk) -> None:
+    (desk.folder / "c.toml").write_text("dry_run = true\n")
+    plan = desk.call("score", "--config", desk.folder / "c.toml")
+    assert plan.code == 0 and plan.out.splitlines()[-1].startswith("disk")
+    assert not (desk.folder / "run").exists()
+    done = desk.call("score", "--config", desk.folder / "c.toml", "--no-dry-run")
+    assert done.code == 0 and (desk.folder / "run" / "manifest.json").exists()
+
+
+def test_an_empty_text_is_as_no_value() -> None:
+    assert SelectConfig(select_from="run", out="o", per_source="").per_source is None
+    assert SelectConfig(select_from="run", out="o", pool="").pool == ()
+
+
+def test_there_are_at_most_sixty_options() -> None:
+    assert len(set().union(*options_by_command().values())) <= 60
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("score", "--nearest 50%"),
+        ("score", "--layer-profile pool"),
+        ("score", "--curvature-rows 9"),
+        ("select", "--recall 0.9"),
+        ("select", "--actors 2"),
+        ("pairs", "--wrong each"),
+        ("evaluate", "--epochs 3"),
+        ("evaluate", "--board wandb"),
+    ],
+)
+def test_an_option_that_is_gone_is_like_one_that_never_was(command: str, words: str) -> None:
+    done = prism(command, *words.split())
+    assert done.code == 2 and f"No such option '{words.split()[0]}'" in done.err

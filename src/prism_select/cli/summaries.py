@@ -18,7 +18,7 @@ from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.polarity import Polarity
 
 if TYPE_CHECKING:
-    from prism_select.commands.pairs import Made
+    from prism_select.commands.pairs import MadePairs
     from prism_select.scoring.cost_plan import Plan
 
 __all__ = [
@@ -74,7 +74,7 @@ def plan_summary(plan: "Plan") -> dict[str, str]:
     }
 
 
-def pairs_summary(config: PairsConfig, result: "Made | Mapping[str, Any]") -> dict[str, str]:
+def pairs_summary(config: PairsConfig, result: "MadePairs | Mapping[str, Any]") -> dict[str, str]:
     """The table of `prism pairs`: of a file that was made, or of a diagnosis."""
     if isinstance(result, Mapping):
         largest = ", ".join(

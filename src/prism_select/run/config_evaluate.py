@@ -68,10 +68,12 @@ class EvaluateConfig(Options):
             raise BadOption("--against is empty; try random,length,everything")
         if self.seeds < 1:
             raise BadOption(f"--seeds {self.seeds}: must be at least 1")
-        if not (0 < self._amount < math.inf and (self.rate is None or 0 < self.rate < math.inf)):
+        if not self._amount > 0:
             raise BadOption(
-                f"--steps {self.steps}, --rate {self.rate}: must be above 0; try 3epochs and 2e-4"
+                f"--steps {self.steps}: no length above 0; try 3epochs, or 40 for steps"
             )
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise BadOption(f"--rate {self.rate}: must be above 0; try 2e-4")
         if not 0 <= self.seed < 2**32:
             raise BadOption(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
 
