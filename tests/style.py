@@ -103,7 +103,7 @@ def main() -> None:
         ("functions over 60 lines", f"{long_functions(trees.values()):.1%}", "2% or fewer"),
         ("empty names per 1,000", f"{empty_names(trees.values()):.1f}", "below 12"),
         ("  where bound", f"{empty_names(trees.values(), bound=True):.1f}", ""),
-        ("that/which/where/what/as per 100 words", f"{links(trees.values()):.1f}", ""),
+        ("that/which/where/what/as per 100 words", f"{links(trees.values()):.1f}", "3 or fewer"),
         ("distinct options", f"{len(distinct)}", "60 or fewer"),
         *((f"  {command}", f"{len(names)}", "") for command, names in options.items()),
     ]

@@ -643,8 +643,10 @@ def test_an_unknown_command_is_refused_and_none_shows_the_help() -> None:
 def test_labels_that_are_none_are_refused_before_anything_is_scored(
     desk: Desk, rows: list[Row], says: str
 ) -> None:
-    desk.refuses(f"--label-field bad: {says}".replace("bad: pool", f"bad: {desk.folder}/pool"), "--label-field", "bad",
-                 command="repair", pool=desk.pool(rows))  # fmt: skip
+    where = says.replace("pool.jsonl", f"{desk.folder}/pool.jsonl")
+    words = ("--label-field", "bad")
+    message = f"--label-field bad: {where}"
+    desk.refuses(message, *words, command="repair", pool=desk.pool(rows))
 
 
 # ---------------------------------------------------------------- --config

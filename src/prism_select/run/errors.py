@@ -73,11 +73,14 @@ class UnknownLayers(BadOption):
 
 
 class BadFile(PrismError):
-    """`line` counts from 1; None where the trouble is the whole file."""
+    """`line` counts from 1, the index of an object from 0; None stands for the whole file."""
 
     def __init__(self, file: str, line: int | None, what: str, advice: str) -> None:
         self.file, self.line, self.what, self.advice = file, line, what, advice
         where = file if line is None else f"{file}:{line}"
+        if file.startswith("memory:"):  # a Python object, whose rows have an index
+            name = file.removeprefix("memory:")
+            where = name if line is None else f"{name}[{line}]"
         super().__init__(f"{where}: {what}; {advice}")
 
 
