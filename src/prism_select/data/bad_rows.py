@@ -1,4 +1,7 @@
-"""TODO."""
+"""Bad rows: whether there are too many of them to go on.
+
+bad rows > --max-bad × rows   →   TooManyBadRows, with the first of them
+"""
 
 import math
 
@@ -9,16 +12,18 @@ __all__ = ["refuse_bad_rows"]
 
 
 def refuse_bad_rows(config: RowOptions, bad: int, rows: int, first: BadRow | None) -> None:
-    """Raises the first bad row itself, or TooManyBadRows, as the options ask."""
+    """Raises `first`, the first of `bad` bad rows, with --bad-rows stop; TooManyBadRows where they
+    are more than --max-bad allows."""
     if first is None:
         return
     if config.bad_rows == "stop":
         raise first
     if bad > round(config.allowed_bad * rows, 6):  # 29% of 100 is 29
-        enough = f"--max-bad {math.ceil(100 * bad / rows)}%"
         raise TooManyBadRows(
             first.file,
             first.line,
-            f"{first.what} (the first of {bad} bad rows found among {rows}, and --max-bad allows {config.max_bad})",
-            f"{first.advice}; or set such rows aside, in quarantine.jsonl, with {enough}",
+            f"{first.what} (the first of {bad} bad rows found among {rows}, and --max-bad allows "
+            f"{config.max_bad})",
+            f"{first.advice}; or quarantine such rows, in quarantine.jsonl, with --max-bad "
+            f"{math.ceil(100 * bad / rows)}%",
         )

@@ -1,15 +1,12 @@
-"""Batches: conversations to tokens, which of them are supervised, and batches of even length.
+"""Batches: encoded rows side by side, of even length.
 
-    chat    the tokenizer's own template, rendered once; an assistant turn is supervised from where its generation
-            prompt ends to its end-of-turn token, which counts
-    plain   BOS (if the tokenizer adds one), the turns as they are, a line break after a prompt unless white space
-            stands there already, and EOS after each assistant turn, which counts; a bare text is
-            supervised from end to end
+    lengths 9 8 8 2 2   batch_tokens 27   →   batches [9 8 8] [2 2]   (sizes with padding: 27, 4)
 
-Choices made here: a special token that the text already carries is not doubled; `skip_end` leaves
-the end-of-turn tokens in the text and out of what is supervised; long rows lose their end; batches
-are filled in order of length within a window of rows, so that padding is small and memory does not
-grow with the pool."""
+Choices made here:
+- rows are batched in order of length, longest first: padding is small, and running out of memory
+  happens at once or not at all;
+- padding holds token 0, which no mask lets through.
+"""
 
 from collections.abc import Sequence
 
@@ -22,9 +19,9 @@ __all__ = ["collate", "plan_batches"]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows in batches of at most `batch_tokens` tokens with padding (one row may be
-    longer), longest first, so that running out of memory happens at once or not at all. A batch
-    that is an eighth full takes no row that is more than a tenth shorter than its longest."""
+    """Indices of rows in batches of at most `batch_tokens` tokens, padding included (a single row
+    may be longer). A batch that is an eighth full takes no row that is more than a tenth shorter
+    than its longest."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches:
@@ -40,15 +37,15 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def collate(
     rows: Sequence[Encoded], device: torch.device | str = "cpu", side: str = "right"
 ) -> Batch:
-    """Rows side by side; padding stands on `side` and holds token 0, which no mask lets through."""
+    """The rows as one batch, padded on `side`."""
     width = max(len(row.tokens) for row in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     real = torch.zeros(len(rows), width, dtype=torch.bool)
     supervised = torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         start = width - len(row.tokens) if side == "left" else 0
         span = slice(start, start + len(row.tokens))
-        tokens[place, span] = torch.tensor(row.tokens)
-        real[place, span] = True
-        supervised[place, span] = torch.tensor(row.supervised)
+        tokens[index, span] = torch.tensor(row.tokens)
+        real[index, span] = True
+        supervised[index, span] = torch.tensor(row.supervised)
     return Batch(tokens.to(device), real.to(device), supervised.to(device))
