@@ -17,11 +17,20 @@ from dataclasses import dataclass
 
 from prism_select.data.fields import Names, columns_of
 from prism_select.data.files import find_files, read_rows
-from prism_select.data.formats import Format, detect_target, to_pairs, unused
+from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs, unused
 from prism_select.data.records import Pair, Raw
+from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, EmptyInput
+from prism_select.run.polarity import Polarity
 
-__all__ = ["TargetFile", "read_target", "read_targets", "survey_targets", "target_files"]
+__all__ = [
+    "TargetFile",
+    "read_pairs",
+    "read_target",
+    "read_targets",
+    "survey_targets",
+    "target_files",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,17 @@ class TargetFile:
     format: Format
     columns: Set[str]
     unused: Sequence[str]
+
+
+def read_pairs(config: ScoreConfig) -> dict[str, list[Pair]]:
+    """The pairs of a run by target; `repair` exchanges their answers. Empty when the run takes a
+    saved direction."""
+    if not config.target:
+        return {}
+    targets = read_targets(config.target, parse_fields(config.fields), config.target_by)
+    if not Polarity.of_config(config).swapped:
+        return targets
+    return {name: [pair.swapped for pair in pairs] for name, pairs in targets.items()}
 
 
 def read_target(file: str, mapping: Names) -> list[Pair]:

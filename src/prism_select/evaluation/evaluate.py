@@ -1,67 +1,56 @@
-"""Evaluation: does the choice of a run help? Fine-tune on it and on its rivals, and compare on
+"""Evaluation: does the choice of a run help? Fine-tune on it and on its baselines, and compare on
 held-out pairs.
 
-    select    rival      the rows at the top of its ranking, as many supervised tokens as were chosen
-              prism      the chosen rows             everything    every scored row       none    no training
-    repair    rival      all rows but the top of its ranking, as many rows as were removed
-              prism      the kept rows
+    predicted = Σ score / Σ supervised tokens of the rows trained on
+    realised  = J after − J before training                J: the mean gain of the held-out pairs
 
-    predicted = Σ score / Σ supervised tokens of the rows trained on       realised = J after − J before
+    RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json
+                     rankings.parquet  price.json  retrained/METHOD-SEED.parquet
 
-    priced    random rows for as many more steps as scoring would have paid for, and in select as many more rows
-              price = forwards of the pool, pairs and curvature included;   a step costs 3 forwards of its rows
-    LDS       rank correlation over random halves S of the rows of   J after training on S   with   Σ_{z in S} score(z)
-
-Choices made here: every method takes the same number of steps, the passes of the choice, since
-passes of its own would give a method of short rows more steps at the same tokens. A loss is a mean
-over tokens, so a training's forecast is a score per token, which at equal tokens orders methods as
-the sum of scores does. Fine-tuning starts where the scores were taken. In repair, scores point to
-the unwanted answers, so forecasts are turned. Target prompts are no held-out prompts. What is
-measured of a model stands in retraining.py.
-
-RUN/evaluation/  evaluation.json  methods.parquet  curves.parquet  controls.json  rankings.parquet
-                 retrained/METHOD-SEED.parquet
+Choices made here:
+- fine-tuning starts at the model that the scores were taken of;
+- a loss is a mean over tokens, so the forecast of a training is a score per token; at equal tokens
+  it orders methods as the sum of scores does;
+- in repair, scores point to the unwanted answers, so forecasts have their sign turned;
+- held-out pairs share no prompt with the target;
+- which rows a method trains on stands in trainings.py, what is measured in retraining.py.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from prism_select.core.statistics import auroc, lds
-from prism_select.data.encoding import Encoded, Encoder
+from prism_select.core.statistics import auroc
+from prism_select.data.encoding import Encoded
 from prism_select.data.files import find_files
 from prism_select.data.labels import labels_of
-from prism_select.data.pool import fingerprint
+from prism_select.data.pool import Pool, fingerprint
+from prism_select.data.targets import read_pairs
 from prism_select.directions.from_pairs import as_side, encode_sides
 from prism_select.evaluation.controls import Sample, run_controls
-from prism_select.evaluation.lm_eval_tasks import fingerprints_of, known_tasks
-from prism_select.evaluation.loggers import known_board
+from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
 from prism_select.evaluation.past_run import (
     FinishedRun,
-    Rows,
-    held_out,
-    opened,
-    pool_of,
-    target_pairs,
+    held_out_pairs,
+    open_run,
 )
 from prism_select.evaluation.price import break_even_of, price_of
-from prism_select.evaluation.retraining import MEASURES, Retrainer, TrainedResult, digest
-from prism_select.evaluation.training_results import PRICED, figures, write_tables
+from prism_select.evaluation.retraining import Retrainer, TrainedResult, digest
+from prism_select.evaluation.training_results import PRICED, results_of, write_tables
 from prism_select.evaluation.trainings import (
-    Baselines,
-    checkpoint,
+    Rankings,
+    baseline_rankings,
     encoded_rows,
-    lots_of,
-    ranked,
+    load_checkpoint,
     sampled,
+    training_jobs,
 )
-from prism_select.models.causal_lm import CausalLM
-from prism_select.models.loading import resolve_device
+from prism_select.models.loading import LoadedModel, resolve_device
 from prism_select.models.lora_training import refuse_many_gpus
 from prism_select.run.config import RepairConfig
 from prism_select.run.config_evaluate import EvaluateConfig
@@ -73,121 +62,117 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    config: EvaluateConfig, progress: Progress | None = None, baselines: Baselines | None = None
+    config: EvaluateConfig, progress: Progress | None = None, baselines: Rankings | None = None
 ) -> dict[str, Any]:
-    """What is written to evaluation.json. `baselines` rank the rows of the pool, the highest first,
-    NaN for rows that take no part; their names join those of baselines.py. Raises PrismError for
-    what the user can mend."""
+    """What is written to evaluation.json.
+
+    `baselines` are further rankings of the rows of the pool, by name: the highest number first, NaN
+    for rows that take no part. Raises PrismError for what the user can mend.
+    """
     progress, started, baselines = progress or Silent(), time.perf_counter(), baselines or {}
-    past = opened(config)
-    own = ("everything", PRICED, *BASELINES, *baselines)
-    refuse_baselines("--against", config.baselines, bool(past.config.target), own)
-    if config.task_names:
-        known_tasks(tuple(config.task_names))
-    known_board(config.board)
-    refuse_many_gpus(resolve_device(past.config.device))
-    held = held_out(config, past)
+    past = open_run(config)
+    refuse(config, past, baselines)
+    held_out = held_out_pairs(config, past)
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
-    model, encoder = checkpoint(past, config.full, past.config.layers, progress)
-    coded = encode_sides(held.pairs, encoder)
-    ranks = {**ranked(config, past, (model, encoder), store, progress), **baselines}
-    price = (
-        price_of(past, (model, encoder), store, progress) if PRICED in config.baselines else None
-    )
-    lots = lots_of(config, past, ranks, price)
-    rows = encoded_rows(past, [sampled(past), *(lot.rows for lot in lots)], encoder)
-    controls = controlled(past, store, (model, encoder), rows, progress)
+    loaded = load_checkpoint(past, config.full, past.config.layers, progress)
+    encoded_pairs = encode_sides(held_out.pairs, loaded.encoder)
+    by_name = {**baseline_rankings(config, past, loaded, store, progress), **baselines}
+    price = price_of(past, loaded, store, progress) if PRICED in config.baselines else None
+    jobs = training_jobs(config, past, by_name, price)
+    rows = encoded_rows(past, [sampled(past), *(job.rows for job in jobs)], loaded.encoder)
+    controls = controls_of(past, store, loaded, rows, progress)
     if past.config.layers == "adapter":
-        model, encoder = checkpoint(past, config.full, "all", progress)
-    sides = [
-        as_side(side, past.config.tokens_on(model.device.type), model.device) for side in coded
-    ]
-    made_of = [
-        past.mark,
-        fingerprint(find_files([config.holdout])),
-        *fingerprints_of(tuple(config.task_names)),
-    ]
-    bench = Retrainer(
-        model, encoder, rows, sides, store, made_of, config.points, tuple(config.task_names)
+        loaded = load_checkpoint(past, config.full, "all", progress)
+    device = loaded.model.device
+    sides = [as_side(s, past.config.tokens_on(device.type), device) for s in encoded_pairs]
+    retrainer = Retrainer(
+        loaded, rows, sides, store, made_of(config, past), tuple(config.task_names)
     )
-    before = bench.look(0, math.nan, last=True)
-    found: list[TrainedResult] = []
-    with progress.task(f"{len(lots)} trainings", len(lots)) as task:
-        for lot in lots:
-            found.append((lot, bench.made(lot)))
+    before = retrainer.measure(0, math.nan, last=True)
+    trained: list[TrainedResult] = []
+    with progress.task(f"{len(jobs)} trainings", len(jobs)) as task:
+        for job in jobs:
+            trained.append(retrainer.result(job))
             task.advance(1)
-    found, halved = found[: len(found) - config.lds], found[len(found) - config.lds :]
-    write_tables(store, before, found, held.question)
-    everything = {
-        "prism_version": version("prism-select"),
-        "config": asdict(config),
-        "command": past.manifest["command"],
-        **{"steps": lots[0].course.steps, "rate": lots[0].course.rate},
-        **{
-            "pairs": len(held.pairs),
-            "questions": int(held.question.max()) + 1,
-            "pairs_left_out": held.left_out,
-        },
-        **figures(past.forecast, past.tokens, before, found, held.question),
-        "compute": break_even_of(past.passes, price, found, held.question) if price else None,
-        "lds": attributed(past, halved, held.question, config.seed) if halved else None,
-        "labels": labelled(past, ranks),
-        "controls": controls,
-        "seconds": time.perf_counter() - started,
-    }
-    told: dict[str, Any] = finite(everything)
-    store.write_json("evaluation.json", told)
-    return told
+    question = held_out.question
+    write_tables(store, before, trained, question)
+    results = results_of(past.forecast, past.tokens, before, trained, question)
+    content: dict[str, Any] = finite(
+        {
+            "prism_version": version("prism-select"),
+            "config": asdict(config),
+            "command": past.manifest["command"],
+            "steps": jobs[0].settings.steps,
+            "rate": jobs[0].settings.rate,
+            "pairs": len(held_out.pairs),
+            "questions": int(question.max()) + 1,
+            "pairs_left_out": held_out.left_out,
+            **results.as_json(),
+            "compute": asdict(break_even_of(past.cost, price, trained, question))
+            if price
+            else None,
+            "labels": label_aurocs(past, by_name),
+            "controls": controls,
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    store.write_json("evaluation.json", content)
+    return content
 
 
-def controlled(
+def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> None:
+    """Raises BadOption, before a model is loaded, for what the run or this machine cannot do."""
+    choices = ("everything", PRICED, *BASELINES, *baselines)
+    refuse_baselines("--against", config.baselines, bool(past.config.target), choices)
+    if config.task_names:
+        task_names(tuple(config.task_names))
+    refuse_many_gpus(resolve_device(past.config.device))
+
+
+def made_of(config: EvaluateConfig, past: FinishedRun) -> list[Any]:
+    """What decides the figures of a training beside its rows and settings."""
+    holdout = fingerprint(find_files([config.holdout or ""]))
+    return [past.mark, holdout, *fingerprints_of(tuple(config.task_names))]
+
+
+def controls_of(
     past: FinishedRun,
     store: Store,
-    loaded: tuple[CausalLM, Encoder],
+    loaded: LoadedModel,
     rows: Mapping[int, Encoded],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Those of an earlier evaluation of the same scores, where there was one."""
-    places = sampled(past)
-    mark = digest([past.mark, past.score[places].tolist()])
-    if there := store.json_of("controls.json", mark):
-        return list(there["controls"])
-    targets = target_pairs(past)
-    taken = float(past.taken.sum() / len(past.scored))
-    each = past.run.columns(*(f"score:{name}" for name in targets)).columns
-    score = (
-        np.mean(each, axis=0) if each else past.score
-    )  # that of the mean direction, whatever the choice went by
-    sample = Sample([rows[i] for i in places], score[places], 1 - taken if past.repair else taken)
-    controls = [
-        control.told()
-        for control in run_controls(past.reachable, loaded, targets, sample, progress)
-    ]
+    """The controls of the scores, from a file where an earlier evaluation had the same scores."""
+    sample = sampled(past)
+    mark = digest([past.mark, past.score[sample].tolist()])
+    if stored := store.json_of("controls.json", mark):
+        return list(stored["controls"])
+    targets = read_pairs(past.config)
+    by_target = past.run.columns(*(f"score:{name}" for name in targets)).columns
+    # the score along the mean direction, whatever the choice went by
+    score = np.mean(by_target, axis=0) if by_target else past.score
+    share = float(past.chosen.sum() / len(past.scored))
+    scored = Sample(
+        [rows[row] for row in sample], score[sample], 1 - share if past.repair else share
+    )
+    results = run_controls(past.reachable, loaded, targets, scored, progress)
+    controls = [control.as_json() for control in results]
     store.write_json("controls.json", {"of": mark, "controls": controls})
     return controls
 
 
-def attributed(
-    past: FinishedRun, found: Sequence[TrainedResult], question: Rows, seed: int
-) -> dict[str, float]:
-    """The linear datamodeling score of the run's scores."""
-    members = np.array([np.isin(past.scored, lot.rows) for lot, _ in found])
-    gains = np.array([MEASURES["gain"](points[-1], question).mean() for _, points in found])
-    return lds((-1 if past.repair else 1) * past.score[past.scored], members, gains, seed)
-
-
-def labelled(past: FinishedRun, ranks: Baselines) -> dict[str, float] | None:
-    """How well each ranking finds the rows that are known to be bad: AUROC, of the scored rows with
-    a label."""
+def label_aurocs(past: FinishedRun, by_name: Rankings) -> dict[str, float] | None:
+    """How well each ranking detects the rows that are labelled bad: AUROC, of the scored rows with
+    a label; None without a column of labels."""
     if not (isinstance(past.config, RepairConfig) and past.config.label_field):
         return None
-    labels = labels_of(past.config.label_field, pool_of(past.config))
-    known = np.array([label is not None for label in labels]) & np.isfinite(past.score)
+    labels = labels_of(past.config.label_field, Pool.of(past.config))
+    labelled = np.array([label is not None for label in labels]) & np.isfinite(past.score)
     bad = np.array([bool(label) for label in labels])
-    every = {"prism": past.ranking, **ranks}
-    return {
-        name: auroc(ranking[known & np.isfinite(ranking)], bad[known & np.isfinite(ranking)])
-        for name, ranking in every.items()
-    }
+    aurocs = dict[str, float]()
+    for name, ranking in {"prism": past.ranking, **by_name}.items():
+        usable = labelled & np.isfinite(ranking)
+        aurocs[name] = auroc(ranking[usable], bad[usable])
+    return aurocs

@@ -1,4 +1,13 @@
-"""TODO."""
+"""Past run: a complete run folder, read for an evaluation.
+
+    open_run(config) → FinishedRun          its scores, its choice, what it was made of
+    held_out_pairs(config, past)            pairs whose prompt is in no target pair of the run
+
+Choices made here:
+- files that the run has read must still be the same, by their fingerprints;
+- scores that were chosen from again (--select-from) belong to the run that took them: its folder
+  has the direction and the adapter.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +20,7 @@ from numpy.typing import NDArray
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.records import Pair
-from prism_select.data.targets import read_target, read_targets, target_files
+from prism_select.data.targets import read_pairs, read_target, target_files
 from prism_select.evaluation.retraining import TrainingJob
 from prism_select.models.loading import fingerprint_of
 from prism_select.models.lora_training import ADAPTER, ROWS_A_STEP, has_adapter
@@ -20,21 +29,31 @@ from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run
 from prism_select.run.options import settings
+from prism_select.run.polarity import Polarity
+from prism_select.selection.scores_file import ScoreColumns, read_columns, scores_tables
 
-__all__ = ["FinishedRun", "Floats", "Rows", "held_out", "opened", "pool_of", "target_pairs"]
+__all__ = [
+    "FinishedRun",
+    "Floats",
+    "HeldOutPairs",
+    "Rows",
+    "held_out_pairs",
+    "open_run",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
-
-
 Rows: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A complete run: `config` is what it scored with, `home` the folder of these scores; of each
-    row of the pool the score and what the choice went by (NaN without one), its supervised tokens
-    and its length in tokens, its source, and whether training takes it, and whether its score is
-    exact."""
+    """A complete run, with a value for each row of the pool.
+
+    `config` is what the scores were taken with, `home` the folder where they were taken. `ranking`
+    is what the choice went by; `score` and `ranking` are NaN for a row without them. `tokens`
+    counts supervised tokens, `length` all tokens. `chosen` rows are trained on; `exact` is False
+    where a score is predicted.
+    """
 
     run: Run
     manifest: Mapping[str, Any]
@@ -45,7 +64,7 @@ class FinishedRun:
     tokens: Rows
     length: Rows
     source: Sequence[str]
-    taken: NDArray[np.bool_]
+    chosen: NDArray[np.bool_]
     exact: NDArray[np.bool_]
 
     @property
@@ -54,87 +73,118 @@ class FinishedRun:
 
     @property
     def mark(self) -> list[Any]:
-        """What makes its scores: not how many tokens were in a batch."""
-        return [
-            self.manifest["fingerprints"],
-            {k: v for k, v in settings(self.config).items() if k != "batch_tokens"},
-        ]
+        """What decides its scores: files and options, but not the tokens in a batch."""
+        options = settings(self.config)
+        options.pop("batch_tokens", None)
+        return [self.manifest["fingerprints"], options]
 
     @property
     def reachable(self) -> ScoreConfig:
-        """With the engine that reached all weights."""
+        """The config with the engine that reached every parameter."""
         return replace(self.config, engine=self.manifest["engine"]["name"])
 
     @property
     def scored(self) -> Rows:
+        """Rows with a score."""
         return np.flatnonzero(np.isfinite(self.score))
 
     def forecast(self, rows: Rows) -> float:
-        return float((-1 if self.repair else 1) * self.score[rows].sum() / self.tokens[rows].sum())
+        """Predicted change of the gain after training on these rows: score per supervised token.
 
-    def passes(self, lot: TrainingJob) -> float:
-        """What a training takes: forwards of the pool, three for each row of a step."""
-        steps = lot.course.steps * ROWS_A_STEP * self.length[lot.rows].mean()
-        return float(3 * steps / self.length[self.scored].sum())
+        In repair, scores point to the unwanted answers, so their sign is turned.
+        """
+        sign = Polarity.of_config(self.config).sign
+        return float(sign * self.score[rows].sum() / self.tokens[rows].sum())
+
+    def cost(self, job: TrainingJob) -> float:
+        """What a training costs, in forward passes over the pool: three for each row of a step."""
+        tokens = job.settings.steps * ROWS_A_STEP * self.length[job.rows].mean()
+        return float(3 * tokens / self.length[self.scored].sum())
 
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The pairs that count, the question of each, and how many others were left out."""
+    """Pairs, the question of each as a number, and how many pairs were left out."""
 
     pairs: Sequence[Pair]
     question: NDArray[np.int64]
     left_out: int
 
 
-def opened(config: EvaluateConfig) -> FinishedRun:
+def open_run(config: EvaluateConfig) -> FinishedRun:
     """Raises BadOption for what is no complete select or repair run of files that are still the
     same."""
-    run = Run(Path(config.run))
+    run = Run(Path(config.run or ""))
     if not (run.path / "manifest.json").exists():
         raise BadOption(f"{run.path}: no complete run there; give the folder of one")
     manifest = run.manifest
     if manifest["command"] not in ("select", "repair"):
         raise BadOption(
-            f"{run.path}: a {manifest['command']} run has chosen nothing; give one of select or repair"
+            f"{run.path}: a {manifest['command']} run has chosen nothing; give one of select or "
+            "repair"
         )
     if baseline := manifest["config"].get("rank_by"):
         raise BadOption(
-            f"{run.path}: chosen by {baseline}; give a run that chose by its scores, and --against {baseline}"
+            f"{run.path}: chosen by {baseline}; give a run that chose by its scores, and --against "
+            f"{baseline}"
         )
-    given = manifest.get("scored_by", manifest["config"])
-    kind = RepairConfig if "remove" in given else SelectConfig if "budget" in given else ScoreConfig
-    scored = kind(**given)
-    home = origin(run)
-    now = {"pool": fingerprint(pool_of(scored).files), "model": fingerprint_of(scored)}
-    if scored.target:
-        now["target"] = fingerprint(target_files(scored.target))
-    for name, value in now.items():
+    scored_by = config_of(manifest.get("scored_by", manifest["config"]))
+    home = scores_folder(run)
+    refuse_changes(run, manifest, scored_by)
+    if scored_by.warmup and not has_adapter(home / ADAPTER):
+        raise BadOption(f"{home}: the adapter of its warm-up is gone; make the run again")
+    ranking = config_of(manifest["config"]).ranking
+    columns = read_scores(run, ranking)
+    verdict, source = columns.names["verdict"], columns.names["source"]
+    chosen = verdict.equals("selected") | verdict.equals("kept")
+    if not chosen.any():
+        raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
+    return FinishedRun(
+        run=run,
+        manifest=manifest,
+        config=scored_by,
+        home=home,
+        score=columns["score"],
+        ranking=columns[ranking],
+        tokens=columns["tokens"],
+        length=columns["length"],
+        source=[source.names[code] for code in source.codes.tolist()],
+        chosen=chosen,
+        exact=columns["exact"] if "exact" in columns else np.isfinite(columns["score"]),
+    )
+
+
+def config_of(options: Mapping[str, Any]) -> ScoreConfig:
+    """The config that a manifest holds, of the command that has these options."""
+    kind = SelectConfig if "budget" in options else ScoreConfig
+    return (RepairConfig if "remove" in options else kind)(**options)
+
+
+def read_scores(run: Run, ranking: str) -> ScoreColumns:
+    types = {
+        "score": np.float64,
+        ranking: np.float64,
+        "tokens": np.int64,
+        "length": np.int64,
+        "exact": bool,
+        "source": str,
+        "verdict": str,
+    }
+    return read_columns(scores_tables(run.path, list(types)), types.get)
+
+
+def refuse_changes(run: Run, manifest: Mapping[str, Any], config: ScoreConfig) -> None:
+    """Raises BadOption where the pool, the model or the target is not what the run has read."""
+    prints = {"pool": fingerprint(Pool.of(config).files), "model": fingerprint_of(config)}
+    if config.target:
+        prints["target"] = fingerprint(target_files(config.target))
+    for name, value in prints.items():
         if value != manifest["fingerprints"][name]:
             raise BadOption(f"{run.path}: its {name} has changed since; make the run again")
-    if scored.warmup and not has_adapter(home / ADAPTER):
-        raise BadOption(f"{home}: the adapter of its warm-up is gone; make the run again")
-    by = (RepairConfig if manifest["command"] == "repair" else SelectConfig)(
-        **manifest["config"]
-    ).ranking
-    table = run.columns("score", by, "tokens", "length", "source", "verdict", "exact")
-    score, ranking = (table[name].to_numpy().astype(np.float64) for name in ("score", by))
-    tokens, length = (
-        np.nan_to_num(table[name].to_numpy()).astype(np.int64) for name in ("tokens", "length")
-    )
-    source = [name or "" for name in table["source"].to_pylist()]
-    taken = np.isin(table["verdict"].to_numpy(), ["selected", "kept"])
-    if not taken.any():
-        raise BadOption(f"{run.path}: no row was chosen; there is nothing to train on")
-    exact = table["exact"].to_numpy() if "exact" in table.column_names else np.isfinite(score)
-    return FinishedRun(
-        run, manifest, scored, home, score, ranking, tokens, length, source, taken, exact
-    )
 
 
-def origin(run: Run) -> Path:
-    """The folder where the scores were taken, behind all choices made again; the last of these that
-    is there."""
+def scores_folder(run: Run) -> Path:
+    """The folder where the scores were taken, behind every --select-from; the last that exists."""
     path = run.path
     while (before := Run(path).manifest["config"].get("select_from")) and (
         Path(before) / "manifest.json"
@@ -143,39 +193,21 @@ def origin(run: Run) -> Path:
     return path
 
 
-def pool_of(config: ScoreConfig) -> Pool:
-    return Pool(config.pool, parse_fields(config.fields), config.max_row_bytes)
-
-
-def held_out(config: EvaluateConfig, past: FinishedRun) -> HeldOutPairs:
-    """The pairs whose prompt is in no target pair of the run. Raises BadOption where there are
-    none."""
-    pairs = read_target(config.holdout, parse_fields(past.config.fields), past.config.max_row_bytes)
-    seen = {prompt_of(pair) for each in target_pairs(past).values() for pair in each}
-    held = [pair for pair in pairs if prompt_of(pair) not in seen]
-    if not held:
+def held_out_pairs(config: EvaluateConfig, past: FinishedRun) -> HeldOutPairs:
+    """The pairs whose prompt is in no target pair of the run. Raises BadOption where none is."""
+    pairs = read_target(config.holdout or "", parse_fields(past.config.fields))
+    seen = {prompt_of(pair) for of_target in read_pairs(past.config).values() for pair in of_target}
+    held_out = [pair for pair in pairs if prompt_of(pair) not in seen]
+    if not held_out:
         raise BadOption(
-            f"--holdout {config.holdout}: the prompt of every pair is in the run's target; give other pairs"
+            f"--holdout {config.holdout}: the prompt of every pair is in the run's target; give "
+            "pairs of other prompts"
         )
-    prompts = {prompt_of(pair): None for pair in held}
-    place = {prompt: number for number, prompt in enumerate(prompts)}
-    return HeldOutPairs(
-        held, np.array([place[prompt_of(pair)] for pair in held]), len(pairs) - len(held)
-    )
+    prompts = dict.fromkeys(prompt_of(pair) for pair in held_out)
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    question = np.array([numbers[prompt_of(pair)] for pair in held_out])
+    return HeldOutPairs(held_out, question, len(pairs) - len(held_out))
 
 
 def prompt_of(pair: Pair) -> tuple[Any, ...]:
     return pair.chosen.turns[: pair.chosen.prompt_turns or -1]
-
-
-def target_pairs(past: FinishedRun) -> dict[str, list[Pair]]:
-    """As the run had them: in repair exchanged."""
-    config = past.config
-    found = dict[str, list[Pair]]()
-    if config.target:
-        found = read_targets(
-            config.target, parse_fields(config.fields), config.target_by, config.max_row_bytes
-        )
-    if past.repair:
-        return {name: [pair.swapped for pair in pairs] for name, pairs in found.items()}
-    return found

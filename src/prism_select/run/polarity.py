@@ -36,3 +36,8 @@ class Polarity:
     def swapped(self) -> bool:
         """Whether pairs are read with their answers exchanged."""
         return self.toward == "rejected"
+
+    @property
+    def sign(self) -> int:
+        """What turns a score into the change of the gain of the chosen answers: 1 or −1."""
+        return -1 if self.swapped else 1
