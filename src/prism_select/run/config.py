@@ -45,7 +45,6 @@ __all__ = [
     "ScoringOptions",
     "SelectConfig",
     "TargetOptions",
-    "sides_of",
 ]
 
 BATCH_TOKENS = {"gpu": 4096, "cpu": 512, "cpu without a graph": 2048}
@@ -589,9 +588,3 @@ class RepairConfig(ScoreConfig):
     @property
     def amount(self) -> Amount:
         return Amount.parse("--remove", self.remove)
-
-
-def sides_of(swapped: bool) -> tuple[str, str]:
-    """What the target file calls the answers that are aimed at and the others; `repair` swaps
-    them."""
-    return ("rejected", "chosen") if swapped else ("chosen", "rejected")
