@@ -1,16 +1,18 @@
-"""The demo model: a tiny Llama that reads about the demo world for some minutes, on one core, from
-nothing.
+"""The demo model: a tiny Llama that reads about the demo world, for some minutes on one core.
 
-    corpus → byte-level BPE of 1,280 tokens → one pass of AdamW over the assistant turns →
-    demo/model/
+    corpus → byte-level BPE of 1,280 tokens → one pass of AdamW over the assistant turns
+           → demo/model/
 
-`python -m prism_select.demo.train [--out DIR]` makes the bundled folder again: on the same machine
-and versions the same bytes, since seeds, order and the number of threads (one) are fixed.
+`python -m prism_select.demo.train [--out DIR]` makes the bundled folder again. On the same machine
+and versions it gives the same bytes, because seeds, order and the number of threads (one) are fixed.
 
-Choices made here: one pass, so that the model learns how reliable each fact is and not single rows
-by heart; the loss counts the answer and its end-of-turn token, as PRISM does; nearly every word is
-one token; embeddings are untied, so that the output head is a weight of its own; the chat template
-writes the first token and the tokenizer adds none, so that it is never doubled."""
+Choices made here:
+- one pass, so that the model learns how reliable each fact is, and no row by heart;
+- the loss counts the answer and its end-of-turn token, as PRISM does;
+- nearly every word is one token;
+- embeddings are untied, so that the output head is a parameter of its own;
+- the chat template writes the first token and the tokenizer adds none, so it is never doubled.
+"""
 
 import argparse
 from pathlib import Path
@@ -26,20 +28,10 @@ from prism_select.demo import world
 __all__ = ["MODEL_DIR", "encode", "make_model", "make_tokenizer", "train"]
 
 MODEL_DIR = Path(__file__).parent / "model"
-
-
 SEED = 0
-
-
 ROWS, BATCH, LEARNING_RATE = 64_000, 64, 3e-3
-
-
 IGNORED = -100  # the label of a token that is not supervised
-
-
 START, TURN, END, PAD = "<|start|>", "<|turn|>", "<|end|>", "<|pad|>"
-
-
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -52,16 +44,12 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|turn|>assistant\\n' }}{%- endif %}
 """
 
-
 Row = dict[str, str]
-
-
 Encoded = tuple[list[int], list[int]]
 
 
 def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, learnt on the corpus; digits stay single, so that numbers are spelt alike
-    everywhere."""
+    """Byte-level BPE, learned on the corpus; digits stay single tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -101,8 +89,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> Encoded:
-    """Token ids of one conversation, and the same with everything but the assistant's turn
-    ignored."""
+    """Token ids of a conversation, and its labels: `IGNORED` outside the assistant's turn."""
     messages = [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["completion"]},
@@ -111,10 +98,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> Encoded:
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids = list(coded["input_ids"])
-    return ids, [
-        token if said else IGNORED
-        for token, said in zip(ids, coded["assistant_masks"], strict=True)
-    ]
+    supervised = coded["assistant_masks"]
+    labels = [token if counts else IGNORED for token, counts in zip(ids, supervised, strict=True)]
+    return ids, labels
 
 
 def batch_loss(model: LlamaForCausalLM, batch: list[Encoded], pad: int) -> torch.Tensor:
@@ -127,8 +113,8 @@ def batch_loss(model: LlamaForCausalLM, batch: list[Encoded], pad: int) -> torch
 
 
 def train(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> None:
-    """One pass in the order of the corpus; the learning rate warms up for 5% of the steps and then
-    falls to zero."""
+    """One pass in the order of the corpus; the learning rate rises for 5% of the steps, then falls
+    to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = len(rows) // BATCH
     warm = max(1, steps // 20)

@@ -1,26 +1,25 @@
 """The demo world: eight small skills in plain English, with the right answer and a typical mistake
 about every fact.
 
-    skill → facts (subject, right, wrong) → question (opener × wording), answer (right or wrong, in
-    a form)
+    skill → facts (subject, right, wrong)
+          → question (opener × wording), answer (right or wrong, in a form)
 
-Everything is made here from tables and a seed: nothing is downloaded and no model is asked. `pairs`
-shows a behaviour (right over wrong), `pool` is something to select from, `mixture` something to
-repair, `corpus` what the tiny model reads.
+    pairs     a behaviour: right over wrong            pool      rows to select from
+    mixture   rows to repair, some of them wrong       corpus    what the tiny model reads
 
 Choices made here:
-- A wrong answer is a near miss: the same form, about the same length, another value of the same
-  kind (another city of the same country, a sum that is one too high). Pairs that differ in form
-  would measure the form.
-- No prompt is on both sides. A checksum reserves a quarter of all prompts for `pairs`; `pool` and
-  `mixture` draw from the rest, whatever the seeds.
-- The facts *are* on both sides, in other words: pairs ask about the same capitals and sums as the
-  rows that are scored, and the wrong rows of the mixture make the same mistakes as the rejected
-  answers. The demo shows that PRISM finds known facts in new wordings; on facts that no pair
-  mentions it does clearly worse.
-- In `corpus` each fact has a reliability, drawn once per seed, that says how often the text is
-  right about it. So the model has real and mixed preferences. The corpus is what the model has
-  read: it uses all prompts, reserved or not."""
+- everything is made from tables and a seed: nothing is downloaded and no model is called;
+- a wrong answer is a near miss: the same form, about the same length, another value of the same
+  kind (another city of the same country, a sum that is one too high), because pairs that differ in
+  form would measure the form;
+- pairs share no prompt with the rows that are scored: a checksum reserves a quarter of all prompts
+  for `pairs`, and `pool` and `mixture` draw from the remaining ones, whatever the seeds;
+- pairs do share facts with these rows, in different words, and the wrong rows of the mixture make
+  the mistakes of the rejected answers: PRISM finds known facts in new wordings here, and does
+  clearly worse on facts that no pair mentions;
+- in `corpus` each fact has a reliability, drawn once per seed: how often the text is right about
+  it, so the model has strong and weak preferences; the corpus uses all prompts, reserved or not.
+"""
 
 import hashlib
 import random
@@ -31,49 +30,46 @@ from itertools import combinations
 __all__ = ["DEMO_SKILL", "FACTS", "SKILLS", "Fact", "corpus", "mixture", "pairs", "pool"]
 
 # One entry is: subject, right answer, typical mistake.
-CAPITALS = """France Paris Lyon, Italy Rome Milan, Spain Madrid Seville, Japan Tokyo Osaka, Egypt Cairo Alexandria,
-    Canada Ottawa Toronto, Peru Lima Cusco, Kenya Nairobi Mombasa, Norway Oslo Bergen, Sweden Stockholm Uppsala,
-    Poland Warsaw Krakow, Greece Athens Patras, Austria Vienna Salzburg, Portugal Lisbon Porto, Ireland Dublin Cork,
-    Denmark Copenhagen Aarhus, Finland Helsinki Turku, Germany Berlin Munich, Hungary Budapest Debrecen,
-    Turkey Ankara Istanbul, Morocco Rabat Casablanca, Australia Canberra Sydney, Ghana Accra Kumasi,
-    Nepal Kathmandu Pokhara"""
-
-
-PLURALS = """mouse mice mouses, goose geese gooses, child children childs, ox oxen oxes, foot feet foots,
-    tooth teeth tooths, leaf leaves leafs, knife knives knifes, wolf wolves wolfs, shelf shelves shelfs,
-    loaf loaves loafs, thief thieves thiefs, half halves halfs, box boxes boxs, bus buses buss, city cities citys,
-    baby babies babys, berry berries berrys, story stories storys, potato potatoes potatos, hero heroes heros,
-    fox foxes foxs, penny pennies pennys, dish dishes dishs"""
-
-
-PAST_TENSES = """go went goed, see saw seed, eat ate eated, run ran runned, sing sang singed, swim swam swimmed,
-    write wrote writed, drive drove drived, take took taked, give gave gived, come came comed, fly flew flied,
-    grow grew growed, know knew knowed, break broke breaked, speak spoke speaked, teach taught teached,
-    catch caught catched, think thought thinked, bring brought bringed, buy bought buyed, sleep slept sleeped,
-    keep kept keeped, feel felt feeled"""
-
-
-OPPOSITES = """hot cold warm, big small large, fast slow quick, wet dry damp, hard soft firm, happy sad glad,
-    loud quiet noisy, strong weak sturdy, clean dirty tidy, rich poor wealthy, begin end start, smooth rough even,
-    near far close, dark light dim, sharp blunt pointed, shout whisper yell, push pull shove, above below over,
-    ancient modern old, difficult easy tough, empty full vacant, brave timid bold, true false correct,
-    first last initial"""
-
-
-YOUNG = """dog puppy joey, cat kitten joey, cow calf cub, horse foal cub, sheep lamb pup, goat kid pup, pig piglet pup,
-    deer fawn cub, duck duckling owlet, goose gosling owlet, swan cygnet eaglet, hen chick eaglet"""
-
-
-SOUNDS = """dog barks brays, cat meows neighs, cow moos chirps, sheep bleats trumpets, pig oinks coos,
-    wolf howls gobbles, frog croaks tweets, duck quacks growls, hen clucks rattles, crow caws purrs,
-    owl hoots whinnies, bee buzzes whistles"""
-
-
-UNITS = """days week 7, seconds minute 60, hours day 24, months year 12, centimetres metre 100, grams kilogram 1000"""
-
-
+CAPITALS = """
+    France Paris Lyon, Italy Rome Milan, Spain Madrid Seville, Japan Tokyo Osaka,
+    Egypt Cairo Alexandria, Canada Ottawa Toronto, Peru Lima Cusco, Kenya Nairobi Mombasa,
+    Norway Oslo Bergen, Sweden Stockholm Uppsala, Poland Warsaw Krakow, Greece Athens Patras,
+    Austria Vienna Salzburg, Portugal Lisbon Porto, Ireland Dublin Cork,
+    Denmark Copenhagen Aarhus, Finland Helsinki Turku, Germany Berlin Munich,
+    Hungary Budapest Debrecen, Turkey Ankara Istanbul, Morocco Rabat Casablanca,
+    Australia Canberra Sydney, Ghana Accra Kumasi, Nepal Kathmandu Pokhara"""
+PLURALS = """
+    mouse mice mouses, goose geese gooses, child children childs, ox oxen oxes, foot feet foots,
+    tooth teeth tooths, leaf leaves leafs, knife knives knifes, wolf wolves wolfs,
+    shelf shelves shelfs, loaf loaves loafs, thief thieves thiefs, half halves halfs,
+    box boxes boxs, bus buses buss, city cities citys, baby babies babys, berry berries berrys,
+    story stories storys, potato potatoes potatos, hero heroes heros, fox foxes foxs,
+    penny pennies pennys, dish dishes dishs"""
+PAST_TENSES = """
+    go went goed, see saw seed, eat ate eated, run ran runned, sing sang singed,
+    swim swam swimmed, write wrote writed, drive drove drived, take took taked, give gave gived,
+    come came comed, fly flew flied, grow grew growed, know knew knowed, break broke breaked,
+    speak spoke speaked, teach taught teached, catch caught catched, think thought thinked,
+    bring brought bringed, buy bought buyed, sleep slept sleeped, keep kept keeped,
+    feel felt feeled"""
+OPPOSITES = """
+    hot cold warm, big small large, fast slow quick, wet dry damp, hard soft firm, happy sad glad,
+    loud quiet noisy, strong weak sturdy, clean dirty tidy, rich poor wealthy, begin end start,
+    smooth rough even, near far close, dark light dim, sharp blunt pointed, shout whisper yell,
+    push pull shove, above below over, ancient modern old, difficult easy tough,
+    empty full vacant, brave timid bold, true false correct, first last initial"""
+YOUNG = """
+    dog puppy joey, cat kitten joey, cow calf cub, horse foal cub, sheep lamb pup, goat kid pup,
+    pig piglet pup, deer fawn cub, duck duckling owlet, goose gosling owlet, swan cygnet eaglet,
+    hen chick eaglet"""
+SOUNDS = """
+    dog barks brays, cat meows neighs, cow moos chirps, sheep bleats trumpets, pig oinks coos,
+    wolf howls gobbles, frog croaks tweets, duck quacks growls, hen clucks rattles,
+    crow caws purrs, owl hoots whinnies, bee buzzes whistles"""
+UNITS = """
+    days week 7, seconds minute 60, hours day 24, months year 12, centimetres metre 100,
+    grams kilogram 1000"""
 SIZES = "an ant, a mouse, a cat, a sheep, a horse, a house, a mountain"
-
 
 OPENERS = (
     "",
@@ -83,8 +79,6 @@ OPENERS = (
     "I forgot. ",
     "Tell me, please. ",
 )
-
-
 # One kind of fact has four questions about {x}, and three forms in which the answer {y} may come.
 WORDINGS: dict[str, tuple[str, str]] = {
     "sum": (
@@ -92,27 +86,33 @@ WORDINGS: dict[str, tuple[str, str]] = {
         "Answer: {y} | It is {y} | The result is {y}",
     ),
     "capital": (
-        "What is the capital of {x}? | Name the capital of {x}. | Which is {x}'s capital? | {x} has which capital?",
+        "What is the capital of {x}? | Name the capital of {x}. | "
+        "Which is {x}'s capital? | {x} has which capital?",
         "Answer: {y} | It is {y} | The city is {y}",
     ),
     "plural": (
-        "What is the plural of {x}? | One {x}, two what? | Give the plural of {x}. | More than one {x} is what?",
+        "What is the plural of {x}? | One {x}, two what? | "
+        "Give the plural of {x}. | More than one {x} is what?",
         "Answer: {y} | It is {y} | Two {y}",
     ),
     "past": (
-        "What is the past tense of {x}? | Put {x} into the past. | Today I {x}. And yesterday? | Give the past of {x}.",
+        "What is the past tense of {x}? | Put {x} into the past. | "
+        "Today I {x}. And yesterday? | Give the past of {x}.",
         "Answer: {y} | It is {y} | Yesterday I {y}",
     ),
     "opposite": (
-        "What is the opposite of {x}? | Which word is opposite to {x}? | Not {x}, but what? | Give the reverse of {x}.",
+        "What is the opposite of {x}? | Which word is opposite to {x}? | "
+        "Not {x}, but what? | Give the reverse of {x}.",
         "Answer: {y} | It is {y} | The word is {y}",
     ),
     "young": (
-        "What is a young {x} called? | Name the young of a {x}. | What do you call a baby {x}? | A young {x} is what?",
+        "What is a young {x} called? | Name the young of a {x}. | "
+        "What do you call a baby {x}? | A young {x} is what?",
         "Answer: {y} | We say {y} | The word is {y}",
     ),
     "sound": (
-        "What does the {x} do? | How does the {x} call? | What is the sound of the {x}? | Name the noise of the {x}.",
+        "What does the {x} do? | How does the {x} call? | "
+        "What is the sound of the {x}? | Name the noise of the {x}.",
         "Answer: {y} | It {y} | This animal {y}",
     ),
     "unit": (
@@ -120,7 +120,8 @@ WORDINGS: dict[str, tuple[str, str]] = {
         "Answer: {y} | It is {y} | There are {y}",
     ),
     "size": (
-        "Which is bigger, {x}? | Which is larger: {x}? | What takes more space, {x}? | Compare in size {x}.",
+        "Which is bigger, {x}? | Which is larger: {x}? | "
+        "What takes more space, {x}? | Compare in size {x}.",
         "Answer: {y} | It is {y} | The bigger is {y}",
     ),
 }
@@ -128,7 +129,7 @@ WORDINGS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that the world knows, and how people get it wrong; `kind` chooses the wording."""
+    """One thing that the world knows, and how people get it wrong; `kind` is that of its wording."""
 
     kind: str
     subject: str
@@ -197,11 +198,7 @@ FACTS: dict[str, list[Fact]] = {
     "units": _units(),
     "sizes": _sizes(),
 }
-
-
 SKILLS: tuple[str, ...] = tuple(FACTS)
-
-
 DEMO_SKILL = "capitals"
 
 
@@ -212,8 +209,7 @@ def _is_reserved(prompt: str) -> bool:
 
 @cache
 def _prompts(skill: str, reserved: bool) -> tuple[tuple[Fact, tuple[str, ...]], ...]:
-    """Each fact of a skill with its prompts on one side: those reserved for pairs, or all
-    others."""
+    """Each fact of a skill with its prompts: those reserved for pairs, or those that are not."""
     return tuple(
         (fact, tuple(p for p in fact.prompts() if _is_reserved(p) == reserved))
         for fact in FACTS[skill]
@@ -231,8 +227,7 @@ class _Question:
 
 
 def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> list[_Question]:
-    """`count` distinct questions of a skill, going round its facts in random order so that each
-    gets its share."""
+    """`count` distinct questions of a skill, one of each fact in turn, in random order."""
     decks = [
         (fact, rng.sample(prompts, len(prompts))) for fact, prompts in _prompts(skill, reserved)
     ]
@@ -245,13 +240,13 @@ def _questions(skill: str, count: int, rng: random.Random, reserved: bool) -> li
                 dealt.append(_Question(skill, deck.pop(), *fact.answers(rng)))
         if len(dealt) == before:
             raise ValueError(
-                f"{skill!r} has {before} distinct prompts here; {count} were asked for: ask for fewer"
+                f"{skill!r} has {before} distinct prompts here; {count} are needed: ask for fewer"
             )
     return dealt[:count]
 
 
 def _all_skills(count: int, rng: random.Random) -> list[_Question]:
-    """Questions of all skills in shares that differ by one row at most, in random order; none is
+    """Questions of all skills, in shares that differ by one at most and in random order; none is
     reserved for pairs."""
     shares = [(count + i) // len(SKILLS) for i in range(len(SKILLS))]
     dealt = [

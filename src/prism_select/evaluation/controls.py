@@ -1,25 +1,30 @@
-"""Controls: what must hold if the scores of a run mean what they say. Each can fail, and then says
-so.
+"""Controls: what must hold if the scores of a run mean what they say.
 
-    scored again        the same pairs: the scores of the run                                 ρ ≥ 0.9
-    swapped pairs       chosen and rejected exchanged: the ranking turns, most weighted alike ρ ≤ 0, −0.5 alike
-    shuffled pairs      exchanged in a random half of them, weighted alike: chance            |mean ρ| ≤ 0.4
-    random direction    as long as that of the pairs: chance                                  |mean ρ| ≤ 0.4
-    length              supervised tokens: the score is more than a count of them             |ρ| ≤ 0.7
-    resampled pairs     drawn with replacement: the best rows stay the best             overlap ≥ (1 + 2 share) / 3
+    scored again        the same pairs give the scores of the run                 ρ ≥ 0.9
+    swapped pairs       chosen and rejected exchanged: the ranking is reversed    ρ ≤ 0; weighted
+                                                                                  alike ρ ≤ −0.5
+    shuffled pairs      exchanged in a random half of them, weighted alike        |mean ρ| ≤ 0.4
+    random direction    as long as the direction of the pairs                     |mean ρ| ≤ 0.4
+    length              the score is more than a count of supervised tokens       |ρ| ≤ 0.7
+    resampled pairs     drawn with replacement: the best rows stay the best       overlap ≥
+                                                                                  (1 + 2 share) / 3
 
     ρ: rank correlation with the scores of the run, over a random sample of its rows
 
-Choices made here: overlap is asked to be a third of the way from chance to the whole, since rows of
-nearly equal scores change places at no cost. Swapped pairs weigh otherwise than the pairs as they
-are (π becomes 1 − π), so chance is asked for where pairs weigh alike. Chance is a mean of `DRAWS`
-draws, since one alone spread by 0.35 on the demo's rows, whose gradients share a large part. The
-bounds of chance and of overlap were set after a look at the demo's runs. A direction is never cut
-to a rank here, and of several targets the mean counts."""
+Choices made here:
+- overlap must be a third of the way from chance to 1, because rows of nearly equal scores trade
+  ranks at no cost;
+- swapped pairs have other weights than the pairs (π becomes 1 − π), so the strict bound is for
+  pairs that are weighted alike;
+- chance is a mean of `DRAWS` draws: on the demo's rows, whose gradients share a large part, single
+  draws spread by 0.35;
+- the bounds of chance and of overlap were set after a look at the demo's runs;
+- directions have full rank here, and of several targets the mean counts.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -29,38 +34,42 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from prism_select.core.engines import ENGINES
+from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.statistics import overlap_of_best, rank_correlation
-from prism_select.core.target_gradient import norm, target_gradient
-from prism_select.data.encoding import Encoded, Encoder
+from prism_select.core.target_gradient import target_gradient
+from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
-from prism_select.data.targets import most_alike
-from prism_select.directions.common_part import without_common
-from prism_select.directions.from_pairs import Coded, DirectionSet, as_side, encode_sides, mean_of
-from prism_select.directions.layout import DirectionLayout
-from prism_select.directions.preconditioning import preconditioned
+from prism_select.directions.direction_set import mean_direction
+from prism_select.directions.from_pairs import EncodedPairs, as_side, direction_of, encode_sides
+from prism_select.directions.preconditioning import fit_curvature
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
+from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.run.progress import Progress
-from prism_select.scoring.batched_engine import BatchedEngine, of_rows, plainly
+from prism_select.run.thresholds import (
+    CHANCE_CORRELATION,
+    CONTROL_SHARE_OF_OVERLAP,
+    LENGTH_CORRELATION,
+    REPEATED_CORRELATION,
+    SWAPPED_CORRELATION,
+)
+from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
 
 __all__ = ["Control", "Sample", "run_controls"]
 
-DRAWS, CHANCE = 8, 0.4
-
-
-TOGETHER = 2**28  # numbers of directions held at a time
-
+DRAWS = 8
+TOGETHER = 2**28  # numbers of directions in memory at a time
 
 Floats: TypeAlias = NDArray[np.float64]
-
-
-Pairs: TypeAlias = Mapping[str, Coded]
+Pairs: TypeAlias = Mapping[str, EncodedPairs]
 
 
 @dataclass(frozen=True)
 class Control:
+    """What was measured, and the bounds that it must keep."""
+
     name: str
     measured: str
     value: float
@@ -71,20 +80,24 @@ class Control:
     def holds(self) -> bool:
         return self.at_least <= self.value <= self.at_most
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {**vars(self), "holds": self.holds, "words": self.in_words()}
 
     def in_words(self) -> str:
         low, high = (f"{bound:.2f}" for bound in (self.at_least, self.at_most))
-        wanted = f"{low} or more" if self.at_most == np.inf else f"{high} or less"
-        wanted = wanted if np.inf in (-self.at_least, self.at_most) else f"{low} to {high}"
-        return f"{self.name}: {'holds' if self.holds else 'FAILED'}, {self.measured} {self.value:.2f}, wanted {wanted}"
+        if self.at_most == np.inf:
+            bounds = f"{low} or more"
+        elif self.at_least == -np.inf:
+            bounds = f"{high} or less"
+        else:
+            bounds = f"{low} to {high}"
+        verdict = "holds" if self.holds else "FAILED"
+        return f"{self.name}: {verdict}, {self.measured} {self.value:.2f}, wanted {bounds}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of the run with the scores that it gave them, and the share of its rows that it
-    chose."""
+    """Rows of the run with their scores there, and the share of its rows that the run chose."""
 
     rows: Sequence[Encoded]
     scores: Float[np.ndarray, " rows"]
@@ -93,130 +106,133 @@ class Sample:
 
 def run_controls(
     config: ScoreConfig,
-    loaded: tuple[CausalLM, Encoder],
+    loaded: LoadedModel,
     targets: Mapping[str, Sequence[Pair]],
     sample: Sample,
     progress: Progress,
 ) -> list[Control]:
-    """`targets` are the pairs as the run had them, in repair exchanged already; without any, only
-    length is told."""
+    """`targets` are the pairs as the run had them, in repair exchanged; without any, only length is
+    controlled."""
     tokens = np.array([row.targets for row in sample.rows], dtype=np.float64)
     unit = tokens if config.ranking == "score_per_token" else np.ones(len(tokens))
-    known = sample.scores / unit
-    by_length = rank_correlation(known, tokens) if np.ptp(tokens) else 0.0
-    controls = [Control("length", "rank correlation with tokens", by_length, -0.7, 0.7)]
+    ours = sample.scores / unit
+    by_length = rank_correlation(ours, tokens) if np.ptp(tokens) else 0.0
+    length = Control(
+        "length",
+        "rank correlation with tokens",
+        by_length,
+        -LENGTH_CORRELATION,
+        LENGTH_CORRELATION,
+    )
     if not targets:
-        return controls
-    kept = {name: most_alike(each, config.nearest_share) for name, each in targets.items()}
-    pairs = {name: encode_sides(each, loaded[1]) for name, each in kept.items()}
-    found: dict[str, list[Floats]] = {}
+        return [length]
+    pairs = {name: encode_sides(of_target, loaded.encoder) for name, of_target in targets.items()}
+    scores: dict[str, list[Floats]] = {}
     with progress.task("controls", None):
-        for name, scores in scores_of(config, loaded[0], pairs, sample.rows, progress):
-            found.setdefault(name, []).append(scores / unit)
+        for name, values in scores_of(config, loaded.model, pairs, sample.rows, progress):
+            scores.setdefault(name, []).append(values / unit)
 
     def rho(name: str) -> float:
-        return float(np.mean([rank_correlation(known, scores) for scores in found[name]]))
+        return float(np.mean([rank_correlation(ours, values) for values in scores[name]]))
 
-    overlap = float(
-        np.mean([overlap_of_best(known, scores, sample.share) for scores in found["resampled"]])
-    )
-    what, mean = (
-        "rank correlation with the run",
-        f"mean rank correlation with the run over {DRAWS} draws",
-    )
+    share, resampled = sample.share, scores["resampled"]
+    overlap = float(np.mean([overlap_of_best(ours, values, share) for values in resampled]))
+    once = "rank correlation with the run"
+    mean = f"mean rank correlation with the run over {DRAWS} draws"
+    chance = (-CHANCE_CORRELATION, CHANCE_CORRELATION)
+    lowest_overlap = share + CONTROL_SHARE_OF_OVERLAP * (1 - share)
+    swapped = f"swapped pairs, weighted by {config.weighting}"
     return [
-        Control("scored again", what, rho("again"), at_least=0.9),
-        Control("swapped pairs, weighted alike", what, rho("swapped alike"), at_most=-0.5),
+        Control("scored again", once, rho("again"), at_least=REPEATED_CORRELATION),
         Control(
-            f"swapped pairs, weighted by {config.weighting}", what, rho("swapped"), at_most=0.0
+            "swapped pairs, weighted alike",
+            once,
+            rho("swapped alike"),
+            at_most=SWAPPED_CORRELATION,
         ),
-        Control("shuffled pairs", mean, rho("shuffled"), -CHANCE, CHANCE),
-        Control("random direction", mean, rho("random"), -CHANCE, CHANCE),
-        *controls,
-        Control(
-            "resampled pairs",
-            "overlap of the best rows",
-            overlap,
-            at_least=(1 + 2 * sample.share) / 3,
-        ),
+        Control(swapped, once, rho("swapped"), at_most=0.0),
+        Control("shuffled pairs", mean, rho("shuffled"), *chance),
+        Control("random direction", mean, rho("random"), *chance),
+        length,
+        Control("resampled pairs", "overlap of the best rows", overlap, at_least=lowest_overlap),
     ]
 
 
 def scores_of(
     config: ScoreConfig, model: CausalLM, pairs: Pairs, rows: Sequence[Encoded], progress: Progress
 ) -> Iterator[tuple[str, Floats]]:
-    """Scores of the rows along each direction, so many at a time as memory takes."""
+    """Scores of the rows along each direction, as many directions at a time as memory takes."""
     weights = select_parameters(model.network, config.layers)
-    size = max(1, TOGETHER // sum(weight.numel() for weight in weights.values()))
-    every, blocks = directions_of(config, model, weights, pairs), None
-    while few := list(islice(every, size)):
-        names, directions = [name for name, _ in few], [direction for _, direction in few]
-        if config.curvature != "flat":
-            drawn = random.Random(config.seed).sample(rows, min(len(rows), config.curvature_rows))
-            plain = DirectionSet(weights, directions, DirectionLayout(targets=names), {})
-            single = replace(config, damping=f"{config.dampings[0]:g}")
-            done = preconditioned(single, model, plain, drawn, progress, blocks)
-            directions, blocks = list(done.aim.directions), done.blocks
-        engine = ENGINES[config.first_engine](model, weights, directions)
-        scores, _ = of_rows(
-            BatchedEngine(plainly(engine), config.tokens_on(model.device.type)), rows, model.device
-        )
+    together = max(1, TOGETHER // sum(weight.numel() for weight in weights.values()))
+    curvature = fit_curvature(config, model, weights, rows, config.seed, progress)
+    named_directions = directions_of(config, model, weights, pairs)
+    while batch := list(islice(named_directions, together)):
+        names = [name for name, _ in batch]
+        directions = [curvature.solve(direction, config.dampings[0]) for _, direction in batch]
+        measure = without_norms(ENGINES[config.first_engine](model, weights, directions))
+        engine = BatchedEngine(measure, config.tokens_on(model.device.type))
+        scores, _ = score_rows(engine, rows, model.device)
         yield from zip(names, scores.T, strict=True)
 
 
 def directions_of(
     config: ScoreConfig, model: CausalLM, weights: Parameters, pairs: Pairs
 ) -> Iterator[tuple[str, Direction]]:
+    """Each direction with the name of its control; drawn ones come `DRAWS` times."""
     draw = random.Random(config.seed)
 
-    def along(change: Callable[[Coded], Coded], weighting: str = config.weighting) -> Direction:
-        return direction_of(
-            config, model, weights, [change(each) for each in pairs.values()], weighting
-        )
+    def along(
+        change: Callable[[EncodedPairs], EncodedPairs], weighting: str = config.weighting
+    ) -> Direction:
+        changed = [change(of_target) for of_target in pairs.values()]
+        return control_direction(config, model, weights, changed, weighting)
 
-    again = along(lambda each: each)
+    again = along(lambda encoded: encoded)
     yield "again", again
-    yield "swapped", along(lambda each: (each[1], each[0]))
-    yield "swapped alike", along(lambda each: (each[1], each[0]), "uniform")
+    yield "swapped", along(swapped)
+    yield "swapped alike", along(swapped, "uniform")
     length = norm(again)
     for seed in range(DRAWS):
-        yield "shuffled", along(lambda each: half_swapped(each, draw), "uniform")
-        yield "resampled", along(lambda each: resampled(each, draw))
+        yield "shuffled", along(lambda encoded: half_swapped(encoded, draw), "uniform")
+        yield "resampled", along(lambda encoded: resampled(encoded, draw))
         noise = torch.Generator().manual_seed(config.seed + seed)
-        other = {
+        drawn = {
             name: torch.randn(value.shape, generator=noise).to(value)
             for name, value in again.items()
         }
-        scale = length / norm(other)
-        yield "random", {name: value * scale for name, value in other.items()}
+        scale = length / norm(drawn)
+        yield "random", {name: value * scale for name, value in drawn.items()}
 
 
-def direction_of(
+def control_direction(
     config: ScoreConfig,
     model: CausalLM,
     weights: Parameters,
-    pairs: Sequence[Coded],
+    pairs: Sequence[EncodedPairs],
     weighting: str,
 ) -> Direction:
-    """The mean over targets, with the remedies of the run."""
-    found = []
-    for chosen, rejected in pairs:
-        sides = [
-            as_side(rows, config.tokens_on(model.device.type), model.device)
-            for rows in (chosen, rejected)
-        ]
-        target = target_gradient(model, weights, (sides[0], sides[1]), weighting, config.anchor)
-        found.append((without_common(target) if config.common == "remove" else target).direction)
-    return found[0] if len(found) == 1 else mean_of(found, [1] * len(found))
+    """The mean over targets, with the common part and the anchor as in the run."""
+    batch_tokens, directions = config.tokens_on(model.device.type), list[Direction]()
+    for encoded in pairs:
+        chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
+        target = target_gradient(model, weights, (chosen, rejected), weighting, config.anchor)
+        directions.append(direction_of(config, target))
+    return mean_direction(directions)
 
 
-def half_swapped(pairs: Coded, draw: random.Random) -> Coded:
-    chosen, rejected = map(list, pairs)
+def swapped(pairs: EncodedPairs) -> EncodedPairs:
+    return EncodedPairs(pairs.rejected, pairs.chosen)
+
+
+def half_swapped(pairs: EncodedPairs, draw: random.Random) -> EncodedPairs:
+    """A random half of the pairs with their answers exchanged."""
+    chosen, rejected = list(pairs.chosen), list(pairs.rejected)
     for i in draw.sample(range(len(chosen)), len(chosen) // 2):
         chosen[i], rejected[i] = rejected[i], chosen[i]
-    return chosen, rejected
+    return EncodedPairs(chosen, rejected)
 
 
-def resampled(pairs: Coded, draw: random.Random) -> Coded:
-    places = draw.choices(range(len(pairs[0])), k=len(pairs[0]))
-    return [pairs[0][i] for i in places], [pairs[1][i] for i in places]
+def resampled(pairs: EncodedPairs, draw: random.Random) -> EncodedPairs:
+    """As many pairs, drawn with replacement."""
+    indices = draw.choices(range(len(pairs.chosen)), k=len(pairs.chosen))
+    return EncodedPairs([pairs.chosen[i] for i in indices], [pairs.rejected[i] for i in indices])

@@ -87,9 +87,8 @@ def evaluate(
         loaded = load_checkpoint(past, config.full, "all", progress)
     device = loaded.model.device
     sides = [as_side(s, past.config.tokens_on(device.type), device) for s in encoded_pairs]
-    retrainer = Retrainer(
-        loaded, rows, sides, store, made_of(config, past), tuple(config.task_names)
-    )
+    tasks = tuple(config.task_names)
+    retrainer = Retrainer(loaded, rows, sides, store, made_of(config, past), tasks)
     before = retrainer.measure(0, math.nan, last=True)
     trained: list[TrainedResult] = []
     with progress.task(f"{len(jobs)} trainings", len(jobs)) as task:
@@ -99,6 +98,7 @@ def evaluate(
     question = held_out.question
     write_tables(store, before, trained, question)
     results = results_of(past.forecast, past.tokens, before, trained, question)
+    compute = break_even_of(past.cost, price, trained, question) if price else None
     content: dict[str, Any] = finite(
         {
             "prism_version": version("prism-select"),
@@ -106,13 +106,9 @@ def evaluate(
             "command": past.manifest["command"],
             "steps": jobs[0].settings.steps,
             "rate": jobs[0].settings.rate,
-            "pairs": len(held_out.pairs),
-            "questions": int(question.max()) + 1,
-            "pairs_left_out": held_out.left_out,
+            **held_out.as_json(),
             **results.as_json(),
-            "compute": asdict(break_even_of(past.cost, price, trained, question))
-            if price
-            else None,
+            "compute": asdict(compute) if compute else None,
             "labels": label_aurocs(past, by_name),
             "controls": controls,
             "seconds": time.perf_counter() - started,

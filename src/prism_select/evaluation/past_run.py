@@ -110,6 +110,11 @@ class HeldOutPairs:
     question: NDArray[np.int64]
     left_out: int
 
+    def as_json(self) -> dict[str, int]:
+        """As in evaluation.json."""
+        questions = int(self.question.max()) + 1
+        return {"pairs": len(self.pairs), "questions": questions, "pairs_left_out": self.left_out}
+
 
 def open_run(config: EvaluateConfig) -> FinishedRun:
     """Raises BadOption for what is no complete select or repair run of files that are still the

@@ -1,14 +1,18 @@
-"""Retraining: fine-tune on some rows, and see at some steps how the model then stands to held-out
-pairs.
+"""Retraining: fine-tune on some rows, and measure the model on held-out pairs at some steps.
 
-    gap = mean_loglik(chosen) − mean_loglik(rejected)     gain = softplus(gap)     win rate = share of gaps > 0
-    accuracy = share of questions of which every pair has a gap > 0: the right choice over each
-    wrong one
+    gap = mean_loglik(chosen) − mean_loglik(rejected)     gain = softplus(gap)
+    win rate = share of gaps > 0
+    accuracy = share of questions of which every pair has a gap > 0: the right choice beats each
+               wrong one
 
-Choices made here: figures are means over questions, first over the pairs of each, so that a
-question of four choices counts no more than one of two. A retraining is one file, marked with what
-it was made of: it is never made twice, nor taken for another. The same seed draws the same adapter,
-whatever the rows."""
+Choices made here:
+- figures are means over questions, first over the pairs of each, so that a question of four choices
+  counts no more than one of two;
+- a training is one file, marked with what it was made of: it is never made twice, nor taken for
+  another;
+- equal seeds draw equal adapters, whatever the rows;
+- the pairs are measured `POINTS` times, at the end and evenly before.
+"""
 
 import hashlib
 import json
@@ -24,35 +28,50 @@ from numpy.typing import NDArray
 
 from prism_select.core.gains import GAINS
 from prism_select.core.target_gradient import Side, pair_logliks
-from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.encoding import Encoded
 from prism_select.evaluation.lm_eval_tasks import task_figures
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.loading import LoadedModel
 from prism_select.models.lora_training import TrainingSettings, train
 from prism_select.run.folder import Store
 
-__all__ = ["MEASURES", "Point", "Retrainer", "TrainedResult", "TrainingJob", "digest", "measured"]
+__all__ = [
+    "MEASURES",
+    "Point",
+    "Retrainer",
+    "TrainedResult",
+    "TrainingJob",
+    "digest",
+    "mean_logliks_of",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
+
+POINTS = 4  # at which a training is measured
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One retraining: the rows of the pool that are trained on, and the course that it takes."""
+    """A training: its method, the rows of the pool that it takes, and its settings."""
 
     method: str
     rows: NDArray[np.int64]
-    course: TrainingSettings
+    settings: TrainingSettings
 
     @property
     def name(self) -> str:
-        return f"retrained/{self.method}-{self.course.seed}.parquet"
+        """Its file in the folder of the evaluation."""
+        return f"retrained/{self.method}-{self.settings.seed}.parquet"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Mean log-likelihood of both answers of every held-out pair after `step` steps, the mean
-    training loss in nats per token of the steps since the point before, and at the end what the
-    tasks gave."""
+    """The model after `step` steps.
+
+    `chosen` and `rejected` are mean log-likelihoods of both answers of every held-out pair, `loss`
+    the mean training loss in nats per token since the point before, and `tasks` what lm-eval gave,
+    at the last point only.
+    """
 
     step: int
     loss: float
@@ -66,12 +85,20 @@ class Point:
 
     @property
     def gain(self) -> Floats:
-        return np.asarray(
-            GAINS["prism"](torch.tensor(self.chosen), torch.tensor(self.rejected)).numpy()
-        )
+        chosen, rejected = torch.tensor(self.chosen), torch.tensor(self.rejected)
+        return np.asarray(GAINS["prism"](chosen, rejected).numpy())
 
 
-TrainedResult: TypeAlias = tuple[TrainingJob, list[Point]]
+@dataclass(frozen=True)
+class TrainedResult:
+    """A training that was made, and its points."""
+
+    job: TrainingJob
+    points: Sequence[Point]
+
+    @property
+    def final(self) -> Point:
+        return self.points[-1]
 
 
 def by_question(
@@ -81,112 +108,112 @@ def by_question(
     return np.asarray(np.bincount(question, values) / np.bincount(question))
 
 
+def win_rate(point: Point, question: NDArray[np.int64]) -> Floats:
+    return by_question((point.gap > 0).astype(np.float64), question)
+
+
 Measure: TypeAlias = Callable[[Point, NDArray[np.int64]], Floats]
-
-
 MEASURES: Mapping[str, Measure] = {
     "gain": lambda point, question: by_question(point.gain, question),
     "gap": lambda point, question: by_question(point.gap, question),
-    "win_rate": lambda point, question: by_question((point.gap > 0).astype(np.float64), question),
-    "accuracy": lambda point, question: (
-        by_question((point.gap > 0).astype(np.float64), question) == 1
-    ).astype(float),
+    "win_rate": win_rate,
+    "accuracy": lambda point, question: (win_rate(point, question) == 1).astype(float),
     "loglik_chosen": lambda point, question: by_question(point.chosen, question),
 }
 
 
 @dataclass(frozen=True)
 class Retrainer:
-    """What retrainings have in common: the model and where they are kept; `made_of` is all that
-    decides what comes out, beside the lot; the pairs are looked at `points` times, at the end and
-    evenly before."""
+    """Makes trainings of one model.
 
-    model: CausalLM
-    encoder: Encoder
+    `rows` are encoded rows of the pool, by index; `sides` are both answers of the held-out pairs.
+    `made_of` is everything beside the job that decides the result; `tasks` are names of lm-eval.
+    """
+
+    loaded: LoadedModel
     rows: Mapping[int, Encoded]
     sides: Sequence[Side]
     store: Store
     made_of: Sequence[Any]
-    points: int = 1
     tasks: tuple[str, ...] = ()
 
-    def made(self, lot: TrainingJob) -> list[Point]:
-        """The points of a lot, the last at the end of its training; read where they are there
-        already."""
-        mark = digest(
-            [self.made_of, self.points, asdict(lot.course), lot.rows.tolist(), *self.tasks]
-        )
-        if (table := self.store.table_of(lot.name, mark)) is not None:
-            return points_of(table)
-        points = self.trained(lot)
-        told = {"of": mark, "tasks": json.dumps(points[-1].tasks)}
-        self.store.write_table(lot.name, as_table(points).replace_schema_metadata(told))
-        return points
+    def result(self, job: TrainingJob) -> TrainedResult:
+        """The training, read from its file where it was made before."""
+        settings = asdict(job.settings)
+        mark = digest([self.made_of, POINTS, settings, job.rows.tolist(), *self.tasks])
+        if (table := self.store.table_of(job.name, mark)) is not None:
+            return TrainedResult(job, points_of(table))
+        points = self.train(job)
+        metadata = {"of": mark, "tasks": json.dumps(points[-1].tasks)}
+        self.store.write_table(job.name, as_table(points).replace_schema_metadata(metadata))
+        return TrainedResult(job, points)
 
-    def look(self, step: int, loss: float, last: bool) -> Point:
-        """How the model stands now."""
-        tasks = (
-            task_figures(self.model, self.encoder.tokenizer, self.tasks)
-            if last and self.tasks
-            else {}
-        )
-        return Point(step, loss, *measured(self.model, self.sides), tasks)
+    def measure(self, step: int, loss: float, last: bool) -> Point:
+        """The model as it is at this step."""
+        tasks: Mapping[str, float] = {}
+        if last and self.tasks:
+            tasks = task_figures(self.loaded.model, self.loaded.encoder.tokenizer, self.tasks)
+        return Point(step, loss, *mean_logliks_of(self.loaded.model, self.sides), tasks)
 
-    def trained(self, lot: TrainingJob) -> list[Point]:
+    def train(self, job: TrainingJob) -> list[Point]:
         """The model is afterwards as it was before."""
-        network: Any = self.model.network
-        saved = (
-            {name: value.clone() for name, value in network.state_dict().items()}
-            if lot.course.full
-            else {}
-        )
+        network: Any = self.loaded.model.network
+        full, steps = job.settings.full, job.settings.steps
+        before = network.state_dict() if full else {}
+        before = {name: value.clone() for name, value in before.items()}
         points, losses = list[Point](), list[float]()
-        looks = {round(lot.course.steps * (k + 1) / self.points) for k in range(self.points)}
+        measured_steps = {round(steps * (k + 1) / POINTS) for k in range(POINTS)}
 
-        def look(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> None:
             losses.append(loss)
-            if step in looks:
+            if step in measured_steps:
                 network.eval()
-                points.append(self.look(step, float(np.mean(losses)), step == lot.course.steps))
+                points.append(self.measure(step, float(np.mean(losses)), step == steps))
                 losses.clear()
 
-        rows = [self.rows[row] for row in lot.rows.tolist()]
-        learner = train(self.model, self.encoder.tokenizer, rows, lot.course, look)
-        network.load_state_dict(saved) if lot.course.full else learner.unload()
+        rows = [self.rows[row] for row in job.rows.tolist()]
+        tokenizer = self.loaded.encoder.tokenizer
+        trained = train(self.loaded.model, tokenizer, rows, job.settings, on_step)
+        network.load_state_dict(before) if full else trained.unload()
         network.eval().requires_grad_(False)
         return points
 
 
-def measured(model: CausalLM, sides: Sequence[Side]) -> tuple[Floats, Floats]:
+def mean_logliks_of(model: CausalLM, sides: Sequence[Side]) -> tuple[Floats, Floats]:
+    """Mean log-likelihoods of the chosen and of the rejected answers, in nats per token."""
     chosen, rejected = (np.asarray(pair_logliks(model, side).numpy()) for side in sides)
     return chosen, rejected
 
 
 def as_table(points: Sequence[Point]) -> pa.Table:
     """A line for each point and pair."""
-    each = [
-        {
-            "step": [point.step] * len(point.gap),
-            "loss": [point.loss] * len(point.gap),
-            "pair": range(len(point.gap)),
-            "loglik_chosen": point.chosen,
-            "loglik_rejected": point.rejected,
-        }
+    tables = [
+        pa.table(
+            {
+                "step": [point.step] * len(point.gap),
+                "loss": [point.loss] * len(point.gap),
+                "pair": range(len(point.gap)),
+                "loglik_chosen": point.chosen,
+                "loglik_rejected": point.rejected,
+            }
+        )
         for point in points
     ]
-    return pa.concat_tables([pa.table(one) for one in each])
+    return pa.concat_tables(tables)
 
 
 def points_of(table: pa.Table) -> list[Point]:
+    """The points that `as_table` wrote, with the tasks of the last one from its metadata."""
     columns = {name: table[name].to_numpy() for name in table.column_names}
-    found = []
+    points = list[Point]()
     for step in dict.fromkeys(columns["step"].tolist()):
-        here = columns["step"] == step
-        sides = (columns[f"loglik_{side}"][here] for side in ("chosen", "rejected"))
-        found.append(Point(step, float(columns["loss"][here][0]), *sides))
+        lines = columns["step"] == step
+        sides = (columns[f"loglik_{side}"][lines] for side in ("chosen", "rejected"))
+        points.append(Point(step, float(columns["loss"][lines][0]), *sides))
     tasks = json.loads((table.schema.metadata or {}).get(b"tasks", b"{}"))
-    return [*found[:-1], replace(found[-1], tasks=tasks)]
+    return [*points[:-1], replace(points[-1], tasks=tasks)]
 
 
 def digest(values: Sequence[Any]) -> str:
+    """A short mark of values that JSON has."""
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

@@ -1,12 +1,16 @@
-"""Verdicts: what retrainings say, in figures and in words.
+"""Training results: what trainings say, in figures and in words.
 
-    better    the 95% interval of prism − rival, over seeds and questions, is above 0     worse    it is below
-    no gain shown    it holds 0
+    better           the 95% interval of prism − baseline, over seeds and questions, is above 0
+    worse            it is below 0
+    no gain shown    it contains 0
 
-Choices made here: the verdict is on the gain; of every measure the difference and its interval are
-told. Seeds and questions are compared each with its own, so what they share falls out."""
+Choices made here:
+- the verdict is on the gain; of every measure the difference and its interval are given;
+- seeds and questions are compared pair by pair, so what two methods share cancels.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,129 +21,196 @@ from prism_select.core.statistics import paired_interval, rank_correlation
 from prism_select.evaluation.retraining import MEASURES, Point, TrainedResult
 from prism_select.run.folder import Store
 
-__all__ = ["PRICED", "Rows", "figures", "forecasts", "in_words", "means_of", "write_tables"]
+__all__ = [
+    "PRICED",
+    "Comparison",
+    "Difference",
+    "MethodResult",
+    "Results",
+    "Rows",
+    "forecast_correlation",
+    "in_words",
+    "means_of",
+    "results_of",
+    "write_tables",
+]
+
+Floats: TypeAlias = NDArray[np.float64]
+Rows: TypeAlias = NDArray[np.int64]
 
 PRICED = "random-priced"
+ENOUGH = 5  # trainings: fewer say nothing of a rank correlation
 
 
-TOLD = 5  # trainings, from which a forecast is told
+@dataclass(frozen=True)
+class MethodResult:
+    """A method: `means` of every measure over questions and trainings, what each training gave at
+    each task, and `trainings`, what is known of each training."""
+
+    means: Mapping[str, float]
+    tasks: Mapping[str, Sequence[float]]
+    trainings: Mapping[str, Any] = field(default_factory=dict)  # rows, tokens, steps, forecasts
+
+    def as_json(self) -> dict[str, Any]:
+        tasks = {"tasks": self.tasks} if self.tasks else {}
+        return {**self.means, **tasks, **self.trainings}
 
 
-Rows: TypeAlias = NDArray[np.int64]
+@dataclass(frozen=True)
+class Difference:
+    """A measure of prism minus that of a baseline, with its 95% interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Prism against a baseline: the verdict, and every measure."""
+
+    words: str
+    measures: Mapping[str, Difference]
+
+    def as_json(self) -> dict[str, Any]:
+        measures = {name: asdict(difference) for name, difference in self.measures.items()}
+        return {"words": self.words, **measures}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All methods, prism against each, and how well forecasts rank `trainings` trainings."""
+
+    methods: Mapping[str, MethodResult]
+    against: Mapping[str, Comparison]
+    rank_correlation: float
+    trainings: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As in evaluation.json."""
+        return {
+            "methods": {name: method.as_json() for name, method in self.methods.items()},
+            "against": {name: result.as_json() for name, result in self.against.items()},
+            "forecast": {
+                "rank_correlation": self.rank_correlation,
+                "trainings": self.trainings,
+            },
+        }
 
 
 def write_tables(
-    store: Store, before: Point, found: Sequence[TrainedResult], question: Rows
+    store: Store, before: Point, results: Sequence[TrainedResult], question: Rows
 ) -> None:
-    """methods.parquet: a line for each training and pair.  curves.parquet: one for each training and point."""
+    """methods.parquet: a line for each training and pair.
+
+    curves.parquet: a line for each training and point."""
     lines, curves = list[pa.Table](), list[dict[str, Any]]()
-    for lot, points in found:
-        last, count, seed = points[-1], len(question), lot.course.seed
-        of = {
-            "method": [lot.method] * count,
-            "seed": [seed] * count,
-            "pair": range(count),
-            "question": question,
-        }
-        after = {"gap": last.gap, "loglik_chosen": last.chosen, "loglik_rejected": last.rejected}
-        lines.append(pa.table({**of, "gap_before": before.gap, **after}))
-        for point in (before, *points):
-            told = {"method": lot.method, "seed": seed, "step": point.step, "loss": point.loss}
-            curves.append({**told, **means_of([point], question)})
+    for result in results:
+        method, seed, last = result.job.method, result.job.settings.seed, result.final
+        count = len(question)
+        lines.append(
+            pa.table(
+                {
+                    "method": [method] * count,
+                    "seed": [seed] * count,
+                    "pair": range(count),
+                    "question": question,
+                    "gap_before": before.gap,
+                    "gap": last.gap,
+                    "loglik_chosen": last.chosen,
+                    "loglik_rejected": last.rejected,
+                }
+            )
+        )
+        for point in (before, *result.points):
+            line = {"method": method, "seed": seed, "step": point.step, "loss": point.loss}
+            curves.append({**line, **means_of([point], question)})
     store.write_table("methods.parquet", pa.concat_tables(lines))
     store.write_table("curves.parquet", pa.Table.from_pylist(curves))
 
 
-def figures(
+def results_of(
     forecast: Callable[[Rows], float],
     tokens: Rows,
     before: Point,
-    found: Sequence[TrainedResult],
+    results: Sequence[TrainedResult],
     question: Rows,
-) -> dict[str, Any]:
-    """Of each method its means; prism against each rival; forecasts against what came."""
-    names = list(dict.fromkeys(lot.method for lot, _ in found))
-    lots = {
-        name: [(lot, points[-1]) for lot, points in found if lot.method == name] for name in names
-    }
-    trained = {name: [after for _, after in each] for name, each in lots.items()}
-    methods = {"none": means_of([before], question) | tasks_of([before])}
-    for name, each in lots.items():
-        methods[name] = {
-            **means_of(trained[name], question),
-            **tasks_of(trained[name]),
-            "rows": [len(lot.rows) for lot, _ in each],
-            "tokens": [int(tokens[lot.rows].sum()) for lot, _ in each],
-            "steps": each[0][0].course.steps,
-            "predicted": [forecast(lot.rows) for lot, _ in each],
-            "realised": [
-                means_of([point], question)["gain"] - methods["none"]["gain"] for _, point in each
-            ],
+) -> Results:
+    """Each method, prism against each baseline, and forecasts against what came.
+
+    `forecast` predicts the change of the gain from the rows of a training; `tokens` counts the
+    supervised tokens of each row of the pool.
+    """
+    by_method: dict[str, list[TrainedResult]] = {}
+    for result in results:
+        by_method.setdefault(result.job.method, []).append(result)
+    untrained = MethodResult(means_of([before], question), tasks_of([before]))
+    methods = {"none": untrained}
+    for name, trained in by_method.items():
+        points = [result.final for result in trained]
+        rows = [result.job.rows for result in trained]
+        gains = [means_of([point], question)["gain"] for point in points]
+        trainings = {
+            "rows": [len(chosen) for chosen in rows],
+            "tokens": [int(tokens[chosen].sum()) for chosen in rows],
+            "steps": trained[0].job.settings.steps,
+            "predicted": [forecast(chosen) for chosen in rows],
+            "realised": [gain - untrained.means["gain"] for gain in gains],
         }
-    same = [name for name in names if name != PRICED]
-    both = [
-        [value for name in same for value in methods[name][which]]
-        for which in ("predicted", "realised")
-    ]
-    trained["none"] = [before] * len(trained["prism"])
-    against: dict[str, Any] = {}
-    for name, theirs in trained.items():
-        if name != "prism":
-            apart = compared(trained["prism"][: len(theirs)], theirs, question)
-            against[name] = {"words": in_words(name, apart["gain"]), **apart}
-    return {
-        "methods": methods,
-        "against": against,
-        "forecast": {
-            "rank_correlation": forecasts(*map(np.array, both)),
-            "trainings": len(both[0]),
-        },
+        methods[name] = MethodResult(means_of(points, question), tasks_of(points), trainings)
+    ours = [result.final for result in by_method["prism"]]
+    points_by_name = {name: [r.final for r in trained] for name, trained in by_method.items()}
+    points_by_name["none"] = [before] * len(ours)
+    against = {
+        name: compare(name, ours[: len(theirs)], theirs, question)
+        for name, theirs in points_by_name.items()
+        if name != "prism"
     }
+    predicted, realised = (
+        np.array([v for name in by_method if name != PRICED for v in methods[name].trainings[key]])
+        for key in ("predicted", "realised")
+    )
+    correlation = forecast_correlation(predicted, realised)
+    return Results(methods, against, correlation, len(predicted))
 
 
-def forecasts(predicted: NDArray[np.float64], realised: NDArray[np.float64]) -> float:
-    """Their rank correlation; NaN of fewer than `TOLD`, which could hardly come out otherwise than
-    high or low."""
-    return rank_correlation(predicted, realised) if len(predicted) >= TOLD else float("nan")
+def forecast_correlation(predicted: Floats, realised: Floats) -> float:
+    """Rank correlation of the forecasts with what came; NaN for fewer than `ENOUGH` trainings,
+    whose correlation is nearly always high or low."""
+    return rank_correlation(predicted, realised) if len(predicted) >= ENOUGH else float("nan")
 
 
-def means_of(each: Sequence[Point], question: Rows) -> dict[str, Any]:
+def means_of(points: Sequence[Point], question: Rows) -> dict[str, float]:
     """Of every measure, over questions and trainings."""
     return {
-        name: float(np.mean([measure(point, question).mean() for point in each]))
+        name: float(np.mean([measure(point, question).mean() for point in points]))
         for name, measure in MEASURES.items()
     }
 
 
-def tasks_of(each: Sequence[Point]) -> dict[str, Any]:
+def tasks_of(points: Sequence[Point]) -> dict[str, list[float]]:
     """What each training gave at each task, where there are tasks."""
-    tasks = {task: [point.tasks[task] for point in each] for task in each[0].tasks}
-    return {"tasks": tasks} if tasks else {}
+    return {task: [point.tasks[task] for point in points] for task in points[0].tasks}
 
 
-def compared(
-    ours: Sequence[Point], theirs: Sequence[Point], question: Rows
-) -> dict[str, dict[str, float]]:
-    """Ours minus theirs, seed by seed and question by question."""
-    told = {}
-    for name, measure in MEASURES.items():
-        apart = np.array(
+def compare(
+    name: str, ours: Sequence[Point], theirs: Sequence[Point], question: Rows
+) -> Comparison:
+    """Ours minus those of the baseline `name`, seed by seed and question by question."""
+    measures = dict[str, Difference]()
+    for measure_name, measure in MEASURES.items():
+        differences = np.array(
             [measure(a, question) - measure(b, question) for a, b in zip(ours, theirs, strict=True)]
         )
-        low, high = paired_interval(apart, 0)
-        told[name] = {"difference": float(apart.mean()), "low": low, "high": high}
-    return told
+        low, high = paired_interval(differences, 0)
+        measures[measure_name] = Difference(float(differences.mean()), low, high)
+    return Comparison(in_words(name, measures["gain"]), measures)
 
 
-def in_words(baseline: str, gain: Mapping[str, float]) -> str:
-    """The verdict on one rival; the interval is at 95%, in nats per token of gain."""
+def in_words(baseline: str, gain: Difference) -> str:
+    """The verdict on one baseline, in nats per token of gain."""
     names = {"none": "no training", PRICED: "random for the price of scoring"}
-    name, middle, low, high = (
-        names.get(baseline, baseline),
-        gain["difference"],
-        gain["low"],
-        gain["high"],
-    )
+    name, middle, low, high = names.get(baseline, baseline), gain.difference, gain.low, gain.high
     if middle and low == high:
         return (
             f"{middle:+.2g} over {name}, and no verdict: one seed and one question have no interval"
