@@ -1,5 +1,12 @@
-"""Manifest: everything about a run that is not a row. Its keys are stable and described in the
-docs."""
+"""Manifest: all that is known of a run except its rows. Its keys are stable, and the docs describe
+them.
+
+    record of a run → manifest.json        pairs → what the pairs say, and the warnings about them
+
+Choices made here:
+- entries of optional steps (rank, adapter, cascade) are there only where the step was;
+- warnings come last, in the order of the steps that raise them.
+"""
 
 import platform
 from collections.abc import Mapping
@@ -8,36 +15,43 @@ from importlib.metadata import version
 from itertools import combinations
 from typing import Any
 
+from prism_select.commands.steps import PoolScores, RunDirections
 from prism_select.core.check import tolerance
-from prism_select.directions.from_pairs import DirectionSet, PairDiagnosis
-from prism_select.directions.saved import towards
-from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import RepairConfig, ScoreConfig, sides_of
+from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
+from prism_select.models.loading import LoadedModel
+from prism_select.run.config import ScoreConfig
+from prism_select.run.polarity import Polarity
+from prism_select.run.thresholds import CONFLICTING_COSINE
 from prism_select.scoring.cost_plan import Plan
-from prism_select.scoring.engine_choice import Checked
+from prism_select.scoring.engine_choice import EngineCheck
+from prism_select.selection.cascade import Search
 from prism_select.selection.choice import Chosen
 
-__all__ = ["Facts", "manifest_of", "target_of", "warnings_of"]
+__all__ = ["RunRecord", "manifest_of", "pair_warnings", "pairs_entry"]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+SHOWN = 5  # pairs with the largest shares of the direction
 
 
-@dataclass(frozen=True)
-class Facts:
-    model: CausalLM
-    template: str
-    told: Mapping[str, Any]  # entries of steps that may be left out
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What the steps of a complete run found. `actual` are costs by the names of `plan`."""
+
     fingerprints: Mapping[str, str]
+    loaded: LoadedModel
+    directions: RunDirections
+    engine: EngineCheck
+    adapter: Mapping[str, Any] | None
+    scores: PoolScores
+    chosen: Chosen
     timings: Mapping[str, float]
     plan: Plan
     actual: Mapping[str, float]
-    padding: float
 
 
-def manifest_of(
-    config: ScoreConfig, aim: DirectionSet, checked: Checked, chosen: Chosen, facts: Facts
-) -> dict[str, Any]:
-    repair = isinstance(config, RepairConfig)
+def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
+    direction_set, model = record.directions.direction_set, record.loaded.model
+    polarity = Polarity.of_config(config)
     return {
         "prism_version": version("prism-select"),
         "versions": {
@@ -46,131 +60,140 @@ def manifest_of(
         },
         "command": config.command,
         "config": asdict(config),
-        "fingerprints": dict(facts.fingerprints),
+        "fingerprints": dict(record.fingerprints),
         "model": {
-            "architecture": type(facts.model.network).__name__,
-            "device": str(facts.model.device),
-            "template": facts.template,
-            "counted_weights": list(aim.weights),
+            "architecture": type(model.network).__name__,
+            "device": str(model.device),
+            "template": record.loaded.encoder.template,
+            "counted_weights": list(direction_set.weights),
         },
-        "score": {
-            "definition": "gradient of loglik (summed over supervised tokens) times the gradient of the mean gain"
-            + (", without the common part" if config.common == "remove" else "")
-            + (
-                f", divided by the curvature ({config.curvature})"
-                if config.curvature != "flat"
-                else ""
-            ),
-            "sign": "positive: training on the row moves the model towards the "
-            f"{towards(config)} answers of the target file",
-            "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step on the row",
-            "swapped": repair,
-        },
-        "target": target_of(aim) or {"direction": config.direction},
-        **facts.told,
-        "engine": {
-            "name": checked.engine,
-            "reason": checked.reason,
-            "dtype": checked.dtype,
-            "check": {
-                "rows": checked.rows,
-                "disagreement": checked.disagreement,
-                "tolerance": tolerance(checked.engine, facts.model.dtype),
-                "repeat": checked.repeat,
-            },
-        },
-        "counts": dict(chosen.counts),
-        "choice": dict(chosen.figures),
-        "padding": facts.padding,
-        "timings": dict(facts.timings),
-        "plan": asdict(facts.plan),
-        "actual": dict(facts.actual),
+        "score": _score_entry(config, polarity),
+        "target": pairs_entry(direction_set) or {"direction": config.direction},
+        **_optional_entries(record),
+        "engine": _engine_entry(record),
+        "counts": dict(record.chosen.counts),
+        "choice": dict(record.chosen.figures),
+        "padding": record.scores.counts.padding,
+        "timings": dict(record.timings),
+        "plan": asdict(record.plan),
+        "actual": dict(record.actual),
         "warnings": [
-            *warnings_of(aim, repair),
-            *unreached(aim),
-            *restless(checked),
-            *unsolved(facts.told["curvature"]),
-            *missed(facts.told.get("cascade")),
-            *chosen.warnings,
+            *pair_warnings(direction_set, polarity),
+            *_unreached_warnings(direction_set),
+            *_repeat_warnings(record.engine),
+            *_prediction_warnings(record.scores.search),
+            *record.chosen.warnings,
         ],
     }
 
 
-def unreached(aim: DirectionSet) -> list[str]:
-    names = aim.without_gradient
-    few = ", ".join(names[:3]) + ", …" * (len(names) > 3)
-    return [
-        f"{len(names)} of {len(aim.weights)} counted weights have no gradient and add nothing: {few}"
-    ] * bool(names)
-
-
-def restless(checked: Checked) -> list[str]:
-    """A warning where the same rows do not get the same scores each time."""
-    line = (
-        f"the engine's kernels are not deterministic here: the same rows scored twice differ by {checked.repeat:.1e}, "
-        "and so will two runs"
-    )
-    return [line] * (checked.repeat > 0)
-
-
-def unsolved(curvature: Mapping[str, Any]) -> list[str]:
-    left = curvature.get("residual") or 0.0
-    return [
-        f"conjugate gradients stopped with {left:.0%} of the direction left: raise --damping"
-    ] * (left > 0.1)
-
-
-def missed(cascade: Mapping[str, Any] | None) -> list[str]:
-    """A warning where many scores are guesses."""
-    if not cascade or not cascade["guessed"]:
-        return []
-    low = cascade["recall"]["low"]
-    return [
-        f"{cascade['guessed']:,} scores are guesses (exact is false), and none of them was chosen before an exact one; "
-        f"by a random sample as much as {1 - low:.0%} of the best {cascade['best']:,} rows may be among them"
-    ]
-
-
-def target_of(aim: DirectionSet) -> dict[str, Any]:
-    """What the pairs say, of all targets together and of each; nothing for a saved direction."""
-    if aim.whole is None:
-        return {}
-    told = told_of(aim.whole)
-    if len(aim.said) > 1:
-        told |= {
-            "targets": {name: told_of(said) for name, said in aim.said.items()},
-            "cosines": aim.cosines,
-        }
-    return told
-
-
-def told_of(said: PairDiagnosis) -> dict[str, Any]:
-    told = asdict(said.diagnosis)
-    shares = told.pop("shares")
+def _score_entry(config: ScoreConfig, polarity: Polarity) -> dict[str, Any]:
+    common = ", without the common part" if config.common == "remove" else ""
+    flat = config.curvature == "flat"
+    divided = "" if flat else f", divided by the curvature ({config.curvature})"
     return {
-        **told,
-        "dominant_pairs": [
-            {"pair": i + 1, "share": shares[i]} for i in said.diagnosis.dominant[:5]
-        ],
+        "definition": "gradient of loglik (summed over supervised tokens) times the gradient of "
+        f"the mean gain{common}{divided}",
+        "sign": "positive: training on the row moves the model towards the "
+        f"{polarity.toward} answers of the target file",
+        "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step "
+        "on the row",
+        "swapped": polarity.swapped,
     }
 
 
-def warnings_of(aim: DirectionSet, swapped: bool) -> list[str]:
-    """`swapped` pairs are told by the names that the target file has for their answers."""
-    if len(aim.said) < 2:
-        return [
-            line
-            for said in aim.said.values()
-            for line in said.diagnosis.in_words(sides_of(swapped))
-        ]
-    found = [
-        f"target {name}: {line}"
-        for name, said in aim.said.items()
-        for line in said.diagnosis.in_words(sides_of(swapped))
+def _optional_entries(record: RunRecord) -> dict[str, Any]:
+    curvature, rank = record.directions.curvature, record.directions.rank_check
+    search = record.scores.search
+    entries = {
+        "curvature": asdict(curvature) if curvature else {"name": "flat"},
+        "rank": rank and asdict(rank),
+        "adapter": record.adapter,
+        "cascade": search and search.describe(),
+    }
+    return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+def _engine_entry(record: RunRecord) -> dict[str, Any]:
+    check = record.engine
+    return {
+        "name": check.engine,
+        "reason": check.reason,
+        "dtype": check.dtype,
+        "check": {
+            "rows": check.rows,
+            "disagreement": check.disagreement,
+            "tolerance": tolerance(check.engine, record.loaded.model.dtype),
+            "repeat": check.repeat,
+        },
+    }
+
+
+def pairs_entry(direction_set: DirectionSet) -> dict[str, Any]:
+    """What the pairs say, of all targets together and of each one; empty for a saved direction."""
+    if direction_set.overall is None:
+        return {}
+    entry = _diagnosis_entry(direction_set.overall)
+    if len(direction_set.diagnoses) > 1:
+        entry["targets"] = {n: _diagnosis_entry(d) for n, d in direction_set.diagnoses.items()}
+        entry["cosines"] = direction_set.cosines
+    return entry
+
+
+def _diagnosis_entry(pairs: PairDiagnosis) -> dict[str, Any]:
+    entry = asdict(pairs.diagnosis)
+    shares = entry.pop("shares")
+    dominant = pairs.diagnosis.dominant[:SHOWN]
+    entry["dominant_pairs"] = [{"pair": i + 1, "share": shares[i]} for i in dominant]
+    return entry
+
+
+def pair_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
+    """What is wrong with the pairs, with the target file's own names for their answers."""
+    several = len(direction_set.diagnoses) > 1
+    warnings = [
+        f"target {name}: {line}" if several else line
+        for name, pairs in direction_set.diagnoses.items()
+        for line in pairs.diagnosis.in_words(polarity)
     ]
-    for (a, of_a), (b, of_b) in combinations(enumerate(aim.said), 2):
-        if aim.cosines[a][b] < -0.1:
-            found.append(
-                f"targets {of_a} and {of_b} conflict: the cosine of their directions is {aim.cosines[a][b]:.2f}"
+    for (a, first), (b, second) in combinations(enumerate(direction_set.diagnoses), 2):
+        cosine = direction_set.cosines[a][b]
+        if cosine < CONFLICTING_COSINE:
+            warnings.append(
+                f"targets {first} and {second} conflict: the cosine of their directions is "
+                f"{cosine:.2f}"
             )
-    return found
+    return warnings
+
+
+def _unreached_warnings(direction_set: DirectionSet) -> list[str]:
+    names = direction_set.without_gradient
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    return [
+        f"{len(names)} of {len(direction_set.weights)} selected parameters have no gradient and "
+        f"add nothing: {shown}"
+    ]
+
+
+def _repeat_warnings(check: EngineCheck) -> list[str]:
+    """A warning where the same rows get other scores the second time."""
+    if not check.repeat > 0:
+        return []
+    return [
+        "the engine's kernels are not deterministic here: the same rows scored twice differ by "
+        f"{check.repeat:.1e}, and so will two runs"
+    ]
+
+
+def _prediction_warnings(search: Search | None) -> list[str]:
+    """A warning where some scores are predicted."""
+    predicted = int((~search.tried).sum()) if search else 0
+    if search is None or not predicted:
+        return []
+    return [
+        f"{predicted:,} scores are predicted (exact is false), and none of these rows was chosen "
+        "before one with an exact score; by a random sample as much as "
+        f"{1 - search.recall.low:.0%} of the best {search.best:,} rows may be among them"
+    ]

@@ -1,24 +1,29 @@
-"""Making: the pairs file that `prism pairs` writes, and what `--check` says about one.
+"""Pairs: the file that `prism pairs` writes, and what `--check` says about one.
 
-    OUT                  prompt, chosen, rejected, how, id, source, file, line
-    OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
+    rows → pairs by --how
+           OUT                  prompt, chosen, rejected, how, id, source, file, line
+           OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
+    pairs → direction → do they agree, and what do they share?
 
-Choices made here: a row draws from a generator of its own, seeded by --seed and its place, so what
-`numbers` and `choices` make of it depends on no other row; the pairs stand in the order of the
-rows."""
+Choices made here:
+- each row draws from a generator of its own, seeded by --seed, file and line, so `numbers` makes
+  the same pair of a row whatever the other rows are;
+- pairs are written in the order of the rows.
+"""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prism_select.commands.manifest import target_of, warnings_of
+from prism_select.commands.manifest import pair_warnings, pairs_entry
 from prism_select.data.bad_rows import refuse_bad_rows
 from prism_select.data.encoding import Encoder
+from prism_select.data.fields import standard_fields
 from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
 from prism_select.data.pairing import (
     Accepts,
@@ -26,36 +31,28 @@ from prism_select.data.pairing import (
     accepts_by,
     change_numbers,
     nearest,
-    other_answers,
-    parts_of,
+    swapped_answers,
+    prompt_and_answer,
 )
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair, Raw, Turn, is_text
 from prism_select.data.targets import read_target
-from prism_select.directions.from_pairs import aim_at
+from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.models.generation import favourite, prompt_of, sample
-from prism_select.models.loading import load_model
+from prism_select.models.loading import LoadedModel, load_model
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, BadRow, EmptyInput
 from prism_select.run.folder import Store, finite, json_line
+from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
-__all__ = ["Made", "check_pairs", "make_pairs"]
+__all__ = ["MadePairs", "check_pairs", "make_pairs"]
 
 CHUNK = 16  # rows that the model answers at a time
 
 
-Answer: TypeAlias = tuple[Sequence[Turn], str, str]  # prompt, chosen, rejected
-
-
-Row: TypeAlias = tuple[Raw, Example | list[Pair]]
-
-
-Result: TypeAlias = tuple[Raw, Example | Pair, list[Answer] | NoPair]
-
-
 @dataclass(frozen=True)
-class Made:
+class MadePairs:
     """`skipped` counts rows by the reason why they gave no pair."""
 
     path: Path
@@ -63,63 +60,89 @@ class Made:
     rows: int
     skipped: Mapping[str, int]
 
+    def read(self) -> list[dict[str, Any]]:
+        """The pairs, as rows with prompt, chosen and rejected."""
+        with self.path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
-def make_pairs(config: PairsConfig, progress: Progress, accepts: Accepts | None = None) -> Made:
-    """Raises EmptyInput when no row gives a pair, TooManyBadRows as a pool does."""
-    place = free(config, config.file, ".jsonl")
+
+@dataclass(frozen=True)
+class NewPair:
+    """The texts of a pair: the turns of its prompt and its two answers."""
+
+    prompt: Sequence[Turn]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What was made of one row: pairs, or the reason why there are none."""
+
+    raw: Raw
+    example: Example
+    pairs: Sequence[NewPair] | NoPair
+
+
+Row: TypeAlias = tuple[Raw, Example | list[Pair]]
+Skipped: TypeAlias = tuple[Raw, str]  # a row, and why it gave no pair
+
+
+def make_pairs(
+    config: PairsConfig, progress: Progress, accepts: Accepts | None = None
+) -> MadePairs:
+    """Raises EmptyInput when no row gives a pair, and TooManyBadRows as a run does."""
+    file, how = str(config.file), str(config.how)
+    path = output_path(config, file, ".jsonl")
     accepts = accepts or accepts_by(config.accept)
-    rows, skipped = read(config)
+    rows, skipped = read_rows(config, file)
     count = len(rows) + len(skipped)
     if config.limit:
         random.Random(config.seed).shuffle(rows)
-    written: list[tuple[Raw, dict[str, Any]]] = []
-    with progress.task(f"pairs by {config.how}", len(rows)) as task:
-        for raw, row, made in getattr(Ways(config, progress, accepts), config.how)(rows):
+    written: list[tuple[Raw, Mapping[str, Any]]] = []
+    with progress.task(f"pairs by {how}", len(rows)) as task:
+        for result in MAKERS[how](PairMaker(config, progress, accepts), rows):
             task.advance(1)
-            if isinstance(made, NoPair):
-                skipped.append((raw, str(made)))
+            if isinstance(result.pairs, NoPair):
+                skipped.append((result.raw, str(result.pairs)))
             else:
-                written += [(raw, as_row(answer, config.how, row)) for answer in made]
+                written += [(result.raw, as_row(p, how, result.example)) for p in result.pairs]
             if config.limit and len(written) >= config.limit:
                 written = written[: config.limit]
                 break
     if not written:
-        why = Counter(reason for _, reason in skipped).most_common(1)
-        what = f"no row gives a pair; most often: {why[0][0]}" if why else "there are no rows"
-        raise EmptyInput(
-            config.file, None, what, "try another --how, or name the columns with --fields"
-        )
-    in_order = attrgetter("file", "line")
-    written.sort(key=lambda item: in_order(item[0]))
-    save(place, written, sorted(skipped, key=lambda item: in_order(item[0])))
-    return Made(place, len(written), count, Counter(reason for _, reason in skipped))
+        reasons = Counter(reason for _, reason in skipped).most_common(1)
+        what = "there are no rows"
+        if reasons:
+            what = f"no row gives a pair; most often: {reasons[0][0]}"
+        raise EmptyInput(file, None, what, "try another --how, or name the columns with --fields")
+    write_pairs(path, written, skipped)
+    return MadePairs(path, len(written), count, Counter(reason for _, reason in skipped))
 
 
-def free(config: PairsConfig, source: str, ending: str) -> Path:
-    """Where to write. Raises BadOption for a file that is there, and always for the one that is
-    read."""
-    place = Path(config.out)
-    if place.suffix != ending:
+def output_path(config: PairsConfig, source: str, ending: str) -> Path:
+    """The path of --out. Raises BadOption where a file exists, unless --overwrite; always for the
+    file that is read."""
+    path = Path(str(config.out))
+    if path.suffix != ending:
         raise BadOption(f"--out {config.out}: give a name that ends in {ending}")
-    if place.exists() and Path(source).exists() and place.samefile(source):
+    if path.exists() and Path(source).exists() and path.samefile(source):
         raise BadOption(f"--out {config.out}: that is the file to read; give another name")
-    if place.is_symlink():
+    if path.is_symlink():
         raise BadOption(
             f"--out {config.out}: a symbolic link; give the name of the file that it points to"
         )
-    if place.exists() and not config.overwrite:
+    if path.exists() and not config.overwrite:
         raise BadOption(f"--out {config.out}: there already; give another name, or --overwrite")
-    return place
+    return path
 
 
-def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
+def read_rows(config: PairsConfig, file: str) -> tuple[list[Row], list[Skipped]]:
     """Good rows, and bad ones with their reasons."""
-    mapping = parse_fields(config.fields)
-    rows: list[Row] = []
-    bad: list[tuple[Raw, str]] = []
+    rows, bad = list[Row](), list[Skipped]()
     first: BadRow | None = None
-    pool = Pool([config.file], mapping, config.max_row_bytes)
-    for raw, row in compared(pool) if config.how == "choices" else pool.rows():
+    pool = Pool([file], parse_fields(config.fields))
+    for raw, row in choice_rows(pool) if config.how == "choices" else pool.rows():
         if isinstance(row, BadRow):
             bad.append((raw, row.what))
             first = first or row
@@ -131,176 +154,202 @@ def read(config: PairsConfig) -> tuple[list[Row], list[tuple[Raw, str]]]:
     return rows, bad
 
 
-def compared(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
-    """Multiple-choice rows as a pair for each wrong choice."""
+def choice_rows(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
+    """Multiple-choice rows, a pair for each wrong choice."""
     for raw in pool.raw():
         try:
-            fields, advice = raw.fields, "--how choices takes question, choices and answer"
-            if (
-                fields is not None
-                and "choices" not in detect_target(fields, pool.mapping, raw.file, raw.line).name
-            ):
-                raise BadRow(raw.file, raw.line, "no choices", advice)
+            if raw.fields is not None:
+                format = detect_target(raw.fields, pool.mapping, raw.file, raw.line)
+                if "choices" not in format.name:
+                    advice = "--how choices takes question, choices and answer"
+                    raise BadRow(raw.file, raw.line, "no choices", advice)
             yield raw, to_pairs(raw, Format("question+choices+answer"), pool.mapping)
         except BadRow as bad:
             yield raw, bad
 
 
-class Ways:
-    """A method for each --how: rows in, for each the pairs that were made of it, or why there are
-    none."""
+@dataclass(frozen=True)
+class PairMaker:
+    """What the functions of `MAKERS` need. `accepts(answer, right)` says whether an answer of the
+    model is right."""
 
-    def __init__(self, config: PairsConfig, progress: Progress, accepts: Accepts) -> None:
-        self.config, self.progress, self.accepts = config, progress, accepts
+    config: PairsConfig
+    progress: Progress
+    accepts: Accepts
 
-    def draw(self, raw: Raw) -> random.Random:
+    def load_model(self) -> LoadedModel:
+        return load_model(self.config, self.config.layers, self.progress)
+
+    def generator(self, raw: Raw) -> random.Random:
         return random.Random(f"{self.config.seed}/{Path(raw.file).name}/{raw.line}")
 
-    def numbers(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
-        for raw, example in rows:
-            yield raw, example, attempt(example, partial(change_numbers, draw=self.draw(raw)))
 
-    def weak(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
-        column = self.config.weak_field
-        for raw, example in rows:
-            value = (raw.fields or {}).get(column)
-            text = value if isinstance(value, str) and value.strip() and is_text(value) else None
-            yield (
-                raw,
-                example,
-                attempt(example, partial(given, text=text, otherwise=f"no text in {column}")),
-            )
-
-    def swap(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
-        found = other_answers(
-            [answer_of(example) for _, example in rows], random.Random(self.config.seed)
-        )
-        for (raw, example), other in zip(rows, found, strict=True):
-            yield (
-                raw,
-                example,
-                attempt(
-                    example, partial(given, text=other, otherwise="every other answer is the same")
-                ),
-            )
-
-    def choices(self, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iterator[Result]:
-        model, encoder = (
-            load_model(self.config, self.progress) if self.config.favourite else (None, None)
-        )
-        for raw, pairs in rows:
-            kept = pairs
-            if self.config.wrong == "one":
-                kept = [self.draw(raw).choice(pairs)]
-            elif model and encoder:
-                try:
-                    kept = [pairs[favourite(model, encoder, [pair.rejected for pair in pairs])]]
-                except BadRow as bad:
-                    yield raw, pairs[0], NoPair(bad.what)
-                    continue
-            made: list[Answer] = [
-                (*parts_of(pair.chosen), pair.rejected.turns[-1].text) for pair in kept
-            ]
-            yield raw, pairs[0], made
-
-    def answers(self, rows: Sequence[tuple[Raw, Example]]) -> Iterator[Result]:
-        model, encoder = load_model(self.config, self.progress)
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            asked = [self.prompt(encoder, example) for _, example in chunk]
-            prompts = [prompt for prompt in asked if not isinstance(prompt, NoPair)]
-            found = iter(sample(model, encoder, prompts, self.config) if prompts else [])
-            for (raw, example), prompt in zip(chunk, asked, strict=True):
-                if isinstance(prompt, NoPair):
-                    yield raw, example, prompt
-                else:
-                    yield raw, example, attempt(example, partial(self.refused, found=next(found)))
-
-    def prompt(self, encoder: Encoder, example: Example) -> Sequence[int] | NoPair:
-        """The tokens before the answer, or why the model cannot be asked."""
-        try:
-            parts_of(example)
-            return prompt_of(encoder, example, self.config.new_tokens)
-        except NoPair as reason:
-            return reason
-        except BadRow as bad:
-            return NoPair(bad.what)
-
-    def refused(self, right: str, found: Sequence[str]) -> str:
-        if not found:
-            raise NoPair("no answer ended within --new-tokens; raise it, or give --stop")
-        return nearest(right, [answer for answer in found if not self.accepts(answer, right)])
+def by_numbers(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
+    """The same answer with its numbers changed."""
+    for raw, example in rows:
+        change = partial(change_numbers, draw=maker.generator(raw))
+        yield RowResult(raw, example, pair_with(example, change))
 
 
-def given(_: str, text: str | None, otherwise: str) -> str:
+def by_weak(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
+    """The answer of a weaker model, from a column."""
+    mapping = parse_fields(maker.config.fields)
+    column = " or ".join(mapping.get("weak", ("weak",)))
+    for raw, example in rows:
+        value = standard_fields(raw.fields or {}, mapping).get("weak")
+        text = value if isinstance(value, str) and value.strip() and is_text(value) else None
+        rejected = partial(text_or_no_pair, text=text, reason=f"no text in {column}")
+        yield RowResult(raw, example, pair_with(example, rejected))
+
+
+def by_swap(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
+    """The answer of another row."""
+    answers = [answer_of(example) for _, example in rows]
+    swapped = swapped_answers(answers, random.Random(maker.config.seed))
+    for (raw, example), text in zip(rows, swapped, strict=True):
+        reason = "every other answer is the same"
+        rejected = partial(text_or_no_pair, text=text, reason=reason)
+        yield RowResult(raw, example, pair_with(example, rejected))
+
+
+def by_choices(maker: PairMaker, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iterator[RowResult]:
+    """Each wrong choice; with a model only the one it likes best."""
+    loaded = maker.load_model() if maker.config.favourite else None
+    for raw, choices in rows:
+        example, pairs = choices[0].chosen, choices
+        if loaded:
+            try:
+                pairs = [choices[favourite(loaded, [pair.rejected for pair in choices])]]
+            except BadRow as bad:
+                yield RowResult(raw, example, NoPair(bad.what))
+                continue
+        yield RowResult(raw, example, [as_new_pair(pair) for pair in pairs])
+
+
+def by_answers(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
+    """The nearest of the model's own answers that are wrong."""
+    loaded = maker.load_model()
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        prompts = [prompt_tokens(maker.config, loaded.encoder, example) for _, example in chunk]
+        answered = [prompt for prompt in prompts if not isinstance(prompt, NoPair)]
+        sampled = iter(sample(loaded, answered, maker.config) if answered else [])
+        for (raw, example), prompt in zip(chunk, prompts, strict=True):
+            if isinstance(prompt, NoPair):
+                yield RowResult(raw, example, prompt)
+                continue
+            rejected = partial(nearest_wrong, answers=next(sampled), accepts=maker.accepts)
+            yield RowResult(raw, example, pair_with(example, rejected))
+
+
+MAKERS: Mapping[str, Callable[[PairMaker, Sequence[Any]], Iterator[RowResult]]] = {
+    "numbers": by_numbers,
+    "choices": by_choices,
+    "answers": by_answers,
+    "weak": by_weak,
+    "swap": by_swap,
+}
+
+
+def prompt_tokens(
+    config: PairsConfig, encoder: Encoder, example: Example
+) -> Sequence[int] | NoPair:
+    """The tokens before the answer, or why the model cannot be asked."""
+    try:
+        prompt_and_answer(example)
+        return prompt_of(encoder, example, config.new_tokens)
+    except NoPair as reason:
+        return reason
+    except BadRow as bad:
+        return NoPair(bad.what)
+
+
+def nearest_wrong(right: str, answers: Sequence[str], accepts: Accepts) -> str:
+    if not answers:
+        raise NoPair("no answer ended within --new-tokens; raise it, or give --stop")
+    return nearest(right, [answer for answer in answers if not accepts(answer, right)])
+
+
+def text_or_no_pair(_: str, text: str | None, reason: str) -> str:
     if text is None:
-        raise NoPair(otherwise)
+        raise NoPair(reason)
     return text
 
 
 def answer_of(example: Example) -> str:
-    """The last answer; nothing where there is none."""
+    """The last answer; empty where there is none."""
     try:
-        return parts_of(example)[1]
+        return prompt_and_answer(example)[1]
     except NoPair:
         return ""
 
 
-def attempt(example: Example, rejected: Callable[[str], str]) -> list[Answer] | NoPair:
+def pair_with(example: Example, rejected: Callable[[str], str]) -> Sequence[NewPair] | NoPair:
+    """The pair of a row's own answer and `rejected(answer)`."""
     try:
-        prompt, chosen = parts_of(example)
-        other = rejected(chosen)
-        if not chosen.strip() or not other.strip():
+        prompt, chosen = prompt_and_answer(example)
+        pair = NewPair(prompt, chosen, rejected(chosen))
+        if not pair.chosen.strip() or not pair.rejected.strip():
             raise NoPair("an answer is empty")
-        if other.strip() == chosen.strip():
+        if pair.rejected.strip() == pair.chosen.strip():
             raise NoPair("the other answer is the same")
-        return [(prompt, chosen, other)]
+        return [pair]
     except NoPair as reason:
         return reason
 
 
-def as_row(answer: Answer, how: str, row: Example | Pair) -> dict[str, Any]:
-    prompt, chosen, rejected = answer
-    example = row.chosen if isinstance(row, Pair) else row
-    alone = len(prompt) == 1 and prompt[0].role == "user"
-    asked: Any = (
-        prompt[0].text if alone else [{"role": turn.role, "content": turn.text} for turn in prompt]
-    )
-    origin = {
+def as_new_pair(pair: Pair) -> NewPair:
+    prompt, chosen = prompt_and_answer(pair.chosen)
+    return NewPair(prompt, chosen, pair.rejected.turns[-1].text)
+
+
+def as_row(pair: NewPair, how: str, example: Example) -> dict[str, Any]:
+    """A row of the pairs file."""
+    prompt: Any = [{"role": turn.role, "content": turn.text} for turn in pair.prompt]
+    if len(pair.prompt) == 1 and pair.prompt[0].role == "user":
+        prompt = pair.prompt[0].text
+    return {
+        "prompt": prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "how": how,
         "id": example.id,
         "source": example.source,
         "file": Path(example.file).name,
         "line": example.line,
     }
-    return {"prompt": asked, "chosen": chosen, "rejected": rejected, "how": how, **origin}
 
 
-def save(
-    place: Path,
-    written: Sequence[tuple[Raw, Mapping[str, Any]]],
-    skipped: Sequence[tuple[Raw, str]],
+def write_pairs(
+    path: Path, written: Sequence[tuple[Raw, Mapping[str, Any]]], skipped: Sequence[Skipped]
 ) -> None:
-    store = folder_of(place)
-    store.write(
-        f"{place.name}.skipped.jsonl",
-        b"".join(json_line(raw.set_aside(reason)) for raw, reason in skipped),
-    )
-    store.write(place.name, b"".join(json_line(row) for _, row in written))
+    """Both files, in the order of the rows."""
+    store = parent_store(path)
+    quarantined = [(raw, raw.quarantined(reason)) for raw, reason in skipped]
+    store.write(f"{path.name}.skipped.jsonl", in_lines(quarantined))
+    store.write(path.name, in_lines(written))
 
 
-def folder_of(place: Path) -> Store:
-    store = Store(str(place.parent))
+def in_lines(rows: Sequence[tuple[Raw, Mapping[str, Any]]]) -> bytes:
+    ordered = sorted(rows, key=lambda row: (row[0].file, row[0].line))
+    return b"".join(json_line(line) for _, line in ordered)
+
+
+def parent_store(path: Path) -> Store:
+    store = Store(str(path.parent))
     store.make()
     return store
 
 
 def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
-    """What a run's manifest says about its target, and its warnings, without a pool."""
-    place = free(config, config.check, ".json") if config.out else None
-    pairs = read_target(config.check, parse_fields(config.fields))
-    model, encoder = load_model(config, progress)
-    aim = aim_at(config, model, encoder, {"": pairs}, progress)
-    told = finite({**target_of(aim), "warnings": warnings_of(aim, swapped=False)})
-    if place:
-        folder_of(place).write_json(place.name, told)
-    return dict(told)
+    """What a run's manifest would say of these pairs, with its warnings; needs no pool."""
+    file = str(config.check)
+    path = output_path(config, file, ".json") if config.out else None
+    pairs = read_target(file, parse_fields(config.fields))
+    loaded = load_model(config, config.layers, progress)
+    direction_set = directions_from_pairs(config, loaded, {"": pairs}, progress)
+    warnings = pair_warnings(direction_set, Polarity())
+    checked = finite({**pairs_entry(direction_set), "warnings": warnings})
+    if path:
+        parent_store(path).write_json(path.name, checked)
+    return dict(checked)

@@ -1,10 +1,20 @@
-"""TODO."""
+"""Select again: the scores of a complete run, new rules, a new run folder.
+
+    OLD/scores.parquet + rules → OUT/scores.parquet, selected.jsonl, quarantine.jsonl, manifest.json
+
+Choices made here:
+- it needs no model and no torch, and takes seconds;
+- the pool must be as it was, and a repair run is refused, because its scores point the other way;
+- the manifest is that of the old run with a new choice; `scored_by` keeps the config of the run
+  that took the scores.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,108 +23,120 @@ from numpy.typing import NDArray
 
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
-from prism_select.run.config import ROW_BYTES, SelectConfig
+from prism_select.run.config import SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
-from prism_select.selection.choice import choose_and_write
-from prism_select.selection.ranking_columns import columns_of, with_ranking
-from prism_select.selection.rules import budget_of, limit_of
+from prism_select.selection.choice import Chosen, choose_and_write
+from prism_select.selection.ranking_columns import rank_rows, with_ranking
+from prism_select.selection.rules import budget_limit
 
 __all__ = ["choose_again"]
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
-    """`--select-from`: the scores of a complete run, new rules, a new run folder. Needs no
-    model."""
-    old, store = Run(Path(config.select_from)), Store(config.out)
-    if not (old.path / "manifest.json").exists():
-        raise BadOption(f"--select-from {old.path}: no complete run there; give the folder of one")
-    if store.path.resolve() == old.path.resolve():
-        raise BadOption(
-            f"--out {store.path}: it holds the scores to choose from; give another folder"
-        )
-    manifest = old.manifest
+    """Raises BadOption where the earlier run cannot be chosen from, RunMismatch where OUT holds
+    another run."""
+    earlier, store = Run(Path(str(config.select_from))), Store(str(config.out))
+    manifest = manifest_to_choose_from(config, earlier, store)
     scored_by = manifest.get("scored_by", manifest["config"])
-    pool = Pool(
-        scored_by["pool"],
-        parse_fields(scored_by["fields"]),
-        scored_by.get("max_row_bytes", ROW_BYTES),
-    )
-    if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
-        raise BadOption(
-            f"--select-from {old.path}: the pool's files have changed since; score them again"
-        )
-    if manifest["command"] == "repair":
-        raise BadOption(
-            f"--select-from {old.path}: a repair run, whose scores point to the unwanted answers"
-        )
-    if manifest.get("cascade") and config.budget.strip() == "positive":
-        raise BadOption(
-            f"--select-from {old.path}: its guesses have no sure sign; give the budget as a share, 5% say"
-        )
+    pool = Pool(scored_by["pool"], parse_fields(scored_by["fields"]))
+    refuse_unfit(config, earlier, manifest, pool)
     store.refuse_others(config, manifest["fingerprints"])
     if store.complete and not config.overwrite:
         progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
         return Run(store.path)
-    reasons = {(row["file"], row["line"]): row["reason"] for row in old.quarantine}
-    ranking = drawn_again(config, old.columns("source", "tokens")) if config.rank_by else None
 
-    def tables() -> Iterator[pa.Table]:
-        for group in pq.ParquetFile(old.path / "scores.parquet", pre_buffer=False).iter_batches():
-            table = pa.Table.from_batches([group])
-            table = table.drop_columns(
-                [name for name in ("verdict", "rank_by") if name in table.column_names]
-            )
-            found: list[str | None] = [None] * len(table)
-            for row in np.flatnonzero(table["score"].is_null()).tolist():
-                found[row] = reasons.get((table["file"][row].as_py(), table["line"][row].as_py()))
-            yield table.append_column("reason", pa.array(found, pa.string()))
-
-    ranked = partial(with_ranking, tables, ranking)
-    columns, (option, budget) = columns_of(config, ranked()), budget_of(config)
-    limit_of(option, budget, columns.ranking, columns.tokens)
+    ranking = ranking_without_model(config, earlier)
+    tables = partial(with_ranking, partial(score_tables, earlier), ranking)
+    rows = rank_rows(config, tables())
+    budget_limit(config, rows.ranking, rows.tokens)  # raises where the pool is too small
     store.begin(config, manifest["fingerprints"])
-    started = time.perf_counter()
-    chosen = choose_and_write(
-        config, store, ranked, pool, columns, manifest.get("cascade", {}).get("best")
-    )
+    start = time.perf_counter()
+    best = manifest.get("cascade", {}).get("best")
+    chosen = choose_and_write(config, store, tables, pool, rows, best)
     for name in ("pairs.parquet", "direction.safetensors"):
-        if (old.path / name).exists():
-            store.write(name, (old.path / name).read_bytes())
-    seconds = time.perf_counter() - started
-    timings = {**dict.fromkeys(manifest["timings"], 0.0), "choose": seconds, "total": seconds}
-    kept = {name: told for name, told in manifest["choice"].items() if name == "damping_overlap"}
-    changed = {
-        "config": asdict(config),
-        "counts": chosen.counts,
-        "choice": {**chosen.figures, **kept},
-    }
-    warnings = list(dict.fromkeys([*manifest["warnings"], *chosen.warnings]))
-    settled = {
-        "command": "select",
-        "scored_by": scored_by,
-        "timings": timings,
-        "warnings": warnings,
-    }
-    store.write_json("manifest.json", {**manifest, **changed, **settled})
+        if (earlier.path / name).exists():
+            store.write(name, (earlier.path / name).read_bytes())
+    seconds = time.perf_counter() - start
+    store.write_json("manifest.json", new_manifest(config, manifest, chosen, seconds))
     store.drop_shards()
     return Run(store.path)
 
 
-def drawn_again(config: SelectConfig, scores: pa.Table) -> NDArray[np.float64]:
-    """A ranking that takes no model. Raises BadOption for any other."""
-    from prism_select.selection.baselines import (
-        COUNT_BASELINES,
-        Texts,
-    )  # torch comes with it: other choices go without  # torch comes with it: other choices go without
+def manifest_to_choose_from(config: SelectConfig, earlier: Run, store: Store) -> dict[str, Any]:
+    """The manifest of the earlier run. Raises BadOption where there is none, or it is at OUT."""
+    if not (earlier.path / "manifest.json").exists():
+        raise BadOption(
+            f"--select-from {earlier.path}: no complete run there; give the folder of one"
+        )
+    if store.path.resolve() == earlier.path.resolve():
+        raise BadOption(
+            f"--out {store.path}: it holds the scores to choose from; give another folder"
+        )
+    return earlier.manifest
+
+
+def refuse_unfit(
+    config: SelectConfig, earlier: Run, manifest: Mapping[str, Any], pool: Pool
+) -> None:
+    """Raises BadOption where the scores do not fit the pool or the rules."""
+    reason = ""
+    if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
+        reason = "the pool's files have changed since; score them again"
+    elif manifest["command"] == "repair":
+        reason = "a repair run, whose scores point to the unwanted answers"
+    elif manifest.get("cascade") and config.amount.kind == "positive":
+        reason = "its predicted scores have no sure sign; give the budget as a share, 5% say"
+    if reason:
+        raise BadOption(f"--select-from {earlier.path}: {reason}")
+
+
+def score_tables(earlier: Run) -> Iterator[pa.Table]:
+    """The scores of the earlier run, group by group, without its choice and with its reasons."""
+    reasons = {(row["file"], row["line"]): row["reason"] for row in earlier.quarantine}
+    file = pq.ParquetFile(earlier.path / "scores.parquet", pre_buffer=False)
+    for group in file.iter_batches():
+        table = pa.Table.from_batches([group])
+        dropped = [name for name in ("verdict", "rank_by") if name in table.column_names]
+        column: list[str | None] = [None] * len(table)
+        for row in np.flatnonzero(table["score"].is_null()).tolist():
+            column[row] = reasons.get((table["file"][row].as_py(), table["line"][row].as_py()))
+        table = table.drop_columns(dropped)
+        yield table.append_column("reason", pa.array(column, pa.string()))
+
+
+def ranking_without_model(config: SelectConfig, earlier: Run) -> NDArray[np.float64] | None:
+    """The ranking of --rank-by. Raises BadOption for one that needs a model."""
+    if config.rank_by is None:
+        return None
+    # torch comes with it: choices by the score go without
+    from prism_select.selection.baselines import COUNT_BASELINES, count_ranking
 
     if config.rank_by not in COUNT_BASELINES:
         raise BadOption(
-            f"--rank-by {config.rank_by}: needs the model; run prism select anew, without --select-from"
+            f"--rank-by {config.rank_by}: needs the model; run prism select anew, without "
+            "--select-from"
         )
+    scores = earlier.columns("source", "tokens")
     sources = [name or "" for name in scores["source"].to_pylist()]
     tokens = np.nan_to_num(scores["tokens"].to_numpy()).astype(np.int64)
-    return COUNT_BASELINES[config.rank_by](
-        Texts(texts=(), sources=sources, tokens=tokens, seed=config.seed)
-    )
+    return count_ranking(config.rank_by, sources, tokens, config.seed)
+
+
+def new_manifest(
+    config: SelectConfig, manifest: Mapping[str, Any], chosen: Chosen, seconds: float
+) -> dict[str, Any]:
+    """The manifest of the earlier run, with what a choice changes; choosing took `seconds`."""
+    overlap = {k: v for k, v in manifest["choice"].items() if k == "damping_overlap"}
+    timings = {**dict.fromkeys(manifest["timings"], 0.0), "choose": seconds, "total": seconds}
+    return {
+        **manifest,
+        "command": "select",
+        "config": asdict(config),
+        "counts": chosen.counts,
+        "choice": {**chosen.figures, **overlap},
+        "scored_by": manifest.get("scored_by", manifest["config"]),
+        "timings": timings,
+        "warnings": list(dict.fromkeys([*manifest["warnings"], *chosen.warnings])),
+    }

@@ -1,14 +1,17 @@
-"""Planning: what a run will cost, from the time that it has taken so far and a few seconds of its
+"""Cost plan: what a run will cost, from the time it has taken so far and a few seconds of its
 engine.
 
-seconds = so far (load, target, curvature) + the pool read twice more and encoded + tokens · seconds
-per token
-memory  = the peak of this process after the longest batch of a sample
-disk    = directions + 120 bytes a row
+    seconds = so far (load, target, curvature) + two more readings of the pool + its encoding
+              + tokens · seconds per token
+    memory  = peak of this process after the longest batch of a sample
+    disk    = directions + 120 bytes per row
 
-Choices made here: the longest batch runs first and is not timed unless it is alone, so that what is
-made once counts once; then batches of all lengths, for as long as `TIMED` in a plan and as `SHARE`
-of the scoring in a run, whose pool may be so small that none follows."""
+Choices made here:
+- the longest batch runs first, so that work done once per process is not counted per token; it is
+  timed only where it is the only batch;
+- the other batches run for `TIMED` seconds in a plan, and for a share of `SHARE` of the scoring
+  time in a run; a small pool may leave time for none of them.
+"""
 
 import resource
 import sys
@@ -24,15 +27,12 @@ from prism_select.core.likelihood import Batch
 __all__ = ["Plan", "make_plan", "peak_memory", "seconds_per_token", "timed"]
 
 BYTES_PER_ROW = 120  # of scores.parquet, measured on short ids
-
-
 TIMED, SHARE = 4.0, 0.02
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the whole run: supervised and other tokens without padding, wall time, peak memory, and
-    what it writes."""
+    """Of the whole run: tokens without padding, wall time, peak memory, bytes written."""
 
     tokens: int
     seconds: float
@@ -41,13 +41,10 @@ class Plan:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest so far: of the GPU where the model is on one, otherwise of the
-    process."""
+    """Peak bytes so far: of the GPU where the model is on one, otherwise of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    status = Path(
-        "/proc/self/status"
-    )  # Linux: what getrusage says there holds also for whoever started the process
+    status = Path("/proc/self/status")  # Linux: getrusage would count the parent process too
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -56,10 +53,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def timed(way: Callable[[Batch], object], batch: Batch) -> float:
-    """Seconds, until a GPU is done with it, too."""
+def timed(engine: Callable[[Batch], object], batch: Batch) -> float:
+    """Seconds for one batch, until a GPU has finished it too."""
     start = time.perf_counter()
-    way(batch)
+    engine(batch)
     if batch.tokens.is_cuda:
         torch.cuda.synchronize(batch.tokens.device)
     return time.perf_counter() - start
@@ -68,20 +65,20 @@ def timed(way: Callable[[Batch], object], batch: Batch) -> float:
 def seconds_per_token(
     engine: Callable[[Batch], object], batches: Sequence[Batch], tokens: int, thorough: bool
 ) -> float:
-    """Of an engine, by batches of a sample, the longest first, for a pool of so many tokens."""
+    """Measured on batches of a sample, the longest first, for a pool of `tokens` tokens."""
 
     def measured(batch: Batch) -> tuple[float, int]:
         return timed(engine, batch), int(batch.real.sum())
 
     first = measured(batches[0])
-    left = TIMED if thorough else min(TIMED, SHARE * first[0] / first[1] * tokens)
-    found, middle = list[tuple[float, int]](), max(1, len(batches) // 2)
+    remaining = TIMED if thorough else min(TIMED, SHARE * first[0] / first[1] * tokens)
+    timings, middle = list[tuple[float, int]](), max(1, len(batches) // 2)
     for batch in [*batches[middle:], *batches[1:middle]]:  # the usual lengths before the long
-        if left < first[0] * (not thorough):
+        if remaining < first[0] * (not thorough):
             break
-        found.append(measured(batch))
-        left -= found[-1][0]
-    seconds, real = (sum(part) for part in zip(*(found or [first]), strict=True))
+        timings.append(measured(batch))
+        remaining -= timings[-1][0]
+    seconds, real = (sum(column) for column in zip(*(timings or [first]), strict=True))
     return float(seconds / real)
 
 
@@ -93,7 +90,7 @@ def make_plan(
     other_seconds: float,
     device: torch.device,
 ) -> Plan:
-    """`numbers` are those of all directions; `other_seconds` are spent outside the engine."""
+    """`numbers`: of all directions together. `other_seconds`: spent outside the engine."""
     return Plan(
         tokens,
         other_seconds + tokens * per_token,

@@ -1,4 +1,16 @@
-"""TODO."""
+"""Engine choice: the fastest engine that reaches every selected parameter, checked on the user's
+rows.
+
+    tried in order    reverse, difference (below float32: forward), reference
+    --tokens          forward, difference
+    --normalize norm  reverse
+    --cascade         difference
+
+Choices made here:
+- an engine that the user names is the only one that is tried;
+- an engine that cannot reach a parameter gives way to the next, and the reason is reported;
+- the check compares with the definition, on rows whose scores are finite.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,76 +26,82 @@ from prism_select.data.encoding import Encoded
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, Unreachable
-from prism_select.scoring.batched_engine import BatchedEngine, Measure, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, Measure, without_norms
 from prism_select.scoring.gradient_norms import with_norms
 
-__all__ = ["Checked", "choose_engine", "measure_by"]
+__all__ = ["EngineCheck", "choose_engine", "make_engine"]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """An engine, why it was taken, and how far it is from the definition."""
+class EngineCheck:
+    """Why an engine was taken, and how its scores of `rows` rows disagree: with the definition, and
+    with themselves when taken twice (`repeat`)."""
 
     engine: str
     reason: str
     dtype: str
     rows: int
     disagreement: float
-    repeat: float  # between scores of the same rows, taken twice
+    repeat: float
 
 
 def choose_engine(
     config: ScoreConfig,
     model: CausalLM,
-    weights: Parameters,
+    parameters: Parameters,
     directions: Sequence[Factored],
     rows: Sequence[Encoded],
-) -> tuple[BatchedEngine, Checked]:
-    """The engine asked for, or the cheapest that reaches every weight and tells what is asked;
-    checked against the definition either way, on those of `rows` that have a score."""
-    order = engines_for(config, torch.finfo(model.dtype).bits < 32)
-    slow = ENGINES["reference"](model, weights, directions)
-    exact = slow(collate(rows, model.device))
-    finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
-    kept = finite if finite.any() else ~finite  # where no row has a score, the check says so
-    known = Scores(exact.loglik[kept], exact.values[kept])
-    batch = collate(
-        [row for row, keep in zip(rows, kept.tolist(), strict=True) if keep], model.device
-    )
+) -> tuple[BatchedEngine, EngineCheck]:
+    """Raises what `check` raises, Unreachable where no engine reaches every parameter, and
+    BadOption where none of them has norms."""
+    names = _candidates(config, torch.finfo(model.dtype).bits < 32)
+    batch, exact = _finite_rows(model, parameters, directions, rows)
     dtype = str(model.dtype).removeprefix("torch.")
-    why = f"asked for, {dtype}"
-    for name in order:
+    reason = f"asked for, {dtype}"
+    for name in names:
         if config.engine == "auto" and name == "reverse":
-            why = f"one backward pass reaches all {len(weights)} weights in {dtype}"
+            reason = f"one backward pass reaches all {len(parameters)} weights in {dtype}"
         if config.engine == "auto" and config.cascade and name == "difference":
-            why = f"the cheapest along one direction at a time, {dtype}"
-        measure = measure_by(config, name, model, weights, directions)
+            reason = f"the cheapest along one direction at a time, {dtype}"
+        engine = make_engine(config, name, model, parameters, directions)
         try:
-            return measure, Checked(
-                name, why, dtype, len(batch), *apart(name, measure, known, batch, model.dtype)
-            )
+            off, repeat = _disagreements(name, engine, exact, batch, model.dtype)
+            return engine, EngineCheck(name, reason, dtype, len(batch), off, repeat)
         except Unreachable as error:
-            why = str(error).partition("; try")[0]
-            if name == order[-1] and config.normalize == "norm":
-                raise BadOption(f"--normalize norm: {why}; try --normalize tokens") from error
-            if name == order[-1]:
+            reason = str(error).partition("; try")[0]
+            if name == names[-1] and config.normalize == "norm":
+                raise BadOption(f"--normalize norm: {reason}; try --normalize tokens") from error
+            if name == names[-1]:
                 raise
     raise AssertionError("unreachable")
 
 
-def apart(
-    name: str, measure: Measure, known: Scores, batch: Batch, dtype: torch.dtype
+def _finite_rows(
+    model: CausalLM,
+    parameters: Parameters,
+    directions: Sequence[Factored],
+    rows: Sequence[Encoded],
+) -> tuple[Batch, Scores]:
+    """Rows with a finite score, and their scores by the definition; all rows where none is finite,
+    so that the check reports it."""
+    exact = ENGINES["reference"](model, parameters, directions)(collate(rows, model.device))
+    finite = exact.values.isfinite().all(dim=1) & exact.loglik.isfinite()
+    checked = finite if finite.any() else ~finite
+    remaining = [row for row, use in zip(rows, checked.tolist(), strict=True) if use]
+    return collate(remaining, model.device), Scores(exact.loglik[checked], exact.values[checked])
+
+
+def _disagreements(
+    name: str, measure: Measure, exact: Scores, batch: Batch, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Of an engine's scores from the definition's, and from themselves when taken twice. Raises
-    what `check` does."""
-    (found, _), (again, _) = (measure(batch) for _ in range(2))
-    return check(name, lambda _: found, lambda _: known, batch, dtype), disagreement(
-        again.values, found.values
-    )
+    """Of an engine's scores with the definition, and with themselves when taken twice."""
+    (first, _), (second, _) = (measure(batch) for _ in range(2))
+    off = check(name, lambda _: first, lambda _: exact, batch, dtype)
+    return off, disagreement(second.values, first.values)
 
 
-def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
-    """In the order in which they are tried; `narrow` is a dtype below float32."""
+def _candidates(config: ScoreConfig, narrow: bool) -> list[str]:
+    """Names of engines in the order in which they are tried; `narrow`: a dtype below float32."""
     if config.engine != "auto":
         return [config.engine]
     if config.tokens:
@@ -95,17 +113,16 @@ def engines_for(config: ScoreConfig, narrow: bool) -> list[str]:
     return ["reverse", "forward" if narrow else "difference", "reference"]
 
 
-def measure_by(
+def make_engine(
     config: ScoreConfig,
-    engine: str,
+    name: str,
     model: CausalLM,
-    weights: Parameters,
+    parameters: Parameters,
     directions: Sequence[Factored],
 ) -> BatchedEngine:
-    cosines = config.normalize == "norm"
-    plain = (
-        with_norms(model, weights, directions)
-        if cosines
-        else plainly(ENGINES[engine](model, weights, directions))
+    measure = (
+        with_norms(model, parameters, directions)
+        if config.normalize == "norm"
+        else without_norms(ENGINES[name](model, parameters, directions))
     )
-    return BatchedEngine(plain, config.tokens_on(model.device.type, graph=engine != "difference"))
+    return BatchedEngine(measure, config.tokens_on(model.device.type, graph=name != "difference"))

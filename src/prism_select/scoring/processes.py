@@ -1,12 +1,16 @@
-"""World: one process, or several that torchrun started together; one of a single process has
-nothing to send.
+"""Process group: one process, or several that torchrun started together.
 
-    rank 0    reads, finds the direction, checks the engine, tells the others, scores its part, chooses and writes
-    rank r    hears what there is to do, and scores the shards r, r + N, r + 2N, …
+    rank 0    reads, finds the direction, checks the engine, broadcasts the job, scores its windows,
+              chooses and writes
+    rank r    receives the job, and scores windows r, r + N, r + 2N, …
 
-Choices made here: what is sent is small and goes over gloo, on a CPU and on GPUs alike; every
-process reads the whole pool and writes its own shards, so the pool and the run folder must be where
-all can reach them; when one stops, the others stop too, and what is scored by then stays."""
+Choices made here:
+- a group of one process has nothing to send, and takes the same path;
+- little is sent, over gloo, on a CPU and on GPUs alike;
+- every process reads the whole pool and writes its own shards, so all must reach the pool and the
+  run folder;
+- when one process stops, all stop, and finished shards stay.
+"""
 
 import os
 from collections.abc import Iterator
@@ -20,22 +24,23 @@ from prism_select.run.errors import PeerLost
 __all__ = ["ProcessGroup", "is_main_process", "is_single_process", "process_group"]
 
 Value = TypeVar("Value")
-
-
-PATIENCE = timedelta(days=30)
+TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
+    """Methods raise PeerLost when another process is gone."""
+
     rank: int = 0
     size: int = 1
-    local: int = 0  # which of the processes of this machine
+    local_rank: int = 0  # among the processes of this machine
 
     def has(self, number: int) -> bool:
+        """Whether the window of this number is for this process."""
         return number % self.size == self.rank
 
     def broadcast(self, value: Value) -> Value:
-        """From rank 0 to all others, where `hear` returns it."""
+        """Sends a value from rank 0 to the other ranks, which call `receive`."""
         if self.size > 1:
             self._broadcast([value])
         return value
@@ -46,25 +51,25 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all, by rank, once all are here."""
+        """The values of all processes, by rank; waits until all have called it."""
         if self.size == 1:
             return [value]
         from torch import distributed
 
         box: list[Any] = [None] * self.size
-        with _together():
+        with _with_peers():
             distributed.all_gather_object(box, value)
         return box
 
     def _broadcast(self, box: list[Any]) -> None:
         from torch import distributed
 
-        with _together():
+        with _with_peers():
             distributed.broadcast_object_list(box, src=0)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _with_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -85,17 +90,16 @@ def is_main_process() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Raises PeerLost from its methods when another process is gone."""
+    """The group that torchrun started, or a group of this process alone."""
     if is_single_process():
         yield ProcessGroup()
         return
     from torch import distributed
 
-    with _together():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+    with _with_peers():
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield ProcessGroup(
-            distributed.get_rank(), distributed.get_world_size(), int(os.environ["LOCAL_RANK"])
-        )
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        yield ProcessGroup(rank, size, int(os.environ["LOCAL_RANK"]))
     finally:
         distributed.destroy_process_group()

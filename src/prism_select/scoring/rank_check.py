@@ -1,36 +1,55 @@
-"""TODO."""
+"""Rank check: what scores lose when the direction is cut to a low rank.
+
+    energy kept        ‖low‖² / ‖d‖²
+    rank correlation   of scores along d and along low, on rows of a sample
+
+Choices made here: the first direction is checked, on `COMPARED` rows at most.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Factored
 from prism_select.core.statistics import rank_correlation
 from prism_select.data.encoding import Encoded
-from prism_select.directions.from_pairs import DirectionSet
+from prism_select.directions.direction_set import DirectionSet
 from prism_select.directions.low_rank import factor
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
-from prism_select.scoring.batched_engine import BatchedEngine, of_rows, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
 
-__all__ = ["reduced"]
+__all__ = ["RankCheck", "cut_to_rank"]
 
 COMPARED = 64  # rows
 
 
-def reduced(
-    config: ScoreConfig, model: CausalLM, aim: DirectionSet, sample: Sequence[Encoded]
-) -> tuple[Sequence[Factored], dict[str, Any]]:
-    """The directions cut to `--rank`, and what that costs: the share of the first one's energy that
-    is kept, and the rank correlation of its scores before and after on up to `COMPARED` rows of the
-    sample."""
-    low = [factor(model.network, direction, config.rank) for direction in aim.directions]
+@dataclass(frozen=True)
+class RankCheck:
+    """What a cut of the first direction to `rank` keeps: a share of its squared length, and the
+    order of `rows` rows."""
+
+    rank: int
+    energy_kept: float
+    rows: int
+    rank_correlation: float
+
+
+def cut_to_rank(
+    config: ScoreConfig,
+    rank: int,
+    model: CausalLM,
+    direction_set: DirectionSet,
+    sample: Sequence[Encoded],
+) -> tuple[Sequence[Factored], RankCheck]:
+    """All directions cut to `rank`, and the check on rows of the sample."""
+    low = [factor(model.network, direction, rank) for direction in direction_set.directions]
     rows = sample[:COMPARED]
-    make = ENGINES[config.first_engine]
-    engine = make(model, aim.weights, [aim.directions[0], low[0].direction])
-    pairs, _ = of_rows(
-        BatchedEngine(plainly(engine), config.tokens_on(model.device.type)), rows, model.device
+    engine = ENGINES[config.first_engine](
+        model, direction_set.weights, [direction_set.directions[0], low[0].direction]
     )
-    told = {"rank": config.rank, "energy_kept": low[0].share, "rows": len(rows)}
-    told["rank_correlation"] = rank_correlation(pairs[:, 0], pairs[:, 1])
-    return [each.direction for each in low], told
+    batched = BatchedEngine(without_norms(engine), config.tokens_on(model.device.type))
+    scores, _ = score_rows(batched, rows, model.device)
+    correlation = rank_correlation(scores[:, 0], scores[:, 1])
+    check = RankCheck(rank, low[0].energy_kept, len(rows), correlation)
+    return [cut.direction for cut in low], check

@@ -1,18 +1,23 @@
-"""Cluster: actors of Ray score the windows of a pool, each with a model of its own.
+"""Ray actors: they score the windows of a pool, each with a model of its own.
 
-    leader    reads the pool, gives each actor that is free a window, and writes the tables that come back as shards
-    actor     makes its scorer once, from the options and the directions, and turns windows into tables
+    this process    reads the pool, gives each free actor a window, and writes the tables that come
+                    back as shards
+    an actor        makes its scorer once, from the options and the directions, and turns windows
+                    into tables
 
-    an actor takes    what it is told; or a GPU and a processor; or where there are no GPUs c processors: the most with
-                      which as many actors as are told find room, but no more than the smallest
-                      machine has
-    actors            as many as are told, or as find room
+    resources of an actor   those of --ray; without them a GPU and a CPU; without GPUs as many CPUs
+                            as let the requested number of actors find room, and at most those of
+                            the smallest machine
+    number of actors        that of --ray; without it as many as find room
 
-Choices made here: Ray restarts an actor that dies, sends its window again and waits for machines;
-nothing of the kind is done here. One window is with an actor at a time, and none with one that has
-not come up yet, so memory grows with the actors and not with the pool, and a cluster that is
-smaller than hoped for only takes longer. Tables come in any order. Where this process has joined a
-Ray already, that one is used, and left running."""
+Choices made here:
+- Ray restarts an actor that dies, sends its window again and waits for machines;
+- an actor has one window at a time, and none before it has started, so memory grows with the
+  actors and not with the pool;
+- a cluster that is smaller than planned only takes longer;
+- tables come in any order;
+- a Ray that this process has joined already is used, and stays running.
+"""
 
 import logging
 import os
@@ -27,104 +32,103 @@ from typing import Any
 import pyarrow as pa
 
 from prism_select.data.records import Raw
-from prism_select.run.config import ScoreConfig
+from prism_select.run.config import RuntimeOptions, ScoreConfig
 from prism_select.run.errors import BadOption, PeerLost, PrismError
 from prism_select.run.progress import Progress, Silent, Task
 from prism_select.scoring.processes import is_single_process
 from prism_select.scoring.scorer import Scorer, TokenCounts, Window
 
-__all__ = ["ActorPool", "hired"]
+__all__ = ["ActorPool", "actor_pool"]
 
-WORDS = {
-    "CPU": "num_cpus",
-    "GPU": "num_gpus",
-    "memory": "memory",
-}  # Ray's own; others are resources by their names
+# Ray's own words; other resources go by their names.
+WORDS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+Resources = Mapping[str, float]
 
 
 class ActorPool(TokenCounts):
-    """`size` actors, who come when there is work. Raises BadOption where none could."""
+    """`size` actors. Raises BadOption where there is no room for them, and none will come."""
 
-    patience = 60.0  # seconds in which nothing comes, until that is told; doubled each time
+    patience = 60.0  # seconds without a table, until that is reported; doubled each time
 
     def __init__(self, config: ScoreConfig, progress: Progress) -> None:
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.needs, self.hands, self.progress = needs_of(config, machines), list[Any](), progress
+        self.resources = resources_of(config, config.device, machines)
+        self.actors, self.progress = list[Any](), progress
         room = sum(
-            int(min(each.get(name, 0) / n for name, n in self.needs.items()) + 1e-6)
-            for each in machines
+            int(min(machine.get(name, 0) / n for name, n in self.resources.items()) + 1e-6)
+            for machine in machines
         )
         self.size = config.actors or room
         grows = config.actors and config.ray_address
         if not grows and not 0 < self.size <= room:
-            most = {name: max(each.get(name, 0) for each in machines) for name in self.needs}
-            asked = f" and not for {config.actors}" if config.actors else ""
+            largest = {name: max(m.get(name, 0) for m in machines) for name in self.resources}
+            number = f" and not for {config.actors}" if config.actors else ""
             raise BadOption(
-                f"--runtime ray: there is room for {room} actors of {in_words(self.needs)}{asked}, with "
-                f"{in_words(most)} in one machine at most; ask for less with --actor-resources or --actors, or name a "
-                "cluster that grows with --ray-address, and --actors"
+                f"--runtime ray: there is room for {room} actors of {in_words(self.resources)}"
+                f"{number}, with {in_words(largest)} in one machine at most; ask for less, as in "
+                "--ray actors=1,CPU=1, or name a cluster that grows, as in --ray "
+                "address=HOST:PORT,actors=4"
             )
+        model = str(config.model)
         self.config = replace(
             config,
-            model=os.path.abspath(config.model) if os.path.exists(config.model) else config.model,
+            model=os.path.abspath(model) if os.path.exists(model) else model,
             adapter=config.adapter and os.path.abspath(config.adapter),
             out=config.out and os.path.abspath(config.out),
-            device="auto" if "GPU" in self.needs else "cpu",
+            device="auto" if "GPU" in self.resources else "cpu",
         )
         short = f", {room} of which find room as the cluster is now" if room < self.size else ""
-        progress.say(f"Ray: {self.size} actors of {in_words(self.needs)}{short}")
+        progress.say(f"Ray: {self.size} actors of {in_words(self.resources)}{short}")
 
-    def at_work(self, make: Callable[[], Scorer]) -> "ActorPool":
-        """With `make` where every actor finds it, also after a restart."""
+    def start(self, make_scorer: Callable[[], Scorer]) -> "ActorPool":
+        """Starts the actors; each calls `make_scorer`, also after a restart."""
         import ray
 
-        known = {
-            word: self.needs.get(name, 0)
+        options = {
+            word: self.resources.get(name, 0)
             for name, word in WORDS.items()
-            if name in ("CPU", *self.needs)
+            if name in ("CPU", *self.resources)
         }
-        others = {name: value for name, value in self.needs.items() if name not in WORDS}
-        hand = ray.remote(_Hand).options(
-            **known, resources=others, max_restarts=-1, max_task_retries=-1
+        custom = {name: value for name, value in self.resources.items() if name not in WORDS}
+        actor = ray.remote(_Actor).options(
+            **options, resources=custom, max_restarts=-1, max_task_retries=-1
         )
-        self.box = [ray.put(make)]  # in a list it goes as it is: Ray fetches it when asked to
-        self.hands = [hand.remote() for _ in range(self.size)]
+        self.box = [ray.put(make_scorer)]  # in a list it stays a reference, fetched when needed
+        self.actors = [actor.remote() for _ in range(self.size)]
         return self
 
     def tables(
         self, windows: Iterable[Window], task: Task
     ) -> Iterator[tuple[Window, pa.Table | None]]:
-        """Each window, with its table where it is wanted; these come as they are done. Raises what
+        """Each window, with its table where it is to be scored, as they are finished. Raises what
         an actor raises."""
         from ray.util import ActorPool as RayPool
 
-        pool, given = RayPool(self.hands), dict[int, Window]()
-        for _ in self.hands:
-            pool.submit(lambda hand, _: hand.load.remote(self.box), None)
+        pool, pending = RayPool(self.actors), dict[int, Window]()
+        for _ in self.actors:
+            pool.submit(lambda actor, _: actor.load.remote(self.box), None)
         for window in windows:
-            if not window.wanted:
+            if not window.to_score:
                 yield window, None
                 continue
             while not pool.has_free():
-                yield from self._done(pool, given, task)
-            given[window.number] = window
-            pool.submit(lambda hand, window: hand.score.remote(self.box, window), _bare(window))
-        while given:
-            yield from self._done(pool, given, task)
+                yield from self._finished(pool, pending, task)
+            pending[window.number] = window
+            pool.submit(lambda actor, w: actor.score.remote(self.box, w), _without_text(window))
+        while pending:
+            yield from self._finished(pool, pending, task)
 
-    def _done(
-        self, pool: Any, given: dict[int, Window], task: Task
+    def _finished(
+        self, pool: Any, pending: dict[int, Window], task: Task
     ) -> Iterator[tuple[Window, pa.Table]]:
-        """The next window that is done; none where it is an actor that has come up."""
-        found = self._next(pool)
-        if found is not None:
-            number, table, sums = found
-            window, self.sums = (
-                given.pop(number),
-                [a + b for a, b in zip(self.sums, sums, strict=True)],
-            )
+        """The next finished window; none where an actor has only started."""
+        result = self._next(pool)
+        if result is not None:
+            number, table, sums = result
+            window = pending.pop(number)
+            self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
             task.advance(len(window.rows), sums[1])
             yield window, table
 
@@ -137,28 +141,27 @@ class ActorPool(TokenCounts):
             except RayTaskError as error:
                 raise error.cause from (None if isinstance(error.cause, PrismError) else error)
             except RayActorError as error:
-                told = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).split())[:300]
                 raise PeerLost(
-                    f"Ray gave an actor up: {told}; the same command goes on where it stopped"
+                    f"Ray gave an actor up: {reason}; the same command goes on where it stopped"
                 ) from error
             except TimeoutError:
                 self.progress.say(
-                    f"nothing came from the actors for {self.patience:.0f} s: a model is loaded, a window is long, or "
-                    f"Ray finds no room for {in_words(self.needs)}"
+                    f"nothing came from the actors for {self.patience:.0f} s: a model is loaded, a "
+                    f"window is long, or Ray finds no room for {in_words(self.resources)}"
                 )
                 self.patience *= 2
 
-    def dismiss(self) -> None:
-        """Whatever they are at."""
+    def kill(self) -> None:
+        """Ends the actors at once."""
         import ray
 
-        for hand in self.hands:
-            ray.kill(hand)
+        for actor in self.actors:
+            ray.kill(actor)
 
 
-class _Hand:
-    """An actor. Its scorer is made when first asked for: what is wrong with it is then told as any
-    other error."""
+class _Actor:
+    """Makes its scorer when first needed, so that a problem with it is reported as any error is."""
 
     scorer: Scorer | None = None
 
@@ -166,11 +169,11 @@ class _Hand:
         self._scorer(box)
 
     def score(self, box: Sequence[Any], window: Window) -> tuple[int, pa.Table, tuple[int, ...]]:
-        """With the sums of this window alone, since Ray may ask for one twice."""
+        """Number and table, and the sums of this window alone: Ray may ask for a window twice."""
         scorer = self._scorer(box)
         scorer.sums = (0, 0, 0, 0)
-        with Silent().task("", None) as nothing:
-            return window.number, scorer.table(window.places, window.rows, nothing), scorer.sums
+        with Silent().task("", None) as task:
+            return window.number, scorer.table(window, task), scorer.sums
 
     def _scorer(self, box: Sequence[Any]) -> Scorer:
         import ray
@@ -180,36 +183,37 @@ class _Hand:
         return self.scorer
 
 
-def needs_of(config: ScoreConfig, machines: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """What an actor takes, by Ray's names."""
-    if config.resources:
-        return config.resources
-    if config.device != "cpu" and any(each.get("GPU", 0) >= 1 for each in machines):
+def resources_of(
+    options: RuntimeOptions, device: str, machines: Sequence[Resources]
+) -> Mapping[str, float]:
+    """Resources of one actor, by Ray's names."""
+    if options.resources:
+        return options.resources
+    if device != "cpu" and any(machine.get("GPU", 0) >= 1 for machine in machines):
         return {"GPU": 1, "CPU": 1}
-    cores = [int(each["CPU"]) for each in machines if each.get("CPU", 0) >= 1]
-    enough = (
-        c
-        for c in range(1, min(cores, default=0) + 1)
-        if sum(n // c for n in cores) >= config.actors
+    cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    fitting = (
+        n
+        for n in range(1, min(cores, default=0) + 1)
+        if sum(count // n for count in cores) >= (options.actors or 0)
     )
-    return {"CPU": max(enough, default=1)}
+    return {"CPU": max(fitting, default=1)}
 
 
-def in_words(needs: Mapping[str, float]) -> str:
-    return ",".join(f"{name}={value:g}" for name, value in needs.items())
+def in_words(resources: Resources) -> str:
+    return ",".join(f"{name}={value:g}" for name, value in resources.items())
 
 
-def _bare(window: Window) -> Window:
-    """Without what no score needs: the rows as they came."""
-    return replace(
-        window, rows=[(Raw(raw.file, raw.line, "", None), example) for raw, example in window.rows]
-    )
+def _without_text(window: Window) -> Window:
+    """A window without what no score needs: the rows as they came."""
+    rows = [(Raw(raw.file, raw.line, "", None), example) for raw, example in window.rows]
+    return replace(window, rows=rows)
 
 
 @contextmanager
-def hired(config: ScoreConfig, progress: Progress) -> Iterator[ActorPool | None]:
-    """A crew for as long as the block takes, where Ray is asked for. Raises BadOption without Ray,
-    under torchrun, and where no cluster answers."""
+def actor_pool(config: ScoreConfig, progress: Progress) -> Iterator[ActorPool | None]:
+    """Actors for the length of the block with --runtime ray, else None. Raises BadOption without
+    Ray, under torchrun, and where no cluster answers."""
     if config.runtime != "ray":
         yield None
         return
@@ -217,56 +221,55 @@ def hired(config: ScoreConfig, progress: Progress) -> Iterator[ActorPool | None]
         raise BadOption(
             "--runtime ray: Ray starts processes of its own; start this one without torchrun"
         )
-    os.environ.setdefault(
-        "RAY_DEDUP_LOGS_SKIP_REGEX", "."
-    )  # it would print among our lines what its log has too
+    # Without it Ray prints among our lines what its log has too.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:
         raise BadOption(
             "--runtime ray: Ray is not installed; pip install 'prism-select[ray]'"
         ) from None
-    ours = not ray.is_initialized()
-    crew: ActorPool | None = None
+    starts = not ray.is_initialized()
+    pool: ActorPool | None = None
     try:
-        if ours:
-            _start(config.ray_address)
-        yield (crew := ActorPool(config, progress))
+        if starts:
+            _start_ray(config.ray_address)
+        yield (pool := ActorPool(config, progress))
     finally:
-        if ours:
-            with _mute():
+        if starts:
+            with _muted():
                 ray.shutdown()  # the actors go with it
-        elif crew:
-            crew.dismiss()
+        elif pool:
+            pool.kill()
 
 
 @contextmanager
-def _mute() -> Iterator[None]:
-    """Nothing gets to standard error: Ray's parts in C++ write there what fails while they end."""
+def _muted() -> Iterator[None]:
+    """Discards standard error: Ray's C++ processes write there what fails while they end."""
     try:
-        kept = os.dup(2)
+        stderr = os.dup(2)
     except OSError:  # it is closed
         yield
         return
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
-def _start(address: str) -> None:
-    """Joins a cluster, or starts one on this machine, in silence. A polite kill keeps the answer
-    that it had: Ray's own would end this process as if it had failed."""
+def _start_ray(address: str | None) -> None:
+    """Joins a cluster, or starts one on this machine. SIGTERM keeps the handler that it had: with
+    Ray's own this process would end as if it had failed."""
     import ray
     from ray.exceptions import RayError
 
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     if named:
-        _refuse_silence(named)
-    polite = signal.getsignal(signal.SIGTERM)
+        _refuse_unreachable(named)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address or "local",
@@ -277,29 +280,29 @@ def _start(address: str) -> None:
     except SystemExit:
         raise KeyboardInterrupt from None
     except (ConnectionError, RuntimeError, RayError) as error:
-        why = " ".join(str(error).split())[:300]
-        option = f"--ray-address {address}" if address else "--runtime ray"
+        reason = " ".join(str(error).split())[:300]
+        option = f"--ray address={address}" if address else "--runtime ray"
         raise BadOption(
-            f"{option}: {why}; check that a cluster of the same Ray runs there, and set RAY_AUTH_MODE=token in the "
-            "environment if it asks for a token"
+            f"{option}: {reason}; check that a cluster of the same Ray runs there, and set "
+            "RAY_AUTH_MODE=token in the environment if it asks for a token"
         ) from None
     finally:
-        if polite and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, polite)
+        if handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
-def _refuse_silence(address: str) -> None:
-    """Raises BadOption where nothing listens: Ray would wait for it, aloud."""
+def _refuse_unreachable(address: str) -> None:
+    """Raises BadOption where nothing listens: Ray would wait for it, and print."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError, ValueError) as error:
-        why = (
+        reason = (
             "not host:port"
             if isinstance(error, ValueError | OverflowError)
             else error.strerror or error
         )
         raise BadOption(
-            f"--ray-address {address}: {why}; give host:port of the cluster's head (6379 if nothing else was said), "
-            "auto on one of its machines, or leave it out to start one here"
+            f"--ray address={address}: {reason}; give host:port of the cluster's head (6379 if "
+            "nothing else was said), auto on one of its machines, or leave it out to start one here"
         ) from None

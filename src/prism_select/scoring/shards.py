@@ -1,4 +1,12 @@
-"""TODO."""
+"""Shards: the pool in windows, each scored and written to disk as one file.
+
+    pool → windows of `WINDOW` rows → tables → RUN/shards/00000000-….parquet, …
+
+Choices made here:
+- memory does not grow with the pool, and a run that was stopped goes on after its last shard;
+- scoring stops as soon as there are too many bad rows, or the pool changes; finished shards stay,
+  because --max-bad may be raised for the same run.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +21,7 @@ from prism_select.data.bad_rows import refuse_bad_rows
 from prism_select.data.pool import Pool, Survey
 from prism_select.data.records import Pair
 from prism_select.directions.layout import DirectionLayout
-from prism_select.run.config import ScoreConfig
+from prism_select.run.config import RowOptions
 from prism_select.run.errors import BadRow
 from prism_select.run.folder import Store, bad_rows_of
 from prism_select.run.progress import Progress
@@ -21,13 +29,15 @@ from prism_select.scoring.processes import ProcessGroup
 from prism_select.scoring.ray_actors import ActorPool
 from prism_select.scoring.scorer import Scorer, Window
 
-__all__ = ["Inputs", "Work", "going_on", "score_pool"]
+__all__ = ["RunInputs", "ScoredShards", "ScoringJob", "finished_shards", "score_pool", "windows_of"]
 
 WINDOW = 2048  # rows read, sorted by length, scored and written together
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
+    """What a run reads before it loads a model; `targets` are pairs by the name of their target."""
+
     pool: Pool
     survey: Survey
     targets: Mapping[str, Sequence[Pair]]
@@ -35,84 +45,88 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the leader tells the others: all that scoring takes but the model; `there` are shards
-    already scored. A part of the rows may be `wanted`, in shards of a `kind` of their own."""
+class ScoringJob:
+    """All that scoring needs besides the model. `finished` are shards of an earlier start. A `mask`
+    over the pool (None: every row) scores some rows only, in shards of their own `kind`. `bad_rows`
+    were met before, under another kind."""
 
-    inputs: Inputs
+    inputs: RunInputs
     directions: Sequence[Factored]
-    lines: DirectionLayout
+    layout: DirectionLayout
     engine: str
-    there: Mapping[int, Path]
+    finished: Mapping[int, Path]
     kind: str = ""
-    wanted: NDArray[np.bool_] | None = None
-    bad: int = 0  # rows of the pool, in what was scored before
+    mask: NDArray[np.bool_] | None = None
+    bad_rows: int = 0
 
 
-def going_on(store: Store, progress: Progress) -> dict[int, Path]:
-    """The shards of an earlier start of the same command."""
-    there, damaged = store.sound_shards()
-    if there:
+@dataclass(frozen=True)
+class ScoredShards:
+    """Shards of all processes, and the bad rows that this process has met, earlier ones
+    included."""
+
+    paths: Sequence[Path]
+    bad_rows: int
+
+
+def finished_shards(store: Store, progress: Progress) -> Mapping[int, Path]:
+    """The shards of an earlier start of the same command, by number."""
+    finished, damaged = store.sound_shards()
+    if finished:
         progress.say(
-            f"{len(there)} shards of {WINDOW} rows are there already: going on with the others"
+            f"{len(finished)} shards of {WINDOW} rows are there already: going on with the others"
         )
     if damaged:
-        progress.say(
-            f"shards that were damaged on the disk and are scored again: {', '.join(map(str, damaged))}"
-        )
-    return there
+        numbers = ", ".join(map(str, damaged))
+        progress.say(f"shards that were damaged on the disk and are scored again: {numbers}")
+    return finished
 
 
 def score_pool(
-    config: ScoreConfig,
+    config: RowOptions,
     store: Store,
-    work: Work,
+    job: ScoringJob,
     scorer: Scorer | ActorPool,
     processes: ProcessGroup,
     progress: Progress,
-) -> tuple[list[Path], int]:
-    """Every row that is wanted, window by window; returns the shards, those of all processes, and
-    how many bad rows this one has met so far. Stops as soon as there are too many, or the pool
-    changes; what is scored by then stays, since --max-bad may be raised for the same run."""
-    pool, rows = work.inputs.pool, work.inputs.survey.rows
-    wanted = rows if work.wanted is None else int(work.wanted.sum())
-    windows, bad = 0, work.bad
-    first: tuple[int, BadRow] | None = (
-        None  # in the order of the pool, whatever that of the windows
-    )
-    with progress.task(f"scoring {work.kind}".rstrip(), wanted) as task:
-        for window, table in scorer.tables(windows_of(work, processes), task):
+) -> ScoredShards:
+    """Scores the windows that are for this process, and waits for the other processes. Raises what
+    `refuse_bad_rows` raises, and BadFile where the pool changes."""
+    pool, total = job.inputs.pool, job.inputs.survey.rows
+    windows, bad_rows = 0, job.bad_rows
+    first: tuple[int, BadRow] | None = None  # in the order of the pool, not of the windows' ends
+    rows = total if job.mask is None else int(job.mask.sum())
+    with progress.task(f"scoring {job.kind}".rstrip(), rows) as task:
+        for window, table in scorer.tables(windows_of(job, processes), task):
             windows += 1
             task.advance(len(window.rows) * (table is None))
             pool.refuse_changes({raw.file for raw, _ in window.rows})
-            shard = (
-                store.write_shard(window.number, table, work.kind)
-                if table
-                else work.there.get(window.number)
-            )
-            found = bad_rows_of(shard) if shard else []
-            bad += len(found)
-            if found and (first is None or window.number < first[0]):
-                first = window.number, found[0]
-            refuse_bad_rows(config, bad, rows, first and first[1])
+            shard = job.finished.get(window.number)
+            if table:
+                shard = store.write_shard(window.number, table, job.kind)
+            bad = bad_rows_of(shard) if shard else []
+            bad_rows += len(bad)
+            if bad and (first is None or window.number < first[0]):
+                first = window.number, bad[0]
+            refuse_bad_rows(config, bad_rows, total, first and first[1])
     pool.refuse_changes()
-    scorer.sums = [sum(part) for part in zip(*processes.gather(scorer.sums), strict=True)]
-    shards = store.present_shards(work.kind)
+    scorer.sums = [sum(column) for column in zip(*processes.gather(scorer.sums), strict=True)]
+    shards = store.present_shards(job.kind)
     if processes.size > 1:
-        every = [row for number in range(windows) for row in bad_rows_of(shards[number])]
-        refuse_bad_rows(config, len(every), rows, next(iter(every), None))
-        processes.gather(None)  # all have read the shards before the leader drops them
-    return [shards[number] for number in range(windows)], bad
+        bad = [row for number in range(windows) for row in bad_rows_of(shards[number])]
+        refuse_bad_rows(config, len(bad), total, next(iter(bad), None))
+        processes.gather(None)  # all have read the shards before the main process drops them
+    return ScoredShards([shards[number] for number in range(windows)], bad_rows)
 
 
-def windows_of(work: Work, processes: ProcessGroup) -> Iterator[Window]:
-    """The pool, or the part of it that is asked for, in windows; wanted are those that this process
-    has to score, and that are not there already."""
-    part = work.wanted
-    asked = count() if part is None else np.flatnonzero(part).tolist()
-    found = zip(asked, work.inputs.pool.rows(part), strict=False)
+def windows_of(job: ScoringJob, processes: ProcessGroup) -> Iterator[Window]:
+    """The rows of a job in windows, those of other processes included."""
+    indices = count() if job.mask is None else np.flatnonzero(job.mask).tolist()
+    rows = zip(indices, job.inputs.pool.rows(job.mask), strict=False)
     for number in count():
-        if not (window := list(islice(found, WINDOW))):
+        window = list(islice(rows, WINDOW))
+        if not window:
             return
-        places, rows = zip(*window, strict=True)
-        yield Window(number, places, rows, processes.has(number) and number not in work.there)
+        numbers, contents = zip(*window, strict=True)
+        to_score = processes.has(number) and number not in job.finished
+        yield Window(number, numbers, contents, to_score)

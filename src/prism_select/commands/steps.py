@@ -1,0 +1,310 @@
+"""Steps: what `pipeline.py` calls one after the other, and the typed values between them.
+
+    Checkpoint       the model that rows are scored at, and a sample of the pool in tokens
+    RunDirections    the directions, after curvature and a cut to a rank
+    Plan             what the run will cost
+    PoolScores       shards with a score for every row
+
+Choices made here:
+- a step takes the values of earlier steps and returns one value of its own;
+- a warm-up's adapter moves into the run folder only after the engine has passed its check.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from prism_select.commands.read_inputs import EncodedSample, encode_sample
+from prism_select.core.layers import Factored, Parameters
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoded_rows import first_rows
+from prism_select.data.pool import Pool
+from prism_select.directions.direction_set import DirectionSet
+from prism_select.directions.from_pairs import directions_from_pairs
+from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.lora import save_adapter
+from prism_select.directions.low_rank import on_device
+from prism_select.directions.preconditioning import CurvatureFacts, fit_curvature, preconditioned
+from prism_select.directions.saved import load_direction, save_direction
+from prism_select.models.loading import LoadedModel, load_model
+from prism_select.models.lora_training import ADAPTER, drawn, has_adapter, warm_up, with_adapter
+from prism_select.run.config import ScoreConfig, SelectConfig
+from prism_select.run.folder import Store
+from prism_select.run.options import Amount
+from prism_select.run.polarity import Polarity
+from prism_select.run.progress import Progress, Silent
+from prism_select.scoring.batched_engine import BatchedEngine
+from prism_select.scoring.cost_plan import Plan, make_plan, seconds_per_token
+from prism_select.scoring.engine_choice import make_engine
+from prism_select.scoring.processes import ProcessGroup
+from prism_select.scoring.rank_check import RankCheck, cut_to_rank
+from prism_select.scoring.scorer import Scorer, TokenCounts
+from prism_select.scoring.shards import RunInputs, ScoringJob, score_pool
+from prism_select.selection.baselines import rankings
+from prism_select.selection.cascade import Cascade, FeatureScorer, Search
+from prism_select.selection.cascade_prediction import feature_extractor
+from prism_select.selection.choice import Chosen, choose_and_write
+from prism_select.selection.ranking_columns import with_ranking
+
+__all__ = [
+    "Checkpoint",
+    "PoolScores",
+    "RunDirections",
+    "StepTimer",
+    "begin_run",
+    "choose",
+    "export_adapter",
+    "find_directions",
+    "load_checkpoint",
+    "make_scorer",
+    "plan_run",
+    "score_cascade",
+]
+
+STEPS = ("load", "target", "curvature", "score", "choose")
+ADAPTER_RANK = 16  # of --save-adapter without --rank
+
+
+@dataclass
+class StepTimer:
+    """Seconds of each step, and of reading the pool, which a plan needs."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STEPS, "read"), 0.0))
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return {name: self.seconds[name] for name in STEPS} | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`new_adapter` is the temporary folder of a warm-up's adapter that was trained just now."""
+
+    loaded: LoadedModel
+    sample: EncodedSample
+    new_adapter: Path | None
+
+
+@dataclass(frozen=True)
+class RunDirections:
+    """`factored` are the directions that rows are scored along: those of the set, cut to a rank
+    where the options say so."""
+
+    direction_set: DirectionSet
+    factored: Sequence[Factored]
+    curvature: CurvatureFacts | None
+    rank_check: RankCheck | None
+
+
+@dataclass(frozen=True)
+class PoolScores:
+    """A shard for each window of the pool; `search` is how a cascade ended."""
+
+    shards: Sequence[Path]
+    counts: TokenCounts
+    search: Search | None = None
+
+
+def load_checkpoint(
+    config: ScoreConfig, store: Store, inputs: RunInputs, progress: Progress
+) -> Checkpoint:
+    """The model, with a warm-up's adapter merged into it. A plan leaves the warm-up out."""
+    loaded = load_model(config, config.layers, progress)
+    sample = encode_sample(config, inputs, loaded.encoder)
+    if not config.warmup or config.dry_run:
+        return Checkpoint(loaded, sample, None)
+    if not config.overwrite and has_adapter(store.path / ADAPTER):
+        progress.say("warm-up: the adapter that is in the run folder")
+        return Checkpoint(with_adapter(loaded, store.path / ADAPTER), sample, None)
+    with progress.task(f"warm-up on {config.warmup} of the pool", None):
+        share = Amount.parse("--warmup", config.warmup).value
+        examples = (example for _, example in inputs.pool.rows())
+        rows = drawn(examples, loaded.encoder, share, config.seed)
+        progress.say(f"warm-up: {len(rows):,} rows, a LoRA adapter of all linear layers")
+        warmed, folder = warm_up(loaded, rows, config.seed)
+    return Checkpoint(warmed, sample, folder)
+
+
+def find_directions(
+    config: ScoreConfig,
+    checkpoint: Checkpoint,
+    inputs: RunInputs,
+    timer: StepTimer,
+    progress: Progress,
+) -> RunDirections:
+    """From the pairs or from a file, divided by the curvature and cut to --rank."""
+    model, curvature = checkpoint.loaded.model, None
+    with timer.step("target"):
+        if config.direction:
+            toward = Polarity.of_config(config).toward
+            direction_set = load_direction(config.direction, model, toward)
+        else:
+            direction_set = directions_from_pairs(
+                config, checkpoint.loaded, inputs.targets, progress
+            )
+    if config.curvature != "flat":
+        with timer.step("curvature"):
+            parameters, rows = direction_set.weights, checkpoint.sample.rows
+            fitted = fit_curvature(config, model, parameters, rows, config.seed, progress)
+            divided = preconditioned(config, direction_set, fitted, progress)
+        direction_set, curvature = divided.direction_set, divided.facts
+        for name, cosine in curvature.cosine.items():
+            target = f" of {name}" if name else ""
+            progress.say(
+                f"curvature {config.curvature}: cosine {cosine:.2f} between the direction{target} "
+                "before and after"
+            )
+    if config.rank is None:
+        return RunDirections(direction_set, direction_set.directions, curvature, None)
+    sample = checkpoint.sample.rows
+    factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
+    return RunDirections(direction_set, factored, curvature, check)
+
+
+def plan_run(
+    config: ScoreConfig,
+    engine: BatchedEngine,
+    directions: RunDirections,
+    sample: EncodedSample,
+    timer: StepTimer,
+    processes: int,
+) -> Plan:
+    """For so many processes. A plan takes a few seconds, a run a fiftieth of its scoring."""
+    lengths = [len(row.tokens) for row in sample.rows]
+    tokens = round(sum(lengths) / len(lengths) * sample.pool_rows)
+    parameters = directions.direction_set.weights
+    device = next(iter(parameters.values())).device
+    reading = 2 * timer.seconds["read"] + sample.pool_rows * sample.seconds_per_row
+    batches = [
+        collate([sample.rows[i] for i in batch], device)
+        for batch in plan_batches(lengths, engine.tokens)
+    ]
+    elapsed = timer.total
+    per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / processes
+    numbers = sum(parameter.numel() for parameter in parameters.values())
+    count = len(directions.direction_set.directions)
+    return make_plan(
+        per_token, tokens, sample.pool_rows, count * numbers, elapsed + reading, device
+    )
+
+
+def begin_run(
+    config: ScoreConfig,
+    store: Store,
+    inputs: RunInputs,
+    checkpoint: Checkpoint,
+    directions: RunDirections,
+) -> None:
+    """Makes the run folder: its config, a new adapter, the directions."""
+    store.begin(config, inputs.fingerprints)
+    if checkpoint.new_adapter:
+        store.move_in(ADAPTER, checkpoint.new_adapter)
+    save_direction(store, config, directions.direction_set)
+
+
+def export_adapter(
+    config: ScoreConfig, loaded: LoadedModel, direction_set: DirectionSet, progress: Progress
+) -> Mapping[str, Any] | None:
+    """Writes the direction as a LoRA adapter with --save-adapter; returns the manifest's entry."""
+    if not config.save_adapter:
+        return None
+    folder, rank = Path(config.save_adapter), config.rank or ADAPTER_RANK
+    energy = save_adapter(loaded.model.network, direction_set.direction, rank, folder)
+    progress.say(f"adapter in {folder}: {energy.total:.0%} of the direction's energy")
+    return {
+        "folder": config.save_adapter,
+        "energy_kept": energy.total,
+        "by_weight": {**energy.by_weight, "total": energy.total},
+    }
+
+
+def make_scorer(
+    config: ScoreConfig, directions: Sequence[Factored], layout: DirectionLayout, engine: str
+) -> Scorer:
+    """The scorer of the main process once more, in another process."""
+    loaded = load_model(config, config.layers, Silent())
+    if config.warmup:
+        loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
+    model = loaded.model
+    named = dict(model.network.named_parameters())
+    parameters = {name: named[name] for name in directions[0]}
+    batched = make_engine(config, engine, model, parameters, on_device(directions, model.device))
+    return Scorer(loaded, batched, layout, config)
+
+
+def score_cascade(
+    config: ScoreConfig,
+    store: Store,
+    job: ScoringJob,
+    scorer: Scorer,
+    parameters: Parameters,
+    progress: Progress,
+) -> PoolScores:
+    """Exact scores where the best rows may be, predicted ones elsewhere."""
+    model, targets = scorer.loaded.model, len(job.layout.targets)
+    directions = on_device(job.directions[: targets + 1], model.device)
+    first_batch = collate(first_rows(job.inputs.pool, scorer.loaded.encoder), model.device)
+    bad_rows = 0
+
+    def scorer_along(directions: Sequence[Factored], layout: DirectionLayout) -> Scorer:
+        engine = make_engine(config, job.engine, model, parameters, directions)
+        engine(first_batch)  # it sets the step of `difference`: the same after a resumption
+        return Scorer(scorer.loaded, engine, layout, config)
+
+    def score_some(kind: str, scorer: Scorer, mask: NDArray[np.bool_] | None) -> list[Path]:
+        nonlocal bad_rows
+        finished = store.sound_shards(kind)[0]
+        some = replace(job, kind=kind, mask=mask, finished=finished, bad_rows=bad_rows)
+        scored = score_pool(config, store, some, scorer, ProcessGroup(), progress)
+        bad_rows = scored.bad_rows
+        return list(scored.paths)
+
+    quick = scorer_along(directions[:targets], replace(job.layout, halves=False))
+    half = scorer_along(directions[targets:], DirectionLayout(halves=False))
+    features = FeatureScorer(feature_extractor(model, config.seed), scorer)
+    shards, search = Cascade(config, store, score_some, features, quick, half, scorer).run()
+    return PoolScores(shards, features, search)
+
+
+def choose(
+    config: ScoreConfig,
+    store: Store,
+    pool: Pool,
+    scores: PoolScores,
+    ranking: NDArray[np.float64] | None,
+) -> Chosen:
+    """Verdicts for all rows, and the files of the choice; by a baseline's `ranking` where there is
+    one."""
+    tables = partial(with_ranking, lambda: map(pq.read_table, scores.shards), ranking)
+    searched = scores.search.best if scores.search else None
+    return choose_and_write(config, store, tables, pool, searched=searched)
+
+
+def baseline_ranking(
+    config: ScoreConfig, loaded: LoadedModel, inputs: RunInputs, progress: Progress
+) -> NDArray[np.float64] | None:
+    """The ranking of --rank-by, over all rows of the pool."""
+    if not isinstance(config, SelectConfig) or config.rank_by is None:
+        return None
+    with progress.task(f"ranking by {config.rank_by}", None):
+        ranked = rankings([config.rank_by], config, loaded, inputs.pool, inputs.targets)
+    return ranked[config.rank_by]
