@@ -2,13 +2,13 @@
 
     exit 0   the command is done
     exit 1   a defect of the program
-    exit 2   an error that the user can mend: one line on standard error
+    exit 2   an error of the user: one line on standard error
     exit 130 interrupted; the same command resumes the run
 
 Choices made here:
-- options are the fields of the configs, so a help text stands in one place;
+- options are the fields of the configs: each help text stands in one place;
 - a value on the command line wins over --config;
-- `--pool a b c` means three pools, because a shell expands a wildcard to that.
+- `--pool a b c` means three pools, since a shell expands wildcards.
 """
 
 import os
@@ -140,9 +140,9 @@ def demo(terminal: Terminal, out: str) -> None:
     minutes."""
     # torch reads it when it loads; a tiny model is slower on several threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from prism_select.demo.story import tell
+    from prism_select.demo.story import run_demo
 
-    figures = tell(out, terminal)
+    figures = run_demo(out, terminal)
     if terminal.json:
         terminal.end(asdict(figures), {})
 
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def guarded(call: Callable[[], Any], debug: bool, advice: str) -> None:
-    """Calls and exits: every way to end is here. `advice` is for a run that did not finish."""
+    """Calls, and exits in one of all possible ways. `advice` is for an unfinished run."""
     try:
         code = call()
     except PrismError as error:

@@ -3,9 +3,9 @@
     cascade: Annotated[bool, "help", Mark.RARE]   →   --cascade / --no-cascade, "Rarely needed"
 
 Choices made here:
-- an option that is not given has the value None, so that a value of --config stays;
-- the help starts with what a run needs and ends with what is rarely needed; between them each
-  section of the config is a group.
+- an option left out is None, so a value of --config stays;
+- the help starts with the needed options and ends with the rare ones; between them each section
+  of the config is a group.
 """
 
 import re

@@ -1,12 +1,12 @@
-"""Summaries: the table at the end of a command, as rows of a name and a line.
+"""Summaries: the table at the end of a command; each row is a name and a line.
 
     read       1,000 rows, 2 quarantined
     verdicts   50 selected, 948 over budget
     …
 
 Choices made here:
-- each function makes the rows of one subject, from the manifest or the result as it is in JSON;
-- a figure without a value (null) is "undefined", such as the AUROC of labels that are all equal.
+- each function makes the rows of one subject, from the manifest or the result;
+- a figure without a value (null) is "undefined": for example the AUROC of equal labels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,7 +75,7 @@ def plan_summary(plan: "Plan") -> dict[str, str]:
 
 
 def pairs_summary(config: PairsConfig, result: "MadePairs | Mapping[str, Any]") -> dict[str, str]:
-    """The table of `prism pairs`: of a file that was made, or of a diagnosis."""
+    """The table of `prism pairs`: of a new file, or of a diagnosis."""
     if isinstance(result, Mapping):
         largest = ", ".join(
             f"{pair['pair']} ({_figure(pair['share'], '.0%')})" for pair in result["dominant_pairs"]
@@ -108,7 +108,7 @@ def evaluation_summary(config: EvaluateConfig, result: Mapping[str, Any]) -> dic
 
 
 def failed_controls(result: Mapping[str, Any]) -> set[str]:
-    """Names of the rows of `evaluation_summary` with a control that failed."""
+    """Names of the rows of `evaluation_summary` with a failed control."""
     controls = enumerate(result["controls"], start=1)
     return {f"control {number}" for number, control in controls if not control["holds"]}
 
@@ -142,7 +142,7 @@ def _counts(counts: Mapping[str, int]) -> dict[str, str]:
 
 
 def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
-    """The diagnosis of the pairs, as it stands in the manifest under `target`."""
+    """The diagnosis of the pairs: `target` of the manifest."""
     toward, away = polarity.toward, polarity.away
     rows = {
         "pairs": f"{target['pairs']}, mean preference for the {toward} "
@@ -194,7 +194,7 @@ def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _labels(labels: Mapping[str, Any]) -> dict[str, str]:
-    """How well a repair finds the rows that `--label-field` marks as bad."""
+    """How well a repair finds the rows marked by `--label-field`."""
     return {
         "ranking": f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per "
         f"token), average precision {_figure(labels['average_precision'])} "
@@ -236,7 +236,7 @@ def _cascade(cascade: Mapping[str, Any]) -> str:
 
 
 def _training(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, str]:
-    """What was trained, and what it is measured on."""
+    """The trainings, and the pairs they are measured on."""
     pairs = f"{result['pairs']} held out"
     if result["questions"] < result["pairs"]:
         pairs += f" of {result['questions']} questions"
@@ -249,7 +249,7 @@ def _training(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, st
 
 
 def _method(method: Mapping[str, Any], questions: bool) -> str:
-    """Figures of one method, as means over its trainings."""
+    """Figures of one method: means over its trainings."""
     accuracy = f"accuracy {method['accuracy']:.1%}, " if questions else ""
     line = (
         f"gain {method['gain']:.4f}, gap {method['gap']:+.4f}, win rate {method['win_rate']:.1%}, "

@@ -134,7 +134,7 @@ class Terminal:
     def end(
         self, values: Mapping[str, Any], rows: Mapping[str, str], red: Collection[str] = ()
     ) -> None:
-        """Prints the summary: `values` as JSON with --json, else `rows` as a table."""
+        """Prints the summary: with --json the `values`, else a table of `rows`."""
         if self.silent:
             return
         if self.json:

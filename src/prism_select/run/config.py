@@ -10,9 +10,9 @@
     prism score --layers late …  =  ScoreConfig(layers="late", …)  =  config.toml: layers = "late"
 
 Choices made here:
-- a command's config inherits from its sections: flat on the command line and in config.toml, while
-  a function that names a section can read nothing else of it;
-- a section checks its own values in `validate`, which runs when a config is made.
+- a command's config inherits from its sections, so it is flat on the command line and in
+  config.toml; a function with a section as parameter can read nothing else;
+- a section checks its own values in `validate`, before anything is read.
 """
 
 import math
@@ -116,14 +116,14 @@ class ModelOptions(Options):
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
 
     def tokens_on(self, device: str, graph: bool = True) -> int:
-        """Tokens in a batch on such a device: fewer where a graph is kept for the backward pass."""
+        """Tokens in a batch; a graph for the backward pass leaves room for fewer."""
         kind = "gpu" if device != "cpu" else "cpu" if graph else "cpu without a graph"
         return self.batch_tokens or BATCH_TOKENS[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(Options):
-    """What the columns of a row mean, and what happens to bad rows."""
+    """The meaning of columns, and the fate of bad rows."""
 
     group: ClassVar[str] = "Input"
 
@@ -145,7 +145,7 @@ class RowOptions(Options):
 
     @property
     def allowed_bad(self) -> float:
-        """Share of the rows that may be bad."""
+        """The largest accepted share of bad rows."""
         return parse_share(self.max_bad)
 
 
@@ -191,7 +191,7 @@ class DirectionOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(Options):
-    """Which pairs show the behaviour."""
+    """The pairs, or a saved direction."""
 
     group: ClassVar[str] = "Target"
 
@@ -219,7 +219,7 @@ class TargetOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions(Options):
-    """The Hessian approximation that the gradient is divided by."""
+    """The Hessian approximation: its inverse multiplies the gradient."""
 
     group: ClassVar[str] = "Direction"
 
@@ -249,7 +249,7 @@ class CurvatureOptions(Options):
 
     @property
     def dampings(self) -> tuple[float, ...]:
-        """The first is the one that counts; none where `damping` is no list of numbers."""
+        """The values of `damping`; a run uses the first. Empty if the text is no list of numbers."""
         try:
             return tuple(float(text) for text in self.damping.split(","))
         except ValueError:
@@ -258,7 +258,7 @@ class CurvatureOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(Options):
-    """How rows are scored along the direction, and what the ranking goes by."""
+    """How rows are scored along the direction, and how they are ranked."""
 
     group: ClassVar[str] = "Scoring"
 
@@ -317,18 +317,18 @@ class ScoringOptions(Options):
 
     @property
     def first_engine(self) -> str:
-        """The one that is asked for, or that auto tries first."""
+        """The engine to try first."""
         return "reverse" if self.engine == "auto" else self.engine
 
     @property
     def ranking(self) -> str:
-        """The column of scores.parquet that the choice is made by."""
+        """The column of scores.parquet to rank by."""
         return {"tokens": "score_per_token", "norm": "score_cosine"}.get(self.normalize, "score")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions(Options):
-    """What computes the scores."""
+    """The processes of a run."""
 
     group: ClassVar[str] = "Running"
 
@@ -364,25 +364,25 @@ class RuntimeOptions(Options):
 
     @property
     def ray_address(self) -> str | None:
-        """The cluster to use; None for one that this run starts."""
+        """The cluster to use; None to start one for this run."""
         return self._ray.get("address")
 
     @property
     def actors(self) -> int | None:
-        """How many; None for as many as find room, 0 for a value that is no whole number."""
+        """Number of actors; None: all that find room. 0 if the text is no whole number."""
         count = self._ray.get("actors")
         return None if count is None else int(count) if count.isdecimal() else 0
 
     @property
     def resources(self) -> Mapping[str, float]:
-        """What an actor takes, by name; NaN for what is no number."""
+        """Resources of an actor by name; NaN if the text is no number."""
         names = self._ray.keys() - {"address", "actors"}
         return {name: parse_number(self._ray[name]) for name in sorted(names)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(Options):
-    """What is written, and what is drawn."""
+    """The folder of the results, and the seed of random choices."""
 
     group: ClassVar[str] = "Running"
 
@@ -428,7 +428,7 @@ class ScoreConfig(
 
     @property
     def amount(self) -> Amount:
-        """How many rows are chosen; a run that only scores chooses every positive one."""
+        """The budget; `score` counts every positive row."""
         return Amount("positive")
 
     def validate(self) -> None:
@@ -507,7 +507,7 @@ class ScoreConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(ScoreConfig):
-    """Choose the part of a pool that is worth training on: the highest scores under a budget."""
+    """Choose the rows of a pool worth training on: the highest scores under a budget."""
 
     command: ClassVar[str] = "select"
     group: ClassVar[str] = "Choice"

@@ -1,4 +1,4 @@
-"""Configuration of `prism evaluate` and `prism report`: what is done with a complete run."""
+"""Configuration of `prism evaluate` and `prism report`, the commands on a complete run."""
 
 import math
 import re
@@ -89,12 +89,12 @@ class EvaluateConfig(Options):
 
     @property
     def _amount(self) -> float:
-        """The number in `steps`; NaN where it is none."""
+        """The number in `steps`; NaN if there is none."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?epochs?|(\d{1,9})", self.steps.strip())
         return float(match[1] or match[2]) if match else math.nan
 
     def steps_for(self, rows: int, rows_per_step: int) -> int:
-        """Steps of each training where `rows` were chosen."""
+        """Steps of each training for `rows` chosen rows."""
         if "epoch" not in self.steps:
             return int(self._amount)
         return math.ceil(self._amount * rows / rows_per_step)

@@ -1,4 +1,4 @@
-"""Configuration of `prism pairs`: how pairs are made, or which file of pairs is checked."""
+"""Configuration of `prism pairs`: how to make pairs, or a file of pairs to check."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +12,7 @@ __all__ = ["PairsConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(FolderOptions, DirectionOptions, RowOptions, ModelOptions):
-    """Make pairs from what you have, or check pairs that you have (--check)."""
+    """Make pairs from rows with answers, or check a file of pairs (--check)."""
 
     command: ClassVar[str] = "pairs"
     group: ClassVar[str] = "Pairs"
@@ -73,5 +73,5 @@ class PairsConfig(FolderOptions, DirectionOptions, RowOptions, ModelOptions):
 
     @property
     def favourite(self) -> bool:
-        """Whether only the wrong choice that the model likes best makes a pair."""
+        """Whether only the wrong choice with the highest likelihood makes a pair."""
         return self.how == "choices" and bool(self.model)

@@ -1,24 +1,26 @@
-"""Errors: everything that a user can mend, drawn as a tree.
+"""Errors: everything a user can mend, as a tree.
 
     PrismError                   one line on stderr, exit code 2
-    ├── BadOption                a value that is unknown, or contradicts another
-    │   └── UnknownLayers        no weight of the model matches `--layers`
-    ├── BadFile                  a file that cannot be used: file, line, what was found, what to do
+    ├── BadOption                an unknown value, or two options that contradict
+    │   └── UnknownLayers        no parameter of the model matches `--layers`
+    ├── BadFile                  an unusable file: file, line, what was found, what to do
     │   ├── BadRow               one row of a pool (quarantined) or of a target (stops)
     │   ├── EmptyInput           a pool or a target without a single usable row
-    │   └── TooManyBadRows       more bad pool rows than `--max-bad` allows
-    ├── BadModel                 no weights, no tokenizer, weights that cannot be loaded
-    │   ├── MissingChatTemplate  conversations for a tokenizer that has no chat template
-    │   └── Unreachable          an engine cannot reach a weight that has a direction
-    ├── TooLarge                 a row that a device has no memory for
-    ├── NotFinite                NaN or infinity where a number was due
+    │   └── TooManyBadRows       the share of bad rows exceeds `--max-bad`
+    ├── BadModel                 missing weights or tokenizer, or unreadable weights
+    │   ├── MissingChatTemplate  conversations, and a tokenizer without a chat template
+    │   └── Unreachable          an engine cannot reach a parameter of the direction
+    ├── TooLarge                 a row exceeds the memory of the device
+    ├── NotFinite                a score or gradient is NaN or infinite
     ├── EnginesDisagree          the fast engine fails its check against the definition
-    ├── RunMismatch              a run folder that belongs to another command
-    ├── PeerLost                 of several processes that score together, another one stopped
-    └── DiskTrouble              no space left, or a folder that cannot be written
+    ├── RunMismatch              the run folder belongs to another configuration
+    ├── PeerLost                 another process of a distributed run stopped
+    └── DiskTrouble              no space left, or no permission to write
 
-Choices made here: every message says what happened with the numbers, then what to try; the command
-line alone catches them, once. Any other exception is a defect of ours: exit code 1.
+Choices made here:
+- a message gives the facts with their numbers, then the remedy;
+- only the command line catches these errors, once;
+- any other exception is a defect of the program: exit code 1.
 """
 
 from collections.abc import Sequence
@@ -46,7 +48,7 @@ __all__ = [
 
 
 class PrismError(Exception):
-    """Root of the tree; its text is the one line that the user reads."""
+    """Root of the tree; its text is one line for the user."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles an error whatever its constructor takes."""
@@ -78,14 +80,16 @@ class BadFile(PrismError):
     def __init__(self, file: str, line: int | None, what: str, advice: str) -> None:
         self.file, self.line, self.what, self.advice = file, line, what, advice
         where = file if line is None else f"{file}:{line}"
-        if file.startswith("memory:"):  # a Python object, whose rows have an index
+        if "://" not in file and file.startswith(
+            "memory:"
+        ):  # a Python object, whose rows have an index
             name = file.removeprefix("memory:")
             where = name if line is None else f"{name}[{line}]"
         super().__init__(f"{where}: {what}; {advice}")
 
 
 class BadRow(BadFile):
-    """`what` is also the reason that quarantine.jsonl gives."""
+    """`what` is also the reason in quarantine.jsonl."""
 
 
 class EmptyInput(BadFile):
@@ -105,7 +109,7 @@ class MissingChatTemplate(BadModel):
 
 
 class Unreachable(BadModel):
-    """`names` are the weights that the engine could not reach."""
+    """`names` are the unreachable parameters."""
 
     def __init__(self, engine: str, names: Sequence[str], why: str) -> None:
         self.names = tuple(names)
@@ -145,6 +149,6 @@ class DiskTrouble(PrismError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """On whatever device: torch has a class of its own for every one but the CPU."""
+    """Whether memory ran out on any device; torch has no class for the CPU."""
     named = type(error).__name__ == "OutOfMemoryError"  # not imported: torch takes long
     return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -2,11 +2,11 @@
 
     RUN/config.toml       written first; from then on another configuration is refused
     RUN/shards/*.parquet  scores of finished windows of the pool; gone when the run is complete
-    RUN/manifest.json     written last; a run folder that has one is complete
+    RUN/manifest.json     written last; it marks the run as complete
 
 Choices made here:
-- a shard carries the checksum of its contents in its name, so both appear at once; a shard whose
-  contents do not match its name counts as absent;
+- a shard has the checksum of its contents in its name, so both appear at once; a shard with a
+  wrong checksum counts as absent;
 - a draft is always a new file, so no symbolic link is written through.
 """
 
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, DiskTrouble, RunMismatch
 from prism_select.run.options import Mark, marked, to_toml
+from prism_select.run.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,12 +56,6 @@ REMOVED = (
     "evaluation",
     "config.toml",
 )
-DTYPES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-}
 SHARD = pa.schema(
     [
         ("row", pa.int64()),
@@ -238,25 +233,8 @@ class Store:
     def write_tensors(
         self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
     ) -> None:
-        """Writes the format of safetensors.torch.save without its two copies in memory. The format
-        wants wide types first."""
-        import torch
-
-        ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-        header, end = dict[str, Any]({"__metadata__": dict(metadata)}), 0
-        for key, value in ordered:
-            end, start = end + value.numel() * value.element_size(), end
-            header[key] = {
-                "dtype": DTYPES[str(value.dtype)],
-                "shape": list(value.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
         with self.writing(name) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, value in ordered:
-                file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            write_tensors(file, tensors, metadata)
 
     def table_of(self, name: str, mark: str) -> pa.Table | None:
         """The table, if its metadata has this mark under `of`; else None."""
@@ -277,8 +255,8 @@ class Store:
         return {int(path.name.partition("-")[0].removeprefix(kind)): path for path in paths}
 
     def sound_shards(self, kind: str = "") -> tuple[dict[int, Path], list[int]]:
-        """The intact shards by number, and the numbers of damaged ones, which are removed. Drafts
-        of a killed process are removed too."""
+        """The intact shards by number, and the numbers of damaged ones. Removes damaged shards and
+        the drafts of a killed process."""
         present = self.present_shards(kind)
         with self._disk():
             for draft in self.shards.glob("*.part"):
@@ -309,7 +287,7 @@ class Run:
         return pq.read_table(self.path / "scores.parquet")
 
     def columns(self, *names: str) -> pa.Table:
-        """Of these columns of the scores, the ones that the run has."""
+        """These columns of the scores, if the run has them."""
         file = self.path / "scores.parquet"
         present = pq.read_schema(file).names
         return pq.read_table(file, columns=[n for n in dict.fromkeys(names) if n in present])
@@ -324,7 +302,7 @@ class Run:
 
     @property
     def selected(self) -> Iterator[dict[str, Any]]:
-        """The selected rows, as they stood in the pool."""
+        """The selected rows, unchanged from the pool."""
         return self._rows("selected.jsonl")
 
     @property
@@ -333,7 +311,7 @@ class Run:
 
     @property
     def quarantine(self) -> Iterator[dict[str, Any]]:
-        """Rows that could not be scored: file, line, reason, raw."""
+        """Rows without a score: file, line, reason, raw."""
         return self._rows("quarantine.jsonl")
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
@@ -355,7 +333,7 @@ def finite(value: Any) -> Any:
 
 
 def bad_rows_of(shard: Path) -> list[BadRow]:
-    """The rows of a shard that have no score."""
+    """The rows of a shard without a score."""
     table = pq.ParquetFile(shard).read(
         ["file", "line", "reason"], use_threads=False
     )  # no thread for so little
@@ -364,7 +342,7 @@ def bad_rows_of(shard: Path) -> list[BadRow]:
 
 
 def json_line(row: Mapping[str, object]) -> bytes:
-    """One line; lone surrogates, which UTF-8 cannot hold, are escaped."""
+    """One line; lone surrogates are escaped, since UTF-8 cannot hold them."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -384,7 +362,7 @@ def _shown(value: Any) -> str:
 
 
 def _excerpts(*texts: str) -> list[str]:
-    """Long texts, cut to about where they differ."""
+    """Long texts, cut around their first difference."""
     start = max(0, len(os.path.commonprefix(texts)) - 20)
     start = 0 if max(map(len, texts)) <= 60 else start
     shown = ["…" * (start > 0) + text[start:] for text in texts]

@@ -1,14 +1,14 @@
-"""Options: what a field of a config is besides its type, and how a config goes to TOML and back.
+"""Options: a config's fields as options of a command, and configs as TOML.
 
     Annotated[str | None, "help text", Mark.MENDABLE]     a field = an option = a key of config.toml
 
 Choices made here:
 - a field is the option of the same name, with dashes for underscores; its help text and default
   stand nowhere else;
-- None means that an option was not given; config.toml leaves it out;
-- values are checked when a config is made, before anything is read;
-- what is true of an option besides its value (may it change between two starts of a run?) is a mark
-  on its field, so no list of names has to be kept in step.
+- None means not given; config.toml leaves the option out;
+- a config checks its values when it is made, before anything is read;
+- other facts about an option (may it change between two starts of a run?) are marks on its field,
+  so there is no list of names to keep in step.
 """
 
 import json
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Mark(Flag):
-    """What holds for an option besides its value."""
+    """Facts about an option besides its value."""
 
     NONE = 0
     REQUIRED = auto()  # a run needs it: --help shows it first
@@ -74,8 +74,8 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a command, or a section of them. A section is a class of its own, a command's
-    config inherits from its sections, and a function takes the section that it reads."""
+    """Options of a command, or a section of them: a command's config inherits from its sections,
+    and a function takes the section it reads."""
 
     command: ClassVar[str] = ""
     group: ClassVar[str] = "Options"
@@ -107,7 +107,7 @@ class Options:
 
     @property
     def changed(self) -> list[str]:
-        """Names of the options that are not at their defaults."""
+        """Names of the options with other values than their defaults."""
         return list(settings(self))
 
 
@@ -130,7 +130,7 @@ def options_of(kind: type[Options]) -> Iterator[Option]:
 
 
 def _section_of(kind: type[Options], name: str) -> type[Options]:
-    """The class that declares the field."""
+    """The class with the field's declaration."""
     for base in kind.__mro__:
         if issubclass(base, Options) and name in vars(base).get("__annotations__", {}):
             return base
@@ -144,25 +144,25 @@ def _without_none(hint: Any) -> Any:
 
 
 def marked(kind: type[Options], mark: Mark) -> frozenset[str]:
-    """Names of the options of `kind` that carry `mark`."""
+    """Names of the options of `kind` with this mark."""
     return frozenset(option.name for option in options_of(kind) if mark in option.mark)
 
 
 def settings(config: Options) -> dict[str, Any]:
-    """The options that are not at their defaults: what tells one run from another, also after an
-    option was added."""
+    """The options with other values than their defaults. They identify a run, also after new
+    options were added."""
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def parse_share(text: str) -> float:
-    """0.05 for 5%; NaN for anything that is not a share."""
+    """0.05 for 5%; NaN for any other text."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip())
     return float(match[1]) / 100 if match else math.nan
 
 
 def parse_number(text: str) -> float:
-    """NaN for anything that is not a finite number from 0 on."""
+    """A finite number from 0 on; NaN for any other text."""
     return float(text) if re.fullmatch(r"\s*\d{1,15}(\.\d{1,9})?\s*", text) else math.nan
 
 
@@ -231,7 +231,7 @@ def from_toml(kind: type[Config], path: str) -> Mapping[str, Any]:
 
 
 def _toml_types(kind: Any) -> tuple[type, ...]:
-    """What a value of this kind may be in TOML; the first is the type to name."""
+    """The accepted types in TOML; an error names the first."""
     if kind == Sequence[str]:
         return list, str
     if kind is float:

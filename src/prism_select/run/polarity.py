@@ -1,4 +1,4 @@
-"""Polarity: the answers of the target file that a direction points to.
+"""Polarity: a direction points to the chosen answers of the target file, in repair to the rejected.
 
     score, select   from rejected to chosen
     repair          from chosen to rejected: a high score marks a harmful row
@@ -39,5 +39,5 @@ class Polarity:
 
     @property
     def sign(self) -> int:
-        """What turns a score into the change of the gain of the chosen answers: 1 or −1."""
+        """1 or −1: a score times it is a change towards the chosen answers."""
         return -1 if self.swapped else 1

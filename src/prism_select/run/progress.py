@@ -1,4 +1,4 @@
-"""Progress: what the steps of a run report. They never print; the command line shows it."""
+"""Progress: the steps of a run report it, and the command line shows it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ class Task(Protocol):
 
 class Progress(Protocol):
     def say(self, line: str) -> None:
-        """Reports a line for the user: a choice that was made, or a warning."""
+        """Reports a choice or a warning to the user, in one line."""
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
-        """A step that may take long; `total` counts its rows, None if unknown."""
+        """A long step; `total` counts its rows, None if unknown."""
         ...
 
 
