@@ -1,15 +1,16 @@
-"""Pairing: what people have, made into pairs whose two answers differ in the behaviour and in
-little else.
+"""Pairing: answers that differ from a row's own in the behaviour, and in little else.
 
-    numbers   a worked solution, and the same with its numbers changed (a near miss)
-    choices   the right choice, and wrong ones
-    answers   an answer, and the nearest one of the model's own that a check refuses
-    weak      an answer, and that of a weaker model, from a column
-    swap      an answer, and that of another row: a far negative, for control
+    numbers   the same solution with its numbers changed (a near miss)
+    choices   a wrong choice
+    answers   the model's own answer, the nearest one that a check refuses
+    weak      the answer of a weaker model, from a column
+    swap      the answer of another row: a far negative, for control
 
-Choices made here: `chosen` is always the row's own answer, to the letter; nothing is drawn but from
-the generator given, so the same seed makes the same bytes; a row of which no pair can be made is
-told with its reason, never lost."""
+Choices made here:
+- `chosen` is always the row's own answer, to the letter;
+- whatever is drawn comes from the generator given: the same seed makes the same bytes;
+- a row without a pair has a reason, NoPair, and is never lost.
+"""
 
 import random
 import re
@@ -28,29 +29,24 @@ __all__ = [
     "change_numbers",
     "final_number",
     "nearest",
-    "other_answers",
-    "parts_of",
+    "prompt_and_answer",
+    "swapped_answers",
 ]
 
-Accepts: TypeAlias = Callable[[str, str], bool]
-
+Accepts: TypeAlias = Callable[[str, str], bool]  # answer, the row's own answer
 
 _DIGITS = re.compile(r"[0-9]+")
-
-
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
-
-
 _LETTER = re.compile(r"\(?([A-H])\b\)?[.):]?")
 
 
 class NoPair(Exception):
-    """Why a row gives no pair; counted and written down, not an error."""
+    """Why a row gives no pair: it is counted and written down, and no error."""
 
 
-def parts_of(example: Example) -> tuple[tuple[Turn, ...], str]:
-    """The prompt's turns and the last answer. Raises NoPair for a bare text or a row that does not
-    end in an answer."""
+def prompt_and_answer(example: Example) -> tuple[tuple[Turn, ...], str]:
+    """The turns before the last answer, and its text. Raises NoPair for a bare text and for a row
+    that does not end in an answer."""
     *prompt, answer = example.turns
     if answer.role != "assistant":
         raise NoPair("it is a bare text" if answer.role == "text" else "its last turn is no answer")
@@ -60,44 +56,45 @@ def parts_of(example: Example) -> tuple[tuple[Turn, ...], str]:
 
 
 def change_numbers(answer: str, draw: random.Random) -> str:
-    """`answer` with every run of digits another one of the same length, so that the final number
-    certainly differs and all before the first number is kept. Raises NoPair when there is no number
-    in it."""
+    """`answer` with each run of digits replaced by another of the same length, so that its final
+    number differs and the text before its first number is the same. Raises NoPair for an answer
+    without a number."""
 
-    def other(found: re.Match[str]) -> str:
-        digits = found[0]
+    def replaced(match: re.Match[str]) -> str:
+        digits = match[0]
         first = "123456789" if len(digits) > 1 and digits[0] != "0" else "0123456789"
         while True:
             drawn = draw.choice(first) + "".join(draw.choices("0123456789", k=len(digits) - 1))
             if drawn != digits:
                 return drawn
 
-    changed = _DIGITS.sub(other, answer)
+    changed = _DIGITS.sub(replaced, answer)
     if changed == answer:
         raise NoPair("its answer has no number")
     return changed
 
 
 def final_number(text: str) -> str | None:
-    """The last number in a text without thousands separators and trailing zeros; None where there
-    is none. A fraction such as 3/4 is one number."""
-    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    if not found:
+    """The last number in a text, without thousands separators and trailing zeros; None without one.
+    A fraction such as 3/4 is one number."""
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    if not numbers:
         return None
-    return "/".join(_canonical(number) for number in found[-1].replace(",", "").split("/"))
+    return "/".join(_canonical(number) for number in numbers[-1].replace(",", "").split("/"))
 
 
 def _canonical(number: str) -> str:
-    whole, _, part = number.partition(".")
-    sign, whole = whole[: whole.startswith("-")], whole.removeprefix("-").lstrip("0") or "0"
-    part = part.rstrip("0")
-    return sign + whole + (f".{part}" if part else "")
+    integer, _, fraction = number.partition(".")
+    sign = integer[: integer.startswith("-")]
+    integer = integer.removeprefix("-").lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    return sign + integer + (f".{fraction}" if fraction else "")
 
 
 def accepts_by(rule: str) -> Accepts:
     """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (it
     begins with the letter A to H that is the row's own answer, or is the same text), or
-    `regex:PATTERN` (found in the answer). Raises BadOption for anything else."""
+    `regex:PATTERN` (found in the answer). Raises BadOption for another rule."""
     if rule == "number":
         return lambda answer, right: (
             final_number(answer) is not None and final_number(answer) == final_number(right)
@@ -116,35 +113,34 @@ def accepts_by(rule: str) -> Accepts:
 
 
 def _same_choice(answer: str, right: str) -> bool:
-    letter = _LETTER.fullmatch(right.strip())
-    if letter:
-        said = _LETTER.match(answer.strip())
-        return said is not None and said[1] == letter[1]
-    return _plain(answer) == _plain(right)
+    if letter := _LETTER.fullmatch(right.strip()):
+        first = _LETTER.match(answer.strip())
+        return first is not None and first[1] == letter[1]
+    return _normalised(answer) == _normalised(right)
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return " ".join(text.split()).casefold().rstrip(".")
 
 
 def nearest(chosen: str, refused: Sequence[str]) -> str:
-    """The refused answer with the fewest edits from `chosen`; the first of equals. Raises NoPair
-    when there is none."""
-    others = [answer for answer in refused if answer.strip() and answer.strip() != chosen.strip()]
-    if not others:
+    """The refused answer with the fewest edits from `chosen`, the first of equals. Raises NoPair
+    where there is none."""
+    answers = [answer for answer in refused if answer.strip() and answer.strip() != chosen.strip()]
+    if not answers:
         raise NoPair("the check refused none of the answers")
-    return min(others, key=lambda answer: Levenshtein.distance(chosen, answer))
+    return min(answers, key=lambda answer: Levenshtein.distance(chosen, answer))
 
 
-def other_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
-    """For each answer that of the next row in a random order whose answer is another; None where
-    all are the same. Empty answers are nobody's."""
+def swapped_answers(answers: Sequence[str], draw: random.Random) -> list[str | None]:
+    """For each answer, the different one of the next row in a random order; None where all are the
+    same. Empty answers are not used."""
     order = [row for row, answer in enumerate(answers) if answer.strip()]
     draw.shuffle(order)
-    found: list[str | None] = [None] * len(answers)
-    for place, row in enumerate(order):
-        others = (answers[order[(place + step) % len(order)]] for step in range(1, len(order)))
-        found[row] = next(
-            (other for other in others if other.strip() != answers[row].strip()), None
+    swapped: list[str | None] = [None] * len(answers)
+    for index, row in enumerate(order):
+        following = (answers[order[(index + step) % len(order)]] for step in range(1, len(order)))
+        swapped[row] = next(
+            (answer for answer in following if answer.strip() != answers[row].strip()), None
         )
-    return found
+    return swapped

@@ -1,9 +1,12 @@
-"""Weights: which of a network's weights count.
+"""Layer selection: which parameters of a network are differentiated.
 
-Choices made here: `all` means every floating-point weight, embeddings, norms, biases and head
-included, but not those of what reads pictures or sound beside a decoder; `late` and `last:N` mean
-weights of the upper blocks alone; `adapter` means those that PEFT's LoRA adds; anything else is a
-regular expression searched for in weight names."""
+    --layers all       every floating-point parameter: embeddings, norms, biases and head included
+    --layers late      the upper half of the blocks           last:N     the upper N blocks
+    --layers adapter   what PEFT's LoRA adds                  REGEX      searched for in their names
+
+Choices made here:
+- parameters beside the decoder are left out: text does not pass an image or audio encoder.
+"""
 
 import re
 from collections.abc import Callable
@@ -15,61 +18,57 @@ from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.layers import Parameters
 from prism_select.run.errors import UnknownLayers
 
-__all__ = ["beside_text", "blocks_of", "select_parameters", "upper"]
+__all__ = ["beside_text", "select_parameters"]
 
-ADAPTER = r"\.(lora_\w+|modules_to_save)\."
+_ADAPTER = r"\.(lora_\w+|modules_to_save)\."
 
 
-def blocks_of(network: nn.Module) -> tuple[int, Callable[[str], int | None]]:
-    """How many blocks there are, and which one a weight is in."""
+def select_parameters(network: nn.Module, layers: str) -> Parameters:
+    """The selected parameters, by name. Raises UnknownLayers where there is none, or the regular
+    expression is malformed."""
+    is_beside = beside_text(network)
+    candidates = {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if parameter.is_floating_point() and not is_beside(name)
+    }
+    if layers == "all":
+        return candidates
+    pattern = _ADAPTER if layers == "adapter" else layers
+    by_block = layers == "late" or re.fullmatch(r"last:[1-9]\d*", layers)
+    try:
+        matches = _in_upper_blocks(network, layers) if by_block else re.compile(pattern).search
+    except re.error:
+        raise UnknownLayers(layers, list(candidates)) from None
+    selected = {name: parameter for name, parameter in candidates.items() if matches(name)}
+    if not selected:
+        raise UnknownLayers(layers, list(candidates))
+    return selected
+
+
+def _in_upper_blocks(network: nn.Module, layers: str) -> Callable[[str], object]:
+    """Whether a parameter is in a block that `layers`, late or last:N, selects."""
     stack, blocks = stack_of(network)
-    place = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    return len(blocks), lambda name: int(found[1]) if (found := place.match(name)) else None
-
-
-def upper(count: int, wanted: str) -> range:
-    """The numbers of those of `count` blocks that `wanted`, late or last:N, keeps."""
-    kept = (count + 1) // 2 if wanted == "late" else int(wanted.removeprefix("last:"))
-    return range(max(0, count - kept), count)
-
-
-def _upper_blocks(network: nn.Module, wanted: str) -> Callable[[str], object]:
-    count, number = blocks_of(network)
-    return lambda name: number(name) in upper(count, wanted)
+    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+    count = (len(blocks) + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
+    return lambda name: (match := pattern.match(name)) and int(match[1]) >= len(blocks) - count
 
 
 def beside_text(network: nn.Module) -> Callable[[str], bool]:
-    """Whether a weight is in a part that text does not pass: beside the decoder, in what holds it
-    but not the head."""
+    """Whether a parameter belongs to a module that text does not pass: one beside the decoder, in
+    the largest module around the decoder that does not hold the head."""
     start, _ = decoder_of(network)
     head: Any = (
         network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None  # type: ignore[operator]
     )
-    outer = [(name, part) for name, part in network.named_modules() if name and f"{name}." != start]
-    outer = [(name, part) for name, part in outer if start.startswith(f"{name}.")]
-    apart = [f"{name}." for name, part in outer if all(each is not head for each in part.modules())]
-    return lambda name: bool(apart) and name.startswith(apart[0]) and not name.startswith(start)
-
-
-def select_parameters(network: nn.Module, wanted: str) -> Parameters:
-    """The weights that `wanted` names: all, late (upper half of the blocks), last:N, adapter, or a
-    regular expression searched for in weight names. Raises UnknownLayers when none is left or the
-    expression is malformed."""
-    beside = beside_text(network)
-    known = {
-        n: weight
-        for n, weight in network.named_parameters()
-        if weight.is_floating_point() and not beside(n)
-    }
-    if wanted == "all":
-        return known
-    pattern = ADAPTER if wanted == "adapter" else wanted
-    named = wanted == "late" or re.fullmatch(r"last:[1-9]\d*", wanted)
-    try:
-        matches = _upper_blocks(network, wanted) if named else re.compile(pattern).search
-    except re.error:
-        raise UnknownLayers(wanted, list(known)) from None
-    chosen = {name: weight for name, weight in known.items() if matches(name)}
-    if not chosen:
-        raise UnknownLayers(wanted, list(known))
-    return chosen
+    around = [
+        (f"{name}.", outer)
+        for name, outer in network.named_modules()
+        if name and f"{name}." != start and start.startswith(f"{name}.")
+    ]
+    headless = [
+        name for name, outer in around if all(module is not head for module in outer.modules())
+    ]
+    return lambda name: (
+        bool(headless) and name.startswith(headless[0]) and not name.startswith(start)
+    )

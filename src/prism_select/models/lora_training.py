@@ -1,12 +1,15 @@
-"""Warm-up: a short LoRA fine-tuning on a random part of the pool, so that direction and scores are
-taken at a checkpoint that has learned the pool's format already and sees what is left to learn.
+"""LoRA training: fine-tune a model on rows, for a warm-up before scoring and for evaluations.
 
     network ← network + merged adapter          RUN/adapter keeps the adapter, for stock PEFT
 
-Choices made here: TRL's trainer and PEFT's LoRA with their usual settings (rank 16, all linear
-layers, one epoch, 2e-4 falling to 0), since nothing about this step is ours, but for the loss: it
-is that of core/likelihood.py, which runs the output head on supervised tokens alone; a run that was
-stopped takes the adapter that it left."""
+Choices made here:
+- TRL's trainer and PEFT's LoRA with their usual settings: rank 16, all linear layers, one epoch, a
+  learning rate of 2e-4 that falls to 0;
+- but the loss is that of core/likelihood.py, which runs the head on supervised tokens alone;
+- a warm-up takes a random share of the pool, so that direction and scores are taken at a
+  checkpoint that has learned the pool's format;
+- a run that was stopped takes the adapter in its folder, and does not train again.
+"""
 
 import math
 import random
@@ -35,22 +38,18 @@ __all__ = [
     "RATE",
     "ROWS_A_STEP",
     "TrainingSettings",
-    "drawn",
     "has_adapter",
+    "random_rows",
+    "refuse_many_gpus",
     "train",
     "warm_up",
     "with_adapter",
 ]
 
-ADAPTER = "adapter"
-
-
+ADAPTER = "adapter"  # folder in the run folder
 RANK, RATE, ROWS_A_STEP = 16, 2e-4, 8
-
-
-QUIET: Mapping[
-    str, Any
-] = {  # of a trainer that keeps and shows nothing, in the dtype of the weights
+# a trainer that saves and shows nothing, and computes in the dtype of the parameters
+QUIET: Mapping[str, Any] = {
     "bf16": False,
     "gradient_checkpointing": False,
     "save_strategy": "no",
@@ -58,16 +57,14 @@ QUIET: Mapping[
     "report_to": "none",
     "disable_tqdm": True,
 }
-
-
 _INSTALL = "this needs PEFT and TRL; install PRISM with its extra [train]"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast a training goes: `steps` of `ROWS_A_STEP` rows, or one pass over the
-    rows where 0. The seed draws the adapter and the order of the rows; `full` trains all weights
-    and makes no adapter."""
+    """`steps` are of ROWS_A_STEP rows, 0 for one pass over the rows; `rate` is the first learning
+    rate; `seed` draws the adapter and the order of the rows; `full` trains all parameters in place
+    of an adapter."""
 
     seed: int
     steps: int = 0
@@ -75,7 +72,7 @@ class TrainingSettings:
     full: bool = False
 
 
-def drawn(
+def random_rows(
     examples: Iterable[Example | BadRow], encoder: Encoder, share: float, seed: int
 ) -> list[Encoded]:
     """A random share of the rows that can be encoded."""
@@ -88,7 +85,7 @@ def drawn(
 
 
 def refuse_many_gpus(device: torch.device) -> None:
-    """Raises BadOption where TRL would spread a training over all GPUs that it sees."""
+    """Raises BadOption where TRL would spread a training over several GPUs."""
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise BadOption(
             "training takes one GPU, and several are visible; name one in CUDA_VISIBLE_DEVICES"
@@ -105,8 +102,8 @@ def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
 
 
 def warm_up(loaded: LoadedModel, rows: Sequence[Encoded], seed: int) -> tuple[LoadedModel, Path]:
-    """The model with a new adapter, trained on `rows`, in its weights, and a temporary folder with
-    the adapter. Raises BadOption without TRL and PEFT, or without rows."""
+    """The model with a new adapter, trained on `rows`, merged into its weights; and a temporary
+    folder with the adapter. Raises BadOption without TRL and PEFT, and without rows."""
     if not rows:
         raise BadOption("--warmup drew no row of this pool; raise its share")
     folder = Path(tempfile.mkdtemp(prefix="prism-warmup-"))
@@ -123,13 +120,12 @@ def train(
     model: CausalLM,
     tokenizer: Any,
     rows: Sequence[Encoded],
-    course: TrainingSettings,
+    settings: TrainingSettings,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
-    """The network of the model, changed in place, with an adapter on it (or whole), trained on the
-    supervised tokens of `rows`: PEFT's model (or the network itself). `on_step` is told the number
-    of each step that was made, from 1, and its mean loss in nats per token. Raises BadOption
-    without TRL and PEFT."""
+    """PEFT's model of the network, which is changed in place, after a training on the supervised
+    tokens of `rows`; with `settings.full`, the network itself. `on_step` gets the number of the
+    step, from 1, and its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
     refuse_many_gpus(model.device)
     try:
         from datasets import Dataset, disable_progress_bars
@@ -140,43 +136,38 @@ def train(
     except ImportError:
         raise BadOption(_INSTALL) from None
 
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would tell the hub of every training
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the training to the hub
     disable_progress_bars()
-    torch.manual_seed(course.seed)
+    torch.manual_seed(settings.seed)
     network: Any = model.network
-    plan = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    learner = network.requires_grad_(True) if course.full else get_peft_model(network, plan)
-    coded = [
-        {
-            "input_ids": list(row.tokens),
-            "labels": [
-                t if learned else -100
-                for t, learned in zip(row.tokens, row.supervised, strict=True)
-            ],
-        }
-        for row in rows
-    ]
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    learner = network.requires_grad_(True) if settings.full else get_peft_model(network, lora)
+    data = Dataset.from_list([_labelled(row) for row in rows])
     with tempfile.TemporaryDirectory(prefix="prism-training-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names of settings that are about to change
-        settings = SFTConfig(
+        arguments = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=ROWS_A_STEP,
             num_train_epochs=1,
-            max_steps=course.steps or -1,
-            learning_rate=course.rate,
+            max_steps=settings.steps or -1,
+            learning_rate=settings.rate,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             use_cpu=model.device.type == "cpu",
-            seed=course.seed,
+            seed=settings.seed,
             **QUIET,
         )
-        data = Dataset.from_list(coded)
         trainer = _trainer(model, on_step)(
-            model=learner, args=settings, train_dataset=data, processing_class=tokenizer
+            model=learner, args=arguments, train_dataset=data, processing_class=tokenizer
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return learner
+
+
+def _labelled(row: Encoded) -> dict[str, list[int]]:
+    labels = [token if on else -100 for token, on in zip(row.tokens, row.supervised, strict=True)]
+    return {"input_ids": list(row.tokens), "labels": labels}
 
 
 def _trainer(model: CausalLM, on_step: Callable[[int, float], None]) -> Any:
@@ -184,16 +175,16 @@ def _trainer(model: CausalLM, on_step: Callable[[int, float], None]) -> Any:
     from transformers import TrainerCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
-    class Telling(TrainerCallback):  # type: ignore[misc]
+    class OnStep(TrainerCallback):  # type: ignore[misc]
         loss = math.nan
 
-        def on_step_end(self, _: Any, state: Any, control: Any, **named: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, control: Any, **_kwargs: Any) -> None:
             on_step(state.global_step, self.loss)
 
     class Trainer(SFTTrainer):
-        def __init__(self, **given: Any) -> None:
-            self.telling = Telling()
-            super().__init__(**given, callbacks=[self.telling])
+        def __init__(self, **kwargs: Any) -> None:
+            self.on_step = OnStep()
+            super().__init__(**kwargs, callbacks=[self.on_step])
 
         def training_step(
             self, network: Any, inputs: Any, num_items_in_batch: Any = None
@@ -207,7 +198,7 @@ def _trainer(model: CausalLM, on_step: Callable[[int, float], None]) -> Any:
                 (len(batch),), 1 / max(1, int(batch.counts.sum())), device=model.device
             )
             loss = -(backward(model, batch, -share) * share).sum()
-            self.telling.loss = float(loss)
+            self.on_step.loss = float(loss)
             return loss
 
     return Trainer
