@@ -1,13 +1,14 @@
-"""Inputs: a pool, streamed as often as needed and never held, and a target, which is small.
+"""Pool: the rows to score, streamed as often as needed and never held.
 
-    survey   one pass before anything expensive: formats, counts, bad rows, a sample, a fingerprint
-    rows     every row in order: what it means, or why it means nothing
+    pool.survey()   one pass before anything expensive: formats, counts, bad rows, a sample
+    pool.rows()     each row in order: its example, or why it is bad
 
-Choices made here: a file has one format, that of its first row which has any; an id that a row
-carries itself may occur once in the pool, and the row that repeats it is bad; a bad target row
-always stops, since a pair lost in silence is a direction changed in silence. A pool that changes
-while it is read is noticed by the size and time of its files, which cost nothing to ask, and by
-their contents in the end."""
+Choices made here:
+- a file has one format, that of its first row with any;
+- an id that a row carries itself may occur once in the pool: the row that repeats it is bad;
+- a pool that changes during a run is noticed by the size and time of its files, which cost nothing
+  to read, and by their contents at the end.
+"""
 
 import hashlib
 import os
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 from prism_select.data.fields import Names, columns_of, explicit_id
 from prism_select.data.files import find_files, read_rows
 from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
+from prism_select.data.object_rows import object_fingerprint
 from prism_select.data.records import Example, Raw
 from prism_select.data.remote import local
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile, BadRow, EmptyInput
+from prism_select.run.objects import is_object
 
 __all__ = ["Pool", "Survey", "changed", "fingerprint"]
 
@@ -35,9 +38,9 @@ SAMPLE = 256
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the pool found. `sample` is a uniform sample of its good rows, the whole
-    of them while they are few; `conversation` is the first that needs a chat template; `columns`
-    are those of the mapping that some row has."""
+    """Figures of one pass over the pool. `formats` is by file; `sample` is a uniform sample of the
+    good rows, or all of them; `conversation` is the first row that needs a chat template; `columns`
+    are the mapped columns that some row has."""
 
     rows: int
     bad: int
@@ -52,19 +55,19 @@ class Survey:
 class Pool:
     def __init__(self, patterns: Sequence[str], mapping: Names) -> None:
         self.files, self.mapping = find_files(patterns), mapping
-        self._stamps = stamps(self.files)
+        self._stamps = _stamps(self.files)
 
     @classmethod
     def of(cls, config: ScoreConfig) -> "Pool":
-        """The pool of a run."""
+        """The pool of a run. Raises what `find_files` and `parse_fields` raise."""
         return cls(config.pool, parse_fields(config.fields))
 
     def refuse_changes(self, files: Iterable[str] = ()) -> None:
-        """Raises BadFile where one of `files`, or any, is not as it was when the pool was opened,
-        by size and time."""
+        """Raises BadFile where one of `files` (default: of all) has another size or time than when
+        the pool was opened."""
         files = list(files) or self.files
-        now = stamps(files)
-        if differ := [file for file in files if now.get(file) != self._stamps.get(file)]:
+        current = _stamps(files)
+        if differ := [file for file in files if current.get(file) != self._stamps.get(file)]:
             raise changed(differ)
 
     def raw(self) -> Iterator[Raw]:
@@ -72,55 +75,51 @@ class Pool:
             yield from read_rows(file)
 
     def rows(
-        self, wanted: NDArray[np.bool_] | None = None
+        self, selected: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[Raw, Example | BadRow]]:
-        """All, or those at the places where `wanted` is True, which are known to be good. The
-        memory taken is that of a hash for each id that a row carries itself."""
-        seen, places = set[int](), count()
+        """All rows, or those where `selected` is True; these must be good. Memory grows by a hash
+        for each id that a row carries itself."""
+        seen, positions = set[int](), count()
         for file in self.files:
             format: Format | None = None
-            for raw, place in zip(read_rows(file), places, strict=False):
-                asked = wanted is None or wanted[place]
+            for raw, position in zip(read_rows(file), positions, strict=False):
+                requested = selected is None or selected[position]
                 try:
                     if format is None and raw.fields is not None:
                         format = detect_pool(raw.fields, self.mapping, raw.file, raw.line)
-                    if asked:
+                    if requested:
                         yield raw, self._example(raw, format, seen)
                 except BadRow as bad:
-                    if asked:
+                    if requested:
                         yield raw, bad
 
     def _example(self, raw: Raw, format: Format | None, seen: set[int]) -> Example:
         example = to_example(raw, format or Format("text"), self.mapping)
-        own = explicit_id(raw, self.mapping)
-        if own is not None:
-            key = hash(own)
+        identity = explicit_id(raw, self.mapping)
+        if identity is not None:
+            key = hash(identity)
             if key in seen:
-                raise BadRow(
-                    raw.file,
-                    raw.line,
-                    f"duplicate id {own!r}",
-                    "give each row its own id, or leave ids out",
-                )
+                advice = "give each row its own id, or leave ids out"
+                raise BadRow(raw.file, raw.line, f"duplicate id {identity!r}", advice)
             seen.add(key)
         return example
 
     def survey(
         self, seed: int, least: int = 0, advance: Callable[[int], None] = lambda rows: None
     ) -> Survey:
-        """With a sample of `least` rows, or more. Raises EmptyInput when there is no row at all, or
-        no good one."""
+        """With a sample of max(`least`, SAMPLE) rows. Raises EmptyInput where there is no good
+        row."""
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
         size = max(least, SAMPLE)
         formats: dict[str, str] = {}
         rows = bad = 0
         first_bad: BadRow | None = None
         conversation: Example | None = None
-        columns, most = set[str](), {column for each in self.mapping.values() for column in each}
+        columns, mapped = set[str](), {name for names in self.mapping.values() for name in names}
         for raw, example in self.rows():
             rows += 1
             advance(1)
-            if columns != most and raw.fields:
+            if columns != mapped and raw.fields:
                 columns.update(columns_of(raw.fields, self.mapping).values())
             if isinstance(example, BadRow):
                 bad, first_bad = bad + 1, first_bad or example
@@ -131,8 +130,8 @@ class Pool:
             conversation = conversation or (example if example.conversation else None)
             if len(sample) < size:
                 sample.append(example)
-            elif (place := draw.randrange(rows - bad)) < size:
-                sample[place] = example
+            elif (index := draw.randrange(rows - bad)) < size:
+                sample[index] = example
         if not rows:
             raise EmptyInput(
                 ", ".join(self.files), None, "the pool has no rows", "give a file with at least one"
@@ -143,14 +142,11 @@ class Pool:
         return Survey(rows, bad, first_bad, formats, sources, sample, conversation, columns)
 
 
-def stamps(files: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """Of files that are there, what changes when they do: inode, size, time of the last change."""
-    local = [file for file in files if not file.startswith("hub:") and os.path.exists(file)]
-    return {
-        file: (told.st_ino, told.st_size, told.st_mtime_ns)
-        for file in local
-        for told in [os.stat(file)]
-    }
+def _stamps(files: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of the last change, of each local file."""
+    paths = [file for file in files if not file.startswith("hub:") and os.path.exists(file)]
+    stats = {file: os.stat(file) for file in paths}
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def changed(files: Sequence[str]) -> BadFile:
@@ -159,11 +155,14 @@ def changed(files: Sequence[str]) -> BadFile:
 
 
 def fingerprint(files: Sequence[str]) -> str:
-    """Of names and contents; a hub set counts by its name."""
-    whole = hashlib.blake2b(digest_size=16)
+    """Of names and contents; a hub set counts by its name, an object by its rows alone."""
+    digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        whole.update(file.rpartition("/")[2].encode() + b"\0")
+        if is_object(file):
+            digest.update(object_fingerprint(file))
+            continue
+        digest.update(file.rpartition("/")[2].encode() + b"\0")
         if not file.startswith("hub:"):
             with open(local(file), "rb") as stream:
-                whole.update(hashlib.file_digest(stream, "blake2b").digest())
-    return whole.hexdigest()
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()

@@ -1,11 +1,14 @@
-"""Models: load a causal language model, freeze it, and split it into body and head.
+"""Causal language models: a Hugging Face network, frozen, and split into body and head.
 
-    hidden(batch)  -> states      the network's decoder, positions given explicitly
-    logits(states) -> logits      the network's own forward from the last hidden state on: head, bias, scaling, capping
+    hidden(batch)  → states      the network's decoder, with explicit positions
+    logits(states) → logits      the network's own forward pass after the last hidden state
 
-Choices made here: safetensors or GGUF only, never pickle, never code from the model's folder;
-evaluation mode, all weights frozen; fused experts run one by one, since that form has a
-forward-mode derivative; the split is proved on three tokens when a model is wrapped."""
+Choices made here:
+- the head, its bias, scaling and capping are the network's own, whatever its architecture: while
+  `logits` runs, the body returns the given states;
+- evaluation mode, and every parameter frozen;
+- the split is checked on three tokens when a network is wrapped.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -20,11 +23,12 @@ from prism_select.core.blocks import decoder_of
 from prism_select.core.likelihood import Batch
 from prism_select.run.errors import BadModel
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "unchanged"]
 
 
 class CausalLM:
-    """A Hugging Face causal language model as the core sees it."""
+    """A Hugging Face causal language model as the core sees it. Raises BadModel for a network whose
+    body and head cannot be run apart."""
 
     def __init__(self, network: Any) -> None:
         self.network: nn.Module = network.eval().requires_grad_(False)
@@ -59,7 +63,7 @@ class CausalLM:
 
     def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
         start = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        with _answering(self.body, hidden[None]):
+        with _returning(self.body, hidden[None]):
             logits: Tensor = self.network(
                 input_ids=start, use_cache=False, return_dict=True
             ).logits[0]
@@ -68,36 +72,55 @@ class CausalLM:
     @torch.no_grad()
     def _prove_split(self) -> None:
         tokens = torch.tensor([[0, 1, 2]], device=self.device) % self.vocabulary
-        every = torch.ones_like(tokens, dtype=torch.bool)
-        whole = self.network(input_ids=tokens, attention_mask=every.long(), use_cache=False).logits[
-            0
-        ]
-        split = self.logits(self.hidden(Batch(tokens, every, every))[0])
-        if whole.isfinite().all() and not torch.allclose(whole, split, rtol=1e-2, atol=1e-2):
+        ones = torch.ones_like(tokens, dtype=torch.bool)
+        output = self.network(input_ids=tokens, attention_mask=ones.long(), use_cache=False)
+        expected = output.logits[0]
+        split = self.logits(self.hidden(Batch(tokens, ones, ones))[0])
+        if expected.isfinite().all() and not torch.allclose(expected, split, rtol=1e-2, atol=1e-2):
             name = type(self.network).__name__
             raise BadModel(
-                f"{name}: its output head cannot be run apart from its body; try another architecture"
+                f"{name}: its output head cannot be run apart from its body; try another "
+                "architecture"
             )
 
 
-class _Answer:
-    """What a body returns, with nothing but the last hidden state in it."""
+@contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """After the block, `network` is in training or evaluation mode and requires gradients as before
+    it, module by module."""
+    training = {module: module.training for module in network.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    config: Any = getattr(network, "config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, needed in gradients.items():
+            parameter.requires_grad_(needed)
+        if experts is not None:
+            config._experts_implementation = experts
+
+
+class _Output:
+    """The output of a body with nothing but the last hidden state."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getitem__(self, place: int) -> Tensor | None:
-        return self.last_hidden_state if place == 0 else None
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 @contextmanager
-def _answering(body: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """While open, `body` returns `hidden` without computing anything."""
+def _returning(body: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """In the block, `body` returns `hidden` and computes nothing."""
     before = body.__dict__.get("forward")
-    body.forward = lambda *args, **named: _Answer(hidden)
+    body.forward = lambda *_args, **_kwargs: _Output(hidden)
     try:
         yield
     finally:
