@@ -74,7 +74,6 @@ EVALUATION: dict[str, Any] = {
     },
     "forecast": {"rank_correlation": 0.7, "trainings": 4},
     "compute": None,
-    "lds": None,
     "labels": None,
     "controls": CONTROLS,
     "seconds": 12.0,

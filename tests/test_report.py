@@ -27,14 +27,15 @@ from scipy.stats import spearmanr
 
 import prism_select
 from prism_select.data.files import read_rows, rows_at
-from prism_select.report.checks import AGREEMENTS, checks_of, headline
-from prism_select.report.comparison_page import compared
-from prism_select.report.distribution import spread_of
-from prism_select.report.examples import BESIDE, BOTTOM, LETTERS, TOP, shown
-from prism_select.report.facts import facts_of, layers_of
-from prism_select.report.page import as_told, in_json, significant
+from prism_select.report.checks import checks_of, headline
+from prism_select.report.comparison_page import compare
+from prism_select.report.formatting import sentence, significant
+from prism_select.report.page import in_json
+from prism_select.report.pool_rows import CHARACTERS, PoolRow
+from prism_select.report.run_facts import read_run_facts
 from prism_select.report.run_page import page_of, write_report
-from prism_select.report.scores_table import columns_of
+from prism_select.report.sections import SECTIONS, choice, examples, scores, target
+from prism_select.report.sections.layers import layer_shares
 from prism_select.run.errors import BadOption
 
 ROWS: list[Row] = [
@@ -64,18 +65,36 @@ def large(tmp_path: Path) -> Path:
 
 
 def page(run: Path) -> str:
-    return page_of(facts_of(str(run))).decode()
+    return page_of(read_run_facts(str(run))).decode()
 
 
 def states(run: Path) -> dict[str, str]:
-    return {check.name: check.state for check in checks_of(facts_of(str(run)))}
+    return {check.name: check.state for check in checks_of(read_run_facts(str(run)))}
+
+
+def score_facts(run: Path) -> scores.ScoreFacts:
+    facts = scores.read(read_run_facts(str(run)))
+    assert facts
+    return facts
+
+
+def shown_rows(run: Path) -> tuple[PoolRow, ...]:
+    facts = examples.read(read_run_facts(str(run)))
+    assert facts
+    return facts.rows
+
+
+def target_facts(run: Path) -> target.TargetFacts:
+    facts = target.read(read_run_facts(str(run)))
+    assert facts
+    return facts
 
 
 # ---------------------------------------------------------------- facts
 
 
-def test_the_cut_off_is_the_lowest_score_that_was_taken(run: Path) -> None:
-    columns = facts_of(str(run)).columns
+def test_the_cut_off_is_the_lowest_score_that_was_chosen(run: Path) -> None:
+    columns = read_run_facts(str(run)).columns
     assert columns.cutoff == 2.0 and columns.passed_over == 0
     assert columns.order.tolist() == [0, 2, 4, 6, 8, 10, 3, 1, 5, 7, 9, 11]
     table = pq.read_table(run / "scores.parquet")
@@ -87,7 +106,7 @@ def test_the_cut_off_is_the_lowest_score_that_was_taken(run: Path) -> None:
         table.set_column(table.num_columns - 1, "verdict", pa.array(verdict)),
         run / "scores.parquet",
     )
-    assert facts_of(str(run)).columns.passed_over == 1
+    assert read_run_facts(str(run)).columns.passed_over == 1
 
 
 def test_the_histogram_holds_every_scored_row_once_also_what_lies_far_out(large: Path) -> None:
@@ -95,35 +114,32 @@ def test_the_histogram_holds_every_scored_row_once_also_what_lies_far_out(large:
     scores = table["score"].to_numpy().copy()
     scores[[3, 7]] = 1e6, math.nan
     pq.write_table(table.set_column(5, "score", pa.array(scores)), large / "scores.parquet")
-    found = facts_of(str(large)).spread
-    assert found and sum(found.histogram.taken) + sum(found.histogram.others) == 999
-    assert sum(found.histogram.taken) == 333 - (table["verdict"][7].as_py() == "selected")
-    assert found.histogram.edges[-1] < 10 and found.histogram.beyond >= 1
+    found = score_facts(large).histogram
+    assert sum(found.chosen) + sum(found.not_chosen) == 999
+    assert sum(found.chosen) == 333 - (table["verdict"][7].as_py() == "selected")
+    assert found.edges[-1] < 10 and found.beyond >= 1
 
 
-def test_budgets_buy_what_the_first_rows_add_up_to(run: Path) -> None:
-    found = facts_of(str(run)).spread
+def test_a_budget_holds_the_influence_of_the_first_rows(run: Path) -> None:
+    facts = score_facts(run)
     positive = [5, 4, 3, 2, 1, 0.5]
-    assert found and found.positive == 0.5
-    assert found.bought == pytest.approx(sum(positive[:4]) / sum(positive))
-    bought = {each.share: each.bought for each in found.budgets}
-    assert (
-        bought[0.2] == pytest.approx((5 + 4) / sum(positive)) and bought[0.5] == 1
-    )  # 20% of 12 rows are 2
-    assert found.curve[0].bought == 0 and found.curve[-1].bought == 1
-    assert [each.bought for each in found.curve] == sorted(each.bought for each in found.curve)
+    assert facts.positive == 0.5
+    assert facts.choice.influence == pytest.approx(sum(positive[:4]) / sum(positive))
+    by_share = {budget.share: budget.influence for budget in facts.budgets}
+    assert by_share[0.2] == pytest.approx((5 + 4) / sum(positive))  # 20% of 12 rows are 2
+    assert by_share[0.5] == 1
+    curve = [budget.influence for budget in facts.curve]
+    assert curve[0] == 0 and curve[-1] == 1 and curve == sorted(curve)
 
 
-def test_sources_have_their_own_quantiles_and_rows_taken(run: Path) -> None:
-    found = facts_of(str(run)).spread
-    assert found
-    for source in found.sources:
-        own = [
+def test_sources_have_their_own_quantiles_and_chosen_rows(run: Path) -> None:
+    for source in score_facts(run).sources:
+        values = [
             score for score, row in zip(SCORES, ROWS, strict=True) if row["source"] == source.name
         ]
-        assert source.rows == len(own) == 6
-        assert source.quantiles == pytest.approx(np.quantile(own, [0.05, 0.25, 0.5, 0.75, 0.95]))
-        assert source.taken == sum(score >= 2 for score in own)
+        assert source.rows == len(values) == 6
+        assert source.quantiles == pytest.approx(np.quantile(values, scores.QUANTILES))
+        assert source.chosen == sum(score >= 2 for score in values)
 
 
 def test_many_sources_are_joined_and_none_is_lost(tmp_path: Path) -> None:
@@ -131,16 +147,15 @@ def test_many_sources_are_joined_and_none_is_lost(tmp_path: Path) -> None:
         {"prompt": "a", "completion": "b", "id": f"{i}", "source": f"s{i % 40}"} for i in range(200)
     ]
     run = write_run(tmp_path / "run", rows, [float(i) for i in range(200)])
-    found = facts_of(str(run)).spread
-    assert found and sum(source.rows for source in found.sources) == 200
-    assert found.sources[-1].name == "28 others" and len(found.sources) == 13
+    sources = score_facts(run).sources
+    assert sum(source.rows for source in sources) == 200
+    assert sources[-1].name == "28 others" and len(sources) == 13
 
 
-def test_the_halves_hold_every_row_and_their_difference_is_the_score(run: Path) -> None:
-    found = facts_of(str(run)).spread
-    assert found and sum(cell.rows for cell in found.halves) == 12
-    for cell in found.halves:
-        assert cell.rejected[0] < cell.rejected[1] and cell.chosen[0] < cell.chosen[1]
+def test_the_cells_of_the_influence_on_either_answer_hold_every_row(run: Path) -> None:
+    cells = score_facts(run).cells
+    assert sum(cell.rows for cell in cells) == 12
+    assert all(cell.x[0] < cell.x[1] and cell.y[0] < cell.y[1] for cell in cells)
 
 
 def test_a_run_without_any_score_has_a_page(run: Path) -> None:
@@ -156,27 +171,27 @@ def test_a_run_without_any_score_has_a_page(run: Path) -> None:
 
 
 def test_the_rows_shown_are_the_top_both_sides_of_the_cut_off_and_the_bottom(large: Path) -> None:
-    facts = facts_of(str(large))
-    places = [place for _, place in shown(facts.columns)]
-    wanted = {*range(TOP), *range(333 - BESIDE, 333 + BESIDE), *range(1000 - BOTTOM, 1000)}
-    assert places == sorted(wanted)
-    for row in facts.rows:
-        assert row.score == facts.columns.score[facts.columns.order[row.rank - 1]]
-        assert row.said[0].text == f"Say {row.row}" and row.id == f"r{row.row}"
+    columns = read_run_facts(str(large)).columns
+    top, beside, bottom = examples.TOP, examples.BESIDE, examples.BOTTOM
+    expected = {*range(top), *range(333 - beside, 333 + beside), *range(1000 - bottom, 1000)}
+    assert [rank for _, rank in examples.shown_ranks(columns)] == sorted(expected)
+    for row in shown_rows(large):
+        assert row.score == columns.score[columns.order[row.rank - 1]]
+        assert row.turns[0].text == f"Say {row.row}" and row.id == f"r{row.row}"
         assert (row.verdict == "selected") == (row.rank <= 333)
 
 
-def test_a_small_pool_is_shown_whole(run: Path) -> None:
-    rows = facts_of(str(run)).rows
+def test_a_small_pool_is_shown_in_full(run: Path) -> None:
+    rows = shown_rows(run)
     assert [row.rank for row in rows] == list(range(1, 13))
     assert {row.group for row in rows} == {"top", "below the cut-off"}
 
 
-def test_long_texts_are_cut_and_say_how_long_they_were(tmp_path: Path) -> None:
+def test_long_texts_are_truncated_and_say_how_long_they_were(tmp_path: Path) -> None:
     rows: list[Row] = [{"prompt": "p", "completion": "x" * 50_000, "id": str(i)} for i in range(6)]
     run = write_run(tmp_path / "run", rows, [float(i) for i in range(6)])
-    answer = facts_of(str(run)).rows[0].said[1]
-    assert len(answer.text) == LETTERS - 1 and answer.letters == 50_000
+    answer = shown_rows(run)[0].turns[1]
+    assert len(answer.text) == CHARACTERS - 1 and answer.characters == 50_000
     assert len(page(run)) < 1_200_000
 
 
@@ -185,37 +200,35 @@ def test_a_row_that_is_not_there_any_more_says_so(run: Path) -> None:
     lines = pool.read_text().splitlines()
     pool.write_text("\n".join([lines[1], lines[0], "{broken", *lines[3:10]]) + "\n")
     os.utime(pool, (2e9, 2e9))
-    facts = facts_of(str(run))
-    missing = {row.row: row.missing for row in facts.rows}
+    missing = {row.row: row.missing for row in shown_rows(run)}
     assert missing[0] == "the file has changed: the row is r1 now" and "broken JSON" in missing[2]
     assert missing[10] == missing[11] == "the file has fewer rows than it had"
-    assert not missing[3] and facts.newer == (str(pool),)
-    assert f"{pool} was written after the run" in page(run)
+    assert not missing[3]
+    warning = f"{pool} was written after the run"
+    assert choice.read(read_run_facts(str(run))).warnings == (warning,) and warning in page(run)
     pool.unlink()
-    assert all("no such file" in row.missing for row in facts_of(str(run)).rows)
+    assert all("no such file" in row.missing for row in shown_rows(run))
 
 
-def test_tokens_and_groups_come_with_their_rows(tmp_path: Path) -> None:
-    tokens = [[float(row), -1.0] for row in range(12)]
-    more: Any = {"score_se": [0.1] * 12, "score_groups": [[1.0, float(row)] for row in range(12)]}
-    more |= {"token_scores": tokens, "token_texts": [["It ", f"{row}"] for row in range(12)]}
-    rows = facts_of(str(write_run(tmp_path / "run", ROWS, SCORES, **more))).rows
-    for row in rows:
-        assert row.tokens == (("It ", float(row.row)), (f"{row.row}", -1.0))
-        assert row.groups == (1.0, float(row.row)) and row.error == 0.1
+def test_scores_of_tokens_come_with_their_rows(tmp_path: Path) -> None:
+    tokens: Any = {
+        "token_scores": [[float(row), -1.0] for row in range(12)],
+        "token_texts": [["It ", f"{row}"] for row in range(12)],
+    }
+    for row in shown_rows(write_run(tmp_path / "run", ROWS, SCORES, **tokens)):
+        assert row.token_scores == (("It ", float(row.row)), (f"{row.row}", -1.0))
 
 
 def test_pairs_are_shown_with_their_answers_as_the_target_file_has_them(run: Path) -> None:
-    target = facts_of(str(run)).target
-    assert target and target.count == 12 and not target.without_answers
-    for pair in target.pairs:
+    facts = target_facts(run)
+    assert len(facts.preferences) == 12 and "not shown" not in facts.pair_words
+    for pair in facts.pairs:
         assert pair.chosen[0].text.startswith("Right") and pair.rejected[0].text.startswith("Wrong")
         assert pair.preference == pytest.approx(1 / (1 + math.exp(-pair.gap)))
         assert pair.prompt == PAIRS[pair.number - 1]["prompt"]  # as a warning counts them
     jsonl(run.parent / "pairs.jsonl", [{"prompt": "Other?", "chosen": "a", "rejected": "b"}])
-    changed = facts_of(str(run)).target
-    assert changed and changed.without_answers and not changed.pairs[0].chosen
-    assert "Answers are not shown" in page(run)
+    assert not target_facts(run).pairs[0].chosen
+    assert "Answers are not shown: the target&#39;s files have changed" in page(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -230,14 +243,14 @@ def test_layers_share_the_squared_norm_of_the_direction(tmp_path: Path, dtype: t
     save_file(
         {name: value.to(dtype) for name, value in weights.items()}, tmp_path / "d.safetensors"
     )
-    found = layers_of(tmp_path / "d.safetensors")
-    assert [(each.part, each.kind) for each in found] == [
+    shares = layer_shares(tmp_path / "d.safetensors")
+    assert [(each.layer, each.kind) for each in shares] == [
         ("embed_tokens", "embed_tokens"),
         ("block 0", "q_proj"),
         ("block 10", "up_proj"),
         ("lm_head", "lm_head"),
     ]
-    assert [each.share for each in found] == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    assert [each.share for each in shares] == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
 
 
 def test_several_targets_add_up_and_their_chosen_halves_are_left_out(tmp_path: Path) -> None:
@@ -247,73 +260,86 @@ def test_several_targets_add_up_and_their_chosen_halves_are_left_out(tmp_path: P
         "chosen:math/h.1.w.weight": torch.ones(9, 9),
     }
     save_file(weights, tmp_path / "d.safetensors")
-    assert [each.share for each in layers_of(tmp_path / "d.safetensors")] == pytest.approx(
-        [2 / 3, 1 / 3]
-    )
+    shares = layer_shares(tmp_path / "d.safetensors")
+    assert [each.share for each in shares] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_a_choice_made_again_keeps_the_texts_and_options_of_the_scores(run: Path) -> None:
-    told = json.loads((run / "manifest.json").read_text())
+    config = json.loads((run / "manifest.json").read_text())["config"]
     again = {
-        **told["config"],
-        "model": "",
+        **config,
+        "model": None,
         "pool": [],
         "target": [],
         "select_from": "elsewhere",
         "budget": "7%",
     }
-    change(run, scored_by=told["config"], config=again)
-    facts = facts_of(str(run))
-    assert facts.rows[0].said and facts.target and facts.target.pairs[0].chosen
+    change(run, scored_by=config, config=again)
+    assert shown_rows(run)[0].turns and target_facts(run).pairs[0].chosen
     text = page(run)
     assert "elsewhere" in text and "7%" in text and str(run.parent / "pool.jsonl") in text
 
 
-# ---------------------------------------------------------------- judgement
-
-
-def test_words_for_agreement_have_the_bounds_of_the_diagnosis() -> None:
-    from prism_select.directions.pair_diagnostics import EVEN, NOISE
-
-    assert [bound for bound, _ in AGREEMENTS[:2]] == [NOISE, EVEN]
+# ---------------------------------------------------------------- checks
 
 
 @pytest.mark.parametrize(
     ("changed", "check", "state"),
     [
-        ({}, "", "not tried"),
-        ({"target": {**TARGET, "split_half_agreement": 0.2}}, "agreement of the pairs", "look"),
-        ({"target": {**TARGET, "effective_pairs": 3.0}}, "effective pairs", "look"),
-        ({"target": {**TARGET, "dominant_pairs": [{"pair": 5, "share": 0.42}]}}, "effective pairs", "look"),
-        ({"target": {**TARGET, "dominant_pairs": [{"pair": 1, "share": None}]}}, "", "not tried"),
-        ({"target": {**TARGET, "chosen_longer_share": 0.05}}, "length of the answers", "look"),
-        ({"choice": {"rank_correlation_with_tokens": {"none": -0.9}}}, "score against length", "look"),
-        ({"counts": {"read": 12, "truncated": 0, "selected": 4, "quarantined": 1, "scored": 11}}, "rows", "look"),
+        ({}, "", "not judged yet"),
+        ({"target": {**TARGET, "split_half_agreement": 0.2}}, "split-half agreement", "review"),
+        ({"target": {**TARGET, "effective_pairs": 3.0}}, "effective pairs", "review"),
         (
-            {"engine": {"name": "e", "dtype": "", "check": {"rows": 8, "disagreement": 1, "tolerance": 0.1}}},
+            {"target": {**TARGET, "dominant_pairs": [{"pair": 5, "share": 0.42}]}},
+            "effective pairs",
+            "review",
+        ),
+        (
+            {"target": {**TARGET, "dominant_pairs": [{"pair": 1, "share": None}]}},
+            "",
+            "not judged yet",
+        ),
+        ({"target": {**TARGET, "chosen_longer_share": 0.05}}, "length of the answers", "review"),
+        (
+            {"choice": {"rank_correlation_with_tokens": {"none": -0.9}}},
+            "score against length",
+            "review",
+        ),
+        (
+            {"counts": {"read": 12, "truncated": 0, "selected": 4, "quarantined": 1, "scored": 11}},
+            "rows",
+            "review",
+        ),
+        (
+            {
+                "engine": {
+                    "name": "e",
+                    "dtype": "",
+                    "check": {"rows": 8, "disagreement": 1, "tolerance": 0.1},
+                }
+            },
             "self-check",
             "failed",
         ),
     ],
-)  # fmt: skip
+)
 def test_each_check_sees_what_it_is_for(
     run: Path, changed: dict[str, Any], check: str, state: str
 ) -> None:
     change(run, **changed)
-    found = states(run)
-    untried = {"controls", "does it help"}
-    assert {name for name, told in found.items() if told != "holds"} == untried | (
-        {check} if check else set()
+    by_name = states(run)
+    assert {name for name, found in by_name.items() if found != "holds"} == (
+        {"controls", "does it help", check} - {""}
     )
-    assert not check or found[check] == state
-    worst = headline(checks_of(facts_of(str(run))))
+    assert not check or by_name[check] == state
+    worst = headline(checks_of(read_run_facts(str(run))))
     assert worst[0] == state and check in worst[1]
 
 
 def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
     write_evaluation(run)
     assert set(states(run).values()) == {"holds"}
-    assert headline(checks_of(facts_of(str(run))))[1] == "Every check holds."
+    assert headline(checks_of(read_run_facts(str(run))))[1] == "Every check holds."
     broken = {
         "name": "swapped pairs",
         "holds": False,
@@ -325,7 +351,7 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
         r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped',
         page(run),
     )
-    for low, high, state in ((-0.1, 0.2, "look"), (-0.3, -0.1, "failed")):
+    for low, high, state in ((-0.1, 0.2, "review"), (-0.3, -0.1, "failed"), (0.1, 0.1, "review")):
         against = {
             "random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}
         }
@@ -351,8 +377,8 @@ def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(run: Path) -
         base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
     ]
     assert policy == (
-        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src 'unsafe-inline'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; "
+        "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     )
     outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert (
@@ -375,7 +401,7 @@ def test_names_and_warnings_are_escaped_in_the_page(tmp_path: Path) -> None:
     [
         ("pairs.parquet", "its pairs are not in this folder"),
         ("direction.safetensors", "There is no direction to read"),
-        ("evaluation", "Not tried yet"),
+        ("evaluation", "Not judged yet"),
     ],
 )
 def test_a_part_that_is_not_there_is_named_in_a_line(run: Path, gone: str, says: str) -> None:
@@ -383,6 +409,16 @@ def test_a_part_that_is_not_there_is_named_in_a_line(run: Path, gone: str, says:
     if gone == "pairs.parquet":
         change(run, target={"direction": "d.safetensors"})
     assert says in page(run)
+
+
+def test_every_section_has_its_template_and_no_chart_or_table_has_a_name_twice(run: Path) -> None:
+    write_evaluation(run)
+    parts = Path(prism_select.__file__).parent / "report" / "templates" / "sections"
+    assert {section.id for section in SECTIONS} == {file.stem for file in parts.iterdir()}
+    sections = [section.fill(read_run_facts(str(run))) for section in SECTIONS]
+    charts = [chart.name for section in sections for chart in section.charts]
+    tables = [name for section in sections for name in section.tables]
+    assert charts and tables and len({*charts, *tables}) == len(charts) + len(tables)
 
 
 def test_the_page_answers_in_order_and_its_headings_do_not_skip(run: Path) -> None:
@@ -405,9 +441,9 @@ def test_the_same_folder_gives_the_same_page(run: Path) -> None:
 
 
 def test_a_number_is_written_with_the_digits_that_matter() -> None:
-    said = as_told("<b> --common remove or well-known --warmup, at -0.96 in run-2")
-    assert "&lt;b&gt;" in said and "at −0.96 in run-2" in said and "well-known" in said
-    assert said.count('<span class="option">--') == 2
+    written = sentence("<b> --common remove or well-known --warmup, at -0.96 in run-2")
+    assert "&lt;b&gt;" in written and "at −0.96 in run-2" in written and "well-known" in written
+    assert written.count('<span class="option">--') == 2
     shown = [significant(value) for value in (0.123456, -12345.6, 0.0, None, math.nan, 1e-7)]
     assert shown == ["0.123", "−12,346", "0", "–", "–", "1e−07"]
 
@@ -434,35 +470,33 @@ def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
     other = [-score for score in SCORES]
     other[0] = 9.0
     b = write_run(tmp_path / "b", ROWS, other)
-    found = compared(str(a), str(b))
-    assert (found.both, found.only_a, found.only_b) == (1, 3, 3)
+    found = compare(str(a), str(b))
+    assert (found.shared, found.only_a, found.only_b) == (1, 3, 3)
     assert found.chance == 4 * 4 / 12 and found.rows == 12
     assert found.correlation == pytest.approx(spearmanr(SCORES, other).statistic)
-    half = next(each for each in found.shared if each.share == 0.5)
-    assert (
-        half.rows == 6
-        and half.same == len({0, 2, 4, 6, 8, 10} & {0, 1, 5, 7, 9, 11}) / 6
-        and half.chance == 0.5
-    )
+    half = next(best for best in found.best if best.share == 0.5)
+    assert half.rows == 6 and half.chance == 0.5
+    assert half.shared == len({0, 2, 4, 6, 8, 10} & {0, 1, 5, 7, 9, 11}) / 6
     rose = found.moved[0]
     assert (
         rose.row.row == 11
         and (rose.rank_a, rose.rank_b) == (12, 2)
         and rose.moved == pytest.approx(10 / 11)
     )
-    assert dict((name, (x, y)) for name, _, x, y in found.sources) == {"a": (4, 1), "b": (0, 3)}
+    chosen = {source.name: (source.chosen_a, source.chosen_b) for source in found.sources}
+    assert chosen == {"a": (4, 1), "b": (0, 3)}
     assert not found.options
 
 
 def test_options_that_differ_are_named(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, ROWS, SCORES) for name in "ab")
-    told = json.loads((b / "manifest.json").read_text())
+    manifest = json.loads((b / "manifest.json").read_text())
     change(
         b,
-        config={**told["config"], "layers": "late"},
-        fingerprints={**told["fingerprints"], "model": "n"},
+        config={**manifest["config"], "layers": "late"},
+        fingerprints={**manifest["fingerprints"], "model": "n"},
     )
-    found = compared(str(a), str(b))
+    found = compare(str(a), str(b))
     assert found.options == (("layers", "all", "late"), ("fingerprint of the model", "m", "n"))
     assert not found.moved and found.correlation == pytest.approx(1)
 
@@ -471,7 +505,7 @@ def test_runs_of_other_pools_are_not_compared(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, ROWS, SCORES) for name in "ab")
     change(b, fingerprints={"pool": "q", "target": "t", "model": "m"})
     with pytest.raises(BadOption, match="their pools are not the same"):
-        compared(str(a), str(b))
+        compare(str(a), str(b))
     done = prism("report", a, b)
     assert done.code == 2 and done.err.count("\n") == 1 and not (a / "comparison.html").exists()
 
@@ -528,8 +562,9 @@ def test_a_page_needs_no_torch(run: Path) -> None:
     code = (
         "import sys\nfrom prism_select.cli.app import main\n"
         "for words in (['report', sys.argv[1]], ['report', sys.argv[1], sys.argv[1]]):\n"
-        "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch came with it'"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(), 'torch came with it'"
     )
     done = prism_apart("-c", code, run, module=False)
     assert done.code == 0, done.err
@@ -560,11 +595,10 @@ def test_some_rows_of_a_file_are_those_among_all_of_them(tmp_path: Path) -> None
             ]
 
 
-def test_spread_and_columns_of_every_command(run: Path) -> None:
+def test_a_run_of_score_has_a_distribution_and_no_choice(run: Path) -> None:
     change(run, command="score")
-    columns = columns_of(run, json.loads((run / "manifest.json").read_text()))
-    found = spread_of(columns)
-    assert found and not any(found.histogram.taken) and math.isnan(found.bought)
+    facts = score_facts(run)
+    assert not any(facts.histogram.chosen) and math.isnan(facts.choice.influence)
     assert "12 rows were scored" in page(run)
 
 

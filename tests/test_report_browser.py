@@ -85,9 +85,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows[0] = {"prompt": HOSTILE, "completion": "long " * 10_000, "id": "hostile"}
     rows[2] = {"prompt": "שלום, מה שלומך?", "completion": "\u202eabc", "id": "right to left"}
     scores = [60.0 - i for i in range(60)]
-    groups = [[1.0, -2.0, 0.5, float(i)] for i in range(60)]
-    more: Any = {"score_se": [0.5] * 60, "score_groups": groups, "token_scores": [[1.0, -2.0]] * 60}
-    run = write_run(folder / "run", rows, scores, **more, token_texts=[["It <b>", HOSTILE]] * 60)
+    tokens: Any = {"token_scores": [[1.0, -2.0]] * 60, "token_texts": [["It <b>", HOSTILE]] * 60}
+    run = write_run(folder / "run", rows, scores, **tokens)
     several = {name: TARGET for name in ("math", "code")}
     change(
         run,
@@ -172,10 +171,10 @@ def test_nothing_serious_stands_in_the_way_of_a_screen_reader(opened: Opened) ->
 def test_texts_of_the_pool_stay_texts(opened: Opened) -> None:
     row = opened.page.locator("[data-table=examples] tr.row").first
     row.locator(".opener").click()
-    said = opened.texts(".detail .said")
+    said = opened.texts(".detail .speech")
     assert said[0] == HOSTILE
     assert said[1] == ("long " * 10_000)[: 4000 - len(HOSTILE)]
-    assert "cut here: 50,000 letters in all" in opened.texts(".detail .cut")
+    assert "truncated: 50,000 characters in all" in opened.texts(".detail .shortened")
     assert said[2] == "It <b>" + HOSTILE
     assert opened.page.title() == "PRISM: run"
     assert (
@@ -201,11 +200,11 @@ def test_a_chart_tells_its_numbers_under_the_pointer_and_names_stay_texts_there(
 def test_text_that_runs_from_right_to_left_turns_nothing_else(opened: Opened) -> None:
     opened.page.locator("#examples-search").fill("שלום")
     opened.page.locator("[data-table=examples] .opener").first.click()
-    for text in opened.page.locator(".detail .said").all()[:2]:
+    for text in opened.page.locator(".detail .speech").all()[:2]:
         style = text.evaluate("node => [getComputedStyle(node).unicodeBidi, node.dir]")
         assert style == ["isolate", "auto"]
     assert (
-        opened.page.locator(".detail .said").first.evaluate(
+        opened.page.locator(".detail .speech").first.evaluate(
             "node => getComputedStyle(node).direction"
         )
         == "rtl"
@@ -228,7 +227,7 @@ def test_a_search_narrows_and_says_how_far(opened: Opened) -> None:
     assert opened.page.locator("[data-table=examples] tr.row").count() == 0
     assert (
         opened.page.locator("[data-table=examples] tbody").inner_text()
-        == "No row here holds all of these words."
+        == "No row here has all of these words."
     )
     search.fill("")
     opened.page.locator("#examples-group").select_option("top")
@@ -276,18 +275,16 @@ def test_a_row_opens_by_the_keyboard_alone(opened: Opened) -> None:
     )
 
 
-def test_an_open_row_shows_tokens_groups_and_uncertainty(opened: Opened) -> None:
+def test_an_open_row_colours_its_tokens(opened: Opened) -> None:
     opened.page.locator("[data-table=examples] .opener").nth(3).click()
-    pieces = opened.page.locator(".detail .said").last.locator("span")
+    pieces = opened.page.locator(".detail .speech").last.locator("span")
     colours = pieces.evaluate_all("nodes => nodes.map(node => node.style.backgroundColor)")
     assert "--plus" in colours[0] and "--minus" in colours[1]
-    assert opened.page.locator(".detail .bars i").count() == 4
-    assert any("± 0.500" in text for text in opened.texts(".detail dd"))
 
 
 def test_a_pair_opens_to_both_answers(opened: Opened) -> None:
     opened.page.locator("[data-table=pairs] .opener").first.click()
-    said = opened.texts("[data-table=pairs] .said")
+    said = opened.texts("[data-table=pairs] .speech")
     assert (
         said[0].startswith("Question")
         and said[1].startswith("Right")

@@ -1,37 +1,35 @@
-"""Judgement: what speaks for a choice and what against it, check by check.
+"""Checks: what speaks for a choice and what against it.
 
-    holds      what was asked is so              look        it may be well, and is worth a look
-    failed     do not trust the choice yet       not tried   nobody has looked
+    holds    the figure is within its threshold       review            it is not: look at it first
+    failed   do not trust the choice yet              not judged yet    nothing was measured
 
-Choices made here: the worst state is the headline; bounds are those of the diagnosis and of the
-controls; one more is for a pair that makes much of the direction."""
+Choices made here:
+- the worst state is the headline of the page;
+- bounds are those of run/thresholds.py, which the run's own warnings read as well.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from prism_select.report.facts import Facts
-from prism_select.run.config import sides_of
-
-__all__ = ["AGREEMENTS", "BY_LENGTH", "Check", "agreement_in_words", "checks_of", "headline"]
-
-State: TypeAlias = Literal["holds", "look", "failed", "not tried"]
-
-
-AGREEMENTS = (
-    (0.1, "mostly noise"),
-    (1 / 3, "more noise than signal"),
-    (0.7, "more signal than noise"),
+from prism_select.report.formatting import join_words
+from prism_select.report.run_facts import RunFacts
+from prism_select.run.polarity import Polarity
+from prism_select.run.thresholds import (
+    DOMINANT_SHARE,
+    EFFECTIVE_PAIRS,
+    EVEN_AGREEMENT,
+    LENGTH_CORRELATION,
+    LONGER_SHARE,
+    PAIRS_FOR_LENGTH,
+    TARGET_AGREEMENT,
+    TRUNCATED_SHARE,
+    agreement_in_words,
 )
 
+__all__ = ["Check", "State", "checks_of", "headline", "interval_state"]
 
-BY_LENGTH = 0.7
-
-
-FEW = 5  # effective pairs
-
-
-MOST = 0.25  # of the direction that one pair may make
+State: TypeAlias = Literal["holds", "review", "failed", "not judged yet"]
 
 
 @dataclass(frozen=True)
@@ -41,142 +39,122 @@ class Check:
     words: str
 
 
-def agreement_in_words(agreement: float) -> str:
-    """Two halves of the pairs, each taken alone, point the same way in so far."""
-    return next((words for bound, words in AGREEMENTS if agreement < bound), "they say the same")
-
-
-def checks_of(facts: Facts) -> list[Check]:
-    manifest = facts.manifest
-    found = [
+def checks_of(run: RunFacts) -> list[Check]:
+    manifest = run.manifest
+    return [
         _engine(manifest["engine"]),
-        *_pairs(manifest),
-        _length(facts),
+        *_pairs(manifest["target"], run.polarity),
+        _length(manifest),
         _rows(manifest["counts"]),
+        *_evaluation(run),
     ]
-    return [*found, *_evaluated(facts)]
 
 
 def headline(checks: list[Check]) -> tuple[State, str]:
     """The worst state, and a sentence."""
-    named: dict[str, list[str]] = {}
+    by_state: dict[State, list[str]] = {}
     for check in checks:
-        named.setdefault(check.state, []).append(check.name)
-    if failed := named.get("failed"):
-        return "failed", f"Do not trust it yet: {_joined(failed)} failed."
-    if look := named.get("look"):
-        return "look", f"Look before you trust it: {_joined(look)}."
-    if named.get("not tried"):
-        return "not tried", "Nothing speaks against it; whether it helps has not been tried."
+        by_state.setdefault(check.state, []).append(check.name)
+    if failed := by_state.get("failed"):
+        return "failed", f"Do not trust it yet: {join_words(failed)} failed."
+    if review := by_state.get("review"):
+        return "review", f"Review before you trust it: {join_words(review)}."
+    if "not judged yet" in by_state:
+        return "not judged yet", "Nothing speaks against it. Whether it helps is not judged yet."
     return "holds", "Every check holds."
 
 
-def _joined(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+def interval_state(low: float, high: float) -> State:
+    """Of a 95% interval of a gain; without bounds, or with one value for both, it shows nothing."""
+    shows = low < high and not low <= 0 <= high
+    return "review" if not shows else "holds" if low > 0 else "failed"
 
 
 def _engine(engine: Mapping[str, Any]) -> Check:
     check = engine["check"]
-    off, bound = check["disagreement"], check["tolerance"]
-    state: State = "holds" if off is not None and off <= bound else "failed"
-    told = "no number" if off is None else _small(off, 1)
-    allowed = f"{_small(bound, 0)} is allowed"
-    words = f"engine {engine['name']} is off by {told} from the definition on {check['rows']} rows; {allowed}"
-    return Check("self-check", state, words)
+    gap, bound = check["disagreement"], check["tolerance"]
+    state: State = "holds" if gap is not None and gap <= bound else "failed"
+    written = "no number" if gap is None else _power(gap, 1)
+    return Check(
+        "self-check",
+        state,
+        f"scores of engine {engine['name']} differ from the definition by {written} on "
+        f"{check['rows']} rows; at most {_power(bound, 0)} is allowed",
+    )
 
 
-def _small(value: float, digits: int) -> str:
-    """2.0e-7, with a minus that no line breaks at."""
+def _power(value: float, digits: int) -> str:
+    """2.0e−7, with a minus that no line breaks at."""
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("-", "−")
 
 
-def _pairs(manifest: Mapping[str, Any]) -> Iterator[Check]:
-    target = manifest["target"]
+def _pairs(target: Mapping[str, Any], polarity: Polarity) -> Iterator[Check]:
     if "pairs" not in target:
-        yield Check(
-            "pairs", "not tried", "the direction was a saved one: its pairs are not known here"
-        )
+        words = "the direction was a saved one: its pairs are not known here"
+        yield Check("pairs", "not judged yet", words)
         return
-    agreement = target["split_half_agreement"]
+    yield _agreement(target)
+    yield _effective_pairs(target)
+    if target["pairs"] >= PAIRS_FOR_LENGTH:
+        longer = target["chosen_longer_share"]
+        share, side = max((longer, polarity.toward), (1 - longer, polarity.away))
+        state: State = "review" if share > LONGER_SHARE else "holds"
+        words = f"the {side} answer is longer in {share:.0%} of the pairs"
+        yield Check("length of the answers", state, words)
+
+
+def _agreement(target: Mapping[str, Any]) -> Check:
+    name, agreement = "split-half agreement", target["split_half_agreement"]
     if agreement is None:
-        yield Check(
-            "agreement of the pairs", "not tried", f"{target['pairs']} pairs: too few to split"
-        )
-    else:
-        state: State = "holds" if agreement >= AGREEMENTS[1][0] else "look"
-        wanted = target["pairs_for_half_agreement"]
-        more = (
-            f"; about {wanted:,} pairs like these would bring that to 0.50"
-            if wanted and agreement < 0.5
-            else ""
-        )
-        words = f"two halves agree at {agreement:.2f}: {agreement_in_words(agreement)}{more}"
-        yield Check("agreement of the pairs", state, words)
+        return Check(name, "not judged yet", f"{target['pairs']} pairs: too few to split")
+    words = f"two halves of the pairs agree at {agreement:.2f}: {agreement_in_words(agreement)}"
+    pairs = target["pairs_for_half_agreement"]
+    if pairs and agreement < TARGET_AGREEMENT:
+        words += f"; about {pairs:,} pairs like these would bring that to {TARGET_AGREEMENT:.2f}"
+    return Check(name, "holds" if agreement >= EVEN_AGREEMENT else "review", words)
+
+
+def _effective_pairs(target: Mapping[str, Any]) -> Check:
     effective = target["effective_pairs"]
-    first = next(iter(target["dominant_pairs"]), {"pair": 1, "share": 0.0})
+    first = next(iter(target["dominant_pairs"]), {"pair": 1, "share": None})
     share = first["share"] or 0.0  # None where it is not known
-    state = "holds" if effective >= FEW and share <= MOST else "look"
+    state: State = "holds" if effective >= EFFECTIVE_PAIRS and share <= DOMINANT_SHARE else "review"
     words = f"the weights of {target['pairs']} pairs are worth {effective:.1f} equal ones"
-    if share > MOST:
+    if share > DOMINANT_SHARE:
         words += f"; pair {first['pair']} alone makes {share:.0%} of the direction"
-    yield Check("effective pairs", state, words)
-    longer = target["chosen_longer_share"]
-    if target["pairs"] >= 10:
-        sides = sides_of(manifest["score"]["swapped"])
-        share, side = max((longer, sides[0]), (1 - longer, sides[1]))
-        state = "look" if share > 0.8 else "holds"
-        yield Check(
-            "length of the answers",
-            state,
-            f"the {side} answer is the longer one in {share:.0%} of the pairs",
-        )
+    return Check("effective pairs", state, words)
 
 
-def _length(facts: Facts) -> Check:
-    told = facts.manifest["choice"]["rank_correlation_with_tokens"]
-    how = facts.manifest["config"]["normalize"]
-    value = told.get(how)
+def _length(manifest: Mapping[str, Any]) -> Check:
+    correlations = manifest["choice"]["rank_correlation_with_tokens"]
+    value = correlations.get(manifest["config"]["normalize"])
     if value is None:
         return Check("score against length", "holds", "all rows are of one length")
-    state: State = "holds" if abs(value) <= BY_LENGTH else "look"
-    return Check(
-        "score against length",
-        state,
-        f"rank correlation {value:+.2f} with the number of learned tokens",
-    )
+    state: State = "holds" if abs(value) <= LENGTH_CORRELATION else "review"
+    words = f"rank correlation {value:+.2f} with the number of supervised tokens"
+    return Check("score against length", state, words)
 
 
 def _rows(counts: Mapping[str, int]) -> Check:
-    bad, cut = counts["quarantined"], counts["truncated"]
-    words = (
-        f"of {counts['read']:,} rows {bad:,} set aside, {cut:,} cut"
-        + "; quarantine.jsonl says why" * bool(bad)
-    )
-    return Check("rows", "look" if bad or cut > 0.05 * counts["read"] else "holds", words)
+    bad, truncated, read = counts["quarantined"], counts["truncated"], counts["read"]
+    words = f"of {read:,} rows {bad:,} were quarantined and {truncated:,} truncated"
+    words += "; quarantine.jsonl has the reasons" * bool(bad)
+    return Check("rows", "review" if bad or truncated > TRUNCATED_SHARE * read else "holds", words)
 
 
-def _evaluated(facts: Facts) -> Iterator[Check]:
-    if facts.manifest["command"] == "score":
+def _evaluation(run: RunFacts) -> Iterator[Check]:
+    if run.command == "score":
         return
-    told = facts.evaluation
-    if told is None:
-        how = f"prism evaluate {facts.path} --holdout PAIRS"
-        yield Check("controls", "not tried", f"they come with {how}")
-        yield Check("does it help", "not tried", how)
+    evaluation = run.evaluation
+    if evaluation is None:
+        command = f"prism evaluate {run.path} --holdout PAIRS"
+        yield Check("controls", "not judged yet", f"{command} runs them")
+        yield Check("does it help", "not judged yet", f"{command} finds out")
         return
-    failed = [control for control in told["controls"] if not control["holds"]]
-    words = "; ".join(control["words"] for control in failed) or f"all {len(told['controls'])} hold"
+    failed = [control.words for control in evaluation.controls if not control.holds]
+    words = "; ".join(failed) or f"all {len(evaluation.controls)} hold"
     yield Check("controls", "failed" if failed else "holds", words)
-    for baseline in [name for name in ("random", "random-by-source") if name in told["against"]][
-        :1
-    ]:
-        verdict = told["against"][baseline]
-        low, high = verdict["gain"]["low"], verdict["gain"]["high"]
-        state: State = (
-            "look"
-            if low is None or high is None or low <= 0 <= high
-            else "holds"
-            if low > 0
-            else "failed"
-        )
-        yield Check("does it help", state, verdict["words"] + " (gain, nats per token)")
+    by_name = {baseline.name: baseline for baseline in evaluation.baselines}
+    if random := by_name.get("random") or by_name.get("random-by-source"):
+        state = interval_state(random.low, random.high)
+        yield Check("does it help", state, f"{random.words} (gain, nats per token)")

@@ -1,35 +1,49 @@
 """Comparison: two runs of one pool, and what differs between their choices.
 
-    place(z)    share of the scored rows that stand before z in a ranking: 0 is the best, 1 the worst
-    moved(z)    place in A − place in B: above 0, B ranks it higher
-    by chance   two choices of a and b of n rows share a·b / n
+    position(z)   share of the scored rows that rank before z: 0 is the best, 1 the worst
+    moved(z)      position in A − position in B: above 0, B ranks it higher
+    by chance     two choices of a and b of n rows share a·b / n
 
     prism report RUN_A RUN_B  →  RUN_A/comparison.html
 
-Choices made here: rows are compared where both runs scored them; texts and the columns of a row are
-B's."""
+Choices made here:
+- rows are compared where both runs scored them;
+- texts and the columns of a row are those of B.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
 from prism_select.core.statistics import rank_correlation
-from prism_select.report import charts
-from prism_select.report.distribution import Cell
-from prism_select.report.examples import Row, rows_of
-from prism_select.report.facts import opened, options_of
-from prism_select.report.page import percent, render, significant
-from prism_select.report.scores_table import TAKEN, Columns, columns_of
-from prism_select.report.tables import table_of
-from prism_select.run.config import sides_of
+from prism_select.report.charts import (
+    Cell,
+    Chart,
+    Floats,
+    chart_of,
+    heat_map,
+    non_empty_cells,
+)
+from prism_select.report.formatting import percent, significant
+from prism_select.report.page import render
+from prism_select.report.pool_rows import PoolRow, pool_rows
+from prism_select.report.run_facts import (
+    RunFacts,
+    effective_options,
+    read_run_facts,
+    scoring_options,
+)
+from prism_select.report.scores_table import Columns
+from prism_select.report.tables import Column, Table, table_of_rows
 from prism_select.run.errors import BadOption
-from prism_select.run.folder import Run, Store
+from prism_select.run.folder import Store
 
-__all__ = ["Comparison", "Shared", "compared", "write_comparison"]
+__all__ = ["BestRows", "Comparison", "MovedRow", "SourceRows", "compare", "write_comparison"]
 
 CONTENTS = {
     "choices": "The choices",
@@ -37,35 +51,38 @@ CONTENTS = {
     "moved": "Examples",
     "options": "What was different",
 }
-
-
-CELLS, MOST, FIRST = 30, 60, 40
-
-
+CELLS, MOVED, EXCLUSIVE, SOURCES = 30, 60, 40, 20
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
-
-Floats: TypeAlias = NDArray[np.float64]
-
-
-Places: TypeAlias = tuple[Floats, Floats]
+ColumnPair: TypeAlias = tuple[Columns, Columns]
+Rows: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Of the best `rows` of either ranking: how many are the same, as a share, and by chance."""
+class BestRows:
+    """Of the best `rows` of each ranking: the share that is in both, and that by chance."""
 
     share: float
     rows: int
-    same: float
+    shared: float
     chance: float
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A row with its places in the rankings of A and B, from 1."""
+class SourceRows:
+    """Rows of a source, and those chosen by A and by B."""
 
-    row: Row
+    name: str
+    rows: int
+    chosen_a: int
+    chosen_b: int
+
+
+@dataclass(frozen=True)
+class MovedRow:
+    """A row with its ranks in A and B, from 1."""
+
+    row: PoolRow
     rank_a: int
     rank_b: int
     moved: float
@@ -73,211 +90,219 @@ class Moved:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`both`, `only_a` and `only_b` count the rows taken; `sources` has the rows taken by A and by
-    B of each."""
+    """`rows` were scored by both; `shared`, `only_a` and `only_b` count the chosen rows; `options`
+    are those that differ, with their values in A and B."""
 
     names: tuple[str, str]
-    paths: tuple[str, str]
-    manifests: tuple[Mapping[str, Any], Mapping[str, Any]]
+    runs: tuple[RunFacts, RunFacts]
     rows: int
     correlation: float
-    both: int
+    shared: int
     only_a: int
     only_b: int
-    shared: tuple[Shared, ...]
+    best: tuple[BestRows, ...]
     cells: tuple[Cell, ...]
-    sources: tuple[tuple[str, int, int, int], ...]
-    moved: tuple[Moved, ...]
+    sources: tuple[SourceRows, ...]
+    moved: tuple[MovedRow, ...]
     options: tuple[tuple[str, str, str], ...]
 
     @property
     def chance(self) -> float:
         """Rows that choices of these sizes share by chance."""
-        return (self.both + self.only_a) * (self.both + self.only_b) / max(1, self.rows)
+        return (self.shared + self.only_a) * (self.shared + self.only_b) / max(1, self.rows)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a run made a choice."""
+        return any(run.verdict for run in self.runs)
+
+    @property
+    def sentence(self) -> str:
+        """The heading of the page."""
+        size = self.shared + self.only_b
+        if self.chosen:
+            share = percent(self.shared / max(1, size))
+            return f"{self.shared:,} of the {size:,} rows in B are in A too, {share}"
+        correlation = significant(self.correlation, 2)
+        return f"Two rankings of {self.rows:,} rows: rank correlation {correlation}"
+
+    @property
+    def words(self) -> str:
+        words = f"The rank correlation of the two rankings is {significant(self.correlation, 2)}, "
+        words += f"over {self.rows:,} rows that both runs scored."
+        if self.runs[0].polarity != self.runs[1].polarity:
+            words += " One run is a repair, whose scores point the other way: expect a correlation "
+            words += "below 0."
+        return words
 
 
-def compared(a: str, b: str) -> Comparison:
-    """Raises BadOption for what is no complete run, and where the pools are not the same."""
-    runs = opened(a), opened(b)
-    manifests = runs[0].manifest, runs[1].manifest
-    columns = columns_of(runs[0].path, manifests[0]), columns_of(runs[1].path, manifests[1])
-    prints = [manifest["fingerprints"]["pool"] for manifest in manifests]
-    if prints[0] != prints[1] or len(columns[0]) != len(columns[1]):
+def compare(a: str, b: str) -> Comparison:
+    """Raises BadOption where there is no complete run, and where the pools are not the same."""
+    runs = read_run_facts(a), read_run_facts(b)
+    columns = runs[0].columns, runs[1].columns
+    pools = [run.manifest["fingerprints"]["pool"] for run in runs]
+    if pools[0] != pools[1] or len(columns[0]) != len(columns[1]):
         raise BadOption(f"{a}, {b}: their pools are not the same; compare two runs of one pool")
-    known = np.flatnonzero(np.isfinite(columns[0].ranking) & np.isfinite(columns[1].ranking))
-    if not len(known):
+    scored = np.flatnonzero(np.isfinite(columns[0].ranking) & np.isfinite(columns[1].ranking))
+    if not len(scored):
         raise BadOption(f"{a}, {b}: no row was scored by both; there is nothing to compare")
-    places = _places(columns[0]), _places(columns[1])
-    taken = columns[0].taken, columns[1].taken
-    names = (Path(a).resolve().name, Path(b).resolve().name)
+    positions = _positions(columns[0]), _positions(columns[1])
+    chosen = columns[0].chosen, columns[1].chosen
+    names = Path(a).resolve().name, Path(b).resolve().name
+    edges = np.linspace(0, 1, CELLS + 1)
     return Comparison(
         names=names if names[0] != names[1] else (a, b),
-        paths=(a, b),
-        manifests=manifests,
-        rows=len(known),
-        correlation=rank_correlation(columns[0].ranking[known], columns[1].ranking[known]),
-        both=int((taken[0] & taken[1]).sum()),
-        only_a=int((taken[0] & ~taken[1]).sum()),
-        only_b=int((taken[1] & ~taken[0]).sum()),
-        shared=tuple(_shared(columns, share) for share in SHARES),
-        cells=_cells(places, known),
-        sources=_sources(columns),
-        moved=_moved(runs[1], columns, places, known),
-        options=_options(manifests),
+        runs=runs,
+        rows=len(scored),
+        correlation=rank_correlation(columns[0].ranking[scored], columns[1].ranking[scored]),
+        shared=int((chosen[0] & chosen[1]).sum()),
+        only_a=int((chosen[0] & ~chosen[1]).sum()),
+        only_b=int((chosen[1] & ~chosen[0]).sum()),
+        best=tuple(_best_rows(columns, share) for share in SHARES),
+        cells=non_empty_cells(positions[0][scored], positions[1][scored], (edges, edges)),
+        sources=tuple(_source_rows(columns)),
+        moved=_moved_rows(runs, positions, scored),
+        options=_different_options(runs),
     )
 
 
-def _places(columns: Columns) -> Floats:
+def _positions(columns: Columns) -> Floats:
     """NaN where a row has no score."""
-    found = np.full(len(columns), np.nan)
-    found[columns.order] = np.arange(len(columns.order)) / max(1, len(columns.order) - 1)
-    return found
+    positions = np.full(len(columns), np.nan)
+    positions[columns.order] = np.arange(len(columns.order)) / max(1, len(columns.order) - 1)
+    return positions
 
 
-def _shared(columns: tuple[Columns, Columns], share: float) -> Shared:
-    count = max(1, round(share * min(len(each.order) for each in columns)))
-    same = len(np.intersect1d(columns[0].order[:count], columns[1].order[:count]))
-    return Shared(share, count, same / count, count / max(len(each.order) for each in columns))
+def _best_rows(columns: ColumnPair, share: float) -> BestRows:
+    a, b = columns[0].order, columns[1].order
+    count = max(1, round(share * min(len(a), len(b))))
+    shared = len(np.intersect1d(a[:count], b[:count]))
+    return BestRows(share, count, shared / count, count / max(len(a), len(b)))
 
 
-def _cells(places: Places, known: NDArray[np.int64]) -> tuple[Cell, ...]:
-    edges = np.linspace(0, 1, CELLS + 1)
-    counts = np.histogram2d(places[0][known], places[1][known], (edges, edges))[0]
-    return tuple(
-        Cell(
-            (float(edges[i]), float(edges[i + 1])),
-            (float(edges[j]), float(edges[j + 1])),
-            int(counts[i, j]),
-        )
-        for i, j in zip(*np.nonzero(counts), strict=True)
-    )
-
-
-def _sources(columns: tuple[Columns, Columns]) -> tuple[tuple[str, int, int, int], ...]:
-    """Name, rows, and rows taken by A and by B; the twenty largest."""
+def _source_rows(columns: ColumnPair) -> Iterator[SourceRows]:
+    """The largest sources first."""
     source = columns[0].source
-    count = len(source.names)
     rows, a, b = (
-        np.bincount(source.places, weights, count)
-        for weights in (np.ones(len(source.places)), columns[0].taken, columns[1].taken)
+        np.bincount(source.index, weights, len(source.names))
+        for weights in (np.ones(len(source.index)), columns[0].chosen, columns[1].chosen)
     )
-    return tuple(
-        (source.names[i] or "no name", int(rows[i]), int(a[i]), int(b[i]))
-        for i in np.argsort(-rows)[:20]
-    )
+    for i in np.argsort(-rows)[:SOURCES]:
+        yield SourceRows(source.names[i] or "no name", int(rows[i]), int(a[i]), int(b[i]))
 
 
-def _moved(
-    run: Run, columns: tuple[Columns, Columns], places: Places, known: NDArray[np.int64]
-) -> tuple[Moved, ...]:
-    """Rows that rose and fell most, and the first of those that one choice has and the other has
-    not."""
-    moved = places[0] - places[1]
-    by = known[np.argsort(-moved[known], kind="stable")]
-    groups: dict[int, str] = {}
-    for group, rows in {"rose most": by[:MOST], "fell most": by[::-1][:MOST]}.items():
-        up = 1 if group == "rose most" else -1
-        groups |= {
-            int(row): group for row in rows if up * moved[row] > 0 and int(row) not in groups
-        }
-    for name, ours, theirs in (
+def _moved_rows(
+    runs: tuple[RunFacts, RunFacts], positions: tuple[Floats, Floats], scored: Rows
+) -> tuple[MovedRow, ...]:
+    """Rows that rose and fell most, and the first of those that only one run chose."""
+    columns, moved = (runs[0].columns, runs[1].columns), positions[0] - positions[1]
+    ranks = np.full(len(columns[1]), -1)
+    ranks[columns[1].order] = np.arange(len(columns[1].order))
+    groups = _groups(columns, moved, scored)
+    shown = [(group, int(ranks[row])) for row, group in groups.items()]
+    rows = pool_rows(runs[1].path, columns[1], scoring_options(runs[1].manifest), shown)
+    last = max(1, len(columns[0].order) - 1)
+    moved_rows = [
+        MovedRow(row, round(positions[0][row.row] * last) + 1, row.rank, float(moved[row.row]))
+        for row in rows
+    ]
+    return tuple(sorted(moved_rows, key=lambda row: -row.moved))
+
+
+def _groups(columns: ColumnPair, moved: Floats, scored: Rows) -> dict[int, str]:
+    """Why each row is shown, by row."""
+    rising = scored[np.argsort(-moved[scored], kind="stable")]
+    groups = {int(row): "rose most" for row in rising[:MOVED] if moved[row] > 0}
+    fallen = (int(row) for row in rising[::-1][:MOVED] if moved[row] < 0)
+    groups |= {row: "fell most" for row in fallen if row not in groups}
+    for group, ours, theirs in (
         ("only in A", columns[0], columns[1]),
         ("only in B", columns[1], columns[0]),
     ):
-        first = [int(row) for row in ours.order if ours.taken[row] and not theirs.taken[row]][
-            :FIRST
-        ]
-        groups |= {row: name for row in first if row not in groups and np.isfinite(moved[row])}
-    place = np.full(len(columns[1]), -1)
-    place[columns[1].order] = np.arange(len(columns[1].order))
-    scored_by = run.manifest.get("scored_by", run.manifest["config"])
-    shown = rows_of(
-        run.path, columns[1], scored_by, [(group, int(place[row])) for row, group in groups.items()]
-    )
-    last = max(1, len(columns[0].order) - 1)
-    found = [
-        Moved(row, round(places[0][row.row] * last) + 1, row.rank, float(moved[row.row]))
-        for row in shown
-    ]
-    return tuple(sorted(found, key=lambda each: -each.moved))
+        exclusive = ours.order[ours.chosen[ours.order] & ~theirs.chosen[ours.order]]
+        for row in exclusive[:EXCLUSIVE].tolist():
+            if np.isfinite(moved[row]):
+                groups.setdefault(row, group)
+    return groups
 
 
-def _options(
-    manifests: tuple[Mapping[str, Any], Mapping[str, Any]],
-) -> tuple[tuple[str, str, str], ...]:
-    """Options that differ, and whether model and target are the same."""
-    configs = [options_of(each) for each in manifests]
-    names = [
-        name
-        for name in dict.fromkeys([*configs[0], *configs[1]])
-        if name not in ("out", "overwrite")
-    ]
-    told = [("command", manifests[0]["command"], manifests[1]["command"])]
-    told += [
-        (name, _text(configs[0].get(name, "")), _text(configs[1].get(name, ""))) for name in names
-    ]
-    prints = [each["fingerprints"] for each in manifests]
-    told += [
-        (f"fingerprint of the {name}", prints[0][name], prints[1][name])
-        for name in ("model", "target")
-    ]
-    return tuple((name, a, b) for name, a, b in told if a != b)
+def _different_options(runs: tuple[RunFacts, RunFacts]) -> tuple[tuple[str, str, str], ...]:
+    """Also the command, the model and the target."""
+    tables = [_options_and_fingerprints(run.manifest) for run in runs]
+    names = dict.fromkeys([*tables[0], *tables[1]])
+    values = [(name, tables[0].get(name, "–"), tables[1].get(name, "–")) for name in names]
+    return tuple((name, a, b) for name, a, b in values if a != b)
 
 
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) or "–"
+def _options_and_fingerprints(manifest: Mapping[str, Any]) -> dict[str, str]:
+    options = effective_options(manifest)
+    shown = {n: _written(v) for n, v in options.items() if n not in ("out", "overwrite")}
+    prints = manifest["fingerprints"]
+    return {
+        "command": manifest["command"],
+        **shown,
+        **{f"fingerprint of the {name}": prints[name] for name in ("model", "target")},
+    }
 
 
-def write_comparison(a: str, b: str, out: str = "") -> Path:
-    """Writes RUN_A/comparison.html, or `out`. Raises what `compared` does, and DiskTrouble."""
-    told = compared(a, b)
-    place = Path(out or Path(a) / "comparison.html")
-    Store(str(place.parent)).write(place.name, page_of(told))
-    return place
+def _written(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value in ("", None) else str(value)
 
 
-def page_of(told: Comparison) -> bytes:
-    chosen = any(manifest["command"] in TAKEN for manifest in told.manifests)
-    drawn = [charts.ranks(told.cells, told.names)]
+def write_comparison(a: str, b: str, out: str | None = None) -> Path:
+    """Writes RUN_A/comparison.html, or `out`. Raises what `compare` does, and DiskTrouble where the
+    page cannot be written."""
+    page = page_of(compare(a, b))
+    file = Path(out or Path(a) / "comparison.html")
+    Store(str(file.parent)).write(file.name, page)
+    return file
+
+
+def page_of(comparison: Comparison) -> bytes:
+    chart = rank_chart(comparison)
     values = {
-        "title": f"PRISM: {told.names[0]} and {told.names[1]}",
+        "title": f"PRISM: {comparison.names[0]} and {comparison.names[1]}",
         "kind": "comparison of two runs",
         "contents": list(CONTENTS.items()),
-        "told": told,
-        "chosen": chosen,
-        "sentence": sentence(told, chosen),
-        "words": words(told),
-        "chart": drawn[0],
-        "share": percent(told.both / max(1, told.both + told.only_b)),
-    }  # fmt: skip
-    columns = [
-        ("rank_a", "rank in A", "count"),
-        ("rank_b", "rank in B", "count"),
-        ("moved", "moved", "move"),
-    ]
-    values_of = [
-        {"rank_a": each.rank_a, "rank_b": each.rank_b, "moved": each.moved} for each in told.moved
-    ]
-    sides = sides_of(bool(told.manifests[1]["score"]["swapped"]))
-    table = {
-        **table_of([each.row for each in told.moved], sides, columns, values_of),
-        "sort": ["moved", True],
+        "comparison": comparison,
+        "chart": chart,
     }
-    return render("comparison.html", drawn, {"moved": table}, values)
+    return render("comparison.html", [chart], {"moved": moved_table(comparison)}, values)
 
 
-def sentence(told: Comparison, chosen: bool) -> str:
-    if not chosen:
-        return f"Two rankings of {told.rows:,} rows: rank correlation {significant(told.correlation, 2)}"
-    size = told.both + told.only_b
-    return (
-        f"{told.both:,} of the {size:,} rows in B are in A too, {percent(told.both / max(1, size))}"
+def rank_chart(comparison: Comparison) -> Chart:
+    """Positions of each row in the two rankings."""
+    a, b = comparison.names
+    axis = alt.Axis(format="%", tickCount=5)
+    reverse = alt.Scale(reverse=True)
+    return chart_of(
+        "ranks",
+        "Position in each ranking",
+        "The best rows are at the upper left. Rows on the falling diagonal rank the same; rows above "
+        "it rank higher in B.",
+        f"Heat map of the positions of rows in {a} and in {b}.",
+        heat_map(
+            comparison.cells,
+            alt.X("x:Q", bin="binned", title=f"position in {a}, best first", axis=axis),
+            alt.Y("y:Q", bin="binned", title=f"position in {b}", axis=axis, scale=reverse),
+            alt.Scale(domainMin=0, range=[0, 1]),
+        ),
+        320,
     )
 
 
-def words(told: Comparison) -> str:
-    rows = f"over {told.rows:,} rows that both scored"
-    found = f"Rank correlation of the two rankings: {significant(told.correlation, 2)}, {rows}."
-    if told.manifests[0]["score"]["swapped"] != told.manifests[1]["score"]["swapped"]:
-        found += " One is a repair, whose scores point the other way: expect a correlation below 0."
-    return found
+def moved_table(comparison: Comparison) -> Table:
+    """The rows that rose most come first."""
+    columns = [
+        Column("rank_a", "rank in A", "count"),
+        Column("rank_b", "rank in B", "count"),
+        Column("moved", "moved", "move"),
+    ]
+    values = [
+        {"rank_a": moved.rank_a, "rank_b": moved.rank_b, "moved": moved.moved}
+        for moved in comparison.moved
+    ]
+    rows = [moved.row for moved in comparison.moved]
+    return table_of_rows(rows, comparison.runs[1].polarity, columns, values, sort=("moved", True))

@@ -1,12 +1,15 @@
 """Columns: scores.parquet as arrays, ranked as the choice was made.
 
-    ranking   what the choice went by: rank_by, score_cosine, score_per_token or score, the highest first
-    order     rows by falling ranking; rows without a score have no place in it
-    cut-off   the lowest ranking among the rows taken (selected, or in repair removed)
+    ranking   what the choice went by: rank_by, score_cosine, score_per_token or score
+    order     rows by falling ranking; rows without a score are left out
+    chosen    rows that select selected or repair removed
+    cut-off   the lowest ranking among the chosen rows
 
-Choices made here: names that repeat (source, file, verdict) are held once each; a choice in turns
-over targets (round-robin), with caps or without near-duplicates passes over rows above its cut-off,
-which are counted."""
+Choices made here:
+- names that repeat (source, file, verdict) are stored once each;
+- a choice in turns over targets (round-robin), with caps or without near-duplicates passes over
+  rows above its cut-off; they are counted.
+"""
 
 import math
 from collections.abc import Mapping
@@ -20,119 +23,125 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-__all__ = ["TAKEN", "Columns", "Named", "columns_of"]
+__all__ = ["VERDICTS", "Columns", "NameColumn", "columns_of"]
 
 Floats: TypeAlias = NDArray[np.float64]
-
-
 Rows: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
 
+VERDICTS = {"select": "selected", "repair": "removed"}  # of the rows that a command chooses
 
-TAKEN = {"select": "selected", "repair": "removed"}
-
-
-_BY = {"tokens": "score_per_token", "norm": "score_cosine"}
+_RANKINGS = {"tokens": "score_per_token", "norm": "score_cosine"}
+_NAMES = ("source", "file", "verdict")
 
 
 @dataclass(frozen=True)
-class Named:
-    """A column of names: the place of each row's name among them."""
+class NameColumn:
+    """A column of names: the index of each row's name in `names`."""
 
-    places: Rows
+    index: Rows
     names: tuple[str, ...]
 
     def __getitem__(self, row: int) -> str:
-        return self.names[int(self.places[row])]
+        return self.names[int(self.index[row])]
 
-    def equals(self, name: str) -> NDArray[np.bool_]:
-        return np.equal(self.places, self.names.index(name) if name in self.names else -1)
+    def equals(self, name: str) -> Bools:
+        return np.equal(self.index, self.names.index(name) if name in self.names else -1)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One value for each row of the pool; NaN, or no tokens, where it has no score."""
+    """One value for each row of the pool: NaN, or no tokens, where it has no score. `score_chosen`
+    and `score_rejected` are the influence on either answer of the pairs."""
 
     command: str
-    by: str
+    ranked_by: str
     ranking: Floats
     score: Floats
-    chosen: Floats
-    rejected: Floats
+    score_chosen: Floats
+    score_rejected: Floats
     tokens: Rows
-    source: Named
-    file: Named
-    verdict: Named
+    source: NameColumn
+    file: NameColumn
+    verdict: NameColumn
 
     def __len__(self) -> int:
         return len(self.score)
 
     @cached_property
     def order(self) -> Rows:
-        known = np.flatnonzero(np.isfinite(self.ranking))
-        return known[np.argsort(-self.ranking[known], kind="stable")]
+        scored = np.flatnonzero(np.isfinite(self.ranking))
+        return scored[np.argsort(-self.ranking[scored], kind="stable")]
 
     @cached_property
-    def taken(self) -> NDArray[np.bool_]:
+    def chosen(self) -> Bools:
         """Selected, or in repair removed; none where no choice was made."""
-        return self.verdict.equals(TAKEN.get(self.command, "")) & np.isfinite(self.ranking)
+        return self.verdict.equals(VERDICTS.get(self.command, "")) & np.isfinite(self.ranking)
 
     @property
     def cutoff(self) -> float:
-        """NaN where nothing was taken."""
-        return float(self.ranking[self.taken].min()) if self.taken.any() else math.nan
+        """NaN where nothing was chosen."""
+        return float(self.ranking[self.chosen].min()) if self.chosen.any() else math.nan
 
     @property
     def passed_over(self) -> int:
-        """Rows above the cut-off that were not taken."""
-        above = self.ranking > self.cutoff
-        return int((above & ~self.taken).sum())
-
-    def place_in_file(self, row: int) -> int:
-        """Where a row stands among the rows of its file, from 0."""
-        return int(row - self._starts[self.file.places[row]])
+        """Rows above the cut-off that were not chosen."""
+        return int(((self.ranking > self.cutoff) & ~self.chosen).sum())
 
     @cached_property
-    def _starts(self) -> Rows:
-        found = np.zeros(len(self.file.names), dtype=np.int64)
-        present, first = np.unique(self.file.places, return_index=True)
-        found[present] = first
-        return found
+    def positive_scores(self) -> Floats:
+        """The scores, with 0 for those below 0 and for rows without one."""
+        return np.clip(np.nan_to_num(self.score), 0, None)
+
+    @property
+    def chosen_influence(self) -> float:
+        """Share of all positive influence in the chosen rows; NaN where one of them is none."""
+        total = float(self.positive_scores.sum())
+        if not total or not self.chosen.any():
+            return math.nan
+        return float(self.positive_scores[self.chosen].sum()) / total
+
+    def row_in_file(self, row: int) -> int:
+        """Which row of its file it is, from 0."""
+        return int(row - self._first_rows[self.file.index[row]])
+
+    @cached_property
+    def _first_rows(self) -> Rows:
+        """The first row of each file."""
+        rows = np.zeros(len(self.file.names), dtype=np.int64)
+        files, first = np.unique(self.file.index, return_index=True)
+        rows[files] = first
+        return rows
 
 
 def columns_of(path: Path, manifest: Mapping[str, Any]) -> Columns:
-    """Of the run folder at `path`."""
-    names = ["score", "score_chosen", "score_rejected", "tokens", "source", "file", "verdict"]
-    there = set(pq.read_schema(path / "scores.parquet").names)
-    by = _BY.get(manifest["config"]["normalize"], "score")
-    if "rank_by" in there:
-        by = "rank_by"
-    named = ["source", "file", "verdict"]
-    table = pq.read_table(
-        path / "scores.parquet", columns=sorted({*names, by}), read_dictionary=named
-    )
+    """The columns of the run folder at `path`."""
+    file = path / "scores.parquet"
+    rank_by = "rank_by" in pq.read_schema(file).names
+    normalised = _RANKINGS.get(manifest["config"]["normalize"], "score")
+    ranked_by = "rank_by" if rank_by else normalised
+    numeric = {"score", "score_chosen", "score_rejected", "tokens", ranked_by}
+    table = pq.read_table(file, columns=sorted({*numeric, *_NAMES}), read_dictionary=list(_NAMES))
 
     def numbers(name: str) -> Floats:
         return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
-    ranking = numbers(by)
-    if by == "rank_by":
-        ranking = np.where(np.isfinite(numbers("score")), ranking, np.nan)
+    ranking, score = numbers(ranked_by), numbers("score")
     return Columns(
         manifest["command"],
-        by,
-        ranking,
-        numbers("score"),
+        ranked_by,
+        np.where(np.isfinite(score), ranking, np.nan) if rank_by else ranking,
+        score,
         numbers("score_chosen"),
         numbers("score_rejected"),
         np.nan_to_num(numbers("tokens")).astype(np.int64),
-        *(_names_of(table[name]) for name in named),
+        *(_name_column(table[name]) for name in _NAMES),
     )
 
 
-def _names_of(column: pa.ChunkedArray) -> Named:
-    whole = column.unify_dictionaries().combine_chunks().fill_null("")
-    if isinstance(whole, pa.ChunkedArray):  # a table without rows has no chunk
-        whole = pa.array([], pa.dictionary(pa.int32(), pa.string()))
-    return Named(
-        np.asarray(whole.indices, dtype=np.int64), tuple(map(str, whole.dictionary.to_pylist()))
-    )
+def _name_column(column: pa.ChunkedArray) -> NameColumn:
+    array = column.unify_dictionaries().combine_chunks().fill_null("")
+    if isinstance(array, pa.ChunkedArray):  # a table without rows has no chunk
+        array = pa.array([], pa.dictionary(pa.int32(), pa.string()))
+    names = tuple(map(str, array.dictionary.to_pylist()))
+    return NameColumn(np.asarray(array.indices, dtype=np.int64), names)

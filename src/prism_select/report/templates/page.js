@@ -8,7 +8,7 @@
     if (text !== undefined) node.textContent = text;
     return node;
   };
-  const known = value => typeof value === "number" && Number.isFinite(value);
+  const isNumber = value => typeof value === "number" && Number.isFinite(value);
   const write = {
     count: value => value.toLocaleString("en"),
     score: value => {
@@ -19,7 +19,7 @@
     move: value => (value > 0 ? "+" : "") + write.share(value),
     share: value => (100 * value).toFixed(Math.abs(value) < 0.1 ? 1 : 0).replace("-", "−") + "%",
   };
-  const told = (value, kind) => (kind === "name" || kind === "text" ? String(value ?? "") : known(value) ? write[kind](value) : "");
+  const written = (value, kind) => (kind === "name" || kind === "text" ? String(value ?? "") : isNumber(value) ? write[kind](value) : "");
 
   // ------------------------------------------------------------------ charts
   const draw = async host => {
@@ -44,81 +44,61 @@
     }
     return list;
   };
-  const turn = (role, said) => {
+  const details = (row, table) => numbers(table.details.map(({ key, name, kind }) => [name, written(row[key], kind)]));
+  const turn = (role, { text, characters }) => {
     const box = make("div", "turn");
-    const text = make("div", "said", said.text);
-    text.dir = "auto";
-    text.tabIndex = said.text.length > 600 ? 0 : -1;
-    box.append(make("span", "role", role), text);
-    if (said.letters > said.text.length) {
-      box.append(make("p", "cut", `cut here: ${write.count(said.letters)} letters in all`));
+    const speech = make("div", "speech", text);
+    speech.dir = "auto";
+    speech.tabIndex = text.length > 600 ? 0 : -1;
+    box.append(make("span", "role", role), speech);
+    if (characters > text.length) {
+      box.append(make("p", "shortened", `truncated: ${write.count(characters)} characters in all`));
     }
     return box;
   };
   const coloured = row => {
     const box = make("div", "turn");
-    const text = make("div", "said");
+    const text = make("div", "speech");
     text.dir = "auto";
-    const most = Math.max(...row.tokens.map(([, score]) => Math.abs(score)), 1e-30);
-    for (const [word, score] of row.tokens) {
+    const largest = Math.max(...row.token_scores.map(([, score]) => Math.abs(score)), 1e-30);
+    for (const [word, score] of row.token_scores) {
       const piece = make("span", "", word);
-      const strength = (0.6 * Math.sqrt(Math.abs(score) / most)).toFixed(2);
+      const strength = (0.6 * Math.sqrt(Math.abs(score) / largest)).toFixed(2);
       piece.style.backgroundColor = `rgba(var(--${score < 0 ? "minus" : "plus"}), ${strength})`;
       piece.title = write.score(score);
       text.append(piece);
     }
-    box.append(make("span", "role", "what is learned, token by token"), text);
-    for (const [side, words] of [["plus", "adds to the score"], ["minus", "takes from it"]]) {
+    box.append(make("span", "role", "supervised tokens"), text);
+    for (const [side, words] of [["plus", "raises the score"], ["minus", "lowers it"]]) {
       const key = make("span", "key");
-      const box2 = make("i");
-      box2.style.backgroundColor = `rgba(var(--${side}), .6)`;
-      key.append(box2, words + "\u00a0\u00a0");
+      const swatch = make("i");
+      swatch.style.backgroundColor = `rgba(var(--${side}), .6)`;
+      key.append(swatch, words + "\u00a0\u00a0");
       box.append(key);
     }
-    if (row.more_tokens) box.append(make("p", "cut", `${write.count(row.more_tokens)} more tokens are not shown`));
-    return box;
-  };
-  const grouped = values => {
-    const box = make("div", "turn");
-    const bars = make("div", "bars");
-    const most = Math.max(...values.map(Math.abs), 1e-30);
-    values.forEach((value, place) => {
-      const bar = make("i", value < 0 ? "minus" : "");
-      bar.style.height = `${Math.max(2, 100 * Math.abs(value) / most)}%`;
-      bar.title = `group ${place + 1}: ${write.score(value)}`;
-      bars.append(bar);
-    });
-    const first = values.map((value, place) => [Math.abs(value), place]).sort((a, b) => b[0] - a[0]).slice(0, 3);
-    const words = first.map(([, place]) => `group ${place + 1} ${write.score(values[place])}`).join(", ");
-    bars.setAttribute("role", "img");
-    bars.setAttribute("aria-label", `Score along each of ${values.length} groups of pairs; most: ${words}`);
-    box.append(make("span", "role", `score along each of ${values.length} groups of pairs (orange: below 0); most: ${words}`), bars);
+    if (row.hidden_tokens) box.append(make("p", "shortened", `${write.count(row.hidden_tokens)} more tokens are not shown`));
     return box;
   };
   const opened = {
     example(row, table) {
       const parts = [];
-      if (row.missing) parts.push(make("p", "cut", row.missing));
-      const said = row.said ?? [];
-      said.forEach(each => parts.push(turn(each.role, each)));
-      if (row.tokens?.length) parts.push(coloured(row));
-      if (row.groups?.length) parts.push(grouped(row.groups));
-      const pairs = table.details.map(([key, name, kind]) => [name, told(row[key], kind)]);
-      if (known(row.error)) pairs.splice(0, 1, ["score", `${told(row.score, "score")} ± ${told(row.error, "score")} (one standard error over the pairs)`]);
-      parts.push(numbers(pairs));
+      if (row.missing) parts.push(make("p", "shortened", row.missing));
+      for (const each of row.turns) parts.push(turn(each.role, each));
+      if (row.token_scores.length) parts.push(coloured(row));
+      parts.push(details(row, table));
       return parts;
     },
     pair(row, table) {
-      const parts = [turn("prompt", { text: row.prompt, letters: row.prompt.length })];
-      for (const side of ["chosen", "rejected"]) for (const each of row[side] ?? []) parts.push(turn(side, each));
-      parts.push(numbers(table.details.map(([key, name, kind]) => [name, told(row[key], kind)])));
+      const parts = [turn("prompt", { text: row.prompt, characters: row.prompt.length })];
+      for (const side of ["chosen", "rejected"]) for (const each of row[side]) parts.push(turn(side, each));
+      parts.push(details(row, table));
       return parts;
     },
   };
 
   // ------------------------------------------------------------------ tables
-  const letters = value => String(value ?? "").toLowerCase();
-  const haystack = row => letters([row.id, row.source, row.verdict, row.target, row.prompt, row.text, ...(row.said ?? []).map(each => each.text)].join("\n"));
+  const lowerCase = value => String(value ?? "").toLowerCase();
+  const haystack = row => lowerCase([row.id, row.source, row.verdict, row.target, row.prompt, row.text, ...(row.turns ?? []).map(each => each.text)].join("\n"));
 
   const build = host => {
     const table = data.tables[host.dataset.table];
@@ -161,7 +141,6 @@
       cell.dataset.key = column.key;
       const button = make("button", "", column.name);
       button.type = "button";
-      if (column.hint) button.title = column.hint;
       button.addEventListener("click", () => {
         const words = column.kind === "name" || column.kind === "text";
         state.falling = state.by === column.key ? !state.falling : !words && !column.key.startsWith("rank");
@@ -208,7 +187,7 @@
             if (next) { event.preventDefault(); next.focus(); }
           });
         } else {
-          cell.textContent = told(row[column.key], column.kind);
+          cell.textContent = written(row[column.key], column.kind);
           if (!numeric) cell.dir = "auto";
         }
         node.append(cell);
@@ -217,19 +196,19 @@
     };
     const drawNone = () => {
       const node = make("tr");
-      const cell = make("td", "", "No row here holds all of these words.");
+      const cell = make("td", "", "No row here has all of these words.");
       cell.colSpan = table.columns.length;
       node.append(cell);
       return node;
     };
     const show = () => {
-      const words = letters(state.words).split(/\s+/).filter(Boolean);
+      const words = lowerCase(state.words).split(/\s+/).filter(Boolean);
       const found = table.rows.filter(row => (!state.group || row.group === state.group) && words.every(word => row.haystack.includes(word)));
       const sign = state.falling ? -1 : 1;
       found.sort((a, b) => {
         const [x, y] = [a[state.by], b[state.by]];
-        if (typeof x === "string" || typeof y === "string") return sign * letters(x).localeCompare(letters(y));
-        return known(x) && known(y) ? sign * (x - y) : known(x) ? -1 : known(y) ? 1 : 0;
+        if (typeof x === "string" || typeof y === "string") return sign * lowerCase(x).localeCompare(lowerCase(y));
+        return isNumber(x) && isNumber(y) ? sign * (x - y) : isNumber(x) ? -1 : isNumber(y) ? 1 : 0;
       });
       for (const cell of line.children) {
         if (cell.dataset.key === state.by) cell.setAttribute("aria-sort", state.falling ? "descending" : "ascending");

@@ -1,0 +1,328 @@
+"""What is the target? The pairs: what the model prefers now, how far they agree, which count most.
+
+    preference π = 1 / (1 + exp(−gap))     share of pair q = d_q · d / ‖d‖²
+
+Choices made here: the `PAIRS` pairs with the largest shares are shown, whatever their sign.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pyarrow.parquet as pq
+
+from prism_select.data.formats import parse_fields
+from prism_select.data.records import Example, Pair
+from prism_select.data.targets import read_targets
+from prism_select.report.charts import (
+    INK,
+    NEGATIVE,
+    SELECTED,
+    Chart,
+    chart_of,
+    inline_data,
+    rule_at,
+)
+from prism_select.report.formatting import percent, significant
+from prism_select.report.pool_rows import ShownTurn, shown_turns
+from prism_select.report.run_facts import RunFacts, scoring_options
+from prism_select.report.sections.section import Section
+from prism_select.report.tables import PREVIEW, Column, Table
+from prism_select.run.errors import PrismError
+from prism_select.run.thresholds import TARGET_AGREEMENT, agreement_in_words
+
+__all__ = ["PAIRS", "SECTION", "NamedTarget", "ShownPair", "TargetFacts", "read"]
+
+PAIRS = 200
+WRITTEN = 12  # targets whose cosines are written in the cells
+
+WEIGHTS = {
+    "prism": "The weight of a pair is its preference.",
+    "hard": "The weight of a pair is 1 − its preference.",
+}
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair of the target, counted from 1; answers are called as in the target file. `share` is
+    its share in the direction, NaN where that is not known."""
+
+    number: int
+    target: str
+    prompt: str
+    preference: float
+    gap: float
+    weight: float
+    share: float
+    line: int
+    chosen: tuple[ShownTurn, ...] = ()
+    rejected: tuple[ShownTurn, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedTarget:
+    """One of several targets."""
+
+    name: str
+    pairs: int
+    mean_preference: float
+    effective_pairs: float
+    split_half_agreement: float | None
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """`preferences` are those of all pairs, `pairs` the ones that are shown; `agreements` are by
+    the number of pairs in each half; `cosines` are between the directions of `targets`."""
+
+    words: str
+    pair_words: str
+    weight_words: str
+    side: str
+    pairs: tuple[ShownPair, ...]
+    preferences: tuple[float, ...]
+    agreements: Mapping[int, float]
+    pairs_for_half_agreement: int | None
+    targets: tuple[NamedTarget, ...]
+    cosines: tuple[tuple[float | None, ...], ...]
+
+
+def read(run: RunFacts) -> TargetFacts | None:
+    """None where the direction was a saved one."""
+    if not (run.path / "pairs.parquet").exists():
+        return None
+    records = pq.read_table(run.path / "pairs.parquet").to_pylist()
+    options, target = scoring_options(run.manifest), run.manifest["target"]
+    answers, why = _answers(options, records)
+    gaps = np.array([record["gap"] for record in records], dtype=np.float64)
+    preferences = (1 / (1 + np.exp(-np.clip(gaps, -700, 700)))).tolist()
+    shares = [math.nan if r["share"] is None else float(r["share"]) for r in records]
+    first = np.argsort(-np.abs(np.nan_to_num(shares)), kind="stable")[:PAIRS].tolist()
+    return TargetFacts(
+        words=_words(run),
+        pair_words=_pair_words(target, len(first), len(records), why),
+        weight_words=WEIGHTS.get(options["weighting"], "All pairs have the same weight."),
+        side=run.polarity.toward,
+        pairs=tuple(
+            _shown_pair(i, records[i], preferences[i], shares[i], answers[i] if answers else None)
+            for i in first
+        ),
+        preferences=tuple(preferences),
+        agreements={int(m): a for m, a in target["agreement_by_pairs"].items() if a is not None},
+        pairs_for_half_agreement=target["pairs_for_half_agreement"],
+        targets=tuple(_named_target(name, t) for name, t in target.get("targets", {}).items()),
+        cosines=tuple(map(tuple, target.get("cosines", ()))),
+    )
+
+
+def _named_target(name: str, target: Mapping[str, Any]) -> NamedTarget:
+    keys = ("pairs", "mean_preference", "effective_pairs", "split_half_agreement")
+    return NamedTarget(name, *(target[key] for key in keys))
+
+
+def _shown_pair(
+    index: int, record: Mapping[str, Any], preference: float, share: float, answers: Pair | None
+) -> ShownPair:
+    return ShownPair(
+        number=index + 1,
+        target=record["target"],
+        prompt=record["prompt"],
+        preference=preference,
+        gap=float(record["gap"]),
+        weight=float(record["weight"]),
+        share=share,
+        line=int(record["line"]),
+        chosen=_answer(answers.chosen) if answers else (),
+        rejected=_answer(answers.rejected) if answers else (),
+    )
+
+
+def _answer(example: Example) -> tuple[ShownTurn, ...]:
+    turns = example.turns[example.prompt_turns :]
+    return tuple(shown_turns((turn.role, turn.text) for turn in turns))
+
+
+def _answers(
+    options: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> tuple[list[Pair], str]:
+    """The pairs of the target files in the order of `records`, or why they cannot be had."""
+    fields = parse_fields(options["fields"])
+    try:
+        targets = read_targets(options["target"], fields, options["target_by"])
+    except PrismError as error:
+        return [], str(error)
+    pairs = [pair for target in targets.values() for pair in target]
+    if [_key(pair) for pair in pairs] == [(r["line"], r["prompt"]) for r in records]:
+        return pairs, ""
+    return [], "the target's files have changed since the run"
+
+
+def _key(pair: Pair) -> tuple[int, str]:
+    prompt = "\n".join(turn.text for turn in pair.chosen.turns[: pair.chosen.prompt_turns])
+    return pair.chosen.line, prompt
+
+
+def _words(run: RunFacts) -> str:
+    target, side, other = run.manifest["target"], run.polarity.toward, run.polarity.away
+    words = (
+        f"{target['pairs']} pairs, worth {significant(target['effective_pairs'])} of equal weight. "
+        f"Before training the model prefers the {side} answer in "
+        f"{percent(target['preferred_share'])} of them, and its mean preference is "
+        f"{significant(target['mean_preference'])}. "
+    )
+    agreement = target["split_half_agreement"]
+    if agreement is not None:
+        words += f"Two halves of the pairs agree at {agreement:.2f}: "
+        words += f"{agreement_in_words(agreement)}. "
+    words += "The gradient that both answers share is "
+    words += f"{significant(target['common_part'], 2)} times as large as their difference."
+    if run.polarity.swapped:
+        words += f" This is a repair: it looks for rows that teach the {side} answers instead of "
+        words += f"the {other} ones."
+    return words
+
+
+def _pair_words(target: Mapping[str, Any], shown: int, count: int, why: str) -> str:
+    words = (
+        f"The {shown} of {count} pairs with the largest shares of the direction."
+        if shown < count
+        else "All pairs, with their shares of the direction."
+    )
+    words += " A few pairs with large shares decide the ranking."
+    if half := target.get("pairs_for_half_of_direction"):
+        words += f" {half} of {count} pairs make half of the direction."
+    return words + (
+        f" Answers are not shown: {why}." if why else " Open a row to read both answers."
+    )
+
+
+def charts(facts: TargetFacts) -> list[Chart]:
+    drawn = [preference_chart(facts)]
+    if len(facts.agreements) > 1:
+        drawn.append(agreement_chart(facts))
+    if facts.cosines:
+        drawn.append(cosine_chart(facts))
+    return drawn
+
+
+def preference_chart(facts: TargetFacts) -> Chart:
+    """How many pairs prefer the side that is aimed at, in twenty steps."""
+    counts = np.histogram(facts.preferences, np.linspace(0, 1, 21))[0].tolist()
+    rows = [{"from": i / 20, "to": (i + 1) / 20, "pairs": n} for i, n in enumerate(counts)]
+    title = f"preference π for the {facts.side} answer"
+    quarters = alt.Axis(format=".2~f", values=[0, 0.25, 0.5, 0.75, 1])
+    bars = (
+        alt.Chart(inline_data(rows))
+        .mark_bar(color=SELECTED, binSpacing=1)
+        .encode(
+            alt.X("from:Q", bin="binned", title=title, axis=quarters),
+            alt.X2("to:Q"),
+            alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
+            tooltip=[
+                *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("from", "to")),
+                alt.Tooltip("pairs:Q"),
+            ],
+        )
+    )
+    above = sum(value > 0.5 for value in facts.preferences)
+    return chart_of(
+        "preferences",
+        "What the model prefers now",
+        f"Each pair's preference for the {facts.side} answer. {facts.weight_words}",
+        f"Histogram of the model's preference before training: {above} of "
+        f"{len(facts.preferences)} pairs lie above one half.",
+        bars + rule_at(0.5, "x", "no preference"),
+    )
+
+
+def agreement_chart(facts: TargetFacts) -> Chart:
+    """Agreement of two disjoint sets of pairs against their size."""
+    rows = [{"pairs": m, "agreement": a} for m, a in sorted(facts.agreements.items())]
+    lowest = min(0, *facts.agreements.values())
+    across = alt.Axis(tickCount=5)
+    line = (
+        alt.Chart(inline_data(rows))
+        .mark_line(color=SELECTED, point={"color": SELECTED, "size": 60})
+        .encode(
+            alt.X("pairs:Q", title="pairs in each half", axis=across, scale=alt.Scale(zero=True)),
+            alt.Y(
+                "agreement:Q",
+                title="agreement (cosine)",
+                scale=alt.Scale(domain=[lowest, 1]),
+            ),
+            tooltip=["pairs:Q", alt.Tooltip("agreement:Q", format=".2f")],
+        )
+    )
+    text = ", ".join(f"{row['agreement']:.2f} with {row['pairs']}" for row in rows)
+    text = f"Agreement: {text} pairs in each half."
+    if pairs := facts.pairs_for_half_agreement:
+        text += f" About {pairs} pairs would make halves that agree at one half."
+    return chart_of(
+        "agreement",
+        "Do two halves of the pairs agree?",
+        "Where the line still rises, more pairs would help.",
+        text,
+        line + rule_at(TARGET_AGREEMENT, "y", "agreement of one half"),
+    )
+
+
+def cosine_chart(facts: TargetFacts) -> Chart:
+    """Cosines between the directions of several targets."""
+    names = [target.name for target in facts.targets]
+    rows = [
+        {"a": a, "b": b, "cosine": value, "size": abs(value or 0.0)}
+        for a, line in zip(names, facts.cosines, strict=True)
+        for b, value in zip(names, line, strict=True)
+    ]
+    base = alt.Chart(inline_data(rows)).encode(
+        alt.X("a:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30)),
+        alt.Y("b:N", title=None, sort=None),
+    )
+    strength = alt.Scale(domain=[0, 1], range=[0.08, 0.75])
+    drawn = base.mark_rect().encode(
+        fill=alt.condition("datum.cosine < 0", alt.value(NEGATIVE), alt.value(SELECTED)),
+        opacity=alt.Opacity("size:Q", scale=strength, legend=None),
+        tooltip=["a:N", "b:N", alt.Tooltip("cosine:Q", format=".2f")],
+    )
+    if len(names) <= WRITTEN:
+        drawn += base.mark_text(color=INK).encode(text=alt.Text("cosine:Q", format=".2f"))
+    lowest = min(rows, key=lambda row: (row["cosine"] or 0.0, row["a"], row["b"]))
+    return chart_of(
+        "cosines",
+        "Do the targets agree?",
+        "Below 0, two targets conflict.",
+        f"Cosines between the directions of {len(names)} targets; the lowest is "
+        f"{lowest['cosine'] or 0:.2f}, {lowest['a']} with {lowest['b']}.",
+        drawn,
+        min(max(120, 36 * len(names)), 640),
+    )
+
+
+def tables(facts: TargetFacts) -> dict[str, Table]:
+    several = len({pair.target for pair in facts.pairs}) > 1
+    columns = [
+        Column("number", "pair", "count"),
+        Column("share", "share", "share"),
+        Column("preference", f"π for {facts.side}", "share"),
+        Column("gap", "gap", "score", wide=True),
+        Column("weight", "weight", "score", wide=True),
+        *[Column("target", "target", "name")] * several,
+        Column("text", "prompt", "text"),
+    ]
+    details = (
+        Column("share", "share of the direction", "share"),
+        Column("gap", "gap, nats per token", "score"),
+        Column("weight", "weight", "score"),
+        Column("line", "line", "count"),
+    )
+    rows = tuple(
+        {**asdict(pair), "text": pair.prompt[:PREVIEW], "group": pair.target}
+        for pair in facts.pairs
+    )
+    return {"pairs": Table("pair", "Target", ("share", True), tuple(columns), details, rows)}
+
+
+SECTION = Section("target", "The target", "What is the target?", read, charts, tables)
