@@ -109,8 +109,8 @@ def kronfluence(folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
 
 def ours(way: str, folder: Path, rows: list[list[int]]) -> Callable[[], Scored]:
     from prism_select.core.engines import ENGINES
+    from prism_select.core.gradients import differentiable
     from prism_select.core.likelihood import Batch, backward, mean_logliks
-    from prism_select.core.target_gradient import differentiable
     from prism_select.models.causal_lm import CausalLM
     from prism_select.models.layer_selection import select_parameters
 

@@ -29,13 +29,13 @@ from real import WORK, Row, lines, pair, polite_rows, truthful_files
 from results_file import figure, write
 
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Direction, is_matrix, owners, sides, watching
+from prism_select.core.layers import Direction, is_matrix, outer_factors, owners, watching
 from prism_select.core.likelihood import Batch, backward
 from prism_select.core.statistics import auroc
 from prism_select.core.target_gradient import Target, target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
-from prism_select.directions.curvature import Blocks, diagonal, ekfac, solve
+from prism_select.directions.curvature import CURVATURES, Curvature
 from prism_select.directions.from_pairs import as_side
 from prism_select.models.layer_selection import select_parameters
 
@@ -104,11 +104,11 @@ class Halves:
             for name in WEIGHTINGS[:3]
         }
 
-    def solved(self, blocks: Blocks | None, damping: float) -> list[Direction]:
+    def solved(self, curvature: Curvature, damping: float) -> list[Direction]:
         """In bfloat16, to hold many: the engine would round them so anyway."""
         raw = [half for target in self.of.values() for half in (target.chosen, target.rejected)]
-        done = (solve(blocks, half, damping) if blocks else half for half in raw)
-        return [{name: value.bfloat16() for name, value in half.items()} for half in done]
+        divided = (curvature.solve(half, damping) for half in raw)
+        return [{name: value.bfloat16() for name, value in half.items()} for half in divided]
 
     def grams(self, solved: Sequence[Direction], part: Mapping[str, int]) -> np.ndarray:
         """[weighting, raw half, solved half, block]: their inner products."""
@@ -129,7 +129,7 @@ def squared_norms(study: Study, batch: Batch, part: Mapping[str, int]) -> np.nda
 
     def visit(owner: Any, inputs: Any, _: object, gradient: torch.Tensor) -> None:
         if gradient.ndim == 3 and len(gradient) == len(batch):
-            left, right = sides(owner, inputs, gradient)
+            left, right = outer_factors(owner, inputs, gradient)
             for row in range(len(batch)):
                 own = (left[row].T @ right[row]).float()
                 total[row, part[owner.weights["weight"]]] += float(own.square().sum())
@@ -162,12 +162,10 @@ def measure(study: Study, task: str, data: Path) -> dict[str, dict[str, np.ndarr
     return found | {"rows": told}
 
 
-def fitted(study: Study, rows: Sequence[Encoded], curvature: str) -> Blocks | None:
-    if curvature == "flat":
-        return None
-    few = random.Random(0).sample(rows, min(FITTED, len(rows)))
-    fit = diagonal if curvature == "diagonal" else ekfac
-    return fit(study.model, study.weights, [collate([row], CPU) for row in few], 0)
+def fitted(study: Study, rows: Sequence[Encoded], curvature: str) -> Curvature:
+    drawn = random.Random(0).sample(rows, min(FITTED, len(rows)))
+    batches = [collate([row], CPU) for row in drawn]
+    return CURVATURES[curvature](study.model, study.weights, batches, 0)
 
 
 def scored(

@@ -140,7 +140,7 @@ def ours(work: Path) -> dict[str, list[float]]:
     from prism_select.data.encoding import Encoded
     from prism_select.demo import world
     from prism_select.demo.train import encode
-    from prism_select.directions.curvature import ekfac, solve
+    from prism_select.directions.curvature import ekfac
     from prism_select.directions.from_pairs import as_side
     from prism_select.models.layer_selection import select_parameters
     from prism_select.models.loading import load
@@ -165,7 +165,8 @@ def ours(work: Path) -> dict[str, list[float]]:
         weights = select_parameters(model.network, pattern)
         layers[title] = [name.removesuffix(".weight") for name in weights]
         raw = target_gradient(model, weights, (chosen, rejected), "prism").direction
-        engine = reverse(model, weights, [raw, solve(ekfac(model, weights, batches), raw, 0.1)])
+        divided = ekfac(model, weights, batches).solve(raw, 0.1)
+        engine = reverse(model, weights, [raw, divided])
         values = torch.zeros(ROWS, 2, dtype=torch.float64)
         for batch, there in zip(batches, plan, strict=True):
             values[there] = engine(batch).values

@@ -38,6 +38,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from gauss_newton import GaussNewton
 from results_file import figure, write
 from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
@@ -45,15 +46,15 @@ from torch.nn.functional import softplus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prism_select.core.engines import reverse
+from prism_select.core.gradients import differentiable
 from prism_select.core.layers import Direction
 from prism_select.core.likelihood import Batch, backward, mean_logliks
-from prism_select.core.statistics import halves
-from prism_select.core.target_gradient import Side, differentiable, target_gradient
+from prism_select.core.target_gradient import Side, target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
 from prism_select.demo import world
 from prism_select.demo.train import encode, make_tokenizer
-from prism_select.directions.curvature import GaussNewton, diagonal, ekfac, solve
+from prism_select.directions.curvature import diagonal, ekfac
 from prism_select.directions.from_pairs import as_side
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
@@ -166,6 +167,16 @@ class ProcessGroup:
         return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
 
+def halves(rows: int, count: int, seed: int) -> np.ndarray:
+    """[set, row]: random sets of half the rows each, rounded down; every row is in about half of
+    the sets."""
+    draw = np.random.default_rng(seed)
+    members = np.zeros((count, rows), dtype=bool)
+    for half in members:
+        half[draw.choice(rows, rows // 2, replace=False)] = True
+    return members
+
+
 def retrainings(here: ProcessGroup, run: str) -> np.ndarray:
     """[order, half, skill]: J after training on each half; the second order is there for the first
     `TWICE`."""
@@ -203,7 +214,7 @@ def directions(
             ]
             yield [each for each, _ in solved], max(residual for _, residual in solved)
         else:
-            yield [solve(blocks[name, draw], each, damping) for each in raw], 0.0
+            yield [blocks[name, draw].solve(each, damping) for each in raw], 0.0
 
 
 def scores(here: ProcessGroup, run: str) -> Mapping[str, np.ndarray]:

@@ -26,15 +26,16 @@ from results_file import figure, write
 
 import prism_select
 from prism_select.core.engines import reverse
+from prism_select.core.gradients import dot, norm
 from prism_select.core.layers import Direction
 from prism_select.core.statistics import auroc, rank_correlation
-from prism_select.core.target_gradient import Target, dot, norm, target_gradient
+from prism_select.core.target_gradient import Target, target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import change_numbers
 from prism_select.data.records import Example, Turn
 from prism_select.directions.common_part import common_of
-from prism_select.directions.from_pairs import answers, as_side, joined
+from prism_select.directions.from_pairs import as_side, supervised_tokens
 from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.pair_diagnostics import diagnose
 from prism_select.models.layer_selection import select_parameters
@@ -76,12 +77,12 @@ class Study:
                 more = target_gradient(self.model, self.weights, sides, "prism", 0.0, observe)  # type: ignore[arg-type]
             for name, kept in sketches.items():
                 kept.append(sketcher.sketches[name][: size - start] * (size - start))
-            total = more if total is None else joined(total, more)
+            total = more if total is None else together(total, more)
             both = tuple(torch.cat(kept).double().numpy() / size for kept in sketches.values())
-            tokens = tuple(answers(side[:size]) for side in coded)
+            tokens = tuple(supervised_tokens(side[:size]) for side in coded)
             told = {
                 remedy: asdict(
-                    diagnose(both, tokens, total, sketcher.share, remedy == "common removed", 0)  # type: ignore[arg-type]
+                    diagnose(total, both, tokens, sketcher.covered_share, remedy == "common removed", 0)  # type: ignore[arg-type]
                 )
                 for remedy in REMEDIES[:2]
             }
@@ -99,6 +100,22 @@ class Study:
         for batch in plan_batches([len(row.tokens) for row in rows], BATCH_TOKENS):
             values[batch] = engine(collate([rows[i] for i in batch])).values.numpy()
         return values
+
+
+def together(a: Target, b: Target) -> Target:
+    """The target of the pairs of `a` and `b`, in this order: a mean by their numbers."""
+    m, n = len(a.weight), len(b.weight)
+
+    def mean(x: Direction, y: Direction) -> Direction:
+        return {name: (m * value + n * y[name]) / (m + n) for name, value in x.items()}
+
+    return Target(
+        mean(a.chosen, b.chosen),
+        mean(a.rejected, b.rejected),
+        torch.cat([a.mean_loglik_chosen, b.mean_loglik_chosen]),
+        torch.cat([a.mean_loglik_rejected, b.mean_loglik_rejected]),
+        torch.cat([a.weight, b.weight]),
+    )
 
 
 def low(target: Target) -> Target:

@@ -19,11 +19,11 @@ from tiny import Tiny, batch_of, pairs_of
 
 from prism_select.core.check import disagreement
 from prism_select.core.engines import difference, forward, reference, reverse
+from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction
 from prism_select.core.likelihood import mean_logliks
-from prism_select.core.target_gradient import norm
 from prism_select.directions.lora import save_adapter
-from prism_select.directions.low_rank import matrices, truncated
+from prism_select.directions.low_rank import matrix_owners, truncated
 from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
@@ -57,8 +57,8 @@ def trained(folder: Path, name: str = "llama", config: LoraConfig = ONE) -> Path
     config = replace(config, fan_in_fan_out=name == "gpt2")
     adapted: Any = get_peft_model(copy_of(name).network, config)
     with torch.no_grad():
-        for each, weight in adapted.named_parameters():
-            if "lora_" in each:
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
                 weight.copy_(0.1 * torch.randn_like(weight))
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
@@ -81,10 +81,11 @@ def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(
     model, rank = copy_of(name), 4
     direction = direction_of(model)
     shares = save_adapter(model.network, direction, rank, tmp_path)
-    kept = {n: truncated(direction[n], rank) for n in matrices(model.network, direction)}
-    length = norm({n: left @ right for n, (left, right) in kept.items()})
-    assert shares["total"] == pytest.approx((length / norm(direction)) ** 2, rel=1e-5)
-    assert {n for n, share in shares.items() if not share} == direction.keys() - kept.keys()
+    matrices = {n: truncated(direction[n], rank) for n in matrix_owners(model.network, direction)}
+    length = norm({n: left @ right for n, (left, right) in matrices.items()})
+    assert shares.total == pytest.approx((length / norm(direction)) ** 2, rel=1e-5)
+    left_out = {n for n, share in shares.by_weight.items() if not share}
+    assert left_out == direction.keys() - matrices.keys()
     adapted = PeftModel.from_pretrained(deepcopy(model.network), tmp_path)
     here = CausalLM(adapted)
     before, eps = gain(model), 1e-2
@@ -94,14 +95,14 @@ def test_the_exported_direction_moves_the_gain_in_stock_peft_as_its_length_says(
     with scaled(adapted, 1.0):
         merged: Any = adapted.merge_and_unload()
     moved = {
-        n: w - model.network.get_parameter(n) for n, w in merged.named_parameters() if n in kept
+        n: w - model.network.get_parameter(n) for n, w in merged.named_parameters() if n in matrices
     }
-    for n, (left, right) in kept.items():
+    for n, (left, right) in matrices.items():
         assert torch.allclose(moved[n], left @ right / length, atol=1e-6), n
     assert all(
         torch.equal(w, model.network.get_parameter(n))
         for n, w in merged.named_parameters()
-        if n not in kept
+        if n not in matrices
     )
 
 
@@ -110,10 +111,10 @@ def test_a_rank_above_a_matrixs_own_exports_all_of_it(tmp_path: Path) -> None:
     weights = select_parameters(model.network, r"layers\.3\.")
     direction = target_of(model, weights).direction
     shares = save_adapter(model.network, direction, 64, tmp_path)
-    assert shares["model.layers.3.mlp.up_proj.weight"] == pytest.approx(1, abs=1e-6)
-    assert shares["model.layers.3.input_layernorm.weight"] == 0
+    assert shares.by_weight["model.layers.3.mlp.up_proj.weight"] == pytest.approx(1, abs=1e-6)
+    assert shares.by_weight["model.layers.3.input_layernorm.weight"] == 0
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert len(targets) == 7 and all(each.startswith("model.layers.3.") for each in targets)
+    assert len(targets) == 7 and all(name.startswith("model.layers.3.") for name in targets)
     load_adapter(model.network, tmp_path, merge=True)
 
 
@@ -122,7 +123,7 @@ def test_a_direction_without_matrices_and_a_model_with_an_adapter_export_nothing
 ) -> None:
     model = copy_of("llama")
     norms = {n: torch.ones_like(w) for n, w in select_parameters(model.network, "norm").items()}
-    with pytest.raises(BadOption, match="no matrix counts that LoRA could move"):
+    with pytest.raises(BadOption, match="no matrix is selected that LoRA could move"):
         save_adapter(model.network, norms, 4, tmp_path / "out")
     load_adapter(model.network, trained(tmp_path / "in"), merge=False)
     with pytest.raises(BadOption, match="has an adapter already"):
@@ -217,7 +218,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_line(tmp_path: Path) -> N
     folder = trained(tmp_path / "good")
     refused(tmp_path / "none", BadOption, "no such folder")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    whole, words = weights.read_bytes(), config.read_text()
+    content, words = weights.read_bytes(), config.read_text()
     for text, why in (
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
@@ -228,7 +229,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_line(tmp_path: Path) -> N
     config.unlink()
     refused(folder, BadModel, "no adapter_config.json")
     config.write_text(words)
-    weights.write_bytes(whole[:-100])
+    weights.write_bytes(content[:-100])
     refused(folder, BadModel, "cannot be read")
     weights.rename(folder / "adapter_model.bin")
     refused(folder, BadModel, "only adapter_model.bin, a pickle")
@@ -245,11 +246,11 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         config = LoraConfig(
             r=2, target_modules=["q_proj"], layers_to_transform=layers, task_type="CAUSAL_LM"
         )
-        some = trained(tmp_path / f"layers{len(layers)}", config=config)
-        words = json.loads((some / "adapter_config.json").read_text())
+        folder = trained(tmp_path / f"layers{len(layers)}", config=config)
+        words = json.loads((folder / "adapter_config.json").read_text())
         words["layers_to_transform"] = [0, 1, 2]
-        (some / "adapter_config.json").write_text(json.dumps(words))
-        refused(some, BadModel, "is in one of them alone")
+        (folder / "adapter_config.json").write_text(json.dumps(words))
+        refused(folder, BadModel, "is in one of them alone")
 
 
 def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,24 +11,19 @@ from tiny import Tiny, batch_of, pairs_of
 from torch import Tensor
 
 from prism_select.core.engines import reverse
+from prism_select.core.gradients import differentiable, dot, norm, take_gradients
 from prism_select.core.layers import Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward
-from prism_select.core.target_gradient import (
-    Side,
-    Target,
-    differentiable,
-    dot,
-    norm,
-    target_gradient,
-)
+from prism_select.core.target_gradient import Side, Target, target_gradient
 from prism_select.directions.common_part import common_of, common_part, without_common
 from prism_select.directions.gradient_sketch import Sketcher
-from prism_select.directions.pair_diagnostics import Diagnosis, diagnose, overlap, pairs_wanted
+from prism_select.directions.pair_diagnostics import Diagnosis, diagnose, overlap, pairs_to_agree
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
+from prism_select.run.polarity import Polarity
 
 
-def pictured(
+def sketched(
     model: LanguageModel, sides: tuple[Side, Side], layers: str = "all"
 ) -> tuple[Sketcher, Target, Parameters]:
     weights = select_parameters(model.network, layers)
@@ -38,10 +33,10 @@ def pictured(
     return sketcher, target, weights
 
 
-def own_gradients(
+def pair_gradients(
     model: LanguageModel, weights: Parameters, side: Side, slope: Tensor, covered: set[str]
 ) -> Tensor:
-    """The slow way: each pair's part of one half by itself, over the weights that pictures
+    """The slow way: each pair's part of one half by itself, over the parameters that sketches
     cover."""
     rows: list[Tensor] = [torch.zeros(0)] * len(side.order)
     order = iter(side.order)
@@ -50,12 +45,10 @@ def own_gradients(
             pair, row = next(order), batch.rows(slice(i, i + 1))
             with differentiable(weights):
                 backward(model, row, slope[pair : pair + 1] / len(slope) / row.counts)
-                parts = [
-                    w.grad.flatten().double()
-                    for n, w in weights.items()
-                    if n in covered and w.grad is not None
-                ]
-                rows[pair] = torch.cat(parts)
+                gradient = dict(take_gradients(weights))
+                rows[pair] = torch.cat(
+                    [gradient[n].flatten().double() for n in gradient if n in covered]
+                )
     return torch.stack(rows)
 
 
@@ -66,23 +59,23 @@ def gpt2() -> CausalLM:
 
 
 @pytest.mark.parametrize("make", [Tiny, gpt2], ids=["linear, tied", "Conv1D"])
-def test_pictures_have_the_inner_products_of_the_gradients(make: type[Tiny]) -> None:
+def test_sketches_have_the_inner_products_of_the_gradients(make: type[Tiny]) -> None:
     """Tied weights are one weight, and a head that runs in chunks is one head."""
     model, sides = make(), pairs_of(12)
-    sketcher, target, weights = pictured(model, sides)
-    covered = set(sketcher.place)
+    sketcher, target, weights = sketched(model, sides)
+    covered = set(sketcher.offsets)
     for side, name in zip(sides, ("chosen", "rejected"), strict=True):
-        exact = own_gradients(model, weights, side, target.weight, covered)
+        exact = pair_gradients(model, weights, side, target.weight, covered)
         small = sketcher.sketches[name].double()
-        apart = (small @ small.T - exact @ exact.T).norm() / (exact @ exact.T).norm()
-        assert apart < 0.1, (name, apart)
-    assert 0.5 < sketcher.share <= 1
+        error = (small @ small.T - exact @ exact.T).norm() / (exact @ exact.T).norm()
+        assert error < 0.1, (name, error)
+    assert 0.5 < sketcher.covered_share <= 1
     assert all(not module._forward_hooks for module in model.network.modules())
 
 
-def test_the_direction_is_the_same_with_and_without_pictures() -> None:
+def test_the_direction_is_the_same_with_and_without_sketches() -> None:
     model, sides = Tiny(), pairs_of(6)
-    _, target, weights = pictured(model, sides)
+    _, target, weights = sketched(model, sides)
     plain = target_gradient(model, weights, sides, "prism")
     assert all(torch.equal(target.direction[name], plain.direction[name]) for name in weights)
 
@@ -96,17 +89,19 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
 
     order = list(range(8))
     sides = Side(repeated(chosen, 8), order), Side(repeated(rejected, 8), order)
-    sketcher, target, _ = pictured(model, sides)
-    told = diagnosed(
+    sketcher, target, _ = sketched(model, sides)
+    diagnosis = diagnosed(
         sketcher.sketches["chosen"].double().numpy(),
         sketcher.sketches["rejected"].double().numpy(),
         target=target,
     )
-    assert told.split_half_agreement == pytest.approx(1, abs=1e-6)
-    assert np.allclose(told.shares, 1 / 8, atol=1e-6)
-    assert told.pairs_for_half_agreement == 2
-    assert told.effective_pairs == pytest.approx(8) and told.common_part == common_part(target)
-    assert told.mean_preference == pytest.approx(float(target.gap.sigmoid().mean()))
+    assert diagnosis.split_half_agreement == pytest.approx(1, abs=1e-6)
+    assert np.allclose(diagnosis.shares, 1 / 8, atol=1e-6)
+    assert diagnosis.pairs_for_half_agreement == 2
+    assert diagnosis.effective_pairs == pytest.approx(8) and diagnosis.common_part == common_part(
+        target
+    )
+    assert diagnosis.mean_preference == pytest.approx(float(target.gap.sigmoid().mean()))
 
 
 def diagnosed(
@@ -116,13 +111,11 @@ def diagnosed(
     target: Target | None = None,
 ) -> Diagnosis:
     count = len(chosen)
-    tokens, means, one = (
-        [[1, 2, 3]] * count,
-        torch.zeros(count, dtype=torch.float64),
-        {"w": torch.ones(1)},
+    tokens, means = [[1, 2, 3]] * count, torch.zeros(count, dtype=torch.float64)
+    target = target or Target(
+        {"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(count)
     )
-    target = target or Target(one, {"w": torch.zeros(1)}, means, means, torch.ones(count))
-    return diagnose((chosen, rejected), (tokens, tokens), target, 1.0, without_common, 0)
+    return diagnose(target, (chosen, rejected), (tokens, tokens), 1.0, without_common, 0)
 
 
 @pytest.mark.parametrize("kappa", [3.0, 20.0, 100.0])
@@ -133,18 +126,18 @@ def test_a_planted_signal_is_found_with_the_agreement_that_theory_gives(kappa: f
     signal = np.zeros(size)
     signal[0] = 1.0
     pairs = signal + draw.normal(size=(count, size)) * math.sqrt(kappa / size)
-    told = diagnosed(pairs, np.zeros_like(pairs))
-    for m, found in told.agreement_by_pairs.items():
-        assert found == pytest.approx(1 / (1 + kappa / m), abs=0.04), m
-    assert set(told.agreement_by_pairs) == {80, 40, 20}
-    assert told.pairs_for_half_agreement == pytest.approx(2 * kappa, rel=0.2)
-    low, high = told.agreement_spread
-    assert low <= told.split_half_agreement <= high
+    diagnosis = diagnosed(pairs, np.zeros_like(pairs))
+    for m, agreement in diagnosis.agreement_by_pairs.items():
+        assert agreement == pytest.approx(1 / (1 + kappa / m), abs=0.04), m
+    assert set(diagnosis.agreement_by_pairs) == {80, 40, 20}
+    assert diagnosis.pairs_for_half_agreement == pytest.approx(2 * kappa, rel=0.2)
+    low, high = diagnosis.agreement_spread
+    assert low <= diagnosis.split_half_agreement <= high
 
 
-def test_a_shared_part_hides_the_signal_until_it_is_taken_out() -> None:
+def test_a_common_part_hides_the_signal_until_it_is_removed() -> None:
     """Each pair's two answers share a part of random strength, so it is left in their difference as
-    noise in one direction; taken out, the agreement is that of the signal alone."""
+    noise in one direction; removed out, the agreement is that of the signal alone."""
     draw, count, size = np.random.default_rng(2), 100, 20_000
     shared, signal = np.zeros((2, size))
     shared[0], signal[1] = 1.0, 1.0
@@ -152,28 +145,25 @@ def test_a_shared_part_hides_the_signal_until_it_is_taken_out() -> None:
     strength = draw.normal(size=(count, 1))
     chosen = (5 + strength) * shared + signal / 2 + noise / 2
     rejected = (5 - strength) * shared - signal / 2 - noise / 2
-    kept, taken = diagnosed(chosen, rejected), diagnosed(chosen, rejected, without_common=True)
-    assert taken.split_half_agreement == pytest.approx(1 / (1 + 10 / 50), abs=0.05)
-    assert (
-        kept.agreement_spread[1] - kept.agreement_spread[0]
-        > taken.agreement_spread[1] - taken.agreement_spread[0]
-    )
-    assert sum(taken.shares) == pytest.approx(1)
+    plain, removed = diagnosed(chosen, rejected), diagnosed(chosen, rejected, without_common=True)
+    assert removed.split_half_agreement == pytest.approx(1 / (1 + 10 / 50), abs=0.05)
+    assert np.ptp(plain.agreement_spread) > np.ptp(removed.agreement_spread)
+    assert sum(removed.shares) == pytest.approx(1)
 
 
 def test_noise_alone_agrees_at_nothing_and_promises_no_number_of_pairs() -> None:
     pairs = np.random.default_rng(3).normal(size=(64, 20_000))
-    told = diagnosed(pairs, np.zeros_like(pairs))
-    assert abs(told.split_half_agreement) < 0.03
-    assert any("mostly noise" in line for line in told.in_words())
+    diagnosis = diagnosed(pairs, np.zeros_like(pairs))
+    assert abs(diagnosis.split_half_agreement) < 0.03
+    assert any("mostly noise" in line for line in diagnosis.in_words(Polarity()))
 
 
-def test_one_loud_pair_is_named() -> None:
+def test_a_pair_of_large_share_is_named() -> None:
     pairs = np.random.default_rng(4).normal(size=(40, 5_000))
     pairs[17] *= 20
-    told = diagnosed(pairs, np.zeros_like(pairs))
-    assert told.dominant[0] == 17 and told.pairs_for_half_of_direction == 1
-    assert any("18 (" in line for line in told.in_words())
+    diagnosis = diagnosed(pairs, np.zeros_like(pairs))
+    assert diagnosis.dominant[0] == 17 and diagnosis.pairs_for_half_of_direction == 1
+    assert any("18 (" in line for line in diagnosis.in_words(Polarity()))
 
 
 def test_a_large_target_is_diagnosed_without_a_table_of_pairs_by_pairs() -> None:
@@ -182,44 +172,51 @@ def test_a_large_target_is_diagnosed_without_a_table_of_pairs_by_pairs() -> None
 
 
 def test_without_a_matrix_there_is_nothing_to_say() -> None:
-    told = diagnosed(np.zeros((20, 0)), np.zeros((20, 0)))
-    assert told.pairs_for_half_of_direction is None and math.isnan(told.split_half_agreement)
-    assert not any("half" in line for line in told.in_words())
+    diagnosis = diagnosed(np.zeros((20, 0)), np.zeros((20, 0)))
+    assert diagnosis.pairs_for_half_of_direction is None and math.isnan(
+        diagnosis.split_half_agreement
+    )
+    assert not any("half" in line for line in diagnosis.in_words(Polarity()))
 
 
 def test_the_longer_side_is_named_as_the_target_file_names_it() -> None:
     pairs, means = np.ones((12, 4)), torch.zeros(12, dtype=torch.float64)
     target = Target({"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(12))
-    told = diagnose((pairs, 0 * pairs), ([[1, 2, 3]] * 12, [[1]] * 12), target, 1.0, False, 0)
-    assert any("the chosen answer is the longer one in 100%" in line for line in told.in_words())
+    diagnosis = diagnose(target, (pairs, 0 * pairs), ([[1, 2, 3]] * 12, [[1]] * 12), 1.0, False, 0)
+    assert any(
+        "the chosen answer is the longer one in 100%" in line
+        for line in diagnosis.in_words(Polarity())
+    )
     assert any(
         "the rejected answer is the longer one" in line
-        for line in told.in_words(("rejected", "chosen"))
+        for line in diagnosis.in_words(Polarity("rejected", "chosen"))
     )
 
 
 def test_small_formulas() -> None:
     assert overlap([1, 2, 2, 3], [2, 3, 4]) == pytest.approx(4 / 7)
     assert overlap([1], [1]) == 1 and overlap([1], [2]) == 0
-    assert pairs_wanted({10: 0.5, 5: 1 / 3}) == 20
-    assert pairs_wanted({10: -0.01}) is None and pairs_wanted({}) is None
+    assert pairs_to_agree({10: 0.5, 5: 1 / 3}) == 20
+    assert pairs_to_agree({10: -0.01}) is None and pairs_to_agree({}) is None
 
 
 def test_one_pair_has_a_diagnosis_without_agreement() -> None:
-    told = diagnosed(np.ones((1, 4)), np.zeros((1, 4)))
-    assert math.isnan(told.split_half_agreement) and told.pairs_for_half_agreement is None
-    assert not any("agree" in line for line in told.in_words())
+    diagnosis = diagnosed(np.ones((1, 4)), np.zeros((1, 4)))
+    assert math.isnan(diagnosis.split_half_agreement) and diagnosis.pairs_for_half_agreement is None
+    assert not any("agree" in line for line in diagnosis.in_words(Polarity()))
 
 
-def test_what_pairs_share_is_taken_out_of_the_direction_and_the_chosen_half_stays() -> None:
+def test_the_common_part_is_removed_from_the_direction_and_the_chosen_half_stays() -> None:
     model, sides, batch = Tiny(), pairs_of(6), batch_of(10, seed=4)
     weights = select_parameters(model.network, "all")
     target = target_gradient(model, weights, sides, "prism")
-    taken, common = without_common(target), common_of(target)
-    assert abs(dot(taken.direction, common)) < 1e-12 * norm(taken.direction) * norm(common)
-    assert norm(taken.direction) <= norm(target.direction)
-    assert all(torch.equal(taken.chosen[name], target.chosen[name]) for name in weights)
-    values = reverse(model, weights, [taken.direction, taken.chosen, taken.rejected])(batch).values
+    removed, common = without_common(target), common_of(target)
+    assert abs(dot(removed.direction, common)) < 1e-12 * norm(removed.direction) * norm(common)
+    assert norm(removed.direction) <= norm(target.direction)
+    assert all(torch.equal(removed.chosen[name], target.chosen[name]) for name in weights)
+    values = reverse(model, weights, [removed.direction, removed.chosen, removed.rejected])(
+        batch
+    ).values
     assert torch.allclose(values[:, 0], values[:, 1] - values[:, 2], rtol=1e-9, atol=1e-12)
 
 

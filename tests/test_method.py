@@ -8,8 +8,9 @@ from tiny import Tiny, batch_of, pairs_of
 
 from prism_select.core.engines import reverse
 from prism_select.core.gains import GAINS, slopes
+from prism_select.core.gradients import minus, norm
 from prism_select.core.likelihood import backward, token_logliks
-from prism_select.core.target_gradient import Side, Target, minus, norm, target_gradient
+from prism_select.core.target_gradient import Side, Target, target_gradient
 from prism_select.directions.common_part import common_part
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import UnknownLayers

@@ -1,26 +1,25 @@
-"""Several targets, groups of pairs, curvature, rank, norms, tokens and layers, from end to end on a
-tiny model."""
+"""Several targets, curvature, rank, norms, tokens and adapters, from end to end on a tiny model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Outcome, Row, jsonl, prism
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from tiny import Tiny, batch_of, pairs_of
 from torch.nn import functional
 
 import prism_select
 from prism_select.core.engines import forward
-from prism_select.core.statistics import overlap_of_best, stable_share, standard_error
-from prism_select.core.target_gradient import norm, target_gradient
+from prism_select.core.gradients import norm
+from prism_select.core.statistics import overlap_of_best
+from prism_select.core.target_gradient import target_gradient
+from prism_select.directions import preconditioning
 from prism_select.models.layer_selection import select_parameters
 from prism_select.selection.rules import round_robin
 
@@ -179,24 +178,6 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
     assert turns[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(turns[2])
 
 
-def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> None:
-    draw = ["one two three", "one two tree", "seven", "one two three four", "no", "one too three"]
-    rows = [
-        {"prompt": f"{i}?", "chosen": "one two three!", "rejected": text}
-        for i, text in enumerate(draw)
-    ]
-    every, few = (
-        jsonl(desk.folder / f"{n}.jsonl", kept)
-        for n, kept in (("every", rows), ("few", rows[:2] + rows[5:]))
-    )
-    half = desk.done("half", "--target", every, "--nearest", "50%")
-    filtered = desk.done("filtered", "--target", few)
-    assert half.pairs["line"].to_pylist() == [1, 2, 6] and half.manifest["target"]["pairs"] == 3
-    assert (column(half, "score") == column(filtered, "score")).all()
-    told = desk.run("wrong", "--nearest", "0%")
-    assert told.code == 2 and "not a share of the pairs; try 50%" in told.err
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -206,23 +187,15 @@ def test_nearest_takes_the_pairs_whose_answers_are_most_alike(desk: Desk) -> Non
             "it takes one target file, and here are 2",
         ),
         (["--target-by", "nothing"], "all.jsonl:1: no text in the column nothing"),
-        (["--uncertainty", "2"], "at least 4 groups"),
-        (["--uncertainty", "13"], "the target has 12 pairs"),
-        (["--uncertainty", "4", "--combine", "max"], "only with --combine mean"),
         (["--damping", "high"], "not one or several numbers above 0"),
         (["--damping", "0.1,1"], "flat has none to compare"),
         (["--curvature", "ekfac", "--damping", "0.1,1,1.0"], "the same value twice"),
-        (["--curvature", "cg", "--save-curvature"], "cg keeps nothing"),
-        (["--curvature-from", "x"], "say which it is with --curvature"),
-        (["--curvature", "diagonal", "--curvature-from", "absent"], "absent: no such file"),
-        (["--curvature-rows", "0"], "must be at least 1"),
         (["--tokens", "--engine", "reverse"], "does not tell tokens apart"),
         (["--normalize", "norm", "--engine", "difference"], "has no norms of gradients"),
         (["--normalize", "norm", "--tokens"], "no engine does both"),
         (["--rank", "-1"], "must be at least 1"),
         (["--layers", "adapter"], "give its folder with --adapter"),
         (["--adapter", "absent"], "absent"),
-        (["--layer-profile", "absent.jsonl"], "absent.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(desk: Desk, words: list[str], says: str) -> None:
@@ -230,31 +203,6 @@ def test_what_cannot_be_is_refused_in_one_line(desk: Desk, words: list[str], say
     told = desk.run("refused", *filled)
     assert told.code == 2 and says in told.err and told.err.count("\n") == 1, told.err
     assert not (desk.folder / "refused").exists()
-
-
-# ---------------------------------------------------------------- trust in a score
-
-
-def test_scores_along_groups_of_pairs_have_the_score_as_their_mean(desk: Desk) -> None:
-    run = desk.done("groups", "--uncertainty", "4", "--budget", "20%", command="select")
-    groups = np.array(run.scores["score_groups"].to_pylist())
-    assert groups.shape == (30, 4) and apart(groups.mean(1), column(run, "score")) < 1e-5
-    assert np.allclose(column(run, "score_se"), groups.std(1, ddof=1) / 2, rtol=1e-6)
-    assert 0 <= run.manifest["choice"]["stable_share"] <= 1
-    taken = np.array([v == "selected" for v in run.scores["verdict"].to_pylist()])
-    assert stable_share(np.column_stack([np.arange(30.0)] * 4), np.arange(30) >= 24, 0) == 1
-    assert stable_share(groups, taken, 0) == run.manifest["choice"]["stable_share"]
-    noise = np.random.default_rng(0).normal(size=(400, 8))
-    best = np.argsort(-noise.mean(1)) < 20
-    assert stable_share(noise, best, 0) < 0.5
-
-
-def test_the_standard_error_is_that_of_the_mean_over_many_draws() -> None:
-    draw = np.random.default_rng(1)
-    pairs = draw.normal(3.0, 2.0, size=(4000, 40))
-    told = standard_error(pairs.reshape(4000, 8, 5).mean(2), np.full(8, 5.0))
-    assert np.sqrt(np.square(told).mean()) == pytest.approx(2 / np.sqrt(40), rel=0.02)
-    assert pairs.mean(1).std() == pytest.approx(2 / np.sqrt(40), rel=0.03)
 
 
 # ---------------------------------------------------------------- tokens
@@ -304,28 +252,27 @@ def test_token_scores_add_up_to_the_score_and_stand_beside_their_texts(
 
 
 @pytest.mark.parametrize("curvature", ["diagonal", "ekfac"])
-def test_a_saved_curvature_gives_the_scores_again(desk: Desk, curvature: str) -> None:
-    words = ["--curvature", curvature, "--curvature-rows", "12"]
-    first = desk.done("first", *words, "--save-curvature", "--damping", "0.1,1,0.1")
-    told = first.manifest["curvature"]
-    assert told["name"] == curvature and told["rows"] == 12 and 0 < told["cosine"][""] < 1
-    again = desk.done("again", "--curvature", curvature, "--curvature-from", first.path)
-    assert apart(column(again, "score"), column(first, "score")) < 1e-6
-    assert apart(column(first, "score_damping_0.1"), column(first, "score")) < 1e-6
-    one = desk.done("one", *words, "--damping", "1")
-    assert apart(column(one, "score"), column(first, "score_damping_1")) < 1e-5
+def test_each_damping_scores_as_it_does_alone(
+    desk: Desk, curvature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preconditioning, "CURVATURE_ROWS", 12)
+    run = desk.done("several", "--curvature", curvature, "--damping", "0.1,1,0.1")
+    facts = run.manifest["curvature"]
+    assert facts["name"] == curvature and facts["rows"] == 12 and 0 < facts["cosine"][""] < 1
+    assert apart(column(run, "score_damping_0.1"), column(run, "score")) < 1e-6
+    alone = desk.done("alone", "--curvature", curvature, "--damping", "1")
+    assert apart(column(alone, "score"), column(run, "score_damping_1")) < 1e-5
     flat = desk.done("flat")
-    assert apart(column(flat, "score"), column(first, "score")) > 0.1
+    assert apart(column(flat, "score"), column(run, "score")) > 0.1
     overlaps = {
-        tuple(each["dampings"]): each["overlap"]
-        for each in first.manifest["choice"]["damping_overlap"]
+        tuple(row["dampings"]): row["overlap"] for row in run.manifest["choice"]["damping_overlap"]
     }
-    share = overlap_of_best(column(first, "score"), column(first, "score_damping_1"), 0.05)
+    share = overlap_of_best(column(run, "score"), column(run, "score_damping_1"), 0.05)
     assert overlaps[("0.1", "1")] == share
 
 
 def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> None:
-    words = ["--curvature", "diagonal", "--curvature-rows", "8", "--damping", "0.5,0.1"]
+    words = ["--curvature", "diagonal", "--damping", "0.5,0.1"]
     first = desk.done("first", *words, command="select")
     for before, after in (("first", "second"), ("second", "third")):
         told = prism(
@@ -344,34 +291,6 @@ def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> 
         )
         assert run.manifest["scored_by"] == first.manifest["config"]
         assert len(list(run.selected)) == 3
-
-
-def test_adams_moments_count_by_name_and_a_missing_one_is_named(desk: Desk) -> None:
-    known = load_file(desk.model / "model.safetensors")
-    moments = {name: torch.full_like(value, 0.5) for name, value in known.items()}
-    file = desk.folder / "adam.safetensors"
-    save_file(moments, file)
-    words = ["--curvature", "diagonal", "--curvature-from", file]
-    even, flat = desk.done("even", *words), desk.done("flat")
-    assert apart(column(even, "score"), column(flat, "score") / 0.55) < 1e-5
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_file({n: v for n, v in moments.items() if n != name}, file)
-    told = desk.run("missing", *words)
-    assert told.code == 2 and f"no second moments of {name}" in told.err
-    save_file({**moments, name: moments[name][:3].clone()}, file)
-    assert f"{name} has shape (3, 32)" in desk.run("short", *words).err
-    save_file(moments, file)
-    assert (
-        "it holds no --curvature ekfac" in desk.run("other", "--curvature", "ekfac", *words[2:]).err
-    )
-
-
-def test_conjugate_gradients_that_stop_early_say_so(desk: Desk) -> None:
-    run = desk.done(
-        "cg", "--curvature", "cg", "--curvature-rows", "2", "--damping", "100", "--layers", "last:1"
-    )
-    assert run.manifest["curvature"]["residual"] <= 1e-4
-    assert not any("conjugate" in line for line in run.manifest["warnings"])
 
 
 def test_a_lower_rank_says_what_it_keeps(desk: Desk) -> None:
@@ -409,38 +328,7 @@ def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
     assert told.code == 2 and "these scores were made without it" in told.err
 
 
-# ---------------------------------------------------------------- layers and adapters in a run
-
-
-def add_up(run: prism_select.Run, score: str) -> pa.Table:
-    """The parts, once it is seen that they do."""
-    table = pq.read_table(run.path / "layers.parquet")
-    parts = [name for name in table.column_names if name not in ("row", "label")]
-    assert parts == ["embeddings", *(f"block {i}" for i in range(4)), "norm", "head"]
-    total = np.column_stack([table[name].to_numpy() for name in parts]).sum(1)
-    assert apart(total, column(run, score)[table["row"].to_numpy()]) < 1e-5
-    return table
-
-
-def test_the_parts_of_a_score_of_several_targets_add_up_to_it(desk: Desk) -> None:
-    words = ["--layer-profile", "pool", *desk.named]
-    add_up(desk.done("mean", *words), "score")
-    add_up(desk.done("max", *words, "--combine", "max"), "score:x")
-
-
-def test_the_parts_of_a_score_add_up_to_it(desk: Desk) -> None:
-    words = ["--layer-profile", "pool", "--label-field", "bad"]
-    run = desk.done("layers", *words, command="repair")
-    table = add_up(run, "score")
-    assert table["label"].to_pylist() == [row["bad"] for row in POOL]
-    told = run.manifest["layers"]
-    assert told["suggestion"] == told["cuts"][0]["name"] and sum(
-        told["share"].values()
-    ) == pytest.approx(1)
-    late = {cut["name"]: cut["auroc"] for cut in told["cuts"]}["all"]
-    assert late == pytest.approx(run.manifest["choice"]["labels"]["auroc_per_token"])
-    held = desk.done("held", "--layer-profile", desk.targets["x"])
-    assert held.manifest["layers"]["rows"] == 8
+# ---------------------------------------------------------------- adapters in a run
 
 
 def test_an_exported_adapter_can_be_put_on_the_model_again(desk: Desk) -> None:

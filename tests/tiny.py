@@ -43,13 +43,13 @@ class Block(nn.Module):
 class Body(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LONGEST, WIDTH)
+        self.words, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LONGEST, WIDTH)
         self.blocks, self.last = nn.ModuleList(Block() for _ in range(BLOCKS)), nn.LayerNorm(WIDTH)
 
     def forward(self, batch: Batch) -> Tensor:
         time = batch.tokens.shape[1]
         mask = torch.ones(time, time, dtype=torch.bool).tril() & batch.real[:, None, :]
-        x = self.words(batch.tokens) + self.places(batch.positions)
+        x = self.words(batch.tokens) + self.positions(batch.positions)
         for block in self.blocks:
             x = block(x, mask)
         hidden: Tensor = self.last(x)
@@ -93,25 +93,26 @@ def batch_of(
     lengths = torch.randint(time // 2, time + 1, (rows, 1), generator=draw)
     supervised = torch.rand(rows, time, generator=draw) < 0.5
     supervised[:, 3] = True
-    places = torch.arange(time)
-    real = places < lengths
+    positions = torch.arange(time)
+    real = positions < lengths
     tokens, supervised = tokens * real, supervised & real
     if left:
-        order = (places[None] + lengths) % time
-        tokens, real, supervised = (part.gather(1, order) for part in (tokens, real, supervised))
+        order = (positions[None] + lengths) % time
+        tokens, real = tokens.gather(1, order), real.gather(1, order)
+        supervised = supervised.gather(1, order)
     return Batch(tokens, real, supervised)
 
 
 def pairs_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tuple[Side, Side]:
     """Random pairs in two batches, their sides of different lengths."""
     order = list(range(count))
-    parts = (order[::2], order[1::2])
+    even, odd = order[::2], order[1::2]
 
     def side(time: int, first: int) -> Side:
         batches = [
-            batch_of(len(part), time, seed * 100 + 10 * half + first, vocabulary=vocabulary)
-            for half, part in enumerate(parts)
+            batch_of(len(pairs), time, seed * 100 + 10 * half + first, vocabulary=vocabulary)
+            for half, pairs in enumerate((even, odd))
         ]
-        return Side(batches, [*parts[0], *parts[1]])
+        return Side(batches, [*even, *odd])
 
     return side(10, 0), side(12, 1)

@@ -1,8 +1,12 @@
 """Blocks: the stack of like modules that a network is built of, how to run its lower part once, and
-how torch treats outputs that are watched and words that pad.
+how torch treats watched outputs and padding words.
 
-Choices made here: nothing is asked of an architecture but that its blocks stand in a list. Whether
-each gives the next nothing but its output cannot be seen from outside, so that is tried once."""
+    network = decoder + head      decoder = … + stack of blocks + …
+
+Choices made here:
+- nothing is asked of an architecture but that its blocks stand in a list;
+- whether a block passes nothing on but its output cannot be seen from outside, so it is tried once.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,62 +30,67 @@ __all__ = [
 
 
 def decoder_of(network: nn.Module) -> tuple[str, Any]:
-    """The part that reads text, without the head, and its name with a dot; the network itself where
-    it names none."""
-    body: Any = network.get_decoder() if hasattr(network, "get_decoder") else network  # type: ignore[operator]
-    body = getattr(network, "model", network) if body is network else body
-    return next(
-        (f"{name}." for name, part in network.named_modules() if part is body and name), ""
-    ), body
+    """The module that reads text, without the head, after its name with a dot. The name is "" where
+    the network has none for it."""
+    decoder: Any = network.get_decoder() if hasattr(network, "get_decoder") else network  # type: ignore[operator]
+    if decoder is network:
+        decoder = getattr(network, "model", network)
+    names = [f"{n}." for n, module in network.named_modules() if n and module is decoder]
+    return (names[0] if names else ""), decoder
 
 
 def stack_of(network: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """The blocks of what reads text, and the name of their list: the longest list of modules that
-    is in no other."""
-    start, body = decoder_of(network)
+    """The name of the list of the decoder's blocks, and the blocks: the longest list of modules
+    that is in no other list."""
+    start, decoder = decoder_of(network)
     lists: dict[str, Any] = {
-        f"{start}{n}": part for n, part in body.named_modules() if isinstance(part, nn.ModuleList)
+        f"{start}{n}": module
+        for n, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
     }
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    outermost = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
     stack = max(outermost, key=lambda name: len(lists[name]), default="")
     return stack, lists.get(stack, [])
 
 
 def blocks_below(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The blocks below all weights of these names; none where one of these is in no block."""
+    """The blocks below all parameters of these names; none where one of them is in no block."""
     stack, blocks = stack_of(network)
-    places = [name.removeprefix(stack + ".").partition(".")[0] for name in names]
-    return list(blocks[: min(map(int, places))]) if all(place.isdigit() for place in places) else []
+    numbers = [name.removeprefix(stack + ".").partition(".")[0] for name in names]
+    if not all(number.isdigit() for number in numbers):
+        return []
+    return list(blocks[: min(map(int, numbers))])
 
 
 @contextmanager
 def running_once(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, these blocks run in the first pass alone: in later ones each gives what the last
-    of them gave."""
-    kept: list[Any] = []
+    """While open, these blocks run in the first pass alone. In later passes each of them returns
+    what the last one returned then."""
+    outputs: list[Any] = []
 
-    def run(forward: Callable[..., Any], last: bool, *args: Any, **named: Any) -> Any:
-        if not kept:
-            output = forward(*args, **named)
-            kept.extend([output] * last)
-            return output
-        return kept[0]
+    def run(forward: Callable[..., Any], is_last: bool, *args: Any, **kwargs: Any) -> Any:
+        if outputs:
+            return outputs[0]
+        output = forward(*args, **kwargs)
+        if is_last:
+            outputs.append(output)
+        return output
 
     with ExitStack() as patches:
         for block in blocks:
-            swap = partial(run, block.forward, block is blocks[-1])
-            patches.enter_context(mock.patch.object(block, "forward", swap))
+            forward = partial(run, block.forward, block is blocks[-1])
+            patches.enter_context(mock.patch.object(block, "forward", forward))
         yield
 
 
 def same_when_run_once(blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> bool:
-    """Whether two passes give the same with these blocks run once: not where one gives those above
-    more than its output."""
+    """Whether `run`, of several passes, gives the same with these blocks run once: not where one of
+    them passes on more than its output."""
     if not blocks:
         return True
     with running_once(blocks):
-        shared = run()
-    return shared.equal(run())
+        once = run()
+    return once.equal(run())
 
 
 def watched(
@@ -90,33 +99,35 @@ def watched(
     outputs: Sequence[Any],
     inputs: Mapping[Any, Any],
 ) -> Tensor:
-    """One of a module's outputs, whose gradient is shown: of several, or an input itself, as a node
-    of its own, so that the gradient has no part of the others'; alone as it is, since a view that
-    is changed in place later loses its hook."""
+    """One of a module's `outputs`, whose gradient is shown in the backward pass.
+
+    One of several outputs, or an output that is an input, becomes a node of its own, so its
+    gradient has no part of the others'. A single output stays as it is, since a view that is
+    changed in place later loses its hook."""
     if not tensor.requires_grad:
         tensor = tensor.detach().requires_grad_().clone()
-    elif len(outputs) > 1 or any(tensor is each for each in inputs.values()):
+    elif len(outputs) > 1 or any(tensor is argument for argument in inputs.values()):
         tensor = tensor.view_as(tensor)
     tensor.register_hook(show)  # returns None: what a hook returns replaces the gradient
     return tensor
 
 
 def pads(module: nn.Module) -> bool:
-    """Whether it is an embedding with a word whose look-up has no gradient, by torch's rule."""
+    """Whether it is an embedding with a padding word, whose look-up has no gradient in torch."""
     return isinstance(module, nn.Embedding) and module.padding_idx is not None
 
 
 def without_padding(module: Any, inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Tensors like its outputs, 0 where it looks up that word."""
+    """Tensors shaped like the module's outputs, with 0 where it looks the padding word up."""
     if not pads(module):
         return list(values)
-    still = inputs[0].eq(module.padding_idx)[..., None]
-    return [None if value is None else value.masked_fill(still, 0) for value in values]
+    padding = inputs[0].eq(module.padding_idx)[..., None]
+    return [None if value is None else value.masked_fill(padding, 0) for value in values]
 
 
 def padding_still(module: Any, moved: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The moved weights of a tied module, in which that word's row has not moved: that of the head
-    does."""
+    """The moved parameters of an embedding that is tied to a head, where the row of the padding
+    word has not moved: in the head it moves."""
     if not pads(module) or "weight" not in moved:
         return moved
     row = torch.tensor([module.padding_idx], device=before["weight"].device)

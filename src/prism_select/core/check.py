@@ -1,10 +1,10 @@
-"""Check: how far an engine is from the definition, at run time on the user's own rows and in the
-tests.
+"""Check: how far an engine is from the definition, on the user's own rows and in tests.
 
-    disagreement = max over directions of ‖fast − slow‖ / ‖slow‖        no unit; 0 is perfect
+    disagreement = max over directions of ‖fast − slow‖ / ‖slow‖        without unit; 0 is perfect
 
-Choices made here: norms over the checked rows, so that a row whose score is near zero cannot raise
-a false alarm."""
+Choices made here:
+- norms are over the checked rows, so a row whose score is near zero raises no false alarm.
+"""
 
 import torch
 
@@ -16,28 +16,31 @@ __all__ = ["check", "disagreement", "tolerance"]
 
 
 def tolerance(engine: str, dtype: torch.dtype) -> float:
-    usual = {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 0.05)
-    return {"reference": 0.0, "difference": 2e-2}.get(engine, usual)
+    """The disagreement that rounding explains, for a model of this dtype."""
+    by_dtype = {torch.float64: 1e-4, torch.float32: 1e-3}
+    return {"reference": 0.0, "difference": 2e-2}.get(engine, by_dtype.get(dtype, 0.05))
 
 
 def disagreement(fast: torch.Tensor, slow: torch.Tensor) -> float:
     """Of scores shaped (rows, directions)."""
-    apart, size = (fast.double() - slow.double()).norm(dim=0), slow.double().norm(dim=0)
-    return float((apart / size.clamp(min=1e-30)).max())
+    error = (fast.double() - slow.double()).norm(dim=0)
+    size = slow.double().norm(dim=0)
+    return float((error / size.clamp(min=1e-30)).max())
 
 
 def check(engine: str, fast: Engine, slow: Engine, batch: Batch, dtype: torch.dtype) -> float:
-    """The disagreement on `batch`. Raises EnginesDisagree above tolerance, NotFinite without
-    numbers."""
+    """The disagreement on `batch`. Raises EnginesDisagree above the tolerance, NotFinite where the
+    definition gives no number."""
     exact = slow(batch).values
     if not exact.isfinite().all():
         raise NotFinite(
             "the first rows of the pool have scores that are NaN or infinite; try --dtype float32"
         )
-    apart, allowed = disagreement(fast(batch).values, exact), tolerance(engine, dtype)
-    if not apart <= allowed:
+    error, allowed = disagreement(fast(batch).values, exact), tolerance(engine, dtype)
+    if not error <= allowed:
         raise EnginesDisagree(
-            f"engine {engine} and the definition differ by {apart:.1e} on the first {len(batch)} rows (allowed "
-            f"{allowed:.0e}); try --dtype float32, or --engine reference to be exact and slow"
+            f"engine {engine} and the definition differ by {error:.1e} on the first {len(batch)} "
+            f"rows (allowed {allowed:.0e}); try --dtype float32, or --engine reference to be exact "
+            "and slow"
         )
-    return apart
+    return error

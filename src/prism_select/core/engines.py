@@ -1,16 +1,24 @@
-"""Engines: one directional derivative per example, four ways.
+"""Engines: one directional derivative for each example, four ways.
 
     score(z) = ∇loglik(z) · d = d/dε loglik(z; θ + ε d) at ε = 0
 
-    reverse     one backward pass, no weight gradient kept: Σ over modules of output gradient · tangent
-    forward     dual numbers through the whole model: one pass per direction
-    difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes per direction, no graph, any architecture
     reference   the definition: one example at a time, autograd, dot product
+    reverse     one backward pass that keeps no gradient of a parameter: Σ over modules of output
+                gradient · tangent
+    forward     dual numbers through the whole model: one pass for each direction
+    difference  (loglik(θ + ε d) − loglik(θ − ε d)) / 2ε: two passes for each direction, without a
+                graph, for any architecture
 
-Choices made here: every engine scores several directions at once, scaled to unit length before they
-meet the model's dtype and back after, so that none under- or overflows; dot products add up in
-float64; a weight that a direction lacks stays where it is. `difference` needs float32 or better,
-since bfloat16 rounds a small step away."""
+core/check.py proves the others against `reference`, in each run on the user's own rows.
+
+Choices made here:
+- every engine scores several directions at once;
+- directions are scaled to unit length before they meet the model's dtype, and scores back after, so
+  nothing under- or overflows;
+- dot products add up in float64;
+- a parameter that a direction lacks stays where it is;
+- `difference` needs float32 or better, since bfloat16 rounds a small step away.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +31,20 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_select.core.blocks import blocks_below, running_once, same_when_run_once
+from prism_select.core.gradients import differentiable, dot, norm, take_gradients
 from prism_select.core.layers import (
     Factored,
     Inputs,
     Owner,
     Parameters,
-    by_example,
     dense,
-    own_products,
+    example_products,
     owners,
+    slice_examples,
     swapped,
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
-from prism_select.core.target_gradient import differentiable, dot, norm
 from prism_select.run.errors import BadOption, Unreachable
 
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
@@ -55,10 +63,76 @@ class Scores(NamedTuple):
 Engine: TypeAlias = Callable[[Batch], Scores]
 
 
+def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
+    """The definition. It is slow, and needs memory for one more copy of the parameters."""
+
+    def score(row: Batch) -> tuple[Tensor, list[float]]:
+        """loglik, shaped (1,), and the scores of one example along all directions."""
+        with differentiable(weights):
+            loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
+            gradient = dict(take_gradients(weights))
+        products = []
+        for direction in map(dense, directions):
+            shared = {name: value for name, value in gradient.items() if name in direction}
+            products.append(dot(shared, direction))
+        return loglik, products
+
+    def scores(batch: Batch) -> Scores:
+        rows = [score(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
+        loglik = torch.cat([loglik for loglik, _ in rows])
+        values = torch.tensor([products for _, products in rows], dtype=torch.float64)
+        return Scores(loglik, values.to(loglik.device))
+
+    return scores
+
+
+def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
+    """No gradient of a parameter is kept, and below the lowest selected parameter no graph.
+
+    Raises Unreachable for a parameter whose module is not called, has no derivative, or mixes its
+    examples."""
+    holders = owners(model.network, weights)
+    unit, lengths = _unit(weights, directions)
+    moved_by = {name: [k for k, d in enumerate(unit) if name in d] for name in weights}
+    flats = _flat_directions(unit, moved_by)
+
+    def scores(batch: Batch) -> Scores:
+        total = lengths.new_zeros(len(batch), len(unit))
+        examples: list[Int[Tensor, " rows"]] = []  # the last: of the rows of the coming gradients
+
+        def visit(
+            owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor
+        ) -> None:
+            names = list(owner.weights.values())
+            if names[0] in flats:  # from two directions on, cheaper than their tangents
+                products = example_products(owner, inputs, gradient, len(batch), flats[names[0]])
+                if products is not None:
+                    total[:, moved_by[names[0]]] += products.to(total)
+                    return
+            index = slice_examples(examples[-1], len(batch), gradient)
+            if index is None:
+                why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
+                raise Unreachable("reverse", names, why)
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            rows = gradient.to(wide).reshape(len(index), -1)
+            for k in sorted({k for name in names for k in moved_by[name]}):
+                products = (rows * tangent(k).to(rows.dtype).reshape(rows.shape)).sum(1)
+                total[:, k].index_add_(0, index, products.to(total.dtype))
+
+        with watching(holders, unit, visit) as called:
+            loglik = backward(model, batch, lengths.new_ones(len(batch)), examples.append)
+        silent = [owner for owner in holders if owner.name not in called]
+        if missed := [name for owner in silent for name in owner.weights.values()]:
+            raise Unreachable("reverse", missed, "the module that holds it was never called")
+        return Scores(loglik, total * lengths)
+
+    return scores
+
+
 def _unit(
     weights: Parameters, directions: Sequence[Factored]
 ) -> tuple[list[Factored], Float[Tensor, " directions"]]:
-    """Directions of length one in the dtype of the weights, and the lengths that they had."""
+    """Directions of length one in the dtype of the parameters, and the lengths that they had."""
     device = next(iter(weights.values())).device
     lengths = [norm(dense(direction)) or 1.0 for direction in directions]
     unit: list[Factored] = [
@@ -68,61 +142,17 @@ def _unit(
     return unit, torch.tensor(lengths, dtype=torch.float64, device=device)
 
 
-def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
-    """No weight gradient is kept, and below the lowest weight that counts nothing is recorded.
-
-    Raises Unreachable for a weight whose module is not called, has no derivative, or mixes its
-    examples."""
-    holders = owners(model.network, weights)
-    unit, lengths = _unit(weights, directions)
-    moving = {
-        name: [k for k, direction in enumerate(unit) if name in direction] for name in weights
-    }
-    whole = {
-        n: [d.flatten() for k in ks if isinstance(d := unit[k][n], Tensor)]
-        for n, ks in moving.items()
-    }
-    several = {n: flat for n, flat in whole.items() if len(flat) == len(moving[n]) > 1}
-
-    def scores(batch: Batch) -> Scores:
-        total = lengths.new_zeros(len(batch), len(unit))
-        places: list[
-            Int[Tensor, " rows"]
-        ] = []  # the last: which example each row of a gradient belongs to
-
-        def visit(
-            owner: Owner, inputs: Inputs, tangent: Callable[[int], Tensor], gradient: Tensor
-        ) -> None:
-            names = list(owner.weights.values())
-            flats = several.get(names[0])
-            if (
-                flats
-                and (found := own_products(owner, inputs, gradient, len(batch), flats)) is not None
-            ):
-                total[:, moving[names[0]]] += found.to(
-                    total
-                )  # from two directions on, cheaper than their tangents
-                return
-            place = by_example(places[-1], len(batch), gradient)
-            if place is None:
-                why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
-                raise Unreachable("reverse", names, why)
-            rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(
-                len(place), -1
-            )
-            for k in sorted({k for name in names for k in moving[name]}):
-                products = (rows * tangent(k).to(rows.dtype).reshape(rows.shape)).sum(1)
-                total[:, k].index_add_(0, place, products.to(total.dtype))
-
-        with watching(holders, unit, visit) as called:
-            loglik = backward(model, batch, lengths.new_ones(len(batch)), places.append)
-        if missed := [
-            name for owner in holders if owner.name not in called for name in owner.weights.values()
-        ]:
-            raise Unreachable("reverse", missed, "the module that holds it was never called")
-        return Scores(loglik, total * lengths)
-
-    return scores
+def _flat_directions(
+    unit: Sequence[Factored], moved_by: Mapping[str, Sequence[int]]
+) -> Mapping[str, Sequence[Tensor]]:
+    """Of each parameter that several directions move, none of them in factors: their tensors as
+    vectors."""
+    flats: dict[str, Sequence[Tensor]] = {}
+    for name, numbers in moved_by.items():
+        tensors = [value for k in numbers if isinstance(value := unit[k][name], Tensor)]
+        if len(tensors) == len(numbers) > 1:
+            flats[name] = [tensor.flatten() for tensor in tensors]
+    return flats
 
 
 def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
@@ -131,39 +161,36 @@ def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     unit, lengths = _unit(weights, directions)
 
     def along(batch: Batch, direction: Factored) -> Float[Tensor, "2 batch context"]:
+        """Token log-likelihoods, and their derivatives along the direction."""
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
-            with swapped(
-                holders, {n: make_dual(weights[n].detach(), d) for n, d in dense(direction).items()}
-            ):
+            duals = {n: make_dual(weights[n].detach(), d) for n, d in dense(direction).items()}
+            with swapped(holders, duals):
                 primal, tangent = unpack_dual(token_logliks(model, batch))
             return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent])
 
     def scores(batch: Batch) -> Scores:
         try:
-            parts = torch.stack([along(batch, direction) for direction in unit], dim=3)
+            duals = torch.stack([along(batch, direction) for direction in unit], dim=3)
         except (RuntimeError, NotImplementedError) as error:
             if "forward" not in str(error):
                 raise
             raise Unreachable("forward", list(weights), str(error).splitlines()[0]) from error
-        tokens = parts[1].to(lengths.dtype) * lengths
-        return Scores(parts[0, :, :, 0].sum(1), tokens.sum(1), tokens)
+        primal, tangent = duals
+        tokens = tangent.to(lengths.dtype) * lengths
+        return Scores(primal[:, :, 0].sum(1), tokens.sum(1), tokens)
 
     return scores
 
 
 def difference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
-    """Each direction's step is the smallest whose rounding noise, measured on the first batch, is
-    below 3√ε of the scores: small, since a ReLU's kink or a router's switch inside it costs far
-    more than noise does. The log-likelihood is the mean of both passes; blocks below all weights
-    run once. Raises BadOption below float32."""
-    if narrow := {
-        str(w.dtype).removeprefix("torch.")
-        for w in weights.values()
-        if torch.finfo(w.dtype).bits < 32
-    }:
-        raise BadOption(
-            f"--engine difference needs float32 or better, not {narrow.pop()}; try --dtype float32"
-        )
+    """If ε is too large, the linear approximation fails, and a ReLU's kink or a router's switch
+    inside the step costs far more than noise does; if it is too small, rounding dominates. So each
+    direction's ε is the smallest whose rounding noise, measured on the first batch, is below 3√(the
+    dtype's own ε) of the scores.
+
+    The log-likelihood is the mean of both passes. Blocks below all selected parameters run once.
+    Raises BadOption below float32."""
+    _refuse_narrow(weights)
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
@@ -172,62 +199,46 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
     steps: list[float] = []
 
     @torch.no_grad()
-    def both(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "2 batch context"]:
-        found = []
+    def along(batch: Batch, direction: Factored, step: float) -> Float[Tensor, "2 batch context"]:
+        """Token log-likelihoods after a step forth, and after a step back."""
+        logliks = []
         for signed in (step, -step):
-            with swapped(
-                holders,
-                {n: torch.add(weights[n], d, alpha=signed) for n, d in dense(direction).items()},
-            ):
-                found.append(token_logliks(model, batch).to(lengths.dtype))
-        return torch.stack(found)
+            moved = {n: torch.add(weights[n], d, alpha=signed) for n, d in dense(direction).items()}
+            with swapped(holders, moved):
+                logliks.append(token_logliks(model, batch).to(lengths.dtype))
+        return torch.stack(logliks)
+
+    def step_of(batch: Batch, direction: Factored) -> float:
+        near, far = (along(batch, direction, n * least).diff(dim=0).sum((0, 2)) / n for n in (1, 2))
+        noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
+        return least * min(max(1.0, noise / (3 * root)), 2**14)
 
     def get_ready(batch: Batch) -> None:
-        found = []
-        for direction in unit:
-            near, far = (
-                both(batch, direction, n * least).diff(dim=0).sum((0, 2)) / n for n in (1, 2)
-            )
-            noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
-            found.append(least * min(max(1.0, noise / (3 * root)), 2**14))
-        if not same_when_run_once(below, lambda: both(batch, unit[0], found[0])):
+        chosen = [step_of(batch, direction) for direction in unit]
+        if not same_when_run_once(below, lambda: along(batch, unit[0], chosen[0])):
             below.clear()
-        steps.extend(found)
+        steps.extend(chosen)
 
     def scores(batch: Batch) -> Scores:
         if not steps:
             get_ready(batch)
         with running_once(below):
-            found = torch.stack(
-                [both(batch, d, step) for d, step in zip(unit, steps, strict=True)], dim=3
+            logliks = [along(batch, d, step) for d, step in zip(unit, steps, strict=True)]
+        stacked = torch.stack(logliks, dim=3)
+        forth, back = stacked
+        tokens = (forth - back) * lengths / (2 * lengths.new_tensor(steps))
+        return Scores(stacked[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
+
+    return scores
+
+
+def _refuse_narrow(weights: Parameters) -> None:
+    for weight in weights.values():
+        if torch.finfo(weight.dtype).bits < 32:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise BadOption(
+                f"--engine difference needs float32 or better, not {dtype}; try --dtype float32"
             )
-        tokens = (found[0] - found[1]) * lengths / (2 * lengths.new_tensor(steps))
-        return Scores(found[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
-
-    return scores
-
-
-def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
-    """The definition. Slow, and nothing but memory for one more copy of the weights can make it
-    fail."""
-
-    def one(row: Batch) -> tuple[Tensor, list[float]]:
-        with differentiable(weights):
-            loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
-            moved = {name: w.grad for name, w in weights.items() if w.grad is not None}
-            return loglik, [
-                dot({n: g for n, g in moved.items() if n in d}, d) for d in map(dense, directions)
-            ]
-
-    def scores(batch: Batch) -> Scores:
-        rows = [one(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
-        loglik = torch.cat([loglik for loglik, _ in rows])
-        return Scores(
-            loglik,
-            torch.tensor([values for _, values in rows], dtype=torch.float64).to(loglik.device),
-        )
-
-    return scores
 
 
 ENGINES: Mapping[str, Callable[[LanguageModel, Parameters, Sequence[Factored]], Engine]] = {

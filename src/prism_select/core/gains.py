@@ -4,16 +4,21 @@
     preference  π = σ(Δ)                                            what the model prefers now
     gain        J = mean over pairs of gain(Δ)
 
-    prism     softplus(Δ)     slope π: the preference weighting        (arXiv 2605.21422)
-    uniform   Δ               slope 1
-    hard      log σ(Δ)        slope 1 − π: pairs not yet learned count most, as in DPO (arXiv 2305.18290)
-    unpaired  mean_loglik(chosen)                                    no negative
+    prism     softplus(Δ)             slope π: the preference weighting (arXiv 2605.21422)
+    uniform   Δ                       slope 1
+    hard      log σ(Δ)                slope 1 − π: pairs that are not learned yet weigh most, as in
+                                      DPO (arXiv 2305.18290)
+    unpaired  mean_loglik(chosen)     no negative
 
-An anchor β adds β · mean_loglik(chosen) to any of them, so that a gap cannot grow by making both
-answers unlikely.
+    an anchor β adds β · mean_loglik(chosen), so a gap cannot grow by making both answers unlikely
 
 Sign: a direction points uphill in the gain, so **a positive score means that training on the row
-raises the gain**. Only gains are written; their slopes, which weight the pairs, come from autograd.
+raises the gain**. An influence function is the change of a loss, −J, when a row gains weight in
+training: −∇J · H⁻¹ ∇loglik(row), with H the Hessian of the training loss. A score is minus that,
+with H in an approximation (directions/curvature.py), flat by default.
+
+Choices made here:
+- gains alone are written; their slopes, which weight the pairs, come from autograd.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +43,7 @@ GAINS: Mapping[str, Gain] = {
 
 
 class Slopes(NamedTuple):
-    """How much each pair counts: ∂gain/∂mean_loglik of its chosen answer, and minus that of its
+    """The weight of each pair: ∂gain/∂mean_loglik of its chosen answer, and minus that of its
     rejected one."""
 
     chosen: Float[Tensor, " pairs"]
@@ -51,7 +56,8 @@ def slopes(
     rejected: Float[Tensor, " pairs"],
     anchor: float = 0.0,
 ) -> Slopes:
-    """Slopes of each pair's own gain; divide by the number of pairs for those of J."""
+    """Slopes of each pair's own gain, from its mean log-likelihoods. Divided by the number of pairs
+    they are those of J."""
     with torch.enable_grad():
         ends = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
         gain = GAINS[weighting](*ends) + anchor * ends[0]

@@ -1,14 +1,18 @@
-"""Layers: which modules hold the weights that count, and how one's output gradient meets a
+"""Layers: the modules that hold the selected parameters, and how a module's output gradient meets a
 direction.
 
-    y = f(x; W)       tangent = ∂f/∂W · D       contribution of one example = Σ ∂loglik/∂y · tangent
+    y = f(x; W)       tangent = ∂f/∂W · D       part of one example's score = Σ ∂loglik/∂y · tangent
 
-    Linear     tangent = x Dᵀ + d_bias          Conv1D     tangent = x D + d_bias
-    Embedding  tangent = D[x]                   the rest   forward-mode derivative of the module itself:
-    D = L R    tangent = (x Rᵀ) Lᵀ                         norms, routers, fused experts, learned positions
+    Linear       tangent = x Dᵀ + d_bias        Conv1D    tangent = x D + d_bias
+    Embedding    tangent = D[x]                 D = L R   tangent = (x Rᵀ) Lᵀ
+    the others   the module's own forward-mode derivative: norms, routers, fused experts, learned
+                 positions
 
-Choices made here: a tied weight is one weight, wherever it is used. A module that is never called,
-or whose output cannot be told apart by example, is reported by name and never skipped."""
+Choices made here:
+- a tied parameter is one parameter, wherever it is used;
+- a module that is never called, or whose output cannot be split by example, is reported by name and
+  never skipped.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,25 +37,26 @@ __all__ = [
     "Inputs",
     "Owner",
     "Parameters",
-    "by_example",
     "dense",
-    "is_closed",
+    "example_products",
+    "has_formula",
     "is_matrix",
-    "own_products",
+    "outer_factors",
     "owners",
-    "sides",
+    "slice_examples",
     "swapped",
     "watching",
 ]
 
 Parameters: TypeAlias = Mapping[str, nn.Parameter]
-
+"""Selected parameters, by their names in the network."""
 
 Direction: TypeAlias = Mapping[str, Tensor]
+"""A tensor for each selected parameter."""
 
 
 class Factors(NamedTuple):
-    """A matrix of low rank, left @ right, as its weight lies."""
+    """A matrix of low rank, left @ right, in the layout of its parameter."""
 
     left: Float[Tensor, "rows rank"]
     right: Float[Tensor, "rank columns"]
@@ -63,26 +68,21 @@ class Factors(NamedTuple):
         return Factors(self.left / length, self.right)
 
 
+Factored: TypeAlias = Mapping[str, Tensor | Factors]
+"""A direction in which some matrices, whose owners all satisfy `is_matrix`, are in factors."""
+
+
 class Owner(NamedTuple):
-    """A module and those of its own weights that count: {the module's word for it: its name in the
-    network}."""
+    """A module that holds selected parameters itself. `weights`: {the module's word for a
+    parameter: its name in the network}."""
 
     name: str
     module: nn.Module
     weights: Mapping[str, str]
 
 
-Factored: TypeAlias = Mapping[
-    str, Tensor | Factors
-]  # factors of matrices that `is_matrix` owners alone use
-
-
 Inputs: TypeAlias = tuple[Any, ...]
-
-
 Gradient: TypeAlias = Float[Tensor, "*rows d_out"]
-
-
 Visit: TypeAlias = Callable[[Owner, Inputs, Callable[[int], Tensor], Gradient], None]
 
 
@@ -91,105 +91,110 @@ def dense(direction: Factored) -> Direction:
 
 
 def owners(network: nn.Module, weights: Parameters) -> Sequence[Owner]:
-    """Every module that holds one of `weights` itself; a tied weight has several owners."""
+    """Every module that holds one of `weights` itself; a tied parameter has several owners."""
     names = {id(weight): name for name, weight in weights.items()}
-    found = (
-        Owner(
-            path,
-            module,
-            {key: names[id(w)] for key, w in module._parameters.items() if id(w) in names},
-        )
-        for path, module in network.named_modules()
-    )
-    return [owner for owner in found if owner.weights]
+    holders = []
+    for path, module in network.named_modules():
+        parameters = module._parameters.items()
+        held = {key: names[id(weight)] for key, weight in parameters if id(weight) in names}
+        if held:
+            holders.append(Owner(path, module, held))
+    return holders
 
 
 @contextmanager
 def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
-    """Other tensors in place of the weights, dual numbers included, for the length of the block."""
+    """Puts other tensors, dual numbers included, in place of the parameters for the length of the
+    block."""
     saved = [(owner, dict(owner.module._parameters)) for owner in holders]
     uses = Counter(name for owner in holders for name in owner.weights.values())
     try:
         for owner, before in saved:
             new: dict[str, Any] = {k: values[n] for k, n in owner.weights.items() if n in values}
-            tied = any(uses[name] > 1 for name in owner.weights.values())
-            owner.module._parameters.update(
-                padding_still(owner.module, new, before) if tied else new
-            )
+            if any(uses[name] > 1 for name in owner.weights.values()):  # tied
+                new = padding_still(owner.module, new, before)
+            owner.module._parameters.update(new)
         yield
     finally:
         for owner, parameters in saved:
             owner.module._parameters.update(parameters)
 
 
-def is_closed(module: nn.Module) -> bool:
-    """Whether `tangent_of` has a formula for the module; a subclass may compute something else."""
+def has_formula(module: nn.Module) -> bool:
+    """Whether `tangent_of` has a formula for the module. A subclass may compute something else, so
+    it has none."""
     return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
 def tangent_of(
-    owner: Owner, direction: Factored, inputs: tuple[Any, ...], named: Mapping[str, Any]
+    owner: Owner, direction: Factored, args: Inputs, kwargs: Mapping[str, Any]
 ) -> list[Any]:
-    """∂output/∂weights · direction of one module at fixed inputs, one per output (None: it does not
-    move)."""
-    own: dict[str, Any] = {
-        key: direction[name] for key, name in owner.weights.items() if name in direction
-    }
+    """∂output/∂weights · direction of one module at fixed arguments, one for each output; None for
+    an output that does not move."""
+    moves: dict[str, Any] = {k: direction[n] for k, n in owner.weights.items() if n in direction}
+    if type(owner.module) is nn.Embedding:
+        tangent = functional.embedding(args[0], moves["weight"])
+        return without_padding(owner.module, args, [tangent])
+    if has_formula(owner.module):
+        return [_linear_tangent(owner.module, moves, args[0])]
+    return _forward_mode_tangents(owner, moves, args, kwargs)
+
+
+def _linear_tangent(module: Any, moves: Mapping[str, Any], inputs: Tensor) -> Tensor:
+    """Of Linear and Conv1D."""
+    matrix = moves["weight"] if "weight" in moves else torch.zeros_like(module.weight)
+    factors = list(matrix) if isinstance(matrix, Factors) else [matrix]
+    steps = reversed(factors) if isinstance(module, nn.Linear) else [f.T for f in factors]
+    tangent = inputs
+    for step in steps:
+        tangent = functional.linear(tangent, step)
+    return tangent + moves["bias"] if "bias" in moves else tangent
+
+
+def _forward_mode_tangents(
+    owner: Owner, moves: Mapping[str, Any], args: Inputs, kwargs: Mapping[str, Any]
+) -> list[Any]:
     module: Any = owner.module
-    if type(module) is nn.Embedding:
-        return without_padding(module, inputs, [functional.embedding(inputs[0], own["weight"])])
-    if is_closed(module):
-        matrix, moved = (
-            own["weight"] if "weight" in own else torch.zeros_like(module.weight),
-            inputs[0],
-        )
-        steps = matrix if isinstance(matrix, Factors) else [matrix]
-        for step in (
-            reversed(steps) if isinstance(module, nn.Linear) else [part.T for part in steps]
-        ):
-            moved = functional.linear(moved, step)
-        return [moved + own["bias"] if "bias" in own else moved]
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
-            owner.weights[k]: forward_ad.make_dual(module._parameters[k].detach(), d)
-            for k, d in own.items()
+            owner.weights[key]: forward_ad.make_dual(module._parameters[key].detach(), move)
+            for key, move in moves.items()
         }
         with swapped([owner], duals):
-            outputs = tree_flatten(module.forward(*inputs, **named))[0] if own else []
-        found = [
+            outputs = tree_flatten(module.forward(*args, **kwargs))[0] if moves else []
+        tangents = [
             forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None
             for out in outputs
         ]
-    return without_padding(module, inputs, found)
+    return without_padding(module, args, tangents)
 
 
 @contextmanager
 def watching(
     holders: Sequence[Owner], directions: Sequence[Factored], visit: Visit
 ) -> Iterator[set[str]]:
-    """While open, `visit(owner, inputs, tangent, gradient)` is called in each backward pass for
-    each output of each owner; `tangent(k)` gives its tangent along `directions[k]`. Yields the
-    names of the owners called so far. The graph starts at the first owner. Formulas are applied in
-    the backward pass; other derivatives in the forward pass."""
+    """While open, each backward pass calls `visit(owner, inputs, tangent, gradient)` for each
+    output of each owner; `tangent(k)` gives the output's tangent along `directions[k]`. Yields the
+    names of the owners that were called so far.
+
+    The graph starts at the first owner. Formulas are applied in the backward pass, forward-mode
+    derivatives in the forward pass."""
     called: set[str] = set()
     busy = False  # a module's own derivative calls its children: they are not visited twice
 
     def after(
-        owner: Owner, _: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
+        owner: Owner, _: nn.Module, args: Inputs, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
         nonlocal busy
         if busy or not torch.is_grad_enabled():
             return output
         called.add(owner.name)
-        inputs, words = tree_map_only(Tensor, Tensor.detach, (args, dict(named)))
-        kept: list[list[Any]] = []
+        inputs, named = tree_map_only(Tensor, Tensor.detach, (args, dict(kwargs)))
+        ready: list[list[Any]] = []  # tangents of each direction, for each output
         busy = True
         try:
-            kept = (
-                []
-                if is_closed(owner.module)
-                else [tangent_of(owner, d, inputs, words) for d in directions]
-            )
+            if not has_formula(owner.module):
+                ready = [tangent_of(owner, d, inputs, named) for d in directions]
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -197,20 +202,24 @@ def watching(
             raise Unreachable("reverse", list(owner.weights.values()), why) from error
         finally:
             busy = False
-        tangents = (
-            kept.__getitem__ if kept else lambda k: tangent_of(owner, directions[k], inputs, words)
-        )
-        tensors, shape = tree_flatten(output)
-        for place, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or (
-                kept and not any(k and k[place] is not None for k in kept)
-            ):
+
+        def tangent(index: int, k: int) -> Tensor:
+            tangents = ready[k] if ready else tangent_of(owner, directions[k], inputs, named)
+            moved: Tensor = tangents[index]
+            return moved
+
+        def show(index: int, gradient: Tensor) -> None:
+            visit(owner, inputs, partial(tangent, index), gradient)
+
+        outputs, shape = tree_flatten(output)
+        arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        for index, tensor in enumerate(outputs):
+            if not isinstance(tensor, Tensor):
                 continue
-            show = partial(
-                lambda place, g: visit(owner, inputs, lambda n: tangents(n)[place], g), place
-            )
-            tensors[place] = watched(tensor, show, tensors, {**dict(enumerate(args)), **named})
-        return tree_unflatten(tensors, shape)
+            if ready and not any(tangents and tangents[index] is not None for tangents in ready):
+                continue  # no direction moves this output
+            outputs[index] = watched(tensor, partial(show, index), outputs, arguments)
+        return tree_unflatten(outputs, shape)
 
     with ExitStack() as hooks:
         for owner in holders:
@@ -220,50 +229,41 @@ def watching(
         yield called
 
 
-def by_example(
+def slice_examples(
     rows: Int[Tensor, " rows"], size: int, gradient: Gradient
-) -> Int[Tensor, " rows"] | None:
-    """Which of `size` examples each slice of a gradient belongs to: one slice per example, or one
-    per row, of which `rows` tells; None where it is neither."""
+) -> Int[Tensor, " slices"] | None:
+    """The example that each slice of a gradient belongs to. A gradient has a slice for each of
+    `size` examples, or one for each row, whose examples are `rows`; None where it has neither."""
     if gradient.ndim > 2 and len(gradient) == size:
         return torch.arange(size, device=gradient.device)
     return rows if gradient.shape[:-1].numel() == len(rows) else None
 
 
 def is_matrix(owner: Owner) -> bool:
-    """Whether the module multiplies by a matrix that counts, in a formula that is known."""
-    return (
-        is_closed(owner.module)
-        and type(owner.module) is not nn.Embedding
-        and "weight" in owner.weights
-    )
+    """Whether the module multiplies by a selected matrix, in a formula that is known."""
+    is_linear = has_formula(owner.module) and type(owner.module) is not nn.Embedding
+    return is_linear and "weight" in owner.weights
 
 
-def sides(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def outer_factors(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """l and r, row by row, where the gradient of the module's matrix is Σ_t l_t r_tᵀ."""
     return (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
 
 
-def own_products(
+def example_products(
     owner: Owner, inputs: Inputs, gradient: Gradient, size: int, flats: Sequence[Tensor]
 ) -> Tensor | None:
-    """[example, direction]: each example's own gradient of a matrix, as much as a cache holds at a
-    time, times each of `flats`; None for other modules, or without a slice for each example."""
-    if (
-        gradient.ndim != 3
-        or len(gradient) != size
-        or not is_matrix(owner)
-        or len(owner.weights) > 1
-    ):
+    """[example, direction]: the gradient of a matrix for each example, times each of `flats`. It is
+    formed for as many rows of the matrix at a time as a cache holds. None for other modules, or
+    without a slice for each example."""
+    by_example = gradient.ndim == 3 and len(gradient) == size
+    if not by_example or not is_matrix(owner) or len(owner.weights) > 1:
         return None
-    left, right = sides(owner, inputs, gradient)
-    few, total = (
-        max(1, 2**20 // (size * right.shape[-1])),
-        left.new_zeros(size, len(flats), dtype=torch.float64),
-    )
-    for part, *some in zip(
-        left.split(few, 2), *(f.split(few * right.shape[-1]) for f in flats), strict=True
-    ):
-        own = (part.transpose(1, 2) @ right).flatten(1)
-        total += torch.stack([own @ flat for flat in some], dim=1)
+    left, right = outer_factors(owner, inputs, gradient)
+    rows = max(1, 2**20 // (size * right.shape[-1]))
+    total = left.new_zeros(size, len(flats), dtype=torch.float64)
+    blocks = [flat.split(rows * right.shape[-1]) for flat in flats]
+    for columns, *slices in zip(left.split(rows, 2), *blocks, strict=True):
+        formed = (columns.transpose(1, 2) @ right).flatten(1)
+        total += torch.stack([formed @ block for block in slices], dim=1)
     return total

@@ -4,13 +4,16 @@
     loglik           = Σ_t token_logliks[t]      over the supervised tokens of one example
     mean_loglik      = loglik / tokens           what a gap compares (nats per token)
 
-Choices made here: the output head runs on supervised positions alone, and on at most `HEAD_LOGITS`
-logits at a time, so a vocabulary of 262,144 words never makes a full logits tensor; the softmax is
-taken in float32 or better; the first token of a row has no context and is never predicted."""
+Choices made here:
+- the head runs on supervised positions alone, and on at most `HEAD_LOGITS` logits at a time, so a
+  vocabulary of 262,144 words never makes a full tensor of logits;
+- the softmax is taken in float32 or better;
+- the first token of a row has no context and is never predicted.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,8 +27,8 @@ HEAD_LOGITS = 2**25  # logits alive at a time: 128 MB in float32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of equal length, padded on either side: `real` is False on padding, `supervised` True on
-    what counts."""
+    """Rows of equal length, padded on either side. `real` is False on padding; `supervised` is True
+    on the tokens of the loss."""
 
     tokens: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]
@@ -33,7 +36,7 @@ class Batch:
 
     @property
     def positions(self) -> Int[Tensor, "batch time"]:
-        """The place of each real token in its own row, from 0, wherever the padding stands."""
+        """The position of each real token in its own row, from 0, wherever the padding stands."""
         return (self.real.long().cumsum(1) - 1).clamp(min=0)
 
     @property
@@ -54,8 +57,8 @@ class Batch:
 
 
 class LanguageModel(Protocol):
-    """What the core needs of a model: states, then logits of any states, so that the head can be
-    chunked."""
+    """What the core needs of a model: hidden states, then the logits of any of them, so the head
+    can run in chunks."""
 
     @property
     def network(self) -> nn.Module: ...
@@ -68,14 +71,22 @@ class LanguageModel(Protocol):
     def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]: ...
 
 
+class _Chunk(NamedTuple):
+    """Some states that predict something, the tokens that they predict, and their examples."""
+
+    states: Float[Tensor, "rows width"]
+    targets: Int[Tensor, " rows"]
+    examples: Int[Tensor, " rows"]
+
+
 def _logliks(
     model: LanguageModel,
     hidden: Float[Tensor, "rows width"],
     targets: Int[Tensor, " rows"],
     draw: torch.Generator | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The loss of the whole library, with its sign turned: log-likelihood of each target, or of one
-    that is drawn."""
+    """The loss of the whole library, with its sign turned: the log-likelihood of each target, or of
+    a token that `draw` draws from the model."""
     logits = model.logits(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if draw is not None:
@@ -85,27 +96,22 @@ def _logliks(
 
 def _head_chunks(
     model: LanguageModel, batch: Batch, hidden: Float[Tensor, "batch time width"]
-) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"], Int[Tensor, " rows"]]]:
-    """The states that predict something, the tokens they predict, and the example each belongs
-    to."""
+) -> Iterator[_Chunk]:
     predicted = batch.predicted
     states, targets = hidden[:, :-1][predicted], batch.tokens[:, 1:][predicted]
     examples = predicted.nonzero()[:, 0]
     size = max(1, HEAD_LOGITS // model.vocabulary)
-    yield from zip(states.split(size), targets.split(size), examples.split(size), strict=True)
+    chunks = zip(states.split(size), targets.split(size), examples.split(size), strict=True)
+    return (_Chunk(*chunk) for chunk in chunks)
 
 
 def token_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch context"]:
-    """Log-likelihood of token t + 1 at position t; zero where that token is not supervised; no
-    graph."""
+    """Log-likelihood of token t + 1 at position t, and 0 where that token is not supervised."""
     chunks = _head_chunks(model, batch, model.hidden(batch))
-    values, predicted = (
-        torch.cat([_logliks(model, *chunk[:2]) for chunk in chunks]),
-        batch.predicted,
-    )
-    return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        predicted, values
-    )
+    values = torch.cat([_logliks(model, chunk.states, chunk.targets) for chunk in chunks])
+    predicted = batch.predicted
+    zeros = torch.zeros(predicted.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(predicted, values)
 
 
 def mean_logliks(model: LanguageModel, batch: Batch) -> Float[Tensor, " batch"]:
@@ -121,24 +127,24 @@ def backward(
     on_rows: Callable[[Int[Tensor, " rows"]], None] = lambda examples: None,
     draw: torch.Generator | None = None,
 ) -> Float[Tensor, " batch"]:
-    """loglik of each example, after sending the gradient of Σ_b weights[b] · loglik[b] to whatever
-    asks for it; `draw` puts tokens drawn from the model in place of those of the batch.
+    """Sends the gradient of Σ_b weights[b] · loglik[b] to every tensor that asks for one; returns
+    loglik of each example. `draw` puts tokens drawn from the model in place of the targets.
 
-    Each chunk of the head goes backward at once, so that one chunk's logits are all that is ever
-    held; the body follows. `on_rows` is told, before each of these, which example each row of the
-    coming gradients belongs to."""
+    Each chunk of the head goes backward at once, so the logits of one chunk are all that is ever
+    held; the body follows. `on_rows` gets, before each of these passes, the example of each row of
+    the coming gradients."""
     hidden = model.hidden(batch)
     total = torch.zeros(
         len(batch), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
     )
     states, gradients = [], []
-    for chunk, targets, examples in _head_chunks(model, batch, hidden):
-        on_rows(examples)
-        leaf = chunk.detach().requires_grad_()
-        values = _logliks(model, leaf, targets, draw)
-        (values * weights.to(values)[examples]).sum().backward()
-        total.index_add_(0, examples, values.detach().to(total))
-        states.append(chunk)
+    for chunk in _head_chunks(model, batch, hidden):
+        on_rows(chunk.examples)
+        leaf = chunk.states.detach().requires_grad_()
+        values = _logliks(model, leaf, chunk.targets, draw)
+        (values * weights.to(values)[chunk.examples]).sum().backward()
+        total.index_add_(0, chunk.examples, values.detach().to(total))
+        states.append(chunk.states)
         gradients.append(leaf.grad)
     if hidden.requires_grad and states:
         on_rows(torch.arange(len(batch), device=hidden.device).repeat_interleave(hidden.shape[1]))

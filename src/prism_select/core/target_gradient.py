@@ -1,16 +1,17 @@
-"""Direction: the gradient of the mean gain, kept in halves.
+"""Target gradient: the gradient of the mean gain over all pairs, kept in two halves.
 
-    g = ∇J = C − R      C = mean_q slope⁺_q ∇mean_loglik(chosen_q)      R = mean_q slope⁻_q ∇mean_loglik(rejected_q)
+    g = ∇J = C − R      C = mean over pairs q of slope⁺_q ∇mean_loglik(chosen_q)
+                        R = mean over pairs q of slope⁻_q ∇mean_loglik(rejected_q)
 
     score = ∇loglik(z) · g      score_chosen = ∇loglik(z) · C      score_rejected = ∇loglik(z) · R
 
-Choices made here: log-likelihoods come first, without a graph; the gain's slopes weight the pairs;
-then each side goes backward on its own, so swapping the sides of every pair under `uniform` negates
-the direction to the last bit. Gradients add up in float32 or better whatever the model's dtype."""
+Choices made here:
+- log-likelihoods come first, without a graph; the slopes of the gain there weight the pairs;
+- each side goes backward by itself, so exchanging the sides of every pair under `uniform` negates
+  the direction to the last bit.
+"""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -20,42 +21,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import slopes
+from prism_select.core.gradients import add_gradients, differentiable, minus, zero_sum
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
-__all__ = [
-    "Observe",
-    "Side",
-    "Target",
-    "differentiable",
-    "dot",
-    "minus",
-    "norm",
-    "pair_logliks",
-    "target_gradient",
-]
+__all__ = ["Observe", "Side", "Target", "pair_logliks", "target_gradient"]
 
 Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
+"""`observe(side, pairs)` runs before a backward pass and gets the pairs of its rows. It returns the
+`on_rows` of core/likelihood.py, which gets the row that each gradient belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of every pair as batches; `order[i]` is the pair that row i of the batches, in
-    sequence, belongs to."""
+    """One side of every pair, in batches. `order[i]` is the pair of row i, counted through the
+    batches."""
 
     batches: Sequence[Batch]
     order: Sequence[int]
 
     def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
-        """Each batch with the pairs of its rows."""
+        """Batches with the pairs of their rows."""
         pairs = iter(self.order)
         return ((batch, list(islice(pairs, len(batch)))) for batch in self.batches)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the pairs say. Mean log-likelihoods are in nats per token, one per pair, in the order of
-    the pairs."""
+    """The halves C and R. Mean log-likelihoods are in nats per token, in the order of the pairs;
+    `weight` is the slope of each pair's chosen answer."""
 
     chosen: Direction
     rejected: Direction
@@ -72,32 +66,8 @@ class Target:
         return minus(self.chosen, self.rejected)
 
 
-def dot(a: Direction, b: Direction) -> float:
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
-
-
-def norm(a: Direction) -> float:
-    return math.sqrt(dot(a, a))
-
-
-def minus(a: Direction, b: Direction, times: float = 1.0) -> Direction:
-    return {name: a[name] - times * b[name] for name in a}
-
-
-@contextmanager
-def differentiable(weights: Parameters) -> Iterator[None]:
-    """The weights, and nothing else of the network, ask for gradients; on leaving they are as
-    frozen as before."""
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False).grad = None
-
-
 def pair_logliks(model: LanguageModel, side: Side) -> Float[Tensor, " pairs"]:
+    """Mean log-likelihood of one side of each pair, in the order of the pairs, without a graph."""
     means = torch.cat([mean_logliks(model, batch) for batch in side.batches])
     return torch.empty_like(means).index_copy_(0, torch.tensor(side.order), means)
 
@@ -110,27 +80,18 @@ def target_gradient(
     anchor: float = 0.0,
     observe: Observe = lambda side, pairs: lambda rows: None,
 ) -> Target:
-    """The gradient of the mean gain over all pairs; `sides` are their chosen and their rejected
-    answers.
-
-    `observe(side, pairs)` is told, before each backward pass, which pairs its rows are; what it
-    returns is told which row each gradient belongs to. Memory: two copies of the weights in
-    float32."""
+    """`sides` are the chosen and the rejected answers of the pairs. Memory: two copies of the
+    selected parameters in float32."""
     means = [pair_logliks(model, side) for side in sides]
     slope = slopes(weighting, means[0], means[1], anchor)
-    wide = {
-        name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()
-    }
-    up, down = ({n: torch.zeros_like(w, dtype=wide[n]) for n, w in weights.items()} for _ in sides)
+    halves = zero_sum(weights), zero_sum(weights)
     with differentiable(weights):
-        for side, each, total, name in zip(
-            sides, slope, (up, down), ("chosen", "rejected"), strict=True
-        ):
-            for batch, pairs in side if each.any() else ():
-                scale = (each / len(each))[pairs].to(batch.tokens.device) / batch.counts
+        for name, side, weight, total in zip(slope._fields, sides, slope, halves, strict=True):
+            if not weight.any():
+                continue
+            mean_weight = weight / len(weight)
+            for batch, pairs in side:
+                scale = mean_weight[pairs].to(batch.tokens.device) / batch.counts
                 backward(model, batch, scale, observe(name, pairs))
-                for key, weight in weights.items():
-                    if weight.grad is not None:
-                        total[key] += weight.grad.to(total[key].dtype)
-                        weight.grad = None
-    return Target(up, down, means[0], means[1], slope.chosen)
+                add_gradients(total, weights)
+    return Target(halves[0], halves[1], means[0], means[1], slope.chosen)

@@ -1,32 +1,35 @@
-"""Common: what both answers of the pairs share, and a direction without it.
+"""Common part: what both answers of the pairs share, and a direction without it.
 
-    c = ½(C + R)                    the common part, each pair with its weight
-    d' = d − (d·c / c·c) c          nothing of it is left
+    c  = ½(C + R)                   each pair with its weight
+    d' = d − (d·c / c·c) c          d' · c = 0
 
-Format, topic and length are the same in both answers of a pair; what remains of them in a
-difference of two gradients can still outweigh what tells the answers apart."""
+Both answers of a pair share format, topic and length. What a difference of two gradients still has
+of them can outweigh what tells the answers apart.
+"""
 
 import math
 from dataclasses import replace
 
+from prism_select.core.gradients import dot, minus, norm
 from prism_select.core.layers import Direction
-from prism_select.core.target_gradient import Target, dot, minus, norm
+from prism_select.core.target_gradient import Target
 
 __all__ = ["common_of", "common_part", "without_common"]
 
 
 def common_of(target: Target) -> Direction:
+    """½(C + R)"""
     return {name: (value + target.rejected[name]) / 2 for name, value in target.chosen.items()}
 
 
 def common_part(target: Target) -> float:
-    """‖½(C + R)‖ / ‖C − R‖: what both answers of a pair share, against what tells them apart."""
+    """‖½(C + R)‖ / ‖C − R‖, without unit; NaN where the direction is zero."""
     return norm(common_of(target)) / (norm(target.direction) or math.nan)
 
 
 def without_common(target: Target) -> Target:
-    """The same with nothing of the common part in the direction. The chosen half stays as it is, so
-    that a score along it keeps its meaning."""
+    """The target with c projected out of its direction. The chosen half stays as it is, so a score
+    along it keeps its meaning."""
     common, direction = common_of(target), target.direction
     times = dot(direction, common) / (dot(common, common) or 1.0)
     return replace(target, rejected=minus(target.rejected, common, -times))

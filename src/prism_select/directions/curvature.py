@@ -1,51 +1,89 @@
-"""Curvature: what the gradient of the gain is divided by, once for each run: d = (H + λ)⁻¹ g.
+"""Curvature: the Hessian approximations that a direction is divided by: d = (H + λ)⁻¹ g.
 
-    H = mean of ∇loglik ∇loglikᵀ over rows    labels drawn from the model: the Fisher, here also Gauss-Newton's matrix;
-                                              labels as given: the empirical Fisher
-    diagonal   the diagonal of H              eigenvalues = mean of squared gradients
-    ekfac      (U ⊗ V) Λ (U ⊗ V)ᵀ             for each matrix, whose gradient is Σ_t l_t r_tᵀ; U, V: eigenvectors of
-                                              Σ l lᵀ and Σ r rᵀ, Λ = mean of (Uᵀ ∇ V)²        (arXiv 1806.03884)
-    cg         H itself                       by conjugate gradients on H v = mean of Jᵀ (diag p − p pᵀ) J v
+    H = mean over rows of ∇loglik ∇loglikᵀ    labels drawn from the model: the Fisher matrix, which
+                                              is here the Gauss-Newton matrix too
 
-Damping: λ = damping · mean eigenvalue, of each weight on its own. Choices made here: eigenvectors
-in float64; of fused experts each has a basis, from its gradients; vectors, embeddings and matrices
-with a side above `SIDE` keep a diagonal; rows of it that no example moved, such as words that none
-holds, take the mean of the others; a weight whose gradients are all zero moves nothing."""
+    flat        H = 0, and d = g
+    diagonal    the diagonal of H         eigenvalues = mean of squared gradients
+    ekfac       (U ⊗ V) Λ (U ⊗ V)ᵀ        EK-FAC (arXiv 1806.03884), for a matrix whose gradient is
+                                          Σ_t l_t r_tᵀ: U, V are the eigenvectors of Σ l lᵀ and of
+                                          Σ r rᵀ, Λ = mean of (Uᵀ ∇ V)²
+
+    λ = damping · mean eigenvalue, of each parameter on its own
+
+Choices made here:
+- eigenvectors are computed in float64;
+- each expert of a fused module has a basis of its own, from its gradients;
+- vectors, embeddings, and matrices with a side above `SIDE` have a diagonal;
+- rows of a diagonal that no example moved, such as words that none holds, take the mean of the
+  others;
+- a parameter whose gradients are all zero does not move.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prism_select.core.gradients import differentiable, take_gradients, wide_dtype, zero_sum
 from prism_select.core.layers import (
     Direction,
     Inputs,
     Owner,
     Parameters,
     is_matrix,
+    outer_factors,
     owners,
-    sides,
-    swapped,
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel, backward
-from prism_select.core.target_gradient import differentiable, dot, minus, norm
 
-__all__ = ["Block", "Blocks", "GaussNewton", "diagonal", "ekfac", "solve"]
+__all__ = [
+    "CURVATURES",
+    "Block",
+    "BlockCurvature",
+    "Curvature",
+    "Flat",
+    "diagonal",
+    "ekfac",
+    "flat",
+]
 
 SIDE = 8192
 
 
+class Curvature(Protocol):
+    """A fitted Hessian approximation."""
+
+    @property
+    def rows(self) -> int:
+        """How many it was fitted to."""
+
+    @property
+    def diagonal_matrices(self) -> Sequence[str]:
+        """Matrices of which the diagonal alone is known."""
+
+    def solve(self, direction: Direction, damping: float) -> Direction:
+        """(H + λ)⁻¹ direction"""
+
+
+class Flat:
+    """No curvature: every direction stays as it is."""
+
+    rows: int = 0
+    diagonal_matrices: Sequence[str] = ()
+
+    def solve(self, direction: Direction, damping: float) -> Direction:
+        return direction
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The curvature of one weight: an eigenvalue for each number, in a basis of its rows and one of
-    its columns where there are any."""
+    """The curvature of one parameter: an eigenvalue for each number, in the basis `left` of its
+    rows and `right` of its columns; without them, in its own."""
 
     eigenvalues: Float[Tensor, "*shape"]
     left: Float[Tensor, "*experts rows rows"] | None = None
@@ -55,207 +93,161 @@ class Block:
         damped = self.eigenvalues + damping * self.eigenvalues.mean()
         if self.left is None or self.right is None:
             return torch.where(damped > 0, gradient / damped, 0)
-        moved = self.left.mT @ gradient @ self.right
-        return self.left @ torch.where(damped > 0, moved / damped, 0) @ self.right.mT
+        rotated = self.left.mT @ gradient @ self.right
+        return self.left @ torch.where(damped > 0, rotated / damped, 0) @ self.right.mT
 
 
-Blocks: TypeAlias = Mapping[str, Block]
+@dataclass(frozen=True)
+class BlockCurvature:
+    """A block for each parameter; between parameters H is taken as zero."""
+
+    blocks: Mapping[str, Block]
+    rows: int
+
+    @property
+    def diagonal_matrices(self) -> Sequence[str]:
+        matrices = {
+            name: block for name, block in self.blocks.items() if block.eigenvalues.ndim > 1
+        }
+        return sorted(name for name, block in matrices.items() if block.left is None)
+
+    def solve(self, direction: Direction, damping: float) -> Direction:
+        return {n: self.blocks[n].solve(value, damping) for n, value in direction.items()}
 
 
-def solve(blocks: Blocks, direction: Direction, damping: float) -> Direction:
-    return {name: blocks[name].solve(value, damping) for name, value in direction.items()}
-
-
-def _gradients(
-    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None
-) -> Iterator[Mapping[str, Tensor]]:
-    """∇loglik of each example without its padding, in float32 or better; a seed draws its labels
-    from the model."""
-    device = rows[0].tokens.device
-    draw = None if seed is None else torch.Generator(device).manual_seed(seed)
-    with differentiable(weights):
-        for batch in rows:
-            for place, real in enumerate(batch.real):
-                row = Batch(
-                    *(
-                        part[place : place + 1, real]
-                        for part in (batch.tokens, batch.real, batch.supervised)
-                    )
-                )
-                backward(model, row, torch.ones(1, device=device), draw=draw)
-                yield {n: w.grad.to(_wide(w)) for n, w in weights.items() if w.grad is not None}
-                for weight in weights.values():
-                    weight.grad = None
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def flat(
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None = None
+) -> Flat:
+    return Flat()
 
 
 def diagonal(
     model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None = None
-) -> Blocks:
-    total = {name: torch.zeros_like(w, dtype=_wide(w)) for name, w in weights.items()}
-    for gradient in _gradients(model, weights, rows, seed):
+) -> BlockCurvature:
+    total = zero_sum(weights)
+    for gradient in _example_gradients(model, weights, rows, seed):
         for name, value in gradient.items():
             total[name].addcmul_(value, value)
-    return {name: _by_number(value / sum(map(len, rows))) for name, value in total.items()}
+    count = sum(map(len, rows))
+    blocks = {name: _diagonal_block(value / count) for name, value in total.items()}
+    return BlockCurvature(blocks, count)
 
 
 def ekfac(
     model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None = None
-) -> Blocks:
-    """Two passes over the rows: for the bases, then for the eigenvalues in them."""
+) -> BlockCurvature:
+    """Two passes over the rows: one for the bases, one for the eigenvalues in them."""
     bases = _bases(model, weights, rows, seed)
-    total = {name: torch.zeros_like(w, dtype=_wide(w)) for name, w in weights.items()}
-    moved: dict[str, Tensor] = {}
+    count = sum(map(len, rows))
+    total = zero_sum(weights)
+    rotated: dict[str, Tensor] = {}  # one example's gradients, in the bases
 
-    def turn(name: str, left: Tensor, right: Tensor) -> None:
-        moved[name] = moved.get(name, 0) + (left @ bases[name][0]).mT @ (right @ bases[name][1])
+    def rotate(name: str, left: Tensor, right: Tensor) -> None:
+        u, v = bases[name]
+        rotated[name] = rotated.get(name, 0) + (left @ u).mT @ (right @ v)
 
-    for gradient in _uses(model, weights, rows, seed, turn):
+    for gradient in _matrix_uses(model, weights, rows, seed, rotate):
         for name, value in gradient.items():
-            moved[name] = bases[name][0].mT @ value @ bases[name][1] if name in bases else value
-        for name, value in moved.items():
-            total[name].addcmul_(value, value, value=1 / sum(map(len, rows)))
-        moved.clear()
-    return {
-        name: Block(value, *bases[name]) if name in bases else _by_number(value)
+            rotated[name] = value
+            if name in bases:
+                u, v = bases[name]
+                rotated[name] = u.mT @ value @ v
+        for name, value in rotated.items():
+            total[name].addcmul_(value, value, value=1 / count)
+        rotated.clear()
+    blocks = {
+        name: Block(value, *bases[name]) if name in bases else _diagonal_block(value)
         for name, value in total.items()
     }
+    return BlockCurvature(blocks, count)
 
 
-def _by_number(moments: Tensor) -> Block:
-    """A diagonal from the second moments of a weight's numbers."""
-    still = (
-        moments.flatten(1).eq(0).all(1)
-        if moments.ndim > 1
-        else torch.zeros(len(moments), dtype=torch.bool)
-    )
-    if still.any() and not still.all():
-        moments = torch.where(
-            still.view(-1, *[1] * (moments.ndim - 1)), moments[~still].mean(0), moments
-        )
+Fit: TypeAlias = Callable[[LanguageModel, Parameters, Sequence[Batch], int | None], Curvature]
+"""A seed draws the labels from the model; None takes those of the rows (the empirical Fisher)."""
+
+
+CURVATURES: Mapping[str, Fit] = {"flat": flat, "diagonal": diagonal, "ekfac": ekfac}
+
+
+def _example_gradients(
+    model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None
+) -> Iterator[Mapping[str, Tensor]]:
+    """∇loglik of each example without its padding, in float32 or better."""
+    device = rows[0].tokens.device
+    draw = None if seed is None else torch.Generator(device).manual_seed(seed)
+    with differentiable(weights):
+        for batch in rows:
+            for row in _unpadded(batch):
+                backward(model, row, torch.ones(1, device=device), draw=draw)
+                yield {name: g.to(wide_dtype(g)) for name, g in take_gradients(weights)}
+
+
+def _unpadded(batch: Batch) -> Iterator[Batch]:
+    """Each row of a batch by itself."""
+    for index, real in enumerate(batch.real):
+        row = batch.rows(slice(index, index + 1))
+        yield Batch(row.tokens[:, real], row.real[:, real], row.supervised[:, real])
+
+
+def _diagonal_block(moments: Tensor) -> Block:
+    """From the second moments of a parameter's numbers."""
+    if moments.ndim > 1:
+        unmoved = moments.flatten(1).eq(0).all(1)
+        if unmoved.any() and not unmoved.all():
+            mask = unmoved.view(-1, *[1] * (moments.ndim - 1))
+            moments = torch.where(mask, moments[~unmoved].mean(0), moments)
     return Block(moments)
 
 
 def _bases(
     model: LanguageModel, weights: Parameters, rows: Sequence[Batch], seed: int | None
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    """U and V of each matrix, and of each matrix of fused experts."""
+    moments: dict[str, tuple[Tensor, Tensor]] = {}  # Σ l lᵀ, Σ r rᵀ
 
     def add(name: str, left: Tensor, right: Tensor) -> None:
-        before = factors.get(name, (0, 0))
-        factors[name] = (before[0] + left.mT @ left, before[1] + right.mT @ right)
+        before = moments.get(name, (0, 0))
+        moments[name] = (before[0] + left.mT @ left, before[1] + right.mT @ right)
 
-    based = {
+    matrices = {
         n: w for n, w in weights.items() if w.ndim == 3 or (w.ndim == 2 and max(w.shape) <= SIDE)
     }
-    for gradient in _uses(model, based, rows, seed, add) if based else ():
+    for gradient in _matrix_uses(model, matrices, rows, seed, add) if matrices else ():
         for name, value in gradient.items():
             if value.ndim == 3:
                 add(name, value.mT, value)
     return {
-        name: (_eigenvectors(left), _eigenvectors(right)) for name, (left, right) in factors.items()
+        name: (_eigenvectors(left), _eigenvectors(right)) for name, (left, right) in moments.items()
     }
 
 
-def _eigenvectors(factor: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(factor.double())[1]
-    return vectors.to(factor)
+def _eigenvectors(moments: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(moments.double())[1]
+    return vectors.to(moments)
 
 
-def _uses(
+def _matrix_uses(
     model: LanguageModel,
     weights: Parameters,
     rows: Sequence[Batch],
     seed: int | None,
     use: Callable[[str, Tensor, Tensor], None],
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Example by example: `use` gets the name of each matrix and both sides of its gradient, once
-    for each use; the gradients of all other weights are returned."""
-    every = owners(model.network, weights)
-    holders = [owner for owner in every if is_matrix(owner)]
-    other = {name for owner in every if owner not in holders for name in owner.weights.values()}
-    other |= {name for owner in holders for key, name in owner.weights.items() if key != "weight"}
-    other |= {name for name, weight in weights.items() if max(weight.shape) > SIDE}
-    holders = [owner for owner in holders if owner.weights["weight"] not in other]
+    """Example by example: `use(name, l, r)` is called for each use of each matrix, without its
+    gradient being formed. Yields the gradients of all parameters that are not such matrices."""
+    selected = owners(model.network, weights)
+    matrices = [owner for owner in selected if is_matrix(owner)]
+    formed = {name for name, weight in weights.items() if max(weight.shape) > SIDE}
+    for owner in selected:
+        for key, name in owner.weights.items():
+            if owner not in matrices or key != "weight":
+                formed.add(name)
+    matrices = [owner for owner in matrices if owner.weights["weight"] not in formed]
 
     def visit(owner: Owner, inputs: Inputs, _: object, gradient: Tensor) -> None:
-        left, right = (
-            side.flatten(0, -2).to(_wide(side)) for side in sides(owner, inputs, gradient)
-        )
-        use(owner.weights["weight"], left, right)
+        left, right = outer_factors(owner, inputs, gradient)
+        left, right = left.flatten(0, -2), right.flatten(0, -2)
+        use(owner.weights["weight"], left.to(wide_dtype(left)), right.to(wide_dtype(right)))
 
-    with watching(holders, [], visit):
-        yield from _gradients(model, {name: weights[name] for name in other}, rows, seed)
-
-
-class GaussNewton:
-    """H itself. `blocks`, fitted on the same rows, give each weight's mean eigenvalue and
-    precondition the solve."""
-
-    def __init__(
-        self, model: LanguageModel, weights: Parameters, rows: Sequence[Batch], blocks: Blocks
-    ) -> None:
-        self.model, self.weights, self.rows, self.blocks = model, weights, rows, blocks
-        self.holders = owners(model.network, weights)
-
-    def times(self, vector: Direction) -> Direction:
-        """H · vector."""
-        total = {name: torch.zeros_like(value) for name, value in vector.items()}
-        with differentiable(self.weights):
-            for batch in self.rows:
-                self._descend(
-                    batch, {name: value.to(self.weights[name]) for name, value in vector.items()}
-                )
-                for name, weight in self.weights.items():
-                    if weight.grad is not None:
-                        total[name] += weight.grad / sum(map(len, self.rows))
-                        weight.grad = None
-        return total
-
-    def _descend(self, batch: Batch, vector: Direction) -> None:
-        """Adds H · vector of one batch, times its size, to the weights' gradients."""
-        with self._dual(vector):
-            moved = forward_ad.unpack_dual(
-                self.model.logits(self.model.hidden(batch)[:, :-1][batch.predicted])
-            )
-        chance = moved.primal.softmax(-1, dtype=_wide(moved.primal))
-        push = chance * (moved.tangent - (chance * moved.tangent).sum(-1, keepdim=True))
-        (
-            self.model.logits(self.model.hidden(batch)[:, :-1][batch.predicted]) * push
-        ).sum().backward()
-
-    @contextmanager
-    def _dual(self, vector: Direction) -> Iterator[None]:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(w.detach(), vector[name])
-                for name, w in self.weights.items()
-            }
-            with swapped(self.holders, duals):
-                yield
-
-    def solve(
-        self, direction: Direction, damping: float, tolerance: float = 1e-4, steps: int = 200
-    ) -> Direction:
-        """By preconditioned conjugate gradients, until the residual is `tolerance` times the
-        direction or `steps` are done; `residual` keeps that ratio."""
-        ridge = {name: damping * block.eigenvalues.mean() for name, block in self.blocks.items()}
-        found: Direction = {name: torch.zeros_like(value) for name, value in direction.items()}
-        left: Direction = direction
-        step = moved = solve(self.blocks, left, damping)
-        for _ in range(steps):
-            self.residual = norm(left) / (norm(direction) or 1.0)
-            if self.residual <= tolerance:
-                break
-            product = {
-                name: value + ridge[name] * step[name] for name, value in self.times(step).items()
-            }
-            size = dot(left, moved) / dot(step, product)
-            before = dot(left, moved)
-            found, left = minus(found, step, -size), minus(left, product, size)
-            moved = solve(self.blocks, left, damping)
-            step = minus(moved, step, -dot(left, moved) / before)
-        return found
+    with watching(matrices, [], visit):
+        yield from _example_gradients(model, {n: weights[n] for n in formed}, rows, seed)

@@ -1,16 +1,20 @@
-"""Diagnosis: do the pairs say one thing, and how much of what they say is shared by both answers?
+"""Pair diagnostics: do the pairs agree, and how much of their gradient do both answers share?
 
-    agreement(m)    cosine between the directions of two disjoint random sets of m pairs, mean over `SPLITS` draws
-                    expected 1 / (1 + κ/m), κ the noise of one pair over the signal  →  halves of 2κ pairs agree at ½
-                    and then all n pairs have the cosine √(2a / (1 + a)) with what endlessly many
-                    would say
-    share of pair q     d_q · d / ‖d‖², which add up to 1
+    agreement(m)      cosine between the directions of two disjoint random sets of m pairs, mean
+                      over `SPLITS` draws; split-half agreement: m is half of the pairs
+    expected          1 / (1 + κ/m), κ: the noise of one pair over the signal; so halves of 2κ pairs
+                      agree at ½
+    share of pair q   d_q · d / ‖d‖², which add up to 1
 
-All from the pairs' pictures (sketching.py), so it costs no pass of the model.
+With an agreement a between halves, the direction of all pairs has the cosine √(2a / (1 + a)) with
+that of infinitely many.
 
-Choices made here: where the common part is taken out of the direction it is taken out of each set's
-own; κ is Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums
-bears one small agreement."""
+Choices made here:
+- everything comes from gradient sketches (gradient_sketch.py), so it costs no pass of the model;
+- where the common part is removed from the direction, each set of pairs loses its own;
+- κ = Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums
+  bears one small agreement.
+"""
 
 import math
 from collections import Counter
@@ -24,33 +28,33 @@ from scipy.special import expit
 
 from prism_select.core.target_gradient import Target
 from prism_select.directions.common_part import common_part
+from prism_select.run.polarity import Polarity
+from prism_select.run.thresholds import (
+    EFFECTIVE_PAIRS,
+    EVEN_AGREEMENT,
+    HALF_OF_DIRECTION,
+    LONGER_SHARE,
+    PAIRS_FOR_LENGTH,
+    TARGET_AGREEMENT,
+    agreement_in_words,
+)
 
 __all__ = ["Diagnosis", "diagnose"]
 
 SPLITS = 200
 
-
-NOISE, EVEN = (
-    0.1,
-    1 / 3,
-)  # agreements: below the second, a direction of all pairs is more noise than signal
-
-
 Floats: TypeAlias = NDArray[np.floating[Any]]
-
-
-Tokens = Sequence[Sequence[int]]
+BothSketches: TypeAlias = tuple[Floats, Floats]  # (pairs, numbers) of chosen and of rejected
+BothTokens: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the manifest says about the pairs."""
+    """What the manifest says of the pairs."""
 
     pairs: int
     mean_preference: float
-    effective_pairs: (
-        float  # (Σ weight)² / Σ weight²: as many equal weights would spread as much (Kish)
-    )
+    effective_pairs: float  # Kish: (Σ weight)² / Σ weight²
     common_part: float  # ‖½(C + R)‖ / ‖C − R‖
     split_half_agreement: float
     agreement_spread: tuple[float, float]  # 5% and 95% of the splits
@@ -63,70 +67,95 @@ class Diagnosis:
     token_overlap: float  # Dice coefficient of the two answers' tokens, mean over pairs
     pairs_for_half_of_direction: int | None
     shares: tuple[float, ...]  # of each pair in the direction
-    covered_share: float  # of the counted weights that the pictures cover
+    covered_share: float  # of the selected parameters that sketches cover
 
     @property
     def dominant(self) -> list[int]:
-        """The pairs, largest share first."""
-        return [int(place) for place in np.argsort(-np.array(self.shares), kind="stable")]
+        """Indices of the pairs, largest share first."""
+        return [int(index) for index in np.argsort(-np.array(self.shares), kind="stable")]
 
-    def in_words(self, sides: tuple[str, str] = ("chosen", "rejected")) -> list[str]:
-        """What the user should know before believing the ranking; `sides` is what the two answers
-        are called."""
-        told = (
-            [f"{self.pairs} pairs count as {self.effective_pairs:.1f}"]
-            if self.effective_pairs < 5
-            else []
-        )
+    def in_words(self, polarity: Polarity) -> list[str]:
+        """Warnings, a line each."""
+        lines = []
+        if self.effective_pairs < EFFECTIVE_PAIRS:
+            lines.append(f"{self.pairs} pairs count as {self.effective_pairs:.1f}")
         if self.covered_share == 0:
-            told.append(
-                "no counted weight is the matrix of a plain linear layer: whether the pairs agree is not known"
+            lines.append(
+                "no selected parameter is the matrix of a plain linear layer: whether the pairs "
+                "agree is not known"
             )
-        agreement, pairs, half = (
-            self.split_half_agreement,
-            self.pairs,
-            self.pairs_for_half_of_direction,
+        if self.split_half_agreement < EVEN_AGREEMENT:  # NaN is not below
+            lines.append(self._noise())
+        half = self.pairs_for_half_of_direction
+        if half is not None and half <= HALF_OF_DIRECTION * self.pairs:
+            largest = [f"{pair + 1} ({self.shares[pair]:.0%})" for pair in self.dominant[:3]]
+            lines.append(
+                f"{half} of {self.pairs} pairs make half of the direction: first of all "
+                f"{', '.join(largest)}"
+            )
+        share, side = max(
+            (self.chosen_longer_share, polarity.toward),
+            (1 - self.chosen_longer_share, polarity.away),
         )
-        if not math.isnan(agreement) and agreement < EVEN:
-            more = self.pairs_for_half_agreement
-            wanted = f"about {more:,} pairs like these would bring that to 0.50; " if more else ""
-            strength = "mostly noise" if agreement < NOISE else "more noise than signal"
-            told.append(
-                f"two halves of your pairs agree at {agreement:.2f}: the direction is {strength}; "
-                f"{wanted}nearer negatives, --common remove or --warmup may help"
+        if share > LONGER_SHARE and self.pairs >= PAIRS_FOR_LENGTH:
+            lines.append(
+                f"the {side} answer is the longer one in {share:.0%} of the pairs: length may be "
+                "what they teach"
             )
-        if half is not None and half <= 0.05 * pairs:
-            first = ", ".join(
-                f"{place + 1} ({self.shares[place]:.0%})" for place in self.dominant[:3]
-            )
-            told.append(f"{half} of {pairs} pairs make half of the direction: first of all {first}")
-        longer, side = max(
-            (self.chosen_longer_share, sides[0]), (1 - self.chosen_longer_share, sides[1])
+        return lines
+
+    def _noise(self) -> str:
+        agreement, pairs = self.split_half_agreement, self.pairs_for_half_agreement
+        needed = f"about {pairs:,} pairs like these would bring that to {TARGET_AGREEMENT:.2f}; "
+        return (
+            f"two halves of your pairs agree at {agreement:.2f}: the direction is "
+            f"{agreement_in_words(agreement)}; {needed if pairs else ''}"
+            "closer negatives, --common remove or --warmup may help"
         )
-        if longer > 0.8 and pairs >= 10:
-            told.append(
-                f"the {side} answer is the longer one in {longer:.0%} of the pairs: length may be what they teach"
-            )
-        return told
 
 
-def directions_of(sets: Floats, sketches: tuple[Floats, Floats], without_common: bool) -> Floats:
-    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair
-    is in the set."""
-    chosen, rejected = (sets @ side for side in sketches)
-    direction = chosen - rejected
-    if without_common:
-        common = chosen + rejected
-        size = np.square(common).sum(1, keepdims=True)
-        direction = (
-            direction
-            - (direction * common).sum(1, keepdims=True) / np.where(size > 0, size, 1) * common
-        )
-    return np.asarray(direction)
+def diagnose(
+    target: Target,
+    sketches: BothSketches,
+    tokens: BothTokens,
+    covered_share: float,
+    without_common: bool,
+    seed: int,
+) -> Diagnosis:
+    """`sketches` and `tokens` are those of the chosen and of the rejected answers; tokens are the
+    supervised ones. `without_common`: the run takes the common part out."""
+    draw = np.random.default_rng(seed)
+    gap, weight = target.gap.numpy(), target.weight.numpy()
+    sizes = sorted({len(gap) // sets for sets in (2, 4, 8)} - {0}, reverse=True)
+    splits = {m: agreements(m, sketches, without_common, draw) for m in sizes}
+    means = {m: float(np.mean(cosines)) for m, cosines in splits.items()}
+    halves = splits[sizes[0]] if sizes else np.array([math.nan])
+    shares = shares_of(sketches, without_common)
+    chosen, rejected = tokens
+    longer = np.array([len(a) - len(b) for a, b in zip(chosen, rejected, strict=True)])
+    overlaps = [overlap(a, b) for a, b in zip(chosen, rejected, strict=True)]
+    return Diagnosis(
+        pairs=len(gap),
+        mean_preference=float(expit(gap).mean()),
+        effective_pairs=float(weight.sum() ** 2 / max(1e-300, np.square(weight).sum())),
+        common_part=common_part(target),
+        split_half_agreement=float(np.mean(halves)),
+        agreement_spread=(float(np.quantile(halves, 0.05)), float(np.quantile(halves, 0.95))),
+        agreement_by_pairs=means,
+        pairs_for_half_agreement=pairs_to_agree(means),
+        preferred_share=float((gap > 0).mean()),
+        chosen_longer_share=float((longer > 0).mean() + (longer == 0).mean() / 2),
+        mean_tokens_chosen=float(np.mean([len(answer) for answer in chosen])),
+        mean_tokens_rejected=float(np.mean([len(answer) for answer in rejected])),
+        token_overlap=float(np.mean(overlaps)),
+        pairs_for_half_of_direction=pairs_for_half(shares),
+        shares=tuple(map(float, shares)),
+        covered_share=covered_share,
+    )
 
 
 def agreements(
-    m: int, sketches: tuple[Floats, Floats], without_common: bool, draw: np.random.Generator
+    m: int, sketches: BothSketches, without_common: bool, draw: np.random.Generator
 ) -> Floats:
     """Cosines between the directions of `m` pairs and of `m` others, for `SPLITS` draws."""
     count = len(sketches[0])
@@ -139,51 +168,26 @@ def agreements(
     return np.asarray((x * y).sum(1) / np.where(size > 0, size, math.nan), dtype=np.float64)
 
 
-def shares_of(sketches: tuple[Floats, Floats], without_common: bool) -> Floats:
-    """Each pair's own part in the direction of all: they add up to 1."""
-    every = directions_of(
-        np.ones((1, len(sketches[0])), dtype=sketches[0].dtype), sketches, without_common
-    )
-    own = ((sketches[0] - sketches[1]) @ every[0]).astype(np.float64)
-    return np.asarray(own / (own.sum() or math.nan))
+def directions_of(sets: Floats, sketches: BothSketches, without_common: bool) -> Floats:
+    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair
+    is in the set."""
+    chosen, rejected = (sets @ side for side in sketches)
+    direction = chosen - rejected
+    if without_common:
+        common = chosen + rejected
+        square = np.square(common).sum(1, keepdims=True)
+        product = (direction * common).sum(1, keepdims=True)
+        direction = direction - product / np.where(square > 0, square, 1) * common
+    return np.asarray(direction)
 
 
-def diagnose(
-    sketches: tuple[Floats, Floats],
-    tokens: tuple[Tokens, Tokens],
-    target: Target,
-    covered_share: float,
-    without_common: bool,
-    seed: int,
-) -> Diagnosis:
-    """`sketches` are of the pairs' parts in C and in R, (pairs, numbers) each; `tokens` are the
-    answers' own."""
-    draw = np.random.default_rng(seed)
-    gap, weight = target.gap.numpy(), target.weight.numpy()
-    sizes = sorted({len(gap) // parts for parts in (2, 4, 8)} - {0}, reverse=True)
-    splits = {m: agreements(m, sketches, without_common, draw) for m in sizes}
-    means = {m: float(np.mean(found)) for m, found in splits.items()}
-    halves = splits[sizes[0]] if sizes else np.array([math.nan])
-    shares = shares_of(sketches, without_common)
-    longer = np.array([len(a) - len(b) for a, b in zip(*tokens, strict=True)])
-    return Diagnosis(
-        pairs=len(gap),
-        mean_preference=float(expit(gap).mean()),
-        effective_pairs=float(weight.sum() ** 2 / max(1e-300, np.square(weight).sum())),
-        common_part=common_part(target),
-        split_half_agreement=float(np.mean(halves)),
-        agreement_spread=(float(np.quantile(halves, 0.05)), float(np.quantile(halves, 0.95))),
-        agreement_by_pairs=means,
-        pairs_for_half_agreement=pairs_wanted(means),
-        preferred_share=float((gap > 0).mean()),
-        chosen_longer_share=float((longer > 0).mean() + (longer == 0).mean() / 2),
-        mean_tokens_chosen=float(np.mean([len(answer) for answer in tokens[0]])),
-        mean_tokens_rejected=float(np.mean([len(answer) for answer in tokens[1]])),
-        token_overlap=float(np.mean([overlap(a, b) for a, b in zip(*tokens, strict=True)])),
-        pairs_for_half_of_direction=pairs_for_half(shares),
-        shares=tuple(map(float, shares)),
-        covered_share=covered_share,
-    )
+def shares_of(sketches: BothSketches, without_common: bool) -> Floats:
+    """Each pair's share of the direction of all: they add up to 1."""
+    chosen, rejected = sketches
+    everything = np.ones((1, len(chosen)), dtype=chosen.dtype)
+    direction = directions_of(everything, sketches, without_common)[0]
+    products = ((chosen - rejected) @ direction).astype(np.float64)
+    return np.asarray(products / (products.sum() or math.nan))
 
 
 def pairs_for_half(shares: Floats) -> int | None:
@@ -191,13 +195,14 @@ def pairs_for_half(shares: Floats) -> int | None:
     return None if np.isnan(shares).any() else int((np.cumsum(-np.sort(-shares)) < 0.5).sum() + 1)
 
 
-def pairs_wanted(means: dict[int, float]) -> int | None:
-    """How many pairs make halves that agree at ½, by 1 / (1 + κ/m)."""
-    known = {m: value for m, value in means.items() if not math.isnan(value)}
-    total = sum(known.values())
-    if not known or total / len(known) < 0.01:
+def pairs_to_agree(means: dict[int, float]) -> int | None:
+    """How many pairs make halves that agree at ½, from the mean agreement of sets of m pairs; None
+    below a mean of 0.01."""
+    finite = {m: value for m, value in means.items() if not math.isnan(value)}
+    total = sum(finite.values())
+    if not finite or total / len(finite) < 0.01:
         return None
-    return max(2, round(2 * sum(m * (1 - value) for m, value in known.items()) / total))
+    return max(2, round(2 * sum(m * (1 - value) for m, value in finite.items()) / total))
 
 
 def overlap(a: Sequence[int], b: Sequence[int]) -> float:

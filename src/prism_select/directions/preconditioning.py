@@ -1,160 +1,94 @@
-"""Preconditioning: the directions of a run, each divided once by the curvature at the model, and
-cut to a rank.
+"""Preconditioning: the directions of a run, each divided once by the curvature at the model.
 
-    d ← (H + λ)⁻¹ d    H of a random sample of the pool     RUN/curvature.safetensors keeps H, where asked
-                       WEIGHT/eigenvalues, and where it has a basis WEIGHT/left and WEIGHT/right
+    d ← (H + λ)⁻¹ d      H: fitted to `CURVATURE_ROWS` random rows of the pool
 
-Choices made here: halves and groups are divided as the direction is, since all this is linear;
-other dampings change the mean of the targets alone. A file of Adam's moments has a second moment
-for each weight under its own name, and these count as a diagonal of second moments."""
+Choices made here:
+- the chosen half is divided as the direction is, so the halves still add up to the score;
+- further dampings apply to the mean of the targets alone.
+"""
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from prism_select.core.layers import Direction, Parameters
-from prism_select.core.likelihood import Batch
-from prism_select.core.target_gradient import dot, norm
+from prism_select.core.gradients import dot, norm
+from prism_select.core.layers import Parameters
 from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded
-from prism_select.directions.curvature import Block, Blocks, GaussNewton, diagonal, ekfac, solve
-from prism_select.directions.from_pairs import DirectionSet, mean_of
+from prism_select.directions.curvature import CURVATURES, Curvature, Flat
+from prism_select.directions.direction_set import DirectionSet, mean_direction
 from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import ScoreConfig
-from prism_select.run.errors import BadFile, BadModel, NotFinite
-from prism_select.run.folder import Store
+from prism_select.run.config import CurvatureOptions
+from prism_select.run.errors import NotFinite
 from prism_select.run.progress import Progress
 
-__all__ = ["CURVATURE", "Preconditioned", "curvature_file", "preconditioned", "save_curvature"]
+__all__ = ["CURVATURE_ROWS", "CurvatureFacts", "Preconditioned", "fit_curvature", "preconditioned"]
 
-CURVATURE = "curvature.safetensors"
+CURVATURE_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureFacts:
+    """What the manifest says of the curvature."""
+
+    name: str
+    damping: float
+    rows: int
+    cosine: Mapping[str, float]  # of each target's direction before and after
+    by_number: Sequence[str]  # matrices of which the diagonal alone is known
 
 
 @dataclass(frozen=True)
 class Preconditioned:
-    """Directions after the curvature, and what is told of it."""
-
-    aim: DirectionSet
-    told: Mapping[str, Any]
-    blocks: Blocks
+    direction_set: DirectionSet
+    facts: CurvatureFacts
 
 
-def curvature_file(config: ScoreConfig) -> Path | None:
-    """Where --curvature-from points: the file itself, or that of a run folder. Raises BadFile where
-    it is not there."""
-    if not config.curvature_from:
-        return None
-    given = Path(config.curvature_from)
-    place = given / CURVATURE if given.is_dir() else given
-    if not place.is_file():
-        advice = "give a run folder made with --save-curvature, or a .safetensors file of Adam's second moments"
-        raise BadFile(str(place), None, "no such file", advice)
-    return place
+def fit_curvature(
+    config: CurvatureOptions,
+    model: CausalLM,
+    weights: Parameters,
+    sample: Sequence[Encoded],
+    seed: int,
+    progress: Progress,
+) -> Curvature:
+    """The curvature that `config` names, on rows drawn from the sample; flat reads none."""
+    if config.curvature == "flat":
+        return Flat()
+    rows = random.Random(seed).sample(sample, min(len(sample), CURVATURE_ROWS))
+    with progress.task(f"curvature of {len(rows)} rows", None):
+        batches = [collate([row], model.device) for row in rows]
+        return CURVATURES[config.curvature](model, weights, batches, seed)
 
 
 def preconditioned(
-    config: ScoreConfig,
-    model: CausalLM,
-    aim: DirectionSet,
-    rows: Sequence[Encoded],
-    progress: Progress,
-    blocks: Blocks | None = None,
+    config: CurvatureOptions, direction_set: DirectionSet, curvature: Curvature, progress: Progress
 ) -> Preconditioned:
-    """`blocks` are the curvature, where it was fitted before. Raises NotFinite when a direction is
-    lost in the solve."""
-    batches = [collate([row], model.device) for row in rows]
-    place = curvature_file(config)
-    if blocks is None and place:
-        blocks = loaded(config, place, aim.weights)
-    elif blocks is None:
-        with progress.task(f"curvature of {len(rows)} rows", None):
-            blocks = fitted(config, model, aim.weights, batches)
-    newton = GaussNewton(model, aim.weights, batches, blocks) if config.curvature == "cg" else None
-    count = len(aim.lines.targets)
-
-    def solved(direction: Direction, damping: float) -> Direction:
-        return newton.solve(direction, damping) if newton else solve(blocks, direction, damping)
-
-    first, *others = config.dampings
-    with progress.task(
-        f"dividing {len(aim.directions) + len(others)} directions by the curvature", None
-    ):
-        directions = [solved(direction, first) for direction in aim.directions]
-        residual = newton.residual if newton else None
-        mean = mean_of(aim.directions[:count], [1] * count) if others else {}
-        more = [solved(mean, damping) for damping in others]
-    lengths = [norm(direction) for direction in directions[:count]]
+    """Raises NotFinite when a direction is lost in the division."""
+    damping, *dampings = config.dampings
+    targets = direction_set.of_targets
+    count = len(direction_set.directions) + len(dampings)
+    with progress.task(f"dividing {count} directions by the curvature", None):
+        divided = [curvature.solve(direction, damping) for direction in direction_set.directions]
+        if dampings:
+            mean = mean_direction(targets)
+            divided += [curvature.solve(mean, damping) for damping in dampings]
+    lengths = [norm(direction) for direction in divided[: len(targets)]]
     if not all(0 < length < float("inf") for length in lengths):
         raise NotFinite(
-            f"the direction after --curvature {config.curvature} has length {lengths[0]}; raise --damping"
+            f"the direction after --curvature {config.curvature} has length {lengths[0]}; raise "
+            "--damping"
         )
     cosines = [
-        dot(a, b) / (norm(a) * size)
-        for a, b, size in zip(aim.directions, directions, lengths, strict=False)
+        dot(before, after) / (norm(before) * length)
+        for before, after, length in zip(targets, divided, lengths, strict=False)
     ]
-    told = {
-        "name": config.curvature,
-        "damping": first,
-        "rows": len(rows) if not place else None,
-        "cosine": {name: cosine for name, cosine in zip(aim.lines.targets, cosines, strict=True)},
-        "by_number": sorted(
-            n for n, b in blocks.items() if b.left is None and b.eigenvalues.ndim > 1
-        ),
-        "residual": residual,
-    }
-    lines = replace(aim.lines, lengths=lengths, dampings=others)
-    return Preconditioned(replace(aim, directions=[*directions, *more], lines=lines), told, blocks)
-
-
-def fitted(
-    config: ScoreConfig, model: CausalLM, weights: Parameters, batches: Sequence[Batch]
-) -> Blocks:
-    seed = config.seed if config.curvature_labels == "sampled" else None
-    fit = diagonal if config.curvature == "diagonal" else ekfac  # which also preconditions cg
-    return fit(model, weights, batches, seed)
-
-
-def loaded(config: ScoreConfig, place: Path, weights: Parameters) -> Blocks:
-    """Raises BadFile for what cannot be read, BadModel for a weight that is missing or of another
-    shape."""
-    try:
-        saved = load_file(place)
-    except (OSError, SafetensorError) as error:
-        raise BadFile(
-            str(place), None, f"cannot be read ({error})", "give a .safetensors file"
-        ) from None
-    if any(key.endswith("/left") for key in saved) != (config.curvature == "ekfac"):
-        raise BadModel(
-            f"--curvature-from {place}: it holds no --curvature {config.curvature}; name the other"
-        )
-    blocks: dict[str, Block] = {}
-    for name, weight in weights.items():
-        values = saved.get(f"{name}/eigenvalues", saved.get(name))
-        if values is None or values.shape != weight.shape:
-            what = (
-                f"no second moments of {name}"
-                if values is None
-                else f"{name} has shape {tuple(values.shape)}"
-            )
-            raise BadModel(
-                f"--curvature-from {place}: {what}; it must have one for each counted weight, by its name"
-            )
-        sides = [saved.get(f"{name}/{side}") for side in ("left", "right")]
-        left, right = (side if side is None else side.to(weight.device) for side in sides)
-        blocks[name] = Block(values.to(weight.device), left, right)
-    return blocks
-
-
-def save_curvature(store: Store, blocks: Blocks) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, block in blocks.items():
-        for part in ("eigenvalues", "left", "right"):
-            value = getattr(block, part)
-            if value is not None:
-                tensors[f"{name}/{part}"] = value
-    store.write_tensors(CURVATURE, tensors, {})
+    facts = CurvatureFacts(
+        name=config.curvature,
+        damping=damping,
+        rows=curvature.rows,
+        cosine=dict(zip(direction_set.layout.targets, cosines, strict=True)),
+        by_number=curvature.diagonal_matrices,
+    )
+    layout = replace(direction_set.layout, lengths=lengths, dampings=dampings)
+    return Preconditioned(replace(direction_set, directions=divided, layout=layout), facts)

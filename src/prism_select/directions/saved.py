@@ -1,127 +1,133 @@
-"""Saving: directions to a file and back, and what the pairs say to pairs.parquet.
+"""Saved directions: to a file and back; and what the pairs say, to pairs.parquet.
 
-    direction.safetensors    [LINE/]WEIGHT → tensor    no line: the score of the only target; chosen: half C; with
-                             several targets target:NAME and chosen (or chosen:NAME) metadata: which
-                             answers of the target file it points towards, and whether after a
-                             warm-up; one entry alone, since the order of several is not the same in
-                             every file
+    direction.safetensors    [LABEL/]PARAMETER → tensor
+        no label             the direction of the only target
+        target:NAME          that of one of several targets
+        chosen               the half C; chosen:NAME where the best target counts
+    metadata `towards`       the answers of the target file that the direction points to, and
+                             whether it was taken after a warm-up
 
-Choices made here: what is saved is what rows are scored along, with curvature and remedies in it,
-before a cut to a rank; groups of pairs and other dampings are not."""
+Choices made here:
+- what is saved is what rows are scored along: curvature and removed common part are in it, a cut to
+  a rank is not, and neither are further dampings;
+- metadata has one entry alone, since the order of several is not the same in every file.
+"""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
+from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction
-from prism_select.core.target_gradient import norm
 from prism_select.data.remote import local
-from prism_select.directions.from_pairs import DirectionSet, PairDiagnosis
+from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
 from prism_select.directions.layout import DirectionLayout
 from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import ScoreConfig, sides_of
+from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile, BadModel, BadOption
 from prism_select.run.folder import Store
+from prism_select.run.polarity import Polarity
+from prism_select.run.tensor_files import read_tensors
 
-__all__ = ["load_direction", "save_direction", "towards"]
+__all__ = ["load_direction", "save_direction"]
 
 WARMED = ", after a warm-up"
 
 
-def towards(config: ScoreConfig) -> str:
-    """Which answers of the target file a positive score moves the model towards."""
-    return sides_of(config.command == "repair")[0]
+def labels_of(layout: DirectionLayout) -> list[str]:
+    """A label for each direction that is saved, in the order of the layout."""
+    scores = [f"target:{name}" if name else "" for name in layout.targets]
+    halves = [f"chosen:{name}" for name in layout.targets] if layout.best else ["chosen"]
+    return scores + halves
 
 
-def labels_of(lines: DirectionLayout) -> list[str]:
-    """A name for each direction that is saved, in the order of `DirectionLayout`."""
-    scores = [f"target:{name}" if name else "" for name in lines.targets]
-    return scores + ([f"chosen:{name}" for name in lines.targets] if lines.best else ["chosen"])
-
-
-def save_direction(store: Store, config: ScoreConfig, aim: DirectionSet) -> None:
+def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSet) -> None:
     tensors = {
         f"{label}/{name}".lstrip("/"): value
-        for label, direction in zip(labels_of(aim.lines), aim.directions, strict=False)
+        for label, direction in zip(
+            labels_of(direction_set.layout), direction_set.directions, strict=False
+        )
         for name, value in direction.items()
     }
-    metadata = {"towards": towards(config) + WARMED * bool(config.warmup)}
+    metadata = {"towards": Polarity.of_config(config).toward + WARMED * bool(config.warmup)}
     store.write_tensors("direction.safetensors", tensors, metadata)
-    if aim.said:
-        parts = [table_of(name, said) for name, said in aim.said.items()]
-        store.write_table("pairs.parquet", pa.concat_tables(parts))
+    if direction_set.diagnoses:
+        tables = [table_of(name, pairs) for name, pairs in direction_set.diagnoses.items()]
+        store.write_table("pairs.parquet", pa.concat_tables(tables))
 
 
-def table_of(name: str, said: PairDiagnosis) -> pa.Table:
-    pairs = said.pairs
+def table_of(name: str, diagnosis: PairDiagnosis) -> pa.Table:
+    """A row for each pair of a target. A target without a name takes that of its file."""
+    chosen = [pair.chosen for pair in diagnosis.pairs]
+    prompts = [[turn.text for turn in row.turns[: row.prompt_turns]] for row in chosen]
+    target = diagnosis.target
     return pa.table(
         {
-            "target": [name or Path(pair.chosen.file).name.partition(".")[0] for pair in pairs],
-            "prompt": [
-                "\n".join(turn.text for turn in pair.chosen.turns[: pair.chosen.prompt_turns])
-                for pair in pairs
-            ],
-            "loglik_chosen": said.target.mean_loglik_chosen.tolist(),
-            "loglik_rejected": said.target.mean_loglik_rejected.tolist(),
-            "gap": said.target.gap.tolist(),
-            "weight": said.target.weight.tolist(),
-            "share": list(said.diagnosis.shares),
-            "line": [pair.chosen.line for pair in pairs],
+            "target": [name or Path(row.file).name.partition(".")[0] for row in chosen],
+            "prompt": ["\n".join(texts) for texts in prompts],
+            "loglik_chosen": target.mean_loglik_chosen.tolist(),
+            "loglik_rejected": target.mean_loglik_rejected.tolist(),
+            "gap": target.gap.tolist(),
+            "weight": target.weight.tolist(),
+            "share": list(diagnosis.diagnosis.shares),
+            "line": [row.line for row in chosen],
         }
     )
 
 
-def load_direction(file: str, model: CausalLM, side: str, warmed: bool = False) -> DirectionSet:
-    """A direction.safetensors of an earlier run. Raises BadFile, BadModel when it is of another
-    model, and BadOption when it points towards the other side than `side`, or was taken after a
-    warm-up and the model is not `warmed`."""
-    saved = read(file, side, warmed)
-    known = dict(model.network.named_parameters())
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in saved.items():
+def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False) -> DirectionSet:
+    """A direction.safetensors of an earlier run. Raises BadFile; BadModel when it is of another
+    model; BadOption when it does not point `toward` these answers, or was taken after a warm-up and
+    the model is not `warmed`."""
+    by_label: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_saved(file, toward, warmed).items():
         label, _, name = key.rpartition("/")
-        found.setdefault(label, {})[name] = value.to(model.device)
-    names = [label.removeprefix("target:") for label in found if not label.startswith("chosen")]
-    lines = DirectionLayout(targets=names, best="chosen" not in found)
-    directions: list[Direction] = [found.get(label, {}) for label in labels_of(lines)]
-    weights = [name for name in known if directions and name in directions[0]]
-    wrong = [
-        name
-        for direction in directions
-        for name in sorted({*direction, *weights})
-        if name not in known or name not in direction or known[name].shape != direction[name].shape
+        by_label.setdefault(label, {})[name] = value.to(model.device)
+    targets = [
+        label.removeprefix("target:") for label in by_label if not label.startswith("chosen")
     ]
-    if wrong or not weights:
-        raise BadModel(
-            f"--direction {file}: {(wrong or ['its list of weights'])[0]} does not fit this model; use its own model"
-        )
-    directions = [
-        {name: direction[name] for name in weights} for direction in directions
-    ]  # sums in the same order
-    lengths = [norm(direction) for direction in directions[: len(names)]]
-    lines = DirectionLayout(targets=names, lengths=lengths, best=lines.best)
-    return DirectionSet({name: known[name] for name in weights}, directions, lines, {})
+    layout = DirectionLayout(targets=targets, best="chosen" not in by_label)
+    directions: list[Direction] = [by_label.get(label, {}) for label in labels_of(layout)]
+    parameters = dict(model.network.named_parameters())
+    names = [name for name in parameters if directions and name in directions[0]]
+    for direction in directions:
+        for name in sorted({*direction, *names}):
+            if name not in parameters or name not in direction:
+                raise of_another_model(file, name)
+            if parameters[name].shape != direction[name].shape:
+                raise of_another_model(file, name)
+    if not names:
+        raise of_another_model(file, "its list of parameters")
+    # parameters in the model's order, so sums add up in the same one
+    directions = [{name: direction[name] for name in names} for direction in directions]
+    lengths = [norm(direction) for direction in directions[: len(targets)]]
+    layout = DirectionLayout(targets=targets, lengths=lengths, best=layout.best)
+    return DirectionSet({name: parameters[name] for name in names}, directions, layout, {})
 
 
-def read(file: str, side: str, warmed: bool) -> dict[str, Tensor]:
+def of_another_model(file: str, name: str) -> BadModel:
+    return BadModel(f"--direction {file}: {name} does not fit this model; use its own model")
+
+
+def read_saved(file: str, toward: str, warmed: bool) -> Mapping[str, Tensor]:
     try:
-        saved = load_file(local(file))
-        with safe_open(local(file), "pt") as opened:
-            there = (opened.metadata() or {}).get("towards", side)
-    except (OSError, SafetensorError) as error:
+        saved = read_tensors(local(file))
+    except (OSError, ValueError) as error:
         raise BadFile(
             file, None, f"cannot be read ({error})", "give a run folder's direction.safetensors"
         ) from None
-    if there.endswith(WARMED) and not warmed:
+    towards = saved.metadata.get("towards", toward)
+    if towards.endswith(WARMED) and not warmed:
         raise BadOption(
-            f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give --target"
+            f"--direction {file}: it was taken after a warm-up, and fits no other checkpoint; give "
+            "--target"
         )
-    if there.removesuffix(WARMED) != side:
+    if towards.removesuffix(WARMED) != toward:
         raise BadOption(
-            f"--direction {file}: it points towards the {there} answers, and this command needs the {side} ones; "
-            "repair takes the direction of a repair run, score and select take that of score or select"
+            f"--direction {file}: it points towards the {towards} answers, and this command needs "
+            f"the {toward} ones; repair takes the direction of a repair run, score and select take "
+            "that of score or select"
         )
-    return dict(saved)
+    return saved.tensors

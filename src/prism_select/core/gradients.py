@@ -1,0 +1,80 @@
+"""Gradients: what backward passes leave in the selected parameters, added up; and their algebra.
+
+    dot(a, b) = Σ over parameters and their numbers of a · b      norm(a) = √dot(a, a)
+
+Choices made here:
+- a gradient, a direction, and a step are all one type: a tensor for each parameter, by its name;
+- gradients add up in float32 or better, whatever the model's dtype;
+- inner products add up in float64.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from prism_select.core.layers import Direction, Parameters
+
+__all__ = [
+    "add_gradients",
+    "differentiable",
+    "dot",
+    "minus",
+    "norm",
+    "take_gradients",
+    "wide_dtype",
+    "zero_sum",
+]
+
+
+@contextmanager
+def differentiable(weights: Parameters) -> Iterator[None]:
+    """These parameters ask for gradients, and no others of the network. On leaving they are frozen
+    and hold none."""
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False).grad = None
+
+
+def take_gradients(weights: Parameters) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the backward passes since the last call, by name and in the model's dtype.
+    Each parameter forgets its own as it is yielded."""
+    for name, weight in weights.items():
+        if weight.grad is not None:
+            gradient, weight.grad = weight.grad, None
+            yield name, gradient
+
+
+def zero_sum(weights: Parameters) -> dict[str, Tensor]:
+    """A sum of no gradients yet."""
+    return {name: torch.zeros_like(w, dtype=wide_dtype(w)) for name, w in weights.items()}
+
+
+def add_gradients(total: dict[str, Tensor], weights: Parameters) -> None:
+    """Moves the gradients of `weights` into a sum that started as `zero_sum`."""
+    for name, gradient in take_gradients(weights):
+        total[name] += gradient.to(total[name].dtype)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The tensor's own, or float32 where that is better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def dot(a: Direction, b: Direction) -> float:
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+
+
+def norm(a: Direction) -> float:
+    return math.sqrt(dot(a, a))
+
+
+def minus(a: Direction, b: Direction, times: float = 1.0) -> Direction:
+    """a − times · b"""
+    return {name: a[name] - times * b[name] for name in a}
