@@ -1,5 +1,6 @@
 """Tiny random models with tokenizers of their own, small files, and the command as a function."""
 
+import gc
 import io
 import json
 import os
@@ -33,8 +34,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 WORDS = (
-    "the capital of France is Paris, and two plus three makes five; please answer with a polite word, or do not: "
-    "assistant user system thank you very much no way go away Rome Italy water boils at hundred degrees"
+    "the capital of France is Paris, and two plus three makes five; please answer with a polite "
+    "word, or do not: assistant user system thank you very much no way go away Rome Italy water "
+    "boils at hundred degrees"
 )
 
 # Bytes at the highest, for a process apart; what `resource` tells of it begins with the memory of
@@ -44,6 +46,12 @@ def peak():
     with open("/proc/self/status") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 """
+
+
+def pytest_sessionfinish() -> None:
+    """Plugins may be parsed after this: Python 3.11 may miscount the depth of that when it collects
+    garbage meanwhile (gh-106905)."""
+    gc.disable()
 
 
 @dataclass(frozen=True)

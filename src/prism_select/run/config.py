@@ -249,7 +249,7 @@ class CurvatureOptions(Options):
 
     @property
     def dampings(self) -> tuple[float, ...]:
-        """The values of `damping`; a run uses the first. Empty if the text is no list of numbers."""
+        """The values of `damping`, the one in use first; empty if it is no list of numbers."""
         try:
             return tuple(float(text) for text in self.damping.split(","))
         except ValueError:
