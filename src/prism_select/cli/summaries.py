@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.polarity import Polarity
+from prism_select.run.thresholds import TARGET_AGREEMENT
 
 if TYPE_CHECKING:
     from prism_select.commands.pairs import MadePairs
@@ -152,7 +153,7 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     if target["split_half_agreement"] is not None:
         low, high = target["agreement_spread"]
         needed = target["pairs_for_half_agreement"]
-        advice = f"; about {needed:,} pairs for 0.50" if needed else ""
+        advice = f"; about {needed:,} pairs for {TARGET_AGREEMENT:.2f}" if needed else ""
         rows["agreement"] = (
             f"two halves agree at {target['split_half_agreement']:.2f} "
             f"(splits {low:.2f} to {high:.2f}){advice}"

@@ -280,8 +280,8 @@ def rank_chart(comparison: Comparison) -> Chart:
     return chart_of(
         "ranks",
         "Position in each ranking",
-        "The best rows are at the upper left. Rows on the falling diagonal rank the same; rows above "
-        "it rank higher in B.",
+        "The best rows are at the upper left. Rows on the falling diagonal rank the same; above it "
+        "B ranks them higher.",
         f"Heat map of the positions of rows in {a} and in {b}.",
         heat_map(
             comparison.cells,

@@ -24,6 +24,8 @@ __all__ = ["RunFacts", "effective_options", "open_run", "read_run_facts", "scori
 
 @dataclass(frozen=True)
 class RunFacts:
+    """`evaluation` is None where the run was not evaluated."""
+
     path: Path
     manifest: Mapping[str, Any]
     columns: Columns

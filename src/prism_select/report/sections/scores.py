@@ -84,9 +84,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class ScoreFacts:
-    """`positive` is the share of scored rows whose score is above 0, `choice` what was chosen: NaN
-    influence where nothing was, or nothing is positive. `verdict`, `polarity` and `influence` are the
-    run's own words."""
+    """`positive` is the share of scored rows whose score is above 0, `choice` what was chosen: its
+    influence is NaN where nothing was chosen or nothing is positive. `verdict` and `influence` are
+    the run's words for chosen rows and for a score above 0."""
 
     ranked_by: str
     cutoff: float
@@ -207,15 +207,15 @@ def _cutoff_rule(cutoff: float) -> alt.Chart:
 
 def histogram_chart(facts: ScoreFacts) -> Chart:
     """Rows by their ranking, the chosen apart from the others."""
-    found, verdict = facts.histogram, facts.verdict
+    histogram, verdict = facts.histogram, facts.verdict
     kinds = {
-        verdict or "chosen": found.chosen,
-        "other rows" if verdict else "rows": found.not_chosen,
+        verdict or "chosen": histogram.chosen,
+        "other rows" if verdict else "rows": histogram.not_chosen,
     }
     rows = [
         {"from": a, "to": b, "rows": count, "kind": kind}
         for kind, counts in kinds.items()
-        for (a, b), count in zip(pairwise(found.edges), counts, strict=True)
+        for (a, b), count in zip(pairwise(histogram.edges), counts, strict=True)
         if count
     ]
     colours = alt.Scale(range=[SELECTED])
@@ -236,11 +236,12 @@ def histogram_chart(facts: ScoreFacts) -> Chart:
             ],
         )
     )
-    total = sum(found.chosen) + sum(found.not_chosen)
-    text = f"Histogram of {total:,} rows between {found.edges[0]:.3g} and {found.edges[-1]:.3g}"
+    total = sum(histogram.chosen) + sum(histogram.not_chosen)
+    low, high = histogram.edges[0], histogram.edges[-1]
+    text = f"Histogram of {total:,} rows between {low:.3g} and {high:.3g}"
     caption = "The dashed line is the cut-off."
-    if found.beyond:
-        caption += f" The outer bars also count {found.beyond:,} rows that lie beyond them."
+    if histogram.beyond:
+        caption += f" The outer bars also count {histogram.beyond:,} rows that lie beyond them."
     if verdict and not math.isnan(facts.cutoff):
         drawn += _cutoff_rule(facts.cutoff)
         text += f"; the cut-off is at {facts.cutoff:.3g}"
