@@ -3,10 +3,11 @@ three scenarios on it.
 
     babi-select    pool: right answers to all six tasks        target: pairs of qa20
     babi-repair    pool: four tasks, a quarter answered wrong  target: pairs of these tasks
-    babi-choice    pool: right answers to all six tasks        target: qa4 as questions with three choices
-    babi-select-kinds, babi-choice-kinds    the same, with a target for each answer that is wanted: `KINDS`
+    babi-choice    pool: right answers to all six tasks        target: qa4 with three choices
+    babi-select-kinds, babi-choice-kinds    the same, with a target for each wanted answer: `KINDS`
 
-    python benchmarks/babi.py --data DIR     makes all files and tells how training moves the validation pairs
+    python benchmarks/babi.py --data DIR     makes all files, and prints how training moves the
+                                             validation pairs
 
 The model reads 1,100 rows of a task, 32 at a time, for two minutes on one core, and stops long
 before it is done. Of qa4 and qa20, it reads 60% with a wrong answer: habits that the right rows can
@@ -50,8 +51,8 @@ from prism_select.data.records import Example
 from prism_select.data.targets import read_target
 from prism_select.demo.train import IGNORED, Encoded, encode
 from prism_select.directions.from_pairs import as_side, encode_sides
-from prism_select.evaluation.retraining import Point, Retrainer, TrainingJob, measured
-from prism_select.models.loading import load
+from prism_select.evaluation.retraining import Point, Retrainer, TrainingJob, mean_logliks_of
+from prism_select.models.loading import LoadedModel, load
 from prism_select.models.lora_training import TrainingSettings
 from prism_select.run.folder import Store
 
@@ -362,20 +363,22 @@ def reaction(scenario: Scenario, courses: Sequence[TrainingSettings]) -> None:
     ]
     pairs = read_target(scenario.holdout.replace("holdout", "validation"), {})
     sides = [as_side(side, 8192, model.device) for side in encode_sides(pairs, encoder)]
-    before = Point(0, 0.0, *measured(model, sides))
-    print(f"{scenario.name}: {told(before)} before, {len(rows)} rows, {len(pairs)} pairs")
-    bench = Retrainer(model, encoder, dict(enumerate(rows)), sides, Store(""), ())
+    before = Point(0, 0.0, *mean_logliks_of(model, sides))
+    print(f"{scenario.name}: {in_words(before)} before, {len(rows)} rows, {len(pairs)} pairs")
+    loaded = LoadedModel(model, encoder)
+    retrainer = Retrainer(loaded, dict(enumerate(rows)), sides, Store(""), ())
     for course in courses:
         few = random.Random(course.seed).sample(range(len(rows)), 75)
         after = [
-            told(bench.trained(TrainingJob("", np.array(some), course))[-1])
+            in_words(retrainer.train(TrainingJob("", np.array(some), course))[-1])
             for some in (few, range(len(rows)))
         ]
         print(f"  {course}: {after[0]} after random rows, {after[1]} after everything", flush=True)
 
 
-def told(found: Point) -> str:
-    return f"gain {found.gain.mean():.2f}, gap {found.gap.mean():.2f}, wins {(found.gap > 0).mean():.2f}"
+def in_words(point: Point) -> str:
+    wins = (point.gap > 0).mean()
+    return f"gain {point.gain.mean():.2f}, gap {point.gap.mean():.2f}, wins {wins:.2f}"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The cascade on two mixed pools: how many rows must be scored exactly until most of the best ones
 are found?
 
-    python benchmarks/cascade.py --data DIR        an hour on two cores; may be stopped, goes on where it was
+    python benchmarks/cascade.py --data DIR      an hour on two cores; a stopped study resumes
 
 Pools: 10,540 short rows among which are worked math (`cascade`), or right answers to science
 questions (`cascade-choices`). Targets: 40 worked solutions and the same with other numbers; 40
@@ -38,20 +38,20 @@ from prism_select.data.pairing import change_numbers
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example
 from prism_select.directions.layout import DirectionLayout
-from prism_select.models.loading import load
+from prism_select.models.loading import LoadedModel, load
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.progress import Silent
 from prism_select.scoring.batched_engine import BatchedEngine
-from prism_select.scoring.scorer import Scorer
+from prism_select.scoring.scorer import Scorer, Window
 from prism_select.scoring.shards import WINDOW
 from prism_select.selection.cascade import Cascade, FeatureScorer
-from prism_select.selection.cascade_prediction import looking
+from prism_select.selection.cascade_prediction import feature_extractor
 
 Row = dict[str, Any]
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 4096, 320, 8, 160
 STEPS, BATCH, MOST = 300, 16, 600
-WISH, SEEDS, ROUNDS = 0.95, 10, 2
+SEEDS, ROUNDS = 10, 2
 
 
 def solutions(data: Path, draw: random.Random) -> tuple[list[Row], list[Row]]:
@@ -172,55 +172,53 @@ def forward_seconds(folder: Path) -> float:
 def cascaded(folder: Path) -> prism_select.Run:
     """A real one, from nothing."""
     return prism_select.select(
-        **shared(folder), cascade=True, recall=WISH, out=str(folder / "cascade"), overwrite=True
+        **shared(folder), cascade=True, out=str(folder / "cascade"), overwrite=True
     )
 
 
-def looked(folder: Path) -> list[Path]:
-    """A look at every row, kept."""
-    store = Store(str(folder / "looks"))
-    if not (there := store.present_shards("look")):
+def features(folder: Path) -> list[Path]:
+    """Features of every row, kept."""
+    store = Store(str(folder / "features"))
+    if not (there := store.present_shards("features")):
         store.shards.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load(str(folder / "model"), "float32", torch.device("cpu"))
         config = ScoreConfig(**shared(folder), out=str(store.path))
         encoder, unused = Encoder(tokenizer, "auto", LENGTH, model.vocabulary), cast("Any", None)
-        looker = FeatureScorer(
-            looking(model, 0),
-            Scorer(encoder, BatchedEngine(unused, 1), DirectionLayout(), config, model.device),
+        scorer = FeatureScorer(
+            feature_extractor(model, 0),
+            Scorer(
+                LoadedModel(model, encoder), BatchedEngine(unused, 1), DirectionLayout(), config
+            ),
         )
         rows = list(Pool(config.pool, {}).rows())
         with Silent().task("", None) as task:
             for start in range(0, len(rows), WINDOW):
-                numbers = range(start, min(len(rows), start + WINDOW))
-                store.write_shard(
-                    start // WINDOW,
-                    looker.table(numbers, rows[start : start + WINDOW], task),
-                    "look",
-                )
-        there = store.present_shards("look")
+                number, window = start // WINDOW, rows[start : start + WINDOW]
+                indices = range(start, start + len(window))
+                table = scorer.table(Window(number, indices, window, True), task)
+                store.write_shard(number, table, "features")
+        there = store.present_shards("features")
     return list(there.values())
 
 
-def replayed(folder: Path, seed: int, exact: pa.Table, looks: list[Path]) -> Row:
+def replayed(folder: Path, seed: int, exact: pa.Table, shards: list[Path]) -> Row:
     """A cascade whose scores are looked up: how much it scores, what it finds and what it says that
     it finds."""
-    config = SelectConfig(
-        **shared(folder), cascade=True, recall=WISH, seed=seed, out=str(folder / "replay")
-    )
-    store = Store(config.out)
+    config = SelectConfig(**shared(folder), cascade=True, seed=seed, out=str(folder / "replay"))
+    store = Store(str(folder / "replay"))
     shutil.rmtree(store.path, ignore_errors=True)
     store.shards.mkdir(parents=True)
 
     def through(kind: str, _: Any, wanted: Any) -> list[Path]:
         return (
-            looks
+            shards
             if wanted is None
             else [store.write_shard(0, exact.filter(pa.array(wanted)), kind)]
         )
 
     unused: Any = None
     cascade = Cascade(config, store, through, unused, unused, unused, unused)
-    search = cascade.search(cascade.look())
+    search = cascade.search(cascade.extract())
     scores = exact["score"].to_numpy()
     best = np.argsort(-scores, kind="stable")[: search.best]
     found = float(np.isfinite(search.exact[best]).mean())
@@ -281,9 +279,9 @@ def replays(folder: Path, pool: list[Row], target: list[Row]) -> list[Row]:
     save(f"{folder.name}/pool.jsonl", pool), save(f"{folder.name}/pairs.jsonl", target)
     if not (folder / "model" / "model.safetensors").exists():
         trained(pool, folder / "model")
-    exact, looks, found = exact_run(folder).scores, looked(folder), list[Row]()
+    exact, shards, found = exact_run(folder).scores, features(folder), list[Row]()
     for seed in range(SEEDS):
-        found.append(replayed(folder, seed, exact, looks))
+        found.append(replayed(folder, seed, exact, shards))
         print(folder.name, found[-1], flush=True)
     return found
 

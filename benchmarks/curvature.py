@@ -1,7 +1,7 @@
 """What sharpens a ranking? Curvature × common part × layers × normalisation × weighting, by two
 repairs.
 
-    python benchmarks/curvature.py --data DIR        about an hour on one core; may be stopped, goes on where it was
+    python benchmarks/curvature.py --data DIR    about an hour on one core; a stopped study resumes
 
 Gemma-3-270M (base), bfloat16, all 18 blocks. TruthfulQA: 80 pairs, the right and the wrong answers
 of 150 other questions; polite and rude: 60 pairs, both answers to 100 other instructions. Which
@@ -253,7 +253,8 @@ def ways() -> list[Row]:
 
 def title(way: Mapping[str, Any]) -> str:
     curvature = way["curvature"] + (f" {way['damping']}" if way["damping"] else "")
-    return f"{curvature}, {way['layers']}, common {way['common']}, normalize {way['normalize']}, {way['weighting']}"
+    common, normalize = f"common {way['common']}", f"normalize {way['normalize']}"
+    return f"{curvature}, {way['layers']}, {common}, {normalize}, {way['weighting']}"
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Three scenarios on a real pre-trained model, Gemma-3-270M (base), in bfloat16: public data, short
 rows.
 
-    gsm8k         pool: 600 rows, a quarter math       target: 40 worked solutions and the same with other numbers
+    gsm8k         pool: 600 rows, a quarter math
+                  target: 40 worked solutions and the same with other numbers
                   hold-out: 30 such pairs, and 30 of right and wrong solutions that models wrote, of
                   other questions
-    truthfulqa    pool: right and wrong answers        target: 80 pairs      hold-out: 60 pairs       (repair)
-    polite        pool: polite and rude answers        target: 60 pairs      hold-out: 60 pairs       (repair)
-    arc           pool: 600 rows, a third right answers to OpenBookQA        target: 40 questions of ARC, all choices
+    truthfulqa    repair. pool: right and wrong answers    target: 80 pairs    hold-out: 60 pairs
+    polite        repair. pool: polite and rude answers    target: 60 pairs    hold-out: 60 pairs
+    arc           pool: 600 rows, a third right answers to OpenBookQA
+                  target: 40 questions of ARC, all choices
                   hold-out: 40 questions of its test set, all choices
 
 Choices made here: a scenario's way of scoring was fixed before its hold-out was looked at, from
@@ -28,7 +30,7 @@ from prism_select.data.pairing import change_numbers
 Row = dict[str, Any]
 SPLIT, LONGEST, PAIR_LONGEST = 100, 300, 400
 SCORING: Row = {"dtype": "bfloat16", "max_length": 256, "layers": "late"}
-TRAINING: Row = {"seeds": 3, "steps": 12, "rate": 5e-4, "points": 1}
+TRAINING: Row = {"seeds": 3, "steps": "12", "rate": 5e-4}
 
 
 def scenarios(data: Path) -> list[Scenario]:
@@ -113,7 +115,7 @@ def truthfulqa(data: Path, draw: random.Random) -> Scenario:
         for side in ("chosen", "rejected")
     ]
     files = {"pool": pool, "target": pairs[:80], "holdout": pairs[80:]}
-    scoring = {"layers": "all", "curvature": "ekfac", "curvature_rows": 128, "normalize": "norm"}
+    scoring = {"layers": "all", "curvature": "ekfac", "normalize": "norm"}
     return scenario("truthfulqa", files, "is_bad", scoring)
 
 
@@ -133,7 +135,7 @@ def polite(data: Path, draw: random.Random) -> Scenario:
         for q, chosen, rejected in parts[2]
         for answer, bad in ((chosen, False), (rejected, True))
     ]
-    scoring = {"layers": "last:6", "curvature": "ekfac", "curvature_rows": 128}
+    scoring = {"layers": "last:6", "curvature": "ekfac"}
     return scenario(
         "polite", {"pool": pool, "target": target, "holdout": holdout}, "is_bad", scoring
     )

@@ -1,7 +1,8 @@
 """Does kronfluence 1.0.1 find the same scores? EK-FAC and flat, on the bundled demo model.
 
-    make peers        installs kronfluence and bergson in an environment of their own, without torchvision, whose build
-                      is not that of this torch; then about three minutes on one core
+    make peers        installs kronfluence and bergson in an environment of their own, without
+                      torchvision, whose build is not that of this torch; then about three minutes
+                      on one core
 
 This script writes tokens to a file and calls itself in kronfluence's own environment, where nothing
 of PRISM is imported: there the log-likelihoods, the gain and its derivative are written once more.

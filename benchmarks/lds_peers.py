@@ -1,12 +1,13 @@
 """What kronfluence 1.0.1 and bergson 2.5.1 score: called by lds.py, in an environment where both
 are installed.
 
-    python benchmarks/lds_peers.py FOLDER      reads the model, the tokenizer and rows.json there; writes scores.json
+    python benchmarks/lds_peers.py FOLDER      reads the model, the tokenizer and rows.json there,
+                                               writes scores.json
 
     kronfluence   score of a row towards J; it tracks every linear layer, the head too
-    bergson       Σ over pairs of weight · (towards the chosen answer − towards the rejected one), each towards the mean
-                  loss of that answer; weight 1: its own `contrast`; weight π: the gradient of J; no
-                  head in any of it
+    bergson       Σ over pairs of weight · (towards the chosen answer − towards the rejected one),
+                  each towards the mean loss of that answer; weight 1: its own `contrast`; weight π:
+                  the gradient of J; no head in any of it
 
 Choices made here: both as they come, on a CPU: labels drawn from the model, float32, the summed
 loss of a row; damping is the default of each (1e-8; 0.1 of a layer's mean eigenvalue), then

@@ -1,7 +1,7 @@
 """Do pairs foretell the ranking? Agreement of two halves, common part and quality, by kind of pairs
 and their number.
 
-    python benchmarks/pairs.py --data DIR        about 40 minutes on two cores; may be stopped, goes on where it was
+    python benchmarks/pairs.py --data DIR    about 40 minutes on two cores; a stopped study resumes
 
 Gemma-3-270M (base), bfloat16, flat curvature, upper half of the blocks, prism weighting, pairs and
 pool of different questions. A group of target sets shares one pool, which is scored along both
@@ -78,14 +78,14 @@ class Study:
             for name, kept in sketches.items():
                 kept.append(sketcher.sketches[name][: size - start] * (size - start))
             total = more if total is None else together(total, more)
-            both = tuple(torch.cat(kept).double().numpy() / size for kept in sketches.values())
-            tokens = tuple(supervised_tokens(side[:size]) for side in coded)
-            told = {
-                remedy: asdict(
-                    diagnose(total, both, tokens, sketcher.covered_share, remedy == "common removed", 0)  # type: ignore[arg-type]
-                )
-                for remedy in REMEDIES[:2]
-            }
+            chosen, rejected = (torch.cat(s).double().numpy() / size for s in sketches.values())
+            right, wrong = (supervised_tokens(side[:size]) for side in coded)
+            share = sketcher.covered_share
+            told = {}
+            for remedy in REMEDIES[:2]:
+                removed = remedy == "common removed"
+                diagnosis = diagnose(total, (chosen, rejected), (right, wrong), share, removed, 0)
+                told[remedy] = asdict(diagnosis)
             found.append((low(total), told))
             start = size
             print(
@@ -284,14 +284,19 @@ def arc(data: Path) -> tuple[Sets, list[Row]]:
         ],
     )
     sets = {}
-    for wrong, sizes in (("each", (30, 90)), ("one", (10, 30, 100)), ("favourite", (10, 30, 100))):
+    for wrong, sizes in (("each", (30, 90)), ("favourite", (10, 30, 100))):
         out = WORK / f"arc-{wrong}.jsonl"
         if not out.exists():
             needs: Row = (
                 {"model": str(model()), "dtype": "bfloat16"} if wrong == "favourite" else {}
             )
-            prism_select.make_pairs(file, "choices", str(out), wrong=wrong, **needs)
+            prism_select.make_pairs(file, "choices", str(out), **needs)
         sets[f"{wrong} wrong choice"] = (lines(out)[: max(sizes)], sizes)
+    by_question: dict[str, list[Row]] = {}
+    for made in lines(WORK / "arc-each.jsonl"):
+        by_question.setdefault(made["prompt"], []).append(made)
+    drawn = [random.Random(number).choice(few) for number, few in enumerate(by_question.values())]
+    sets["one wrong choice"] = (drawn[:100], (10, 30, 100))
     rest = quiz[100:400]
     pool = [
         *completions("right", [(r["question"], r["choices"][r["answer"]]) for r in rest[:150]]),
@@ -376,7 +381,8 @@ def figures_of(rows: Sequence[Row]) -> list[Row]:
         plain = [row for row in rows if row["remedy"] == remedy]
         agreement = np.array([row["diagnosis"]["split_half_agreement"] for row in plain])
         ranking = np.array([row["per token"][AGAINST.get(row["group"], "wrong")] for row in plain])
-        name = f"rank correlation of agreement with right-over-wrong AUROC, {len(plain)} sets and sizes, remedy {remedy}"
+        name = "rank correlation of agreement with right-over-wrong AUROC"
+        name += f", {len(plain)} sets and sizes, remedy {remedy}"
         figures.append(figure(name, rank_correlation(agreement, ranking), "Spearman's ρ", ""))
     return figures + best_choices(rows)
 

@@ -48,7 +48,6 @@ RUNS: Mapping[str, Row] = {
             "layers": "late",
             "dtype": "bfloat16",
             "curvature": "ekfac",
-            "curvature_rows": 64,
         },
     },
     "bundled model, 20,000 short rows": {"rows": 20_000, "words": 6, "options": {}},

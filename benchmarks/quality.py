@@ -1,18 +1,18 @@
-"""Does the choice help? PRISM and every rival, trained at the same budget, on Gemma-3-270M and on a
-tiny model.
+"""Does the choice help? PRISM and every baseline, trained at the same budget, on Gemma-3-270M and
+on a tiny model.
 
-    python benchmarks/quality.py --data DIR        hours on two cores; may be stopped, goes on where it was
-    python benchmarks/quality.py --data DIR --only babi        the tiny model alone: minutes
+    python benchmarks/quality.py --data DIR      hours on two cores; a stopped study resumes
+    python benchmarks/quality.py --data DIR --only babi      the tiny model alone: minutes
 
 Scenarios stand in gemma.py and babi.py. Each is scored once and chosen from at 5%, 1% and 20% (in
-repair: so much is removed), then `prism evaluate` trains on the choice and on each rival's: three
-seeds on Gemma, ten on the tiny model.
+repair: so much is removed), then `prism evaluate` trains on the choice and on each baseline's:
+three seeds on Gemma, ten on the tiny model.
 
-Choices made here: a few rivals come first, for all scenarios, then all. Intervals are those of
+Choices made here: a few baselines come first, for all scenarios, then all. Intervals are those of
 `prism evaluate`, at 95%, over seeds and questions; with three seeds they are too narrow. J, the
-gain, rises with the spread of the gaps too, so the win rate stands beside it. What a rival finds of
-the truth is told at the budget of its training. The controls are left to the tiny model: on Gemma
-they would take longer than all the rest, and random rows for the price of scoring are trained on
+gain, rises with the spread of the gaps too, so the win rate stands beside it. What a baseline finds
+of the truth is told at the budget of its training. The controls are left to the tiny model: on
+Gemma they would take longer than all else, and random rows for the price of scoring are trained on
 with one seed, so that interval is over questions alone. What was not run is no row of figures, but
 one that says `missing`."""
 
@@ -94,7 +94,7 @@ def evaluated(scenario: Scenario, budget: str, baselines: Sequence[str]) -> None
 def truth(scenario: Scenario, budget: str) -> Mapping[str, Mapping[str, float]]:
     """Of each method: the share of rows of the truth among those that it takes (in repair:
     removes), and how well its ranking of the whole pool tells them, as AUROC."""
-    past = past_run.opened(
+    past = past_run.open_run(
         EvaluateConfig(run=str(folder(scenario, budget)), holdout=scenario.holdout)
     )
     is_true = np.array([bool(row[scenario.truth]) for row in lines(Path(scenario.pool))])
@@ -104,7 +104,7 @@ def truth(scenario: Scenario, budget: str) -> Mapping[str, Mapping[str, float]]:
         "prism": past.ranking,
         **{n: table[n].to_numpy() for n in table.column_names},
     }.items():
-        rows = np.flatnonzero(past.taken) if name == "prism" else trainings.rows_of(past, ranking)
+        rows = np.flatnonzero(past.chosen) if name == "prism" else trainings.rows_of(past, ranking)
         rows = np.setdiff1d(past.scored, rows) if past.repair else rows
         known = np.isfinite(ranking)
         found[name] = {

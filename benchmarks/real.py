@@ -1,7 +1,7 @@
 """Quality on a real pre-trained model: Gemma-3-270M (base), bfloat16, flat curvature, the upper
 half of its blocks.
 
-    python benchmarks/real.py --data DIR        about an hour on two cores; may be stopped, goes on where it was
+    python benchmarks/real.py --data DIR      about an hour on two cores; a stopped study resumes
 
 Repair: pool of TruthfulQA questions, each with its best right and its best wrong answer; can the
 ranking tell them apart? Select: pool of math word problems among general instructions; how much of
@@ -112,7 +112,7 @@ FLAT: list[Way] = [
 EKFAC: list[Way] = [
     (
         "prism, ekfac",
-        {"curvature": "ekfac", "curvature_rows": 128, "damping": "1,0.1"},
+        {"curvature": "ekfac", "damping": "1,0.1"},
         "≥ 0.75",
         5,
     ),
@@ -293,7 +293,6 @@ def polite(data: Path) -> tuple[list[Row], list[Row]]:
         options: Row = {
             "weighting": weighting,
             "curvature": "ekfac",
-            "curvature_rows": 128,
             "layers": "last:6",
         }
         done = run(

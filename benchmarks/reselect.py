@@ -1,8 +1,11 @@
 """Choosing again during training, against choosing once: the demo world, the bundled model, the
 same number of steps.
 
-    once      select before training                    rounds    select again after a third and two thirds of the steps
-    random    as many rows, drawn at random             each with the same adapter and order of draws for a seed
+    once      select before training
+    rounds    select again after a third and two thirds of the steps
+    random    as many rows, drawn at random
+
+Each has the same adapter and order of draws for a seed.
 
 Writes results/rounds.json.
 """
@@ -31,7 +34,7 @@ from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, pairs, pool
 from prism_select.directions.from_pairs import as_side, encode_sides
-from prism_select.evaluation.retraining import measured
+from prism_select.evaluation.retraining import mean_logliks_of
 from prism_select.models.loading import load
 from prism_select.models.lora_training import QUIET
 
@@ -88,7 +91,7 @@ def tried(folder: Path, method: str, steps: int, seed: int) -> dict[str, Any]:
     model.network.eval()
     encoder = Encoder(tokenizer, "auto", 256)
     coded = encode_sides(read_target(str(folder / "held_out.jsonl"), {}), encoder)
-    chosen, rejected = measured(model, [as_side(side, 4096, model.device) for side in coded])
+    chosen, rejected = mean_logliks_of(model, [as_side(side, 4096, model.device) for side in coded])
     print(method, steps, seed, float((chosen - rejected).mean()), flush=True)
     skills = [row["source"] for row in pool(POOL, 0)]
     return {

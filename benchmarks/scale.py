@@ -1,6 +1,6 @@
 """Scale and safety: kills, odd input, endless lines, and a choice among a hundred million rows.
 
-python benchmarks/scale.py [PART ...]        all parts: about two hours on two cores, and 30 GB of disk
+    python benchmarks/scale.py [PART ...]      all parts: two hours on two cores, 30 GB of disk
 
 A part that was done is kept in benchmarks/work/scale and not done again.
 """
@@ -25,7 +25,6 @@ from results_file import figure, write
 
 from prism_select.data.pool import fingerprint
 from prism_select.demo.story import MODEL
-from prism_select.scoring.shards import WINDOW
 
 WORK = Path(__file__).parent / "work" / "scale"
 WORDS = [
@@ -75,14 +74,14 @@ def write_pairs(path: Path) -> None:
 # ---------------------------------------------------------------- kills
 
 KILLS, ROWS = 30, 20_000
-WATCHED = f"""
+WATCHED = """
 import sys
 from prism_select.cli import app
 from prism_select.scoring.scorer import Scorer
 log, table = open(sys.argv[1], "ab", buffering=0), Scorer.table
-def begun(self, places, *rest):
-    log.write(b"%d\\n" % (places[0] // {WINDOW}))
-    return table(self, places, *rest)
+def begun(self, window, task):
+    log.write(b"%d\\n" % window.number)
+    return table(self, window, task)
 Scorer.table = begun
 app.main(sys.argv[2:])
 """

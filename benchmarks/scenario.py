@@ -1,10 +1,10 @@
-"""Scenarios: a model, a pool, pairs to aim at and pairs to judge by; what a rival and PRISM are
+"""Scenarios: a model, a pool, pairs to aim at and pairs to judge by; what a baseline and PRISM are
 both asked to do.
 
     truth: the field of a pool row that is true on rows that are wanted (select) or bad (repair)
 
 Choices made here: a scenario is files and options and nothing else, so that the one who makes it
-need not know who runs it, and no rival sees more than another."""
+need not know who runs it, and no baseline sees more than another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -27,6 +27,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from ast import get_docstring, parse
 from collections.abc import Callable
 from pathlib import Path
@@ -208,15 +209,17 @@ def remade(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 
 def tree() -> str:
-    """The packages, from the doors down, each with the first line of its docstring."""
-    doors = ["api.py", "cli", "commands", "evaluation", "report", "selection", "scoring"]
-    rooms = [*doors, "directions", "models", "data", "core", "run", "demo"]
+    """The packages, from the doors down, each with the first line of its docstring; their order is
+    that of the layers in pyproject.toml."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
     lines = ["src/prism_select/"]
-    for room in rooms:
+    for room in (name for layer in layers for name in layer.split(" | ") if name != "__main__"):
         path = ROOT / "src" / "prism_select" / room
-        file = path if path.is_file() else path / "__init__.py"
+        file, name = path / "__init__.py", f"{room}/"
+        if not path.is_dir():
+            file, name = path.with_suffix(".py"), f"{room}.py"
         text = get_docstring(parse(file.read_text(encoding="utf-8"))) or ""
-        name = room if path.is_file() else f"{room}/"
         lines.append(f"  {name:<13} {text.splitlines()[0]}")
     return "\n".join(["```", *lines, "```"])
 
