@@ -22,7 +22,7 @@ from prism_select.data.encoding import Encoded
 from prism_select.directions import from_pairs as targeting
 from prism_select.models import loading
 from prism_select.scoring import engine_choice
-from prism_select.scoring.batched_engine import BatchedEngine, plainly
+from prism_select.scoring.batched_engine import BatchedEngine, without_norms
 
 GOOD: list[Row] = [
     {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(10)
@@ -38,13 +38,13 @@ class Desk:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model, self.out = folder, model, folder / "run"
 
-    def call(self, *more: object) -> Outcome:
+    def call(self, *options: object) -> Outcome:
         rows, target = (
             jsonl(self.folder / "pool.jsonl", GOOD),
             jsonl(self.folder / "pairs.jsonl", PAIRS),
         )
         words = ["--model", self.model, "--pool", rows, "--target", target, "--out", self.out]
-        return prism("score", *words, *more)
+        return prism("score", *words, *options)
 
     @property
     def warnings(self) -> list[str]:
@@ -89,12 +89,12 @@ def test_a_pair_whose_gradient_is_nan_stops_the_run_and_is_named(
             lambda _, given, __: seen.append((given[0] == letter).any(1))
         )
         poison: Any = Poison.apply
-        body.layers[1].register_forward_hook(lambda *said: poison(said[-1], seen[-1]))
+        body.layers[1].register_forward_hook(lambda *arguments: poison(arguments[-1], seen[-1]))
         return model, tokenizer
 
     monkeypatch.setattr(loading, "load", loaded)
-    done = desk.call()
-    assert done.code == 2 and done.err == (
+    outcome = desk.call()
+    assert outcome.code == 2 and outcome.err == (
         f"prism: {desk.folder}/pairs.jsonl:2: the model gives this pair a gradient that is NaN or infinite; try "
         "--dtype float32, or leave the pair out\n"
     )
@@ -112,19 +112,21 @@ def test_weights_without_a_gradient_are_named(desk: Desk) -> None:
     ]  # and the norm before
     assert all(name in line for name in names) and line.startswith("3 of ")
     saved = desk.out / "direction.safetensors"
-    desk.out, more = desk.folder / "again", ("--direction", saved)
+    desk.out, options = desk.folder / "again", ("--direction", saved)
     rows = jsonl(desk.folder / "pool.jsonl", GOOD)
-    assert prism("score", "--model", desk.model, "--pool", rows, "--out", desk.out, *more).code == 0
+    assert (
+        prism("score", "--model", desk.model, "--pool", rows, "--out", desk.out, *options).code == 0
+    )
     assert line in desk.warnings
 
 
 def test_where_every_weight_has_a_gradient_nothing_is_said(desk: Desk) -> None:
-    done = desk.call()
-    assert done.code == 0 and not [
+    outcome = desk.call()
+    assert outcome.code == 0 and not [
         line for line in desk.warnings if "gradient" in line or "deterministic" in line
     ]
-    told = json.loads((desk.out / "manifest.json").read_text())
-    assert told["engine"]["check"]["repeat"] == 0
+    values = json.loads((desk.out / "manifest.json").read_text())
+    assert values["engine"]["check"]["repeat"] == 0
 
 
 def test_dropout_is_off(desk: Desk) -> None:
@@ -138,23 +140,25 @@ def test_dropout_is_off(desk: Desk) -> None:
     )
 
 
-def test_a_network_in_training_mode_with_dropout_is_scored_without_it() -> None:
+def test_a_network_in_training_mode_is_scored_without_dropout_and_stays_in_it() -> None:
     torch.manual_seed(1)
     tokens = torch.randint(4, 300, (3, 12))
-    every = torch.ones_like(tokens, dtype=torch.bool)
-    chosen, rejected = Batch(tokens, every, every), Batch(tokens.flip(1), every, every)
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    chosen, rejected = Batch(tokens, ones, ones), Batch(tokens.flip(1), ones, ones)
     network = build_network(320)
-    told = prism_select.scores(
-        network, chosen, prism_select.direction_of(network, chosen, rejected)
+    values = prism_select.score_tensors(
+        network, chosen, prism_select.target_direction(network, chosen, rejected)
     )
     for layer in network.model.layers:
         layer.self_attn.attention_dropout = 0.5
     network.train()
     assert torch.equal(
-        told,
-        prism_select.scores(network, chosen, prism_select.direction_of(network, chosen, rejected)),
+        values,
+        prism_select.score_tensors(
+            network, chosen, prism_select.target_direction(network, chosen, rejected)
+        ),
     )
-    assert not network.training
+    assert network.training  # as it was
 
 
 def test_kernels_that_are_not_deterministic_are_said(
@@ -163,7 +167,7 @@ def test_kernels_that_are_not_deterministic_are_said(
     noise = torch.Generator().manual_seed(0)
 
     def restless(engine: Any) -> Any:
-        measure = plainly(engine)
+        measure = without_norms(engine)
 
         def shaken(batch: Batch) -> Any:
             scores, norms = measure(batch)
@@ -172,26 +176,26 @@ def test_kernels_that_are_not_deterministic_are_said(
 
         return shaken
 
-    monkeypatch.setattr(engine_choice, "plainly", restless)
+    monkeypatch.setattr(engine_choice, "without_norms", restless)
     assert desk.call().code == 0
     (line,) = (line for line in desk.warnings if "not deterministic" in line)
     assert "the same rows scored twice differ by" in line
-    told = json.loads((desk.out / "manifest.json").read_text())
-    assert 1e-8 < told["engine"]["check"]["repeat"] < 1e-5
+    values = json.loads((desk.out / "manifest.json").read_text())
+    assert 1e-8 < values["engine"]["check"]["repeat"] < 1e-5
 
 
 def cramped(memory: int, error: Exception) -> Any:
     """Engines on a device with room for so many tokens."""
 
-    def few(engine: Any) -> Any:
+    def engine_of(engine: Any) -> Any:
         def measure(batch: Batch) -> Any:
             if batch.tokens.numel() > memory:
                 raise error
-            return plainly(engine)(batch)
+            return without_norms(engine)(batch)
 
         return measure
 
-    return few
+    return engine_of
 
 
 @pytest.mark.parametrize("error", without_memory())
@@ -200,7 +204,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_the_scores_ar
 ) -> None:
     assert desk.call("--batch-tokens", 60).code == 0
     plain = desk.scores()
-    monkeypatch.setattr(engine_choice, "plainly", cramped(60, error))
+    monkeypatch.setattr(engine_choice, "without_norms", cramped(60, error))
     assert desk.call("--overwrite", "--batch-tokens", 4096).code == 0
     assert desk.scores() == pytest.approx(plain, rel=1e-5)
 
@@ -209,7 +213,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_the_scores_ar
 def test_a_row_that_does_not_fit_by_itself_is_one_line_with_its_length(
     error: Exception, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_choice, "plainly", cramped(4, error))
+    monkeypatch.setattr(engine_choice, "without_norms", cramped(4, error))
     outcome = desk.call()
     assert outcome.code == 2
     assert (

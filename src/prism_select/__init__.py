@@ -4,7 +4,8 @@ select, repair, score      the commands, as functions that return a Run
 evaluate                   does a choice help? the figures of `prism evaluate`
 write_report               `prism report`: the page of a run, or of two
 make_pairs, check_pairs    `prism pairs`: a file of pairs, or what one says
-direction_of, scores       the method on a model and tensors in memory
+target_direction, score_tensors    the method on a model and tensors in memory
+Run                        a complete run folder: scores, manifest, selected rows, page
 """
 
 from importlib import import_module
@@ -21,37 +22,37 @@ if TYPE_CHECKING:
         write_report,
     )
     from prism_select.core.likelihood import Batch
+    from prism_select.result import Run
     from prism_select.run.errors import PrismError
-    from prism_select.run.folder import Run
-    from prism_select.scoring.in_memory import direction_of, scores
+    from prism_select.scoring.in_memory import score_tensors, target_direction
 
 __all__ = [
     "Batch",
     "PrismError",
     "Run",
     "check_pairs",
-    "direction_of",
     "evaluate",
     "make_pairs",
     "repair",
     "score",
-    "scores",
+    "score_tensors",
     "select",
+    "target_direction",
     "write_report",
 ]
 
 _HOMES = {
     "Batch": "core.likelihood",
     "PrismError": "run.errors",
-    "Run": "run.folder",
+    "Run": "result",
     "check_pairs": "api",
-    "direction_of": "scoring.in_memory",
     "evaluate": "api",
     "make_pairs": "api",
     "repair": "api",
     "score": "api",
-    "scores": "scoring.in_memory",
+    "score_tensors": "scoring.in_memory",
     "select": "api",
+    "target_direction": "scoring.in_memory",
     "write_report": "api",
 }
 

@@ -1,29 +1,40 @@
-"""The commands as functions: same words, same defaults, same run folder.
+"""The commands as functions: same words, same defaults, same run folder, for files and for objects.
 
-    run = prism_select.select(model="M", pool=["pool.jsonl"], target="pairs.jsonl", out="RUN",
-    budget="5%")
+    run = prism_select.select("MODEL", "pool.jsonl", "pairs.jsonl", out="RUN", budget="5%")
+    run = prism_select.select(model, pool=dataset, target=pairs, tokenizer=tokenizer, budget=0.05)
 
-Choices made here: a function takes exactly the fields of its config, so nothing is said twice and
-types are checked; nothing is printed. `plan` is the command line's --dry-run. A run and an
-evaluation end with RUN/report.html."""
+Choices made here:
+- a function takes every option of its command by name; a model, a pool, a target or a hold-out may
+  be a loaded model, a Dataset, a list of dicts or a data frame in place of a path;
+- an object gets an address (`memory:pool`) under which everything else reads it like a file;
+- a loaded model is given back as it came: its mode and which parameters require gradients;
+- nothing is printed; a run and an evaluation end with RUN/report.html.
+"""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+import inspect
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
+from prism_select.data.object_rows import is_rows, refuse_object
 from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, DiskTrouble
+from prism_select.run.objects import MEMORY, ModelObject, in_reach
+from prism_select.run.options import Options
 from prism_select.run.progress import Progress, Silent
-from prism_select.scoring.processes import is_main_process
+from prism_select.scoring.processes import is_main_process, is_single_process
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from prism_select.commands.pairs import Made
+    from prism_select.commands.pairs import MadePairs
     from prism_select.data.pairing import Accepts
-    from prism_select.run.folder import Run
+    from prism_select.result import Run
     from prism_select.scoring.cost_plan import Plan
 
 __all__ = [
@@ -41,30 +52,114 @@ __all__ = [
     "write_report",
 ]
 
-P = ParamSpec("P")
+Model: TypeAlias = Any  # a path, a hub id, or a loaded Hugging Face (or PEFT) model
+Rows: TypeAlias = Any  # a path, several, a Dataset, a list of dicts, a data frame or an Arrow table
+Config = TypeVar("Config", bound=Options)
+AMOUNTS = ("budget", "remove", "per_source", "max_bad", "warmup")
+
+
+@dataclass
+class _Arguments:
+    """What a caller gave: options as text, and the objects that some of them are addresses of."""
+
+    options: dict[str, Any]
+    objects: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in AMOUNTS:
+            value = self.options.get(name)
+            if isinstance(value, float) and 0 < value <= 1:  # 0.05 → 5%
+                self.options[name] = f"{100 * value:.9g}%"
+
+    def add_model(self, model: Model, tokenizer: Any) -> None:
+        if model is None or isinstance(model, str | Path):
+            if tokenizer is not None:
+                raise BadOption("tokenizer: only a loaded model takes one; a folder has its own")
+            self.options["model"] = model
+            return
+        if tokenizer is None:
+            raise BadOption("tokenizer is missing: give the one that belongs to the loaded model")
+        if not hasattr(model, "get_output_embeddings"):
+            raise BadOption(
+                f"model: a {type(model).__name__} is no causal language model; give one of Hugging "
+                "Face, or its folder"
+            )
+        for name in ("adapter", "dtype", "device", "warmup"):
+            if self.options.get(name) not in (None, "auto"):
+                raise BadOption(
+                    f"{name}: a loaded model is taken as it is; save it and give its folder, or "
+                    f"leave {name} out"
+                )
+        if hasattr(model, "peft_config"):
+            self.options["adapter"] = f"{MEMORY}model"
+        self.options["model"] = f"{MEMORY}model"
+        self.objects[f"{MEMORY}model"] = ModelObject(model, tokenizer)
+
+    def add_rows(self, name: str, rows: Rows) -> Any:
+        """What the option says for these rows: paths as they are, an object as its address."""
+        if rows is None or isinstance(rows, str | Path):
+            return rows
+        if is_rows(rows) or not isinstance(rows, Sequence):
+            refuse_object(name, rows)
+            self.objects[f"{MEMORY}{name}"] = rows
+            return f"{MEMORY}{name}"
+        return [
+            self.add_rows(name if len(rows) == 1 else f"{name}-{index}", one)
+            for index, one in enumerate(rows)
+        ]
+
+    def add_targets(self, target: Rows | Mapping[str, Rows]) -> Any:
+        """Several targets by name: {"math": pairs, "code": "code.jsonl"}."""
+        if not isinstance(target, Mapping):
+            return self.add_rows("target", target)
+        return [f"{name}={self.add_rows(f'target-{name}', rows)}" for name, rows in target.items()]
+
+
+@contextmanager
+def _lent(arguments: _Arguments, runtime: str = "local") -> Iterator[None]:
+    """Within the block the objects are in reach. Raises BadOption where other processes would need
+    them. A loaded model is afterwards in the mode that it came in."""
+    if arguments.objects and (runtime == "ray" or not is_single_process()):
+        raise BadOption(
+            "objects in memory are in reach of one process alone; save them, and give their files"
+        )
+    with in_reach(arguments.objects):
+        lent = arguments.objects.get(f"{MEMORY}model")
+        if lent is None:
+            yield
+            return
+        from prism_select.models.causal_lm import unchanged
+
+        with unchanged(lent.network):
+            yield
 
 
 def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Plan":
     """Runs what `config` says. Raises PrismError for everything that its user can mend."""
+    from prism_select.result import Run
+    from prism_select.run.folder import Run as RunFiles
+
+    progress = progress or Silent()
     if isinstance(config, SelectConfig) and config.select_from:
         from prism_select.commands.select_again import choose_again
 
-        done: Run | Plan = choose_again(config, progress or Silent())
+        result: RunFiles | Plan = choose_again(config, progress)
     else:
         from prism_select.commands.pipeline import run
 
-        done = run(config, progress or Silent())
-    if is_main_process() and not config.dry_run:
-        path = cast("Run", done).path
-        page = path / "report.html"
-        if not page.exists() or page.stat().st_mtime < (path / "manifest.json").stat().st_mtime:
-            _write_page(str(path), progress or Silent())
-    return done
+        result = run(config, progress)
+    if not isinstance(result, RunFiles):
+        return result
+    if is_main_process():
+        page, manifest = result.path / "report.html", result.path / "manifest.json"
+        if not page.exists() or page.stat().st_mtime < manifest.stat().st_mtime:
+            _write_page(str(result.path), progress)
+    return Run(result.path)
 
 
 def _write_page(run: str, progress: Progress) -> None:
-    """A run or an evaluation is complete without its page: a full disk is told, and does not undo
-    it."""
+    """A run or an evaluation is complete without its page: a full disk is reported, and does not
+    undo it."""
     try:
         execute_report(ReportConfig(runs=(run,)))
     except DiskTrouble as error:
@@ -85,55 +180,24 @@ def execute_report(config: ReportConfig) -> "Path":
 
 def execute_pairs(
     config: PairsConfig, progress: Progress | None = None, accepts: "Accepts | None" = None
-) -> "Made | dict[str, Any]":
+) -> "MadePairs | dict[str, Any]":
     """The file that was made, or the diagnosis. Raises PrismError for everything that its user can
     mend."""
-    from prism_select.commands import pairs as making
+    from prism_select.commands import pairs
 
     if config.check:
-        return making.check_pairs(config, progress or Silent())
-    return making.make_pairs(config, progress or Silent(), accepts)
+        return pairs.check_pairs(config, progress or Silent())
+    return pairs.make_pairs(config, progress or Silent(), accepts)
 
 
 def execute_evaluation(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
     """What RUN/evaluation/evaluation.json says. Raises PrismError for everything that its user can
     mend."""
-    from prism_select.evaluation import evaluate as evaluation
-    from prism_select.evaluation import loggers as boards
+    from prism_select.evaluation.evaluate import evaluate
 
-    told = evaluation.evaluate(config, progress or Silent())
-    _write_page(config.run, progress or Silent())
-    if config.board:
-        boards.show(config.board, config.run)
-    return told
-
-
-def evaluate(run: str, holdout: str, **options: Any) -> dict[str, Any]:
-    """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in
-    RUN/evaluation/evaluation.json."""
-    return execute_evaluation(EvaluateConfig(run=run, holdout=holdout, **options))
-
-
-def write_report(*runs: str, out: str = "") -> "Path":
-    """`prism report RUN`, or `prism report RUN_A RUN_B`: the page that was written."""
-    return execute_report(ReportConfig(runs=runs, out=out))
-
-
-def make_pairs(
-    file: str, how: str, out: str, accepts: "Accepts | None" = None, **options: Any
-) -> "Made":
-    """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the option
-    `accept`."""
-    return cast(
-        "Made",
-        execute_pairs(PairsConfig(file=file, how=how, out=out, **options), accepts=accepts),  # type: ignore[arg-type]
-    )
-
-
-def check_pairs(check: str, model: str, **options: Any) -> dict[str, Any]:
-    """`prism pairs --check FILE --model M`: what a run's manifest says about its target, with its
-    warnings."""
-    return cast("dict[str, Any]", execute_pairs(PairsConfig(check=check, model=model, **options)))
+    figures = evaluate(config, progress or Silent())
+    _write_page(str(config.run), progress or Silent())
+    return figures
 
 
 def plan(config: ScoreConfig) -> "Plan":
@@ -144,24 +208,189 @@ def plan(config: ScoreConfig) -> "Plan":
     return cast("Plan", execute(replace(config, dry_run=True)))
 
 
-def _verb(make: Callable[P, ScoreConfig], name: str) -> "Callable[P, Run]":
-    def verb(*args: P.args, **options: P.kwargs) -> "Run":
-        config = make(*args, **options)
-        if config.dry_run:
-            raise BadOption(
-                "dry_run belongs to the command line; in Python, prism_select.api.plan(config) returns the plan"
-            )
-        return cast("Run", execute(config))
+def _run(
+    kind: type[ScoreConfig],
+    model: Model,
+    pool: Rows,
+    target: Rows | Mapping[str, Rows],
+    tokenizer: Any,
+    options: dict[str, Any],
+) -> "Run":
+    from prism_select.result import Run
 
-    verb.__name__ = verb.__qualname__ = name
-    verb.__doc__ = f"{make.__doc__}\n\nTakes the fields of the command's config by name: every option of `prism {name}`."
-    return verb
+    if options.get("dry_run"):
+        raise BadOption(
+            "dry_run belongs to the command line; in Python, prism_select.api.plan(config) returns "
+            "the plan"
+        )
+    arguments, earlier = _Arguments(dict(options)), options.get("select_from")
+    if isinstance(earlier, Run):  # its pool is at hand
+        arguments.options["select_from"] = str(earlier.path)
+        arguments.objects |= earlier.objects
+    arguments.add_model(model, tokenizer)
+    pools = arguments.add_rows("pool", pool)
+    if pool is not None and not earlier:
+        arguments.options["pool"] = pools
+    if target is not None:
+        arguments.options["target"] = arguments.add_targets(target)
+    with _folder(options.get("out")) as out:
+        config = _config(kind, {**arguments.options, "out": out})
+        with _lent(arguments, config.runtime):
+            execute(config)
+    run = Run(out, arguments.objects)
+    if not options.get("out"):
+        weakref.finalize(run, shutil.rmtree, out, ignore_errors=True)
+    return run
 
 
-score = _verb(ScoreConfig, "score")
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[str]:
+    """`out`, or a temporary folder, which an error leaves no trace of."""
+    if out:
+        yield str(out)
+        return
+    folder = mkdtemp(prefix="prism-")
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-select = _verb(SelectConfig, "select")
+def _config(kind: type[Config], options: Mapping[str, Any]) -> Config:
+    return kind(**{name: value for name, value in options.items() if value is not None})
 
 
-repair = _verb(RepairConfig, "repair")
+def score(
+    model: Model = None,
+    pool: Rows = None,
+    target: Rows | Mapping[str, Rows] = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> "Run":
+    """Score every row of a pool by how much training on it would raise the gain on the pairs."""
+    return _run(ScoreConfig, model, pool, target, tokenizer, options)
+
+
+def select(
+    model: Model = None,
+    pool: Rows = None,
+    target: Rows | Mapping[str, Rows] = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> "Run":
+    """Choose the part of a pool that is worth training on: the highest scores under a budget."""
+    return _run(SelectConfig, model, pool, target, tokenizer, options)
+
+
+def repair(
+    model: Model = None,
+    pool: Rows = None,
+    target: Rows | Mapping[str, Rows] = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> "Run":
+    """Remove the rows that push a model towards the rejected answers of the pairs."""
+    return _run(RepairConfig, model, pool, target, tokenizer, options)
+
+
+def evaluate(
+    run: "Run | str | Path",
+    holdout: Rows,
+    *,
+    model: Model = None,
+    pool: Rows = None,
+    target: Rows | Mapping[str, Rows] = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`prism evaluate RUN --holdout PAIRS`: figures, verdicts and controls, as in
+    RUN/evaluation/evaluation.json. A run that was made from objects knows them while its `Run`
+    lives; opened from its folder, it needs them again, as model, tokenizer, pool and target."""
+    from prism_select.result import Run
+
+    arguments = _Arguments(dict(options), dict(run.objects) if isinstance(run, Run) else {})
+    arguments.add_model(model, tokenizer)
+    arguments.options.pop("model")
+    arguments.add_rows("pool", pool)
+    arguments.add_targets(target)
+    path = run.path if isinstance(run, Run) else run
+    values = {**arguments.options, "holdout": arguments.add_rows("holdout", holdout), "run": path}
+    config = _config(EvaluateConfig, values)
+    with _lent(arguments):
+        return execute_evaluation(config)
+
+
+def write_report(*runs: "Run | str | Path", out: str | Path | None = None) -> "Path":
+    """`prism report RUN`, or `prism report RUN_A RUN_B`: the page that was written."""
+    from prism_select.result import Run
+
+    objects = {k: v for run in runs if isinstance(run, Run) for k, v in run.objects.items()}
+    paths = tuple(str(run.path if isinstance(run, Run) else run) for run in runs)
+    with in_reach(objects):
+        return execute_report(_config(ReportConfig, {"runs": paths, "out": out}))
+
+
+def make_pairs(
+    file: Rows,
+    how: str,
+    out: str | Path | None = None,
+    accepts: "Accepts | None" = None,
+    *,
+    model: Model = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> "MadePairs":
+    """`prism pairs FILE --how … --out …`; `accepts(answer, right)` may take the place of the
+    option `accept`. `file` may be an object with rows; without `out` the pairs are read with
+    `.read()` and their file goes with the result."""
+    arguments = _Arguments({**options, "how": how})
+    arguments.add_model(model, tokenizer)
+    arguments.options["file"] = arguments.add_rows("rows", file)
+    with _folder(out) as path:
+        path = path if out else f"{path}/pairs.jsonl"
+        config = _config(PairsConfig, {**arguments.options, "out": path})
+        with _lent(arguments):
+            made = cast("MadePairs", execute_pairs(config, accepts=accepts))
+    if not out:
+        weakref.finalize(made, shutil.rmtree, made.path.parent, ignore_errors=True)
+    return made
+
+
+def check_pairs(
+    check: Rows, model: Model, *, tokenizer: Any = None, **options: Any
+) -> dict[str, Any]:
+    """`prism pairs --check FILE --model M`: what a run's manifest says about its target, with its
+    warnings. `check` may be an object with rows."""
+    arguments = _Arguments(dict(options))
+    arguments.add_model(model, tokenizer)
+    arguments.options["check"] = arguments.add_rows("pairs", check)
+    config = _config(PairsConfig, arguments.options)
+    with _lent(arguments):
+        return cast("dict[str, Any]", execute_pairs(config))
+
+
+def _with_options(function: Callable[..., Any], kind: type[Options]) -> None:
+    """Shows every option of a command in the function's signature, for help() and completion."""
+    own = list(inspect.signature(function).parameters.values())
+    names = {parameter.name for parameter in own}
+    more = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if name not in names
+    ]
+    function.__signature__ = inspect.Signature([*own[:-1], *more])  # type: ignore[attr-defined]
+    function.__doc__ = (
+        f"{function.__doc__}\n\nTakes every option of `prism {kind.command}` by name."
+    )
+
+
+_with_options(score, ScoreConfig)
+_with_options(select, SelectConfig)
+_with_options(repair, RepairConfig)
+_with_options(evaluate, EvaluateConfig)
+_with_options(make_pairs, PairsConfig)
+_with_options(check_pairs, PairsConfig)

@@ -31,8 +31,8 @@ from prism_select.data.pairing import (
     accepts_by,
     change_numbers,
     nearest,
-    swapped_answers,
     prompt_and_answer,
+    swapped_answers,
 )
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair, Raw, Turn, is_text

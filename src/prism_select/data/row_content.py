@@ -17,6 +17,7 @@ from prism_select.data.fields import Names, columns_of, standard_fields
 from prism_select.data.files import SUPPORTED_ENDING
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.run.errors import BadRow
+from prism_select.run.objects import MEMORY
 
 __all__ = ["RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
 
@@ -158,7 +159,7 @@ class RowContent:
         return turns
 
     def example(self, prompt: Turns, answer: Turns) -> Example:
-        raw, name = self._raw, os.path.basename(self._raw.file.removeprefix("hub:").rstrip("/"))
+        raw, name = self._raw, os.path.basename(_address(self._raw.file).rstrip("/"))
         hub = raw.file.startswith("hub:")
         stem = name.partition(":")[0] if hub else SUPPORTED_ENDING.sub("", name)
         identity, source = self.name("id", f"{name}:{raw.line}"), self.name("source", stem)
@@ -189,3 +190,7 @@ def type_in_words(value: object) -> str:
 
 def stripped(turns: Turns) -> list[tuple[Role, str]]:
     return [(turn.role, turn.text.strip()) for turn in turns]
+
+
+def _address(file: str) -> str:
+    return file.removeprefix("hub:").removeprefix(MEMORY)

@@ -5,7 +5,9 @@
     --layers adapter   what PEFT's LoRA adds                  REGEX      searched for in their names
 
 Choices made here:
-- parameters beside the decoder are left out: text does not pass an image or audio encoder.
+- parameters beside the decoder are left out: text does not pass an image or audio encoder;
+- of a PEFT model with its adapter apart, all, late and last:N leave the adapter out, so they mean
+  the parameters of the merged model, whose gradients are the same.
 """
 
 import re
@@ -21,6 +23,7 @@ from prism_select.run.errors import UnknownLayers
 __all__ = ["beside_text", "select_parameters"]
 
 _ADAPTER = r"\.(lora_\w+|modules_to_save)\."
+_APART = re.compile(r"\.(lora_\w+|original_module)\.")  # what a merged model does not have
 
 
 def select_parameters(network: nn.Module, layers: str) -> Parameters:
@@ -32,10 +35,12 @@ def select_parameters(network: nn.Module, layers: str) -> Parameters:
         for name, parameter in network.named_parameters()
         if parameter.is_floating_point() and not is_beside(name)
     }
+    by_block = layers == "late" or re.fullmatch(r"last:[1-9]\d*", layers)
+    if layers == "all" or by_block:
+        candidates = {n: p for n, p in candidates.items() if not _APART.search(n)}
     if layers == "all":
         return candidates
     pattern = _ADAPTER if layers == "adapter" else layers
-    by_block = layers == "late" or re.fullmatch(r"last:[1-9]\d*", layers)
     try:
         matches = _in_upper_blocks(network, layers) if by_block else re.compile(pattern).search
     except re.error:
