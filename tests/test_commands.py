@@ -977,7 +977,7 @@ def test_a_pool_of_several_files_and_formats_is_one_pool(place: Place, scored: P
         "--budget",
         "100%",
     ]
-    done = prism(*words, "--pool", folder, rest, "--near-duplicates", "0")
+    done = prism(*words, "--pool", folder, rest)
     assert done.code == 0, done.err
     assert apart(scores(out), scores(scored)) < 1e-5
     names = [Path(file).name for file in column(out, "file")]

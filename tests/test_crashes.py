@@ -18,13 +18,19 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Outcome, jsonl, prism
 
-from prism_select.commands import pipeline
+from prism_select.commands import steps
 from prism_select.run.folder import Store
 from prism_select.scoring import shards
 
 ROWS = 23
 WINDOW = 5
-SMALL = f"import sys; from prism_select.cli import app; from prism_select.scoring import shards; shards.WINDOW = {WINDOW}; app.main(sys.argv[1:])"
+SMALL = f"""
+import sys
+from prism_select.cli import app
+from prism_select.scoring import shards
+shards.WINDOW = {WINDOW}
+app.main(sys.argv[1:])
+"""
 GO_ON = "prism: interrupted; the same command goes on where it stopped\n"
 
 
@@ -101,9 +107,9 @@ def test_a_damaged_shard_is_found_and_scored_again(desk: Desk, damage: str) -> N
     if damage == "gone":
         shard.unlink()
     with between(-1, stop) as written:
-        done = desk.call()
-    assert done.code == 0 and written == [1, 3, 4]
-    assert ("damaged on the disk and are scored again: 1" in done.out) == (damage != "gone")
+        outcome = desk.call()
+    assert outcome.code == 0 and written == [1, 3, 4]
+    assert ("damaged on the disk and are scored again: 1" in outcome.out) == (damage != "gone")
     assert scores(desk.out).equals(scores(desk.folder / "whole"))
 
 
@@ -124,10 +130,10 @@ def test_a_signal_ends_a_process_with_130_and_one_line_and_loses_no_shard(
     assert process.returncode == 130 and said == GO_ON
     left = desk.shards
     assert 2 <= len(left) < 600 and left == [f"{number:08d}" for number in range(len(left))]
-    done = subprocess.run(
+    outcome = subprocess.run(
         [sys.executable, "-c", SMALL, *words], capture_output=True, text=True, check=True
     )
-    assert f"{len(left)} shards of {WINDOW} rows are there already" in done.stdout
+    assert f"{len(left)} shards of {WINDOW} rows are there already" in outcome.stdout
     assert scores(desk.out).num_rows == 3000
 
 
@@ -142,10 +148,11 @@ def test_a_device_that_is_full_while_scoring_is_one_line_and_the_run_goes_on_whe
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", opened)
-        done = desk.call()
-    assert done.code == 2
+        outcome = desk.call()
+    assert outcome.code == 2
     assert (
-        done.err == f"prism: {desk.out}: no space left; free some and run the same command again\n"
+        outcome.err
+        == f"prism: {desk.out}: no space left; free some and run the same command again\n"
     )
     assert desk.shards == ["00000000", "00000001"]
     with between(-1, stop) as written:
@@ -181,10 +188,11 @@ def test_a_file_system_that_fills_up_while_scoring_leaves_a_run_that_goes_on(des
                     pass
 
         with between(3, fill):
-            done = desk.call(out=out)
-        assert done.code == 2
+            outcome = desk.call(out=out)
+        assert outcome.code == 2
         assert (
-            done.err == f"prism: {out}: no space left; free some and run the same command again\n"
+            outcome.err
+            == f"prism: {out}: no space left; free some and run the same command again\n"
         )
         assert sorted(path.name[:8] for path in (out / "shards").iterdir()) == [
             f"{n:08d}" for n in range(3)
@@ -204,8 +212,8 @@ def read_only(folder: Path) -> Iterator[None]:
         folder.chmod(0o755)
         return
     path = str(folder)
-    done = subprocess.run(["mount", "--bind", path, path], capture_output=True)
-    if done.returncode:
+    outcome = subprocess.run(["mount", "--bind", path, path], capture_output=True)
+    if outcome.returncode:
         pytest.skip("mounting is not allowed here")
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
@@ -232,11 +240,11 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_loade
     else:
         desk.out.mkdir()
     before = sorted(desk.out.rglob("*"))
-    monkeypatch.setattr(pipeline, "load_model", lambda *_: stop())
+    monkeypatch.setattr(steps, "load_model", lambda *_: stop())
     with read_only(desk.out):
-        done = desk.call()
-    assert done.code == 2 and done.err.startswith(f"prism: {desk.out}: cannot be written (")
-    assert done.err.endswith("); give another --out\n") and sorted(desk.out.rglob("*")) == before
+        outcome = desk.call()
+    assert outcome.code == 2 and outcome.err.startswith(f"prism: {desk.out}: cannot be written (")
+    assert outcome.err.endswith("); give another --out\n") and sorted(desk.out.rglob("*")) == before
 
 
 def test_a_pool_that_grows_while_it_is_scored_is_noticed_and_its_rows_are_not_kept(
@@ -247,17 +255,17 @@ def test_a_pool_that_grows_while_it_is_scored_is_noticed_and_its_rows_are_not_ke
             file.write('{"prompt": "late", "completion": "row"}\n')
 
     with between(2, grow):
-        done = desk.call()
-    assert done.code == 2 and done.err == (
-        f"prism: {desk.pool}: changed while the run was reading it; start afresh with --overwrite, on files that stay "
-        "as they are\n"
+        outcome = desk.call()
+    assert outcome.code == 2 and outcome.err == (
+        f"prism: {desk.pool}: changed while the run was reading it; start afresh with --overwrite, "
+        "on files that stay as they are\n"
     )
     assert (
         desk.shards == [f"{number:08d}" for number in range(3)]
         and not (desk.out / "manifest.json").exists()
     )
-    done = desk.call()
-    assert done.code == 2 and "belongs to another run: pool contents was" in done.err
+    outcome = desk.call()
+    assert outcome.code == 2 and "belongs to another run: pool contents was" in outcome.err
 
 
 def test_a_pool_whose_contents_change_behind_its_size_and_time_is_noticed_in_the_end(
@@ -271,8 +279,8 @@ def test_a_pool_whose_contents_change_behind_its_size_and_time_is_noticed_in_the
         os.utime(desk.pool, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     with between(4, swap):
-        done = desk.call()
-    assert done.code == 2 and "changed while the run was reading it" in done.err
+        outcome = desk.call()
+    assert outcome.code == 2 and "changed while the run was reading it" in outcome.err
     assert not (desk.out / "shards").exists() and not (desk.out / "manifest.json").exists()
 
 
@@ -288,8 +296,8 @@ def test_a_pool_that_shrinks_while_rows_are_copied_is_noticed(desk: Desk, left: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "writing", shrink)
-        done = desk.call("select")
-    assert done.code == 2 and "changed while the run was reading it" in done.err
+        outcome = desk.call("select")
+    assert outcome.code == 2 and "changed while the run was reading it" in outcome.err
     assert not (desk.out / "selected.jsonl").exists() and not (desk.out / "manifest.json").exists()
 
 

@@ -65,8 +65,8 @@ def copied(desk: Desk) -> Desk:
     return Desk(desk.folder, Path(shutil.copytree(desk.model, desk.folder / "model")))
 
 
-def refused(done: Outcome, says: str) -> None:
-    assert done.code == 2 and says in done.err and done.err.count("\n") == 1, done
+def refused(outcome: Outcome, says: str) -> None:
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1, outcome
 
 
 # ---------------------------------------------------------------- too much of something
@@ -116,9 +116,9 @@ def test_an_archive_or_a_line_that_goes_on_for_ever_takes_bounded_memory(
 ) -> None:
     head, tail = BOMBS[name]
     file = packed(tmp_path / name, [head, *[b"x" * MEGABYTE] * BOMB, tail])
-    done = prism_apart("-c", READ, file, module=False)
-    assert done.code == 0, done.err
-    added, *rows = done.out.splitlines()
+    outcome = prism_apart("-c", READ, file, module=False)
+    assert outcome.code == 0, outcome.err
+    added, *rows = outcome.out.splitlines()
     assert int(added) < (100 if name == "pool.json.gz" else 60) * MEGABYTE
     if name == "pool.json.gz":
         assert rows == [
@@ -174,8 +174,8 @@ def test_a_long_row_is_quarantined_with_its_beginning_and_the_others_are_scored(
 ) -> None:
     monkeypatch.setattr(streams, "ROW_BYTES", 2000)
     long = {"prompt": "Q?", "completion": "x" * 5000}
-    done = desk.call("--max-bad", "10%", pool=[*GOOD[:5], long, *GOOD[5:]])
-    assert done.code == 0, done.err
+    outcome = desk.call("--max-bad", "10%", pool=[*GOOD[:5], long, *GOOD[5:]])
+    assert outcome.code == 0, outcome.err
     (aside,) = (
         json.loads(line) for line in (desk.out / "quarantine.jsonl").read_text().splitlines()
     )
@@ -247,9 +247,9 @@ def test_code_in_a_model_s_folder_is_never_run_nor_offered(copied: Desk) -> None
     ):
         told = json.loads((copied.model / name).read_text())
         (copied.model / name).write_text(json.dumps({**told, "auto_map": kinds}))
-    done = copied.call()
+    outcome = copied.call()
     assert (
-        done.code == 0 and not mark.exists()
+        outcome.code == 0 and not mark.exists()
     )  # its architecture is known: the library's own code reads it
     told = json.loads((copied.model / "config.json").read_text())
     (copied.model / "config.json").write_text(
@@ -277,8 +277,8 @@ def test_a_malicious_chat_template_does_nothing(desk: Desk, name: str) -> None:
     model, mark = desk.folder / "model", desk.folder / "ran"
     save_model(model, TEMPLATES[name].replace("MARK", str(mark)) + CHATML)
     before = {path.name for path in desk.folder.iterdir()}
-    done = Desk(desk.folder, model).call("--max-bad", "100%")
-    refused(done, "the chat template refuses it: ")
+    outcome = Desk(desk.folder, model).call("--max-bad", "100%")
+    refused(outcome, "the chat template refuses it: ")
     assert not mark.exists() and {path.name for path in desk.folder.iterdir()} <= before | {
         "pool.jsonl",
         "pairs.jsonl",
@@ -406,7 +406,7 @@ def test_names_that_look_like_paths_lead_nowhere(desk: Desk) -> None:
         target,
     ]
     before = set(desk.folder.parent.rglob("*"))
-    done = prism(
+    outcome = prism(
         "select",
         *words,
         "--out",
@@ -418,7 +418,7 @@ def test_names_that_look_like_paths_lead_nowhere(desk: Desk) -> None:
         "--budget",
         "5",
     )
-    assert done.code == 0, done.err
+    assert outcome.code == 0, outcome.err
     new = set(desk.folder.parent.rglob("*")) - before
     assert (
         desk.out in new
@@ -428,9 +428,10 @@ def test_names_that_look_like_paths_lead_nowhere(desk: Desk) -> None:
     found = pq.read_table(desk.out / "scores.parquet")
     assert found["id"].to_pylist()[3] == f"{trick}/3" and f"score:{trick}" in found.column_names
     saved, again = desk.out / "direction.safetensors", desk.folder / "again"
-    done = prism("score", *words[:4], "--direction", saved, "--out", again)
+    outcome = prism("score", *words[:4], "--direction", saved, "--out", again)
     assert (
-        done.code == 0 and f"score:{trick}" in pq.read_table(again / "scores.parquet").column_names
+        outcome.code == 0
+        and f"score:{trick}" in pq.read_table(again / "scores.parquet").column_names
     )
 
 
@@ -451,9 +452,9 @@ def test_escapes_in_names_and_texts_never_reach_the_terminal(
         [{**PAIRS[0], "kind": ESCAPES}, {**PAIRS[1], "kind": "\x1b[31mred"}],
     )
     words = ["--model", desk.model, "--target", target, "--target-by", "kind", "--out", desk.out]
-    done = prism("select", *words, "--pool", jsonl(desk.folder / "p.jsonl", pool))
-    assert done.code == 0, done.err
-    said = done.out.splitlines()
+    outcome = prism("select", *words, "--pool", jsonl(desk.folder / "p.jsonl", pool))
+    assert outcome.code == 0, outcome.err
+    said = outcome.out.splitlines()
     assert all(line.isprintable() for line in said) and any("[bold red]" in line for line in said)
     for spoiled in (
         {"prompt": ESCAPES},
@@ -461,19 +462,19 @@ def test_escapes_in_names_and_texts_never_reach_the_terminal(
         {**GOOD[0], "id": [ESCAPES]},
         f'{{"{ESCAPES}',
     ):
-        done = desk.call(ESCAPES.replace("\0", ""), pool=[spoiled])
-        assert done.code == 2 and done.err.removesuffix("\n").isprintable()
-        done = desk.call(pool=[spoiled])
-        assert done.code == 2 and done.err.removesuffix("\n").isprintable()
+        outcome = desk.call(ESCAPES.replace("\0", ""), pool=[spoiled])
+        assert outcome.code == 2 and outcome.err.removesuffix("\n").isprintable()
+        outcome = desk.call(pool=[spoiled])
+        assert outcome.code == 2 and outcome.err.removesuffix("\n").isprintable()
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError(ESCAPES)
 
     monkeypatch.setattr(pipeline, "read_inputs", broken)
     for more in ((), ("--debug",)):
-        done = desk.call(*more)
-        assert done.code == 1 and all(
-            line.isprintable() for line in done.err.removesuffix("\n").split("\n")
+        outcome = desk.call(*more)
+        assert outcome.code == 1 and all(
+            line.isprintable() for line in outcome.err.removesuffix("\n").split("\n")
         )
 
 
@@ -506,8 +507,8 @@ def test_formulas_and_markup_stay_text_to_the_letter(desk: Desk) -> None:
             "--out",
             desk.out,
         ]
-        done = prism("select", *words, "--budget", "1", "--overwrite")
-        assert done.code == 0, done.err
+        outcome = prism("select", *words, "--budget", "1", "--overwrite")
+        assert outcome.code == 0, outcome.err
         assert json.loads((desk.out / "selected.jsonl").read_text()) == row
         assert pq.read_table(desk.out / "scores.parquet")["id"].to_pylist() == [sign + MARKUP]
         assert pq.read_table(desk.out / "pairs.parquet")["prompt"].to_pylist() == [MARKUP]
@@ -542,9 +543,9 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_line(desk: Desk) -> No
     command = [sys.executable, "-m", "prism_select", *map(str, words)]
     env = {**os.environ, **dict.fromkeys(names, secret)}
     for expected in (0, 2):
-        done = subprocess.run(command, capture_output=True, env=env, timeout=300)
-        assert done.returncode == expected, done.stderr
-        assert secret.encode() not in done.stdout + done.stderr
+        outcome = subprocess.run(command, capture_output=True, env=env, timeout=300)
+        assert outcome.returncode == expected, outcome.stderr
+        assert secret.encode() not in outcome.stdout + outcome.stderr
         jsonl(desk.folder / "pool.jsonl", GOOD[:3])
     files = [path for path in desk.out.rglob("*") if path.is_file()]
     assert files and not any(secret.encode() in path.read_bytes() for path in files)

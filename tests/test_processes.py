@@ -1,4 +1,4 @@
-"""Several processes score as one does: the same rows, the same files, one voice."""
+"""Several processes score as one does: the same rows, the same files, each line said once."""
 
 import json
 import os
@@ -64,14 +64,14 @@ class Desk:
         ]
         env = {**os.environ, "LOG": str(self.log), "DIES": dies, "SLOW": slow}
         env["OMP_NUM_THREADS"] = "1"
-        done = subprocess.run(
+        outcome = subprocess.run(
             [*map(str, command), *map(str, words)],
             capture_output=True,
             text=True,
             env=env,
             timeout=300,
         )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return Outcome(outcome.returncode, outcome.stdout, outcome.stderr)
 
     @property
     def written(self) -> list[tuple[int, int]]:
@@ -89,17 +89,15 @@ def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
-    is_single_process, both = desk.folder / "alone", desk.folder / "both"
+    single, both = desk.folder / "single", desk.folder / "both"
     options = ["--budget", "20%"]
-    assert prism("select", *desk.words, *options, "--out", is_single_process).code == 0
-    done = desk.together("select", *desk.words, *options, "--out", both)
-    assert done.code == 0, done.err
+    assert prism("select", *desk.words, *options, "--out", single).code == 0
+    outcome = desk.together("select", *desk.words, *options, "--out", both)
+    assert outcome.code == 0, outcome.err
     assert desk.written == [(number % 2, number) for number in range(10)]
-    assert done.out.count("verdicts") == 1 and done.out.count("padding was") == 1
-    assert {path.name for path in both.iterdir()} == {
-        path.name for path in is_single_process.iterdir()
-    }
-    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, is_single_process))
+    assert outcome.out.count("verdicts") == 1 and outcome.out.count("padding was") == 1
+    assert {path.name for path in both.iterdir()} == {path.name for path in single.iterdir()}
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, single))
     assert ours.schema == theirs.schema
     for name in ours.column_names:
         if ours.schema.field(name).type == "double":
@@ -110,69 +108,68 @@ def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
         else:
             assert ours[name].equals(theirs[name])
     for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
-        assert (both / name).read_bytes() == (is_single_process / name).read_bytes()
-    told, then = (
-        json.loads((out / "manifest.json").read_text()) for out in (both, is_single_process)
-    )
-    assert told["counts"] == then["counts"] and told["actual"]["tokens"] == then["actual"]["tokens"]
+        assert (both / name).read_bytes() == (single / name).read_bytes()
+    ours, theirs = (json.loads((out / "manifest.json").read_text()) for out in (both, single))
+    assert ours["counts"] == theirs["counts"]
+    assert ours["actual"]["tokens"] == theirs["actual"]["tokens"]
     again = desk.together("select", *desk.words, *options, "--out", both)
     assert again.code == 0 and again.out.count("is complete already") == 1
     assert desk.together("select", *desk.words, *options, "--dry-run").code == 0
 
 
 def test_when_one_process_dies_the_others_stop_and_the_same_command_goes_on(desk: Desk) -> None:
-    out, whole = desk.folder / "run", desk.folder / "whole"
-    done = desk.together("score", *desk.words, "--out", out, dies="1 5")
-    assert done.code != 0 and not (out / "manifest.json").exists()
-    assert "a defect of prism" not in done.err
-    there = set(Store(str(out)).present_shards())
-    assert there >= {1, 3} and not there & {5, 7, 9}
+    out, single = desk.folder / "run", desk.folder / "single"
+    outcome = desk.together("score", *desk.words, "--out", out, dies="1 5")
+    assert outcome.code != 0 and not (out / "manifest.json").exists()
+    assert "a defect of prism" not in outcome.err
+    finished = set(Store(str(out)).present_shards())
+    assert finished >= {1, 3} and not finished & {5, 7, 9}
     desk.log.unlink()
     assert desk.together("score", *desk.words, "--out", out).code == 0
-    assert {number for _, number in desk.written} == set(range(10)) - there
-    assert prism("score", *desk.words, "--out", whole).code == 0
+    assert {number for _, number in desk.written} == set(range(10)) - finished
+    assert prism("score", *desk.words, "--out", single).code == 0
     ours, theirs = (
-        pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, whole)
+        pq.read_table(folder / "scores.parquet")["score"].to_numpy() for folder in (out, single)
     )
     assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_shards_stay_until_the_slowest_process_has_read_them(desk: Desk) -> None:
-    done = desk.together("score", *desk.words, "--out", desk.folder / "run", slow="1")
-    assert done.code == 0, done.err
+    outcome = desk.together("score", *desk.words, "--out", desk.folder / "run", slow="1")
+    assert outcome.code == 0, outcome.err
 
 
 def test_what_is_wrong_with_the_input_is_said_once(desk: Desk) -> None:
-    done = desk.together("score", *desk.words, "--out", desk.folder / "run", "--max-bad", "0%")
-    lines = [line for line in done.err.splitlines() if line.startswith("prism: ")]
+    outcome = desk.together("score", *desk.words, "--out", desk.folder / "run", "--max-bad", "0%")
+    lines = [line for line in outcome.err.splitlines() if line.startswith("prism: ")]
     assert (
-        done.code != 0
+        outcome.code != 0
         and len(lines) == 1
         and "pool.jsonl:18: missing field: completion" in lines[0]
     )
 
 
 def test_a_command_that_one_process_does_is_refused_for_several(desk: Desk) -> None:
-    done = desk.together(
+    outcome = desk.together(
         "pairs", desk.words[3], "--how", "numbers", "--out", desk.folder / "new.jsonl"
     )
     assert (
-        done.code != 0
-        and "prism pairs: here one process does it all; start it without torchrun" in done.err
+        outcome.code != 0
+        and "prism pairs: here one process does it all; start it without torchrun" in outcome.err
     )
 
 
 def test_a_warm_up_is_refused_for_several(desk: Desk) -> None:
-    done = desk.together("score", *desk.words, "--warmup", "50%", "--out", desk.folder / "run")
+    outcome = desk.together("score", *desk.words, "--warmup", "50%", "--out", desk.folder / "run")
     assert (
-        done.code != 0
-        and done.err.count("--warmup: trains in one process; start the same command without") == 1
+        outcome.code != 0
+        and outcome.err.count("--warmup: trains in one process; start the same command without")
+        == 1
     )
 
 
-def test_a_world_of_one_has_nothing_to_send() -> None:
-    world = ProcessGroup()
-    assert (
-        is_single_process() and is_main_process() and all(world.has(number) for number in range(5))
-    )
-    assert world.tell("word") == "word" and world.gather("word") == ["word"]
+def test_a_group_of_one_process_has_nothing_to_send() -> None:
+    group = ProcessGroup()
+    assert is_single_process() and is_main_process()
+    assert all(group.has(number) for number in range(5))
+    assert group.broadcast("word") == "word" and group.gather("word") == ["word"]

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,22 @@ import ray
 from conftest import Outcome, jsonl, prism
 
 from prism_select.commands import pipeline
-from prism_select.run.config import ScoreConfig
+from prism_select.run.config import RuntimeOptions
 from prism_select.run.errors import Unreachable
 from prism_select.run.folder import Store
 from prism_select.scoring import shards
-from prism_select.scoring.ray_actors import _mute, needs_of
+from prism_select.scoring.ray_actors import _muted, resources_of
 from prism_select.scoring.scorer import Window
 
 ROWS, WINDOW = 48, 5
-APART = f"import sys; from prism_select.cli import app; from prism_select.scoring import shards; shards.WINDOW = {WINDOW}; app.main(sys.argv[1:])"
-RAY = ("--runtime", "ray", "--actors", "2")
+APART = f"""
+import sys
+from prism_select.cli import app
+from prism_select.scoring import shards
+shards.WINDOW = {WINDOW}
+app.main(sys.argv[1:])
+"""
+RAY = ("--runtime", "ray", "--ray", "actors=2")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def cluster() -> Iterator[str]:
 
 class Desk:
     def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.out, self.whole = folder, folder / "run", folder / "whole"
+        self.folder, self.out, self.single = folder, folder / "run", folder / "single"
         rows: list[dict[str, object]] = [
             {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(ROWS)
         ]
@@ -69,12 +75,12 @@ class Desk:
 
     def matches(self) -> bool:
         """Whether the run has the scores of a single process."""
-        assert prism("score", *self.words, "--out", self.whole).code == 0
-        return alike(self.out, self.whole)
+        assert prism("score", *self.words, "--out", self.single).code == 0
+        return alike(self.out, self.single)
 
 
-def alike(one: Path, other: Path) -> bool:
-    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (one, other))
+def alike(run: Path, single: Path) -> bool:
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (run, single))
     assert ours.schema == theirs.schema and ours.num_rows == ROWS
     for name in ours.column_names:
         if ours.schema.field(name).type != "double":
@@ -93,29 +99,29 @@ def desk(tmp_path: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_actors_give_the_files_of_one_process(cluster: str, desk: Desk) -> None:
-    alone, both = desk.folder / "alone", desk.folder / "both"
-    for out, words in ((alone, ()), (both, RAY)):
-        done = prism("select", *desk.words, "--budget", "20%", "--out", out, *words)
-        assert done.code == 0 and not done.err, done.err
-    assert "Ray: 2 actors of CPU=1" in done.out and "1 rows repeat another" in done.out
-    assert alike(both, alone) and {path.name for path in both.iterdir()} == {
-        path.name for path in alone.iterdir()
+    single, both = desk.folder / "single", desk.folder / "both"
+    for out, words in ((single, ()), (both, RAY)):
+        outcome = prism("select", *desk.words, "--budget", "20%", "--out", out, *words)
+        assert outcome.code == 0 and not outcome.err, outcome.err
+    assert "Ray: 2 actors of CPU=1" in outcome.out and "1 rows repeat another" in outcome.out
+    assert alike(both, single) and {path.name for path in both.iterdir()} == {
+        path.name for path in single.iterdir()
     }
     for name in ("selected.jsonl", "quarantine.jsonl", "direction.safetensors", "pairs.parquet"):
-        assert (both / name).read_bytes() == (alone / name).read_bytes()
-    told, then = (json.loads((out / "manifest.json").read_text()) for out in (both, alone))
-    assert told["counts"] == then["counts"] and told["actual"]["tokens"] == then["actual"]["tokens"]
-    assert told["padding"] == then["padding"]
+        assert (both / name).read_bytes() == (single / name).read_bytes()
+    ours, theirs = (json.loads((out / "manifest.json").read_text()) for out in (both, single))
+    assert ours["counts"] == theirs["counts"] and ours["padding"] == theirs["padding"]
+    assert ours["actual"]["tokens"] == theirs["actual"]["tokens"]
     again = prism("select", *desk.words, "--budget", "20%", "--out", both, *RAY)
     assert again.code == 0 and "is complete already" in again.out
 
 
 def made(change: Callable[[Any], None]) -> Callable[..., Any]:
     """A maker of scorers that are changed where an actor makes them."""
-    real = pipeline.scorer_of
+    real = pipeline.make_scorer
 
-    def make(*given: Any) -> Any:
-        scorer = real(*given)
+    def make(*arguments: Any) -> Any:
+        scorer = real(*arguments)
         change(scorer)
         return scorer
 
@@ -131,11 +137,11 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
     def mortal(scorer: Any) -> None:
         table = scorer.table
 
-        def dies_once(places: Sequence[int], *rest: Any) -> Any:
-            if places[0] == 4 * WINDOW and alive.exists():
+        def dies_once(window: Window, task: Any) -> Any:
+            if window.number == 4 and alive.exists():
                 alive.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return table(places, *rest)
+            return table(window, task)
 
         scorer.table = dies_once
 
@@ -147,16 +153,16 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
 
     ahead, windows = list[int](), shards.windows_of
 
-    def watched(*given: Any) -> Iterator[Window]:
-        for window in windows(*given):
+    def watched(*arguments: Any) -> Iterator[Window]:
+        for window in windows(*arguments):
             ahead.append(window.number - len(written))
             yield window
 
     monkeypatch.setattr(shards, "windows_of", watched)
-    monkeypatch.setattr(pipeline, "scorer_of", made(mortal))
+    monkeypatch.setattr(pipeline, "make_scorer", made(mortal))
     monkeypatch.setattr(Store, "write_shard", counted)
-    done = desk.score(*RAY)
-    assert done.code == 0 and not done.err, done.err
+    outcome = desk.score(*RAY)
+    assert outcome.code == 0 and not outcome.err, outcome.err
     assert not alive.exists() and sorted(written) == list(range(10))
     assert max(ahead) == 2  # no more of the pool is in memory than two actors have, and the next
     assert capfd.readouterr().err == ""
@@ -164,7 +170,7 @@ def test_an_actor_that_is_killed_in_the_middle_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (
             Unreachable("reverse", ["a.b"], "never called"),
@@ -184,14 +190,14 @@ def test_what_goes_wrong_in_an_actor_is_the_line_that_it_would_be_here(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     def fails(_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "scorer_of", made(fails))
-    done = desk.score("--runtime", "ray", "--actors", "1")
-    assert done.code == code and done.err.startswith(said) and done.err.count("\n") == 1
+    monkeypatch.setattr(pipeline, "make_scorer", made(fails))
+    outcome = desk.score("--runtime", "ray", "--ray", "actors=1")
+    assert outcome.code == code and outcome.err.startswith(message) and outcome.err.count("\n") == 1
 
 
 def test_a_run_that_is_stopped_goes_on_with_another_runtime(
@@ -206,15 +212,15 @@ def test_a_run_that_is_stopped_goes_on_with_another_runtime(
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write_shard", stops)
-        done = desk.score(*RAY)
+        outcome = desk.score(*RAY)
     assert (
-        done.code == 130
-        and done.err == "prism: interrupted; the same command goes on where it stopped\n"
+        outcome.code == 130
+        and outcome.err == "prism: interrupted; the same command goes on where it stopped\n"
     )
-    done = desk.score("--dry-run", *RAY)
-    assert done.code == 0 and "for the whole run" in done.out
-    done = desk.score()
-    assert done.code == 0 and f"3 shards of {WINDOW} rows are there already" in done.out
+    outcome = desk.score("--dry-run", *RAY)
+    assert outcome.code == 0 and "for the whole run" in outcome.out
+    outcome = desk.score()
+    assert outcome.code == 0 and f"3 shards of {WINDOW} rows are there already" in outcome.out
     assert desk.matches()
 
 
@@ -223,18 +229,16 @@ def test_actors_score_with_an_adapter_of_the_run_and_find_a_folder_by_its_relati
 ) -> None:
     monkeypatch.chdir(plain_model.parent)
     desk.words[1] = plain_model.name
-    assert prism("score", *desk.words, "--warmup", "20%", "--out", desk.whole).code == 0
+    assert prism("score", *desk.words, "--warmup", "20%", "--out", desk.single).code == 0
     assert desk.score("--warmup", "20%", *RAY).code == 0
-    assert alike(desk.out, desk.whole)
+    assert alike(desk.out, desk.single)
 
 
 def test_an_actor_that_finds_no_room_holds_nothing_up(cluster: str, desk: Desk) -> None:
-    done = desk.score(
-        "--runtime", "ray", "--actors", "2", "--actor-resources", "CPU=2", "--ray-address", cluster
-    )
+    outcome = desk.score("--runtime", "ray", "--ray", f"address={cluster},actors=2,CPU=2")
     assert (
-        done.code == 0
-        and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in done.out
+        outcome.code == 0
+        and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in outcome.out
     )
     assert desk.matches()
 
@@ -244,12 +248,12 @@ def apart(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    """What is there as soon as it is."""
+def until(result: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Waits for a result that is true."""
     end = time.monotonic() + 240
-    while not (found := there()) and process.poll() is None and time.monotonic() < end:
+    while not (value := result()) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    return found
+    return value
 
 
 def title(process: psutil.Process) -> str:
@@ -259,7 +263,7 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def actors(begins: str = "ray::_Hand") -> list[psutil.Process]:
+def actors(begins: str = "ray::_Actor") -> list[psutil.Process]:
     """Processes of the cluster that this one started."""
     return [
         process
@@ -270,18 +274,18 @@ def actors(begins: str = "ray::_Hand") -> list[psutil.Process]:
 
 def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
     with apart(
-        "score", *desk.words, "--out", desk.out, "--runtime", "ray", "--actors", "1"
+        "score", *desk.words, "--out", desk.out, "--runtime", "ray", "--ray", "actors=1"
     ) as process:
         assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=240)
     assert (
         process.returncode == 130
-        and said[1] == "prism: interrupted; the same command goes on where it stopped\n"
+        and err == "prism: interrupted; the same command goes on where it stopped\n"
     )
     assert (
-        "(raylet)" not in said[0]
+        "(raylet)" not in out
         and len(started) > 2
         and not psutil.wait_procs(started, timeout=120)[1]
     )
@@ -290,7 +294,7 @@ def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> Non
 def test_what_is_written_while_ray_ends_is_no_line_of_ours(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with _mute():
+    with _muted():
         os.write(2, b"Failed to push error to driver\n")
     os.write(2, b"prism: interrupted\n")
     assert capfd.readouterr().err == "prism: interrupted\n"
@@ -300,9 +304,17 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(
     cluster: str, desk: Desk
 ) -> None:
     with apart(
-        "score", *desk.words, "--out", desk.out, *RAY, "--ray-address", cluster, "--json"
+        "score",
+        *desk.words,
+        "--out",
+        desk.out,
+        "--runtime",
+        "ray",
+        "--ray",
+        f"address={cluster},actors=2",
+        "--json",
     ) as process:
-        lost = until(lambda: actors("ray::_Hand."), process)  # at work
+        lost = until(lambda: actors("ray::_Actor."), process)  # at work
         lost[0].kill()
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "Ray: 2 actors of CPU=1" in err and "(raylet)" not in err
@@ -312,30 +324,24 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--runtime", "spark"], "--runtime spark: unknown; try one of local, ray"),
         (
-            ["--runtime", "ray", "--actors", "-1"],
-            "--actors -1: must be at least 1, or 0 for as many as find room",
-        ),
-        (["--actors", "2"], "--actors: only Ray has actors; give --runtime ray, or leave it out"),
-        (
-            ["--ray-address", "a:1"],
-            "--ray-address: only Ray has actors; give --runtime ray, or leave it out",
+            ["--ray", "actors=2"],
+            "--ray: only Ray has actors; give --runtime ray, or leave it out",
         ),
         *(
-            (
-                ["--runtime", "ray", "--actor-resources", given],
-                f"--actor-resources {given}: not NAME=NUMBER above 0",
-            )
-            for given in ("CPU", "CPU=no", "CPU=0", "GPU=nan", ",")
+            (["--runtime", "ray", "--ray", words], f"--ray {words}: not NAME=NUMBER above 0")
+            for words in ("actors=-1", "actors=0", "CPU", "CPU=no", "CPU=0", "GPU=nan", "address=")
         ),
     ],
 )
-def test_options_that_cannot_be_are_refused(desk: Desk, words: list[str], said: str) -> None:
-    done = desk.score(*words)
-    assert done.code == 2 and done.err.startswith(f"prism: {said}") and not desk.out.exists()
+def test_options_that_cannot_be_are_refused(desk: Desk, words: list[str], message: str) -> None:
+    outcome = desk.score(*words)
+    assert (
+        outcome.code == 2 and outcome.err.startswith(f"prism: {message}") and not desk.out.exists()
+    )
 
 
 def test_an_address_where_no_cluster_answers_is_refused(
@@ -346,14 +352,14 @@ def test_an_address_where_no_cluster_answers_is_refused(
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         silent = f"127.0.0.1:{free.getsockname()[1]}"
-        done = desk.score("--runtime", "ray", "--ray-address", silent)
-    assert done.code == 2 and done.err.startswith(
-        f"prism: --ray-address {silent}: Connection refused; give host:port"
+        outcome = desk.score("--runtime", "ray", "--ray", f"address={silent}")
+    assert outcome.code == 2 and outcome.err.startswith(
+        f"prism: --ray address={silent}: Connection refused; give host:port"
     )
     for odd in ("here", "127.0.0.1", "host:port", "http://host:8265/"):
-        done = desk.score("--runtime", "ray", "--ray-address", odd)
-        assert done.code == 2 and done.err.startswith(
-            f"prism: --ray-address {odd}: not host:port; give host:port"
+        outcome = desk.score("--runtime", "ray", "--ray", f"address={odd}")
+        assert outcome.code == 2 and outcome.err.startswith(
+            f"prism: --ray address={odd}: not host:port; give host:port"
         )
 
 
@@ -362,59 +368,63 @@ def test_without_ray_and_under_torchrun_the_runtime_is_refused(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        done = desk.score("--runtime", "ray")
-    assert done.code == 2
+        outcome = desk.score("--runtime", "ray")
+    assert outcome.code == 2
     assert (
-        done.err == "prism: --runtime ray: Ray is not installed; pip install 'prism-select[ray]'\n"
+        outcome.err
+        == "prism: --runtime ray: Ray is not installed; pip install 'prism-select[ray]'\n"
     )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("RANK", "0")
-    done = desk.score("--runtime", "ray")
-    assert done.code == 2
+    outcome = desk.score("--runtime", "ray")
+    assert outcome.code == 2
     assert (
-        done.err
-        == "prism: --runtime ray: Ray starts processes of its own; start this one without torchrun\n"
+        outcome.err
+        == "prism: --runtime ray: Ray starts processes of its own; start this one without "
+        "torchrun\n"
     )
 
 
 @pytest.mark.parametrize(
-    ("count", "needs", "said"),
+    ("words", "message"),
     [
         (
-            "0",
             "CPU=3,magic=1",
             "0 actors of CPU=3,magic=1, with CPU=2,magic=0 in one machine at most; ask for less",
         ),
         (
-            "3",
-            "CPU=1",
+            "actors=3,CPU=1",
             "2 actors of CPU=1 and not for 3, with CPU=2 in one machine at most; ask for less",
         ),
     ],
 )
 def test_actors_for_which_there_will_be_no_room_are_refused(
-    cluster: str, desk: Desk, count: str, needs: str, said: str
+    cluster: str, desk: Desk, words: str, message: str
 ) -> None:
-    done = desk.score("--runtime", "ray", "--actors", count, "--actor-resources", needs)
-    assert done.code == 2 and done.err.startswith(f"prism: --runtime ray: there is room for {said}")
+    outcome = desk.score("--runtime", "ray", "--ray", words)
+    assert outcome.code == 2 and outcome.err.startswith(
+        f"prism: --runtime ray: there is room for {message}"
+    )
 
 
 @pytest.mark.parametrize(
-    ("machines", "options", "needs"),
+    ("machines", "device", "words", "resources"),
     [
-        ([{"CPU": 8}], {}, {"CPU": 8}),
-        ([{"CPU": 8}], {"actors": 3}, {"CPU": 2}),
-        ([{"CPU": 8}], {"actors": 9}, {"CPU": 1}),
-        ([{"CPU": 8}, {"CPU": 6}, {}], {}, {"CPU": 6}),
-        ([{"CPU": 8}, {"CPU": 6}], {"actors": 3}, {"CPU": 4}),
-        ([], {"actors": 3}, {"CPU": 1}),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], {}, {"CPU": 1, "GPU": 1}),
-        ([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {"CPU": 8}),
-        ([{"CPU": 8, "GPU": 2}], {"actor_resources": "GPU=0.5, tpu = 1"}, {"GPU": 0.5, "tpu": 1}),
+        ([{"CPU": 8}], "auto", None, {"CPU": 8}),
+        ([{"CPU": 8}], "auto", "actors=3", {"CPU": 2}),
+        ([{"CPU": 8}], "auto", "actors=9", {"CPU": 1}),
+        ([{"CPU": 8}, {"CPU": 6}, {}], "auto", None, {"CPU": 6}),
+        ([{"CPU": 8}, {"CPU": 6}], "auto", "actors=3", {"CPU": 4}),
+        ([], "auto", "actors=3", {"CPU": 1}),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], "auto", None, {"CPU": 1, "GPU": 1}),
+        ([{"CPU": 8, "GPU": 2}], "cpu", None, {"CPU": 8}),
+        ([{"CPU": 8, "GPU": 2}], "auto", "GPU=0.5, tpu = 1", {"GPU": 0.5, "tpu": 1}),
     ],
 )
 def test_an_actor_takes_a_gpu_or_an_even_share_of_a_machine(
-    machines: list[dict[str, float]], options: dict[str, Any], needs: dict[str, float]
+    machines: list[dict[str, float]],
+    device: str,
+    words: str | None,
+    resources: dict[str, float],
 ) -> None:
-    config = ScoreConfig(model="m", pool="p", target="t", out="o", runtime="ray", **options)
-    assert needs_of(config, machines) == needs
+    assert resources_of(RuntimeOptions(runtime="ray", ray=words), device, machines) == resources

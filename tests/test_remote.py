@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Row, jsonl, prism
 
-from prism_select.commands.pipeline import follow
+from prism_select.commands.pipeline import run_worker
 from prism_select.data.files import find_files, read_rows
 from prism_select.data.pool import Pool
 from prism_select.data.remote import local
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile
-from prism_select.scoring.shards import Inputs, Work
+from prism_select.scoring.shards import RunInputs, ScoringJob
 
 ROWS: list[Row] = [
     {"prompt": f"Question {row}?", "completion": f"Answer {row}"} for row in range(20)
@@ -98,10 +98,10 @@ def test_a_file_a_folder_and_a_glob_at_an_address_give_their_rows(
 def test_a_run_from_addresses_is_that_from_files(
     bucket: Any, tmp_path: Path, plain_model: Path
 ) -> None:
-    whole, target = jsonl(tmp_path / "pool.jsonl", ROWS), jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    told = {}
+    pool, target = jsonl(tmp_path / "pool.jsonl", ROWS), jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    runs = {}
     for name, pool, pairs in (
-        ("here", whole, target),
+        ("here", pool, target),
         ("there", "memory://bucket/pool", "memory://bucket/pairs.jsonl"),
     ):
         words = [
@@ -116,14 +116,14 @@ def test_a_run_from_addresses_is_that_from_files(
         ]
         outcome = prism("select", *words, "--budget", "25%")
         assert outcome.code == 0, outcome.err
-        told[name] = (
+        runs[name] = (
             pq.read_table(tmp_path / name / "scores.parquet"),
             (tmp_path / name / "selected.jsonl").read_bytes(),
         )
-    assert told["here"][0]["score"].to_pylist() == pytest.approx(
-        told["there"][0]["score"].to_pylist(), rel=1e-5
+    assert runs["here"][0]["score"].to_pylist() == pytest.approx(
+        runs["there"][0]["score"].to_pylist(), rel=1e-5
     )
-    assert told["here"][1] == told["there"][1]
+    assert runs["here"][1] == runs["there"][1]
 
 
 def test_a_pool_that_changed_at_its_address_is_another_run(
@@ -260,10 +260,12 @@ def test_a_process_whose_copy_is_not_the_leaders_scores_nothing(
     bucket: Any, plain_model: Path
 ) -> None:
     address, unused = "memory://bucket/pool/a.jsonl", cast("Any", None)
-    inputs = Inputs(Pool([address], {}), unused, {}, {"pool": "that of the leader's copy"})
-    world: Any = SimpleNamespace(hear=lambda: Work(inputs, unused, unused, "", {}), local=1)
+    inputs = RunInputs(Pool([address], {}), unused, {}, {"pool": "that of the leader's copy"})
+    world: Any = SimpleNamespace(
+        receive=lambda: ScoringJob(inputs, unused, unused, "", {}), local_rank=1
+    )
     config = ScoreConfig(
         model=str(plain_model), pool=address, target="memory://bucket/pairs.jsonl", out="run"
     )
     with pytest.raises(BadFile, match=r"a.jsonl: changed while the run was reading it"):
-        follow(config, world)
+        run_worker(config, world)

@@ -35,7 +35,7 @@ SHOWN = 5  # pairs with the largest shares of the direction
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the steps of a complete run found. `actual` are costs by the names of `plan`."""
+    """What the steps of a complete run found."""
 
     fingerprints: Mapping[str, str]
     loaded: LoadedModel
@@ -46,7 +46,7 @@ class RunRecord:
     chosen: Chosen
     timings: Mapping[str, float]
     plan: Plan
-    actual: Mapping[str, float]
+    memory_bytes: int
 
 
 def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
@@ -76,7 +76,11 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         "padding": record.scores.counts.padding,
         "timings": dict(record.timings),
         "plan": asdict(record.plan),
-        "actual": dict(record.actual),
+        "actual": {
+            "seconds": record.timings["total"],
+            "memory_bytes": record.memory_bytes,
+            "tokens": record.scores.counts.tokens,
+        },
         "warnings": [
             *pair_warnings(direction_set, polarity),
             *_unreached_warnings(direction_set),

@@ -24,8 +24,8 @@ from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
 from prism_select.commands.steps import (
     PoolScores,
     StepTimer,
-    baseline_ranking,
     begin_run,
+    check_engine,
     choose,
     export_adapter,
     find_directions,
@@ -33,18 +33,16 @@ from prism_select.commands.steps import (
     make_scorer,
     plan_run,
     score_cascade,
+    scoring_job,
 )
-from prism_select.data.encoded_rows import first_rows
 from prism_select.data.pool import changed, fingerprint
 from prism_select.data.remote import is_remote
-from prism_select.directions.low_rank import on_device
 from prism_select.models.lora_training import ADAPTER, has_adapter
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress, Silent
 from prism_select.scoring.cost_plan import Plan, peak_memory
-from prism_select.scoring.engine_choice import choose_engine
 from prism_select.scoring.processes import ProcessGroup, process_group
 from prism_select.scoring.ray_actors import ActorPool, actor_pool
 from prism_select.scoring.scorer import Scorer
@@ -79,34 +77,22 @@ def run_main(
 
     with timer.step("load"):
         checkpoint = load_checkpoint(config, store, inputs, progress)
-    loaded, model = checkpoint.loaded, checkpoint.loaded.model
+    loaded = checkpoint.loaded
     directions = find_directions(config, checkpoint, inputs, timer, progress)
-    parameters, layout = directions.direction_set.weights, directions.direction_set.layout
-    rows = first_rows(inputs.pool, loaded.encoder)
-    engine, check = choose_engine(config, model, parameters, directions.factored, rows)
-    progress.say(
-        f"engine {check.engine}: {check.reason}; off by {check.disagreement:.1e} on {check.rows} "
-        "rows"
-    )
+    engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     size = actors.size if actors else processes.size
     plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
 
     begin_run(config, store, inputs, checkpoint, directions)
-    job = ScoringJob(
-        inputs=inputs,
-        directions=on_device(directions.factored, torch.device("cpu")),
-        layout=layout,
-        engine=check.engine,
-        finished=finished_shards(store, progress),
-    )
+    job = scoring_job(inputs, directions, check.engine, finished_shards(store, progress))
     processes.broadcast(job)
     adapter = export_adapter(config, loaded, directions.direction_set, progress)
-    scorer = Scorer(loaded, engine, layout, config)
+    scorer = Scorer(loaded, engine, job.layout, config)
     with timer.step("score"):
         if config.cascade:
-            scores = score_cascade(config, store, job, scorer, parameters, progress)
+            scores = score_cascade(config, store, job, scorer, progress)
         else:
             worker = start_actors(actors, job) if actors else scorer
             shards = score_pool(config, store, job, worker, processes, progress)
@@ -114,14 +100,8 @@ def run_main(
     say_counts(config, scores, progress)
 
     with timer.step("choose"):
-        ranking = baseline_ranking(config, loaded, inputs, progress)
-        chosen = choose(config, store, inputs.pool, scores, ranking)
+        chosen = choose(config, store, inputs, scores, loaded, progress)
     refuse_changed_pool(store, inputs)
-    actual = {
-        "seconds": timer.total,
-        "memory_bytes": peak_memory(model.device),
-        "tokens": scores.counts.tokens,
-    }
     record = RunRecord(
         fingerprints=inputs.fingerprints,
         loaded=loaded,
@@ -132,12 +112,12 @@ def run_main(
         chosen=chosen,
         timings=timer.timings,
         plan=plan,
-        actual=actual,
+        memory_bytes=peak_memory(loaded.model.device),
     )
     store.write_json("manifest.json", manifest_of(config, record))
     store.drop_shards()
     progress.say(
-        f"took {actual['seconds']:.1f} s and {actual['memory_bytes'] / 1e9:.2f} GB at its peak; "
+        f"took {record.timings['total']:.1f} s and {record.memory_bytes / 1e9:.2f} GB at its peak; "
         f"planned were {plan.seconds:.1f} s and {plan.memory_bytes / 1e9:.2f} GB"
     )
     return Run(store.path)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from prism_select.commands.read_inputs import EncodedSample, encode_sample
@@ -34,8 +35,15 @@ from prism_select.directions.lora import save_adapter
 from prism_select.directions.low_rank import on_device
 from prism_select.directions.preconditioning import CurvatureFacts, fit_curvature, preconditioned
 from prism_select.directions.saved import load_direction, save_direction
+from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import LoadedModel, load_model
-from prism_select.models.lora_training import ADAPTER, drawn, has_adapter, warm_up, with_adapter
+from prism_select.models.lora_training import (
+    ADAPTER,
+    has_adapter,
+    random_rows,
+    warm_up,
+    with_adapter,
+)
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
@@ -43,7 +51,7 @@ from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
 from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.cost_plan import Plan, make_plan, seconds_per_token
-from prism_select.scoring.engine_choice import make_engine
+from prism_select.scoring.engine_choice import EngineCheck, choose_engine, make_engine
 from prism_select.scoring.processes import ProcessGroup
 from prism_select.scoring.rank_check import RankCheck, cut_to_rank
 from prism_select.scoring.scorer import Scorer, TokenCounts
@@ -60,6 +68,7 @@ __all__ = [
     "RunDirections",
     "StepTimer",
     "begin_run",
+    "check_engine",
     "choose",
     "export_adapter",
     "find_directions",
@@ -67,6 +76,7 @@ __all__ = [
     "make_scorer",
     "plan_run",
     "score_cascade",
+    "scoring_job",
 ]
 
 STEPS = ("load", "target", "curvature", "score", "choose")
@@ -138,7 +148,7 @@ def load_checkpoint(
     with progress.task(f"warm-up on {config.warmup} of the pool", None):
         share = Amount.parse("--warmup", config.warmup).value
         examples = (example for _, example in inputs.pool.rows())
-        rows = drawn(examples, loaded.encoder, share, config.seed)
+        rows = random_rows(examples, loaded.encoder, share, config.seed)
         progress.say(f"warm-up: {len(rows):,} rows, a LoRA adapter of all linear layers")
         warmed, folder = warm_up(loaded, rows, config.seed)
     return Checkpoint(warmed, sample, folder)
@@ -178,6 +188,23 @@ def find_directions(
     sample = checkpoint.sample.rows
     factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
     return RunDirections(direction_set, factored, curvature, check)
+
+
+def check_engine(
+    config: ScoreConfig,
+    loaded: LoadedModel,
+    directions: RunDirections,
+    pool: Pool,
+    progress: Progress,
+) -> tuple[BatchedEngine, EngineCheck]:
+    """An engine that agrees with the definition on the first rows of the pool."""
+    parameters, rows = directions.direction_set.weights, first_rows(pool, loaded.encoder)
+    engine, check = choose_engine(config, loaded.model, parameters, directions.factored, rows)
+    progress.say(
+        f"engine {check.engine}: {check.reason}; off by {check.disagreement:.1e} on {check.rows} "
+        "rows"
+    )
+    return engine, check
 
 
 def plan_run(
@@ -221,6 +248,14 @@ def begin_run(
     save_direction(store, config, directions.direction_set)
 
 
+def scoring_job(
+    inputs: RunInputs, directions: RunDirections, engine: str, finished: Mapping[int, Path]
+) -> ScoringJob:
+    """The job in a form that other processes can receive: its directions are on the CPU."""
+    factored, layout = directions.factored, directions.direction_set.layout
+    return ScoringJob(inputs, on_device(factored, torch.device("cpu")), layout, engine, finished)
+
+
 def export_adapter(
     config: ScoreConfig, loaded: LoadedModel, direction_set: DirectionSet, progress: Progress
 ) -> Mapping[str, Any] | None:
@@ -245,10 +280,15 @@ def make_scorer(
     if config.warmup:
         loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
     model = loaded.model
-    named = dict(model.network.named_parameters())
-    parameters = {name: named[name] for name in directions[0]}
+    parameters = parameters_of(model, directions[0])
     batched = make_engine(config, engine, model, parameters, on_device(directions, model.device))
     return Scorer(loaded, batched, layout, config)
+
+
+def parameters_of(model: CausalLM, direction: Factored) -> Parameters:
+    """The selected parameters are those of any direction, in its order."""
+    named = dict(model.network.named_parameters())
+    return {name: named[name] for name in direction}
 
 
 def score_cascade(
@@ -256,12 +296,12 @@ def score_cascade(
     store: Store,
     job: ScoringJob,
     scorer: Scorer,
-    parameters: Parameters,
     progress: Progress,
 ) -> PoolScores:
     """Exact scores where the best rows may be, predicted ones elsewhere."""
     model, targets = scorer.loaded.model, len(job.layout.targets)
     directions = on_device(job.directions[: targets + 1], model.device)
+    parameters = parameters_of(model, directions[0])
     first_batch = collate(first_rows(job.inputs.pool, scorer.loaded.encoder), model.device)
     bad_rows = 0
 
@@ -288,23 +328,17 @@ def score_cascade(
 def choose(
     config: ScoreConfig,
     store: Store,
-    pool: Pool,
+    inputs: RunInputs,
     scores: PoolScores,
-    ranking: NDArray[np.float64] | None,
+    loaded: LoadedModel,
+    progress: Progress,
 ) -> Chosen:
-    """Verdicts for all rows, and the files of the choice; by a baseline's `ranking` where there is
-    one."""
+    """Verdicts for all rows, and the files of the choice; by a baseline with --rank-by."""
+    ranking: NDArray[np.float64] | None = None
+    if isinstance(config, SelectConfig) and config.rank_by:
+        name = config.rank_by
+        with progress.task(f"ranking by {name}", None):
+            ranking = rankings([name], config, loaded, inputs.pool, inputs.targets)[name]
     tables = partial(with_ranking, lambda: map(pq.read_table, scores.shards), ranking)
-    searched = scores.search.best if scores.search else None
-    return choose_and_write(config, store, tables, pool, searched=searched)
-
-
-def baseline_ranking(
-    config: ScoreConfig, loaded: LoadedModel, inputs: RunInputs, progress: Progress
-) -> NDArray[np.float64] | None:
-    """The ranking of --rank-by, over all rows of the pool."""
-    if not isinstance(config, SelectConfig) or config.rank_by is None:
-        return None
-    with progress.task(f"ranking by {config.rank_by}", None):
-        ranked = rankings([config.rank_by], config, loaded, inputs.pool, inputs.targets)
-    return ranked[config.rank_by]
+    best = scores.search.best if scores.search else None
+    return choose_and_write(config, store, tables, inputs.pool, searched=best)
