@@ -1,8 +1,9 @@
-"""Charts: what all charts of the page share. Each section draws its own, as a Vega-Lite
-specification by Altair.
+"""Charts: the style and the pieces shared by all charts of the page.
+
+Each section draws its own charts with Altair: Vega-Lite specifications.
 
 Choices made here:
-- colours are CSS variables of the page, so a chart is light, dark or printed as the page is;
+- colours are CSS variables of the page, so a chart follows the page: light, dark or in print;
 - blue against orange and steps of opacity are told apart by colour-blind readers;
 - a chart fills its column, and comes with a title, a caption, and a text for screen readers;
 - no chart holds a row of the pool: rows are counted first.
@@ -94,7 +95,7 @@ def inline_data(rows: Iterable[Mapping[str, Any]]) -> alt.InlineData:
 
 
 def cycled(values: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """A colour, shape or dash for each name; they repeat where there are more names."""
+    """A colour, shape or dash for each name; they repeat after the last."""
     return list(islice(cycle(values), len(names)))
 
 

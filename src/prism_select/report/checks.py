@@ -1,11 +1,11 @@
-"""Checks: what speaks for a choice and what against it.
+"""Checks: the evidence for a choice and against it.
 
     holds    the figure is within its threshold       review            it is not: look at it first
     failed   do not trust the choice yet              not judged yet    nothing was measured
 
 Choices made here:
 - the worst state is the headline of the page;
-- bounds are those of run/thresholds.py, which the run's own warnings read as well.
+- bounds come from run/thresholds.py, for the run's own warnings as well.
 """
 
 from collections.abc import Iterator, Mapping
@@ -84,7 +84,7 @@ def _engine(engine: Mapping[str, Any]) -> Check:
 
 
 def _power(value: float, digits: int) -> str:
-    """2.0e−7, with a minus that no line breaks at."""
+    """2.0e−7, with a minus sign: no line breaks at it."""
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("-", "−")
 
 

@@ -1,14 +1,14 @@
-"""Comparison: two runs of one pool, and what differs between their choices.
+"""Comparison: two runs of one pool, and the differences between their choices.
 
-    position(z)   share of the scored rows that rank before z: 0 is the best, 1 the worst
+    position(z)   share of the scored rows with a better rank than z: 0 is the best, 1 the worst
     moved(z)      position in A − position in B: above 0, B ranks it higher
     by chance     two choices of a and b of n rows share a·b / n
 
     prism report RUN_A RUN_B  →  RUN_A/comparison.html
 
 Choices made here:
-- rows are compared where both runs scored them;
-- texts and the columns of a row are those of B.
+- only rows with scores of both runs are compared;
+- texts and the columns of a row come from B.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ Rows: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BestRows:
-    """Of the best `rows` of each ranking: the share that is in both, and that by chance."""
+    """Of the best `rows` of each ranking: the share in both, and the share expected by chance."""
 
     share: float
     rows: int
@@ -91,7 +91,7 @@ class MovedRow:
 @dataclass(frozen=True)
 class Comparison:
     """`rows` were scored by both; `shared`, `only_a` and `only_b` count the chosen rows; `options`
-    are those that differ, with their values in A and B."""
+    have different values in A and B."""
 
     names: tuple[str, str]
     runs: tuple[RunFacts, RunFacts]
@@ -108,7 +108,7 @@ class Comparison:
 
     @property
     def chance(self) -> float:
-        """Rows that choices of these sizes share by chance."""
+        """Rows shared by two random choices of these sizes."""
         return (self.shared + self.only_a) * (self.shared + self.only_b) / max(1, self.rows)
 
     @property
@@ -137,7 +137,7 @@ class Comparison:
 
 
 def compare(a: str, b: str) -> Comparison:
-    """Raises BadOption where there is no complete run, and where the pools are not the same."""
+    """Raises BadOption without a complete run at a path, and for two different pools."""
     runs = read_run_facts(a), read_run_facts(b)
     columns = runs[0].columns, runs[1].columns
     pools = [run.manifest["fingerprints"]["pool"] for run in runs]
@@ -194,7 +194,7 @@ def _source_rows(columns: ColumnPair) -> Iterator[SourceRows]:
 def _moved_rows(
     runs: tuple[RunFacts, RunFacts], positions: tuple[Floats, Floats], scored: Rows
 ) -> tuple[MovedRow, ...]:
-    """Rows that rose and fell most, and the first of those that only one run chose."""
+    """Rows that rose and fell most, and the first rows chosen by one run only."""
     columns, moved = (runs[0].columns, runs[1].columns), positions[0] - positions[1]
     ranks = np.full(len(columns[1]), -1)
     ranks[columns[1].order] = np.arange(len(columns[1].order))
@@ -252,8 +252,8 @@ def _written(value: object) -> str:
 
 
 def write_comparison(a: str, b: str, out: str | None = None) -> Path:
-    """Writes RUN_A/comparison.html, or `out`. Raises what `compare` does, and DiskTrouble where the
-    page cannot be written."""
+    """Writes RUN_A/comparison.html, or `out`. Raises the errors of `compare`, and
+    DiskTrouble when the page cannot be written."""
     page = page_of(compare(a, b))
     file = Path(out or Path(a) / "comparison.html")
     Store(str(file.parent)).write(file.name, page)
@@ -294,7 +294,7 @@ def rank_chart(comparison: Comparison) -> Chart:
 
 
 def moved_table(comparison: Comparison) -> Table:
-    """The rows that rose most come first."""
+    """The largest rise comes first."""
     columns = [
         Column("rank_a", "rank in A", "count"),
         Column("rank_b", "rank in B", "count"),

@@ -1,4 +1,4 @@
-"""Evaluation: evaluation.json and curves.parquet of a run folder, as values."""
+"""Evaluation: the values of evaluation.json and curves.parquet in a run folder."""
 
 import json
 import math
@@ -31,8 +31,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The gain of the choice minus that of a baseline, with its 95% interval: NaN where there is
-    none."""
+    """The gain of the choice minus the baseline's, with its 95% interval, or NaN."""
 
     name: str
     words: str
@@ -58,7 +57,7 @@ class CurvePoint:
 @dataclass(frozen=True)
 class Evaluation:
     """`forecast` is the rank correlation of predicted and realised change of the gain;
-    `label_aurocs` are those of each ranking on rows that are known to be bad."""
+    `label_aurocs` tell how well each ranking finds rows with a label "bad"."""
 
     steps: int
     rate: float
@@ -77,12 +76,12 @@ class Evaluation:
 
     @property
     def several_answers(self) -> bool:
-        """Whether a question has more than one pair, so that accuracy and win rate differ."""
+        """Whether a question has more than one pair: then accuracy and win rate differ."""
         return self.questions < self.pairs
 
 
 def read_evaluation(path: Path) -> Evaluation | None:
-    """Of the run folder at `path`; None where it was not evaluated."""
+    """Of the run folder at `path`; None if there is no evaluation."""
     file, curves = path / "evaluation" / "evaluation.json", path / "evaluation" / "curves.parquet"
     if not file.exists():
         return None

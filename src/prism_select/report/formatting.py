@@ -12,7 +12,7 @@ __all__ = ["count", "join_words", "percent", "sentence", "significant"]
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """`digits` significant digits, whole numbers from 10,000 on; a dash where there is none."""
+    """`digits` significant digits, whole numbers from 10,000 on; a dash for none."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -20,7 +20,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """0.123 as 12%, 0.0123 as 1.2%; a dash where there is no number."""
+    """0.123 → 12%, 0.0123 → 1.2%; a dash for no number."""
     if value is None or not math.isfinite(value):
         return "–"
     if 0.1 <= abs(value) < 0.995:
@@ -29,7 +29,7 @@ def percent(value: float | None) -> str:
 
 
 def count(value: int) -> str:
-    """12345 as 12,345."""
+    """12345 → 12,345."""
     return f"{value:,}"
 
 

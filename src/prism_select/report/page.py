@@ -1,10 +1,10 @@
-"""Page: one HTML file that needs nothing else, from templates, a style, a script and JSON.
+"""Page: one self-contained HTML file from templates, a style, a script and JSON.
 
     data     <script type="application/json">: the script writes it as text, never as markup
-    policy   no network, and only scripts whose hash is named: no text of a pool can run
+    policy   no network, and only scripts with a named hash: no text of a pool can run
 
 Choices made here:
-- Jinja2 escapes everything that a template writes;
+- Jinja2 escapes all values in templates;
 - Vega's expressions are interpreted, not compiled, so the policy need not allow `eval`;
 - Vega's runtime is part of the package (vega/) and is 0.9 MB of the page.
 """
@@ -68,14 +68,14 @@ def _hash(name: str) -> str:
 
 
 def render_part(template: str, **values: object) -> Markup:
-    """The HTML of a template that is part of a page."""
+    """The HTML of one template."""
     return Markup(_environment().get_template(template).render(**values))
 
 
 def render(
     template: str, charts: Sequence[Chart], tables: Mapping[str, Table], values: Mapping[str, Any]
 ) -> bytes:
-    """The page of a template that reads `values`; its script draws `charts` and `tables`."""
+    """A page: its template reads `values`, its script draws `charts` and `tables`."""
     scripts = {"vega": "vega/vega.js", "script": "templates/page.js"}
     policy = (
         f"default-src 'none'; script-src {' '.join(_hash(name) for name in scripts.values())}; "

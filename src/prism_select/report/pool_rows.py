@@ -1,8 +1,8 @@
-"""Pool rows: rows of the pool as the page shows them, with their scores and texts.
+"""Pool rows: some rows of the pool, with their scores and texts, for the page to show.
 
 Choices made here:
-- texts are read again from the pool's files, and only those of the rows that are shown;
-- a row that has changed or is gone says so in place of its text;
+- texts are read again from the pool's files, for the shown rows alone;
+- a changed or missing row says so in place of its text;
 - a text is truncated to `CHARACTERS`, and its token scores to `TOKENS`, so the page stays small.
 """
 
@@ -46,9 +46,9 @@ class Text:
 
 @dataclass(frozen=True)
 class PoolRow:
-    """`group` is why the row is shown; `rank` counts from 1; `token_scores` are supervised tokens
-    and what each adds to the score, without the last `hidden_tokens`; `missing` says why there is
-    no text."""
+    """`group` is the reason to show the row; `rank` counts from 1; `token_scores` are supervised
+    tokens with their part of the score, without the last `hidden_tokens`; `missing` says why there
+    is no text."""
 
     group: str
     row: int
@@ -78,8 +78,8 @@ def pool_rows(
     config: Mapping[str, Any],
     shown: Sequence[tuple[str, int]],
 ) -> list[PoolRow]:
-    """The rows of `shown`: a group and a rank from 0 each. `config` are the options that the pool
-    was scored with."""
+    """The rows of `shown`: a group and a rank from 0 each. `config` has the options of the
+    scoring."""
     rows = [int(columns.order[rank]) for _, rank in shown]
     records = _records(path, rows)
     ids = {row: str(record["id"]) for row, record in records.items()}
@@ -175,7 +175,7 @@ def _text(raw: Raw, format: Format, mapping: Names, id: str) -> Text:
 
 
 def shown_turns(turns: Iterable[tuple[str, str]]) -> Iterator[ShownTurn]:
-    """As many turns as `CHARACTERS` have room for, the last of them truncated."""
+    """The first turns, `CHARACTERS` in all; the last of them is truncated."""
     room = CHARACTERS
     for role, text in turns:
         if room > 0:

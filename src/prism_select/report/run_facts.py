@@ -1,4 +1,4 @@
-"""Run facts: what several sections of the page read from a run folder. No model is needed.
+"""Run facts: contents of a run folder for several sections of the page. No model is needed.
 
 manifest.json → manifest, options     scores.parquet → columns     evaluation/ → evaluation
 """
@@ -24,7 +24,7 @@ __all__ = ["RunFacts", "effective_options", "open_run", "read_run_facts", "scori
 
 @dataclass(frozen=True)
 class RunFacts:
-    """`evaluation` is None where the run was not evaluated."""
+    """`evaluation` is None for a run without one."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -41,17 +41,17 @@ class RunFacts:
 
     @property
     def verdict(self) -> str:
-        """Of the rows that were chosen: selected or removed; empty where no choice was made."""
+        """Of the chosen rows: selected or removed; empty without a choice."""
         return VERDICTS.get(self.command, "")
 
     @property
     def influence(self) -> str:
-        """What a score above 0 is called: in a repair it is the harm that a row does."""
+        """The word for a score above 0: in a repair it means harm."""
         return "harmful" if self.polarity.swapped else "positive"
 
 
 def open_run(path: str) -> Run:
-    """The complete run at `path`. Raises BadOption where there is none."""
+    """The complete run at `path`. Raises BadOption if there is none."""
     run = Run(Path(path))
     for name in ("manifest.json", "scores.parquet"):
         if not (run.path / name).is_file():
@@ -70,20 +70,20 @@ def open_run(path: str) -> Run:
 
 
 def read_run_facts(path: str) -> RunFacts:
-    """Of the complete run at `path`. Raises BadOption where there is none."""
+    """Of the complete run at `path`. Raises BadOption if there is none."""
     run = open_run(path)
     columns = columns_of(run.path, run.manifest)
     return RunFacts(run.path, run.manifest, columns, read_evaluation(run.path))
 
 
 def scoring_options(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options that made the scores, also where the choice was made again from them."""
+    """The options of the scoring, also for a choice made again from existing scores."""
     options: Mapping[str, Any] = manifest.get("scored_by", manifest["config"])
     return options
 
 
 def effective_options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that made the scores, with those of the choice where it was made again."""
+    """The options of the scoring, with those of the choice if it was made again."""
     config, scored_by = manifest["config"], manifest.get("scored_by", {})
     chooses = marked(SelectConfig, Mark.IN_CHOICE)
     choice = {n: v for n, v in config.items() if n in chooses or n not in scored_by}

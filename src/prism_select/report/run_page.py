@@ -2,7 +2,7 @@
 
     prism report RUN  →  RUN/report.html
 
-Choices made here: a section for which the run folder has nothing stays, and says so in a line.
+Choices made here: a section without contents in the run folder stays, and says so in a line.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ __all__ = ["page_of", "write_report"]
 
 
 def write_report(path: str, out: str | None = None) -> Path:
-    """Writes RUN/report.html, or `out`. Raises BadOption where there is no complete run,
-    DiskTrouble where the page cannot be written."""
+    """Writes RUN/report.html, or `out`. Raises BadOption if there is no complete run,
+    DiskTrouble when the page cannot be written."""
     page = page_of(read_run_facts(path))
     file = Path(out or Path(path) / "report.html")
     Store(str(file.parent)).write(file.name, page)
@@ -41,7 +41,7 @@ def page_of(run: RunFacts) -> bytes:
 
 
 def _sentence(run: RunFacts) -> str:
-    """What the run did, as the heading of the page."""
+    """The heading of the page: the result of the run in one sentence."""
     counts = run.manifest["counts"]
     if not run.verdict:
         return f"{counts['scored']:,} rows were scored"

@@ -1,12 +1,12 @@
-"""Columns: scores.parquet as arrays, ranked as the choice was made.
+"""Columns: the arrays of scores.parquet, and the ranking behind the choice.
 
-    ranking   what the choice went by: rank_by, score_cosine, score_per_token or score
+    ranking   the column behind the choice: rank_by, score_cosine, score_per_token or score
     order     rows by falling ranking; rows without a score are left out
-    chosen    rows that select selected or repair removed
+    chosen    rows selected by `select` or removed by `repair`
     cut-off   the lowest ranking among the chosen rows
 
 Choices made here:
-- names that repeat (source, file, verdict) are stored once each;
+- repeated names (source, file, verdict) are stored once each;
 - a choice in turns over targets (round-robin), with caps or without near-duplicates passes over
   rows above its cut-off; they are counted.
 """
@@ -51,8 +51,10 @@ class NameColumn:
 
 @dataclass(frozen=True)
 class Columns:
-    """One value for each row of the pool: NaN, or no tokens, where it has no score. `score_chosen`
-    and `score_rejected` are the influence on either answer of the pairs."""
+    """One value for each row of the pool; a row without a score has NaN, and no tokens.
+
+    `score_chosen` and `score_rejected` are the influence on either answer of the pairs.
+    """
 
     command: str
     ranked_by: str
@@ -75,17 +77,17 @@ class Columns:
 
     @cached_property
     def chosen(self) -> Bools:
-        """Selected, or in repair removed; none where no choice was made."""
+        """Rows selected, or in repair removed; none in a run of score."""
         return self.verdict.equals(VERDICTS.get(self.command, "")) & np.isfinite(self.ranking)
 
     @property
     def cutoff(self) -> float:
-        """NaN where nothing was chosen."""
+        """NaN if no row was chosen."""
         return float(self.ranking[self.chosen].min()) if self.chosen.any() else math.nan
 
     @property
     def passed_over(self) -> int:
-        """Rows above the cut-off that were not chosen."""
+        """Rows above the cut-off, but not chosen."""
         return int(((self.ranking > self.cutoff) & ~self.chosen).sum())
 
     @cached_property
@@ -95,14 +97,15 @@ class Columns:
 
     @property
     def chosen_influence(self) -> float:
-        """Share of all positive influence in the chosen rows; NaN where one of them is none."""
+        """Share of all positive influence in the chosen rows; NaN if no row was chosen or no
+        score is positive."""
         total = float(self.positive_scores.sum())
         if not total or not self.chosen.any():
             return math.nan
         return float(self.positive_scores[self.chosen].sum()) / total
 
     def row_in_file(self, row: int) -> int:
-        """Which row of its file it is, from 0."""
+        """The index of a row among those of its file."""
         return int(row - self._first_rows[self.file.index[row]])
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Tables: rows as the page's script takes them, to be searched, sorted and opened.
+"""Tables: rows for the page's script, to be searched, sorted and opened.
 
 Choices made here:
-- a row is sent once, with all that it opens to;
-- what is sent is text and numbers, never markup.
+- a row is sent once, with its details;
+- only text and numbers are sent, never markup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,8 +50,7 @@ def table_of_rows(
     values: Sequence[Mapping[str, Any]],
     sort: tuple[str, bool],
 ) -> Table:
-    """A table of rows of the pool; `values` are what `columns` need beside the fields of each
-    row."""
+    """A table of rows of the pool; `values` are those of `columns` that are no fields of a row."""
     return Table(
         kind="example",
         group="Show",

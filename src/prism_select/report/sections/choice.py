@@ -1,6 +1,6 @@
-"""What was chosen, and should I trust it? Counts, checks and warnings.
+"""The choice: counts, checks and warnings, and whether to trust it.
 
-Choices made here: the rows that were chosen come first among the verdicts.
+Choices made here: chosen rows come first among the verdicts.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,7 +67,7 @@ def read(run: RunFacts) -> ChoiceFacts:
 
 
 def newer_than(manifest: Path, files: Iterable[str]) -> list[str]:
-    """The files that were written after the manifest."""
+    """The files written after the manifest."""
     written = manifest.stat().st_mtime + 1
     return [f for f in files if Path(f).is_file() and Path(f).stat().st_mtime > written]
 
@@ -102,7 +102,7 @@ def _tiles_of_choice(run: RunFacts) -> Iterator[Tile]:
 
 
 def _verdicts(counts: Mapping[str, int]) -> Iterator[VerdictShare]:
-    """The verdicts that any row has."""
+    """The verdicts of at least one row."""
     rows = {
         name: count
         for name, count in counts.items()

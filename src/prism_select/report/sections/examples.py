@@ -1,4 +1,4 @@
-"""Which examples? Rows of the pool with their scores and texts.
+"""Examples: rows of the pool with their scores and texts.
 
     top                  the first rows of the ranking
     around the cut-off   rows on either side of the last chosen one
@@ -46,7 +46,7 @@ class ExampleFacts:
 
 
 def read(run: RunFacts) -> ExampleFacts | None:
-    """None where no row has a score."""
+    """None if no row has a score."""
     columns = run.columns
     shown = shown_ranks(columns)
     rows = pool_rows(run.path, columns, scoring_options(run.manifest), shown)

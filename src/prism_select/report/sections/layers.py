@@ -1,9 +1,9 @@
-"""What about layers? The squared norm of the direction, by layer and kind of parameter.
+"""Layers: the squared norm of the direction, by layer and kind of parameter.
 
     share = Σ d² of some parameters / Σ d² of all
 
 Choices made here:
-- the influence on the chosen answers alone, which a direction file also has, is left out;
+- the direction of the chosen answers alone, also in the file, is left out;
 - of several targets the squares are added up;
 - a direction of more than `READ_BYTES` is not read.
 """
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class LayerShare:
-    """The share that one kind of parameter in one layer has of the direction's squared norm."""
+    """The share of one kind of parameter of one layer in the direction's squared norm."""
 
     layer: str
     kind: str
@@ -60,7 +60,7 @@ class LayerFacts:
 
 
 def read(run: RunFacts) -> LayerFacts | None:
-    """None where there is no direction, or one that is too large."""
+    """None without a direction, or for a file that is too large."""
     shares = layer_shares(run.path / "direction.safetensors")
     return LayerFacts(shares) if shares else None
 
@@ -110,7 +110,7 @@ def _layer_and_kind(parameter: str) -> tuple[str, str]:
 
 
 def _position(layer: str) -> tuple[int, int]:
-    """Embeddings, blocks, what follows them, the head."""
+    """Embeddings, blocks, the norms after them, the head."""
     if layer.startswith("block "):
         return 1, int(layer.removeprefix("block "))
     if "emb" in layer or layer in ("wte", "wpe"):

@@ -1,4 +1,4 @@
-"""How are the scores distributed? A few hundred numbers, whatever the size of the pool.
+"""Distribution of the scores: a few hundred numbers for a pool of any size.
 
     histogram   rows in each bin of the ranking, chosen and not
     source      quantiles of the ranking (5, 25, 50, 75, 95%), rows and chosen rows
@@ -6,8 +6,8 @@
     budget      Σ max(score, 0) of the first rows of the ranking / Σ max(score, 0) of all
 
 Choices made here:
-- bins reach from the 0.2% to the 99.8% quantile where the values reach more than 1.5 times as far;
-  the outer bins then count the rows beyond;
+- if values reach more than 1.5 times beyond the 0.2% and 99.8% quantiles, bins end at these
+  quantiles, and the outer bins count the rows beyond;
 - the `SOURCES` largest sources stand by themselves, the others together.
 """
 
@@ -84,9 +84,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class ScoreFacts:
-    """`positive` is the share of scored rows whose score is above 0, `choice` what was chosen: its
-    influence is NaN where nothing was chosen or nothing is positive. `verdict` and `influence` are
-    the run's words for chosen rows and for a score above 0."""
+    """`positive` is the share of scored rows with a score above 0. The influence of `choice` is NaN
+    if no row was chosen or no score is positive. `verdict` and `influence` are the run's words for
+    chosen rows and for a score above 0."""
 
     ranked_by: str
     cutoff: float
@@ -112,7 +112,7 @@ class ScoreFacts:
 
 
 def read(run: RunFacts) -> ScoreFacts | None:
-    """None where no row has a score."""
+    """None if no row has a score."""
     columns = run.columns
     count = len(columns.order)
     if not count:
@@ -181,7 +181,7 @@ def _sources(columns: Columns) -> Iterator[Source]:
 
 
 def _cells(columns: Columns) -> tuple[Cell, ...]:
-    """Empty where no row has a score for either answer."""
+    """Empty if no row has a score for either answer."""
     rows = columns.order[np.isfinite(columns.score_chosen[columns.order])]
     if not len(rows):
         return ()
@@ -317,7 +317,7 @@ def answer_chart(facts: ScoreFacts) -> Chart:
 
 
 def budget_chart(facts: ScoreFacts) -> Chart:
-    """What the first rows hold of all positive influence; a point at the choice."""
+    """Share of all positive influence in the first rows; a point at the choice."""
     of_all, choice = f"of all {facts.influence} influence", facts.choice
     rows = [{"share": b.share, "rows": b.rows, "influence": b.influence} for b in facts.curve]
     across = alt.X(

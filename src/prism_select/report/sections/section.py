@@ -1,4 +1,4 @@
-"""Section: a part of the page of a run that answers one question.
+"""Section: a part of the page of a run, with the answer to one question.
 
     run folder → facts → charts, tables, HTML of templates/sections/ID.html
 
@@ -23,7 +23,7 @@ Facts = TypeVar("Facts")
 
 @dataclass(frozen=True)
 class FilledSection:
-    """A section of one run, as the page shows it."""
+    """A section of one run, ready for the page."""
 
     id: str
     link: str
@@ -44,7 +44,7 @@ def no_tables(facts: object) -> Mapping[str, Table]:
 @dataclass(frozen=True)
 class Section(Generic[Facts]):
     """`id` is the anchor and names the template part, `link` stands in the contents, `title` is the
-    question. `read` gives the facts, or None where the run folder has none for this section; the
+    question. `read` gives the facts, or None if the run folder has none for this section; the
     template part then says so in a line."""
 
     id: str

@@ -1,4 +1,4 @@
-"""How was it made? Definition of the score, cost, options, versions and fingerprints."""
+"""Settings: definition of the score, cost, options, versions and fingerprints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class SettingFacts:
-    """`changed` are the options that are not at their defaults."""
+    """`changed` has the options with other values than their defaults."""
 
     score: NamedTexts
     cost: tuple[Cost, ...]

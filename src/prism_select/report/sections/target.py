@@ -1,8 +1,8 @@
-"""What is the target? The pairs: what the model prefers now, how far they agree, which count most.
+"""Target: the pairs, their preferences, their agreement, and their shares in the direction.
 
     preference π = 1 / (1 + exp(−gap))     share of pair q = d_q · d / ‖d‖²
 
-Choices made here: the `PAIRS` pairs with the largest shares are shown, whatever their sign.
+Choices made here: the `PAIRS` pairs with the largest shares are shown, of either sign.
 """
 
 import math
@@ -47,8 +47,8 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class ShownPair:
-    """A pair of the target, counted from 1; answers are called as in the target file. `share` is
-    its share in the direction, NaN where that is not known."""
+    """A pair of the target, counted from 1; answers have the names of the target file. `share` is
+    its share in the direction, or NaN."""
 
     number: int
     target: str
@@ -75,7 +75,7 @@ class NamedTarget:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """`preferences` are those of all pairs, `pairs` the ones that are shown; `agreements` are by
+    """`preferences` are of all pairs, `pairs` are shown; `agreements` are by
     the number of pairs in each half; `cosines` are between the directions of `targets`."""
 
     words: str
@@ -91,7 +91,7 @@ class TargetFacts:
 
 
 def read(run: RunFacts) -> TargetFacts | None:
-    """None where the direction was a saved one."""
+    """None for a saved direction."""
     if not (run.path / "pairs.parquet").exists():
         return None
     records = pq.read_table(run.path / "pairs.parquet").to_pylist()
@@ -209,7 +209,7 @@ def charts(facts: TargetFacts) -> list[Chart]:
 
 
 def preference_chart(facts: TargetFacts) -> Chart:
-    """How many pairs prefer the side that is aimed at, in twenty steps."""
+    """Number of pairs by preference, in twenty steps."""
     counts = np.histogram(facts.preferences, np.linspace(0, 1, 21))[0].tolist()
     rows = [{"from": i / 20, "to": (i + 1) / 20, "pairs": n} for i, n in enumerate(counts)]
     title = f"preference π for the {facts.side} answer"

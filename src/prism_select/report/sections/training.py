@@ -1,6 +1,6 @@
-"""Did it help? What `prism evaluate` found: trainings on the choice and on its baselines.
+"""Training: the findings of `prism evaluate`, from trainings on the choice and on its baselines.
 
-Choices made here: an interval that holds 0 shows nothing, whatever its middle.
+Choices made here: an interval with 0 inside shows no gain.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method as the table names it, and its mean number of rows."""
+    """The name of a method in the table, its mean number of rows, and its measures."""
 
     name: str
     rows: str
@@ -59,7 +59,7 @@ class TrainingFacts:
 
 
 def read(run: RunFacts) -> TrainingFacts | None:
-    """None where the run was not evaluated."""
+    """None if there is no evaluation."""
     evaluation = run.evaluation
     if evaluation is None:
         return None
@@ -180,7 +180,7 @@ def curve_chart(evaluation: Evaluation) -> Chart:
 
 
 def forecast_chart(evaluation: Evaluation) -> Chart:
-    """The change of the gain that the scores predicted for each training, and the realised one."""
+    """Predicted and realised change of the gain, a point for each training."""
     rows = [
         {"method": method.name, "predicted": predicted, "realised": realised}
         for method in evaluation.methods
