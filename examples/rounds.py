@@ -1,16 +1,19 @@
-"""Choosing again while training goes on: a callback for TRL's SFTTrainer.
+"""Selecting again during training: a callback for TRL's SFTTrainer.
 
-    step 0        select at the model as it is          train on the choice
-    every N       save, select at what it has become    train on the new choice
+    step 0         select at the model as it is           train on the choice
+    every N steps  save, select at what it has become     train on the new choice
 
-    rounds = Rounds(every=12, folder="rounds", pool="pool.jsonl", target="pairs.jsonl",
-    model="MODEL", budget="5%") trainer = RoundsTrainer(rounds, model=…,
-    args=SFTConfig(max_steps=36, …), train_dataset=pool, …) trainer.train()
+    options = {"pool": "pool.jsonl", "target": "pairs.jsonl", "model": "MODEL", "budget": "5%"}
+    rounds = Rounds(every=12, folder="rounds", **options)
+    trainer = RoundsTrainer(rounds, model=…, args=SFTConfig(max_steps=36, …), train_dataset=pool)
+    trainer.train()
 
-Choices made here: the training set is the whole pool, in the order of its file, and a choice is
-what the sampler draws from; so a new choice takes effect one batch late, since a batch is made
-while the one before it is trained on. Every choice is a run folder of its own, `folder/step-N/run`,
-with its checkpoint (or adapter) beside it."""
+Choices made here:
+- the training set is the whole pool, in the order of its file; the sampler draws from the choice;
+- a new choice takes effect one batch late: a batch is made while the one before it is trained on;
+- every choice is a run folder of its own, `folder/step-N/run`, with its checkpoint (or adapter)
+  beside it.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -51,41 +54,35 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.every, self.folder, self.options = every, Path(folder), options
         self.chosen, self.choices = Chosen(seed=seed), list[list[int]]()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.choose(0, given["model"], given["processing_class"])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.choose(0, objects["model"], objects["processing_class"])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if (
-            self.every
-            and state.global_step % self.every == 0
-            and state.global_step < state.max_steps
-        ):
-            self.choose(state.global_step, given["model"], given["processing_class"])
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        step = state.global_step
+        if self.every and step % self.every == 0 and step < state.max_steps:
+            self.choose(step, objects["model"], objects["processing_class"])
 
     def choose(self, step: int, model: Any, tokenizer: Any) -> None:
-        place = self.folder / f"step-{step}"
-        model.save_pretrained(place / "checkpoint")
-        tokenizer.save_pretrained(place / "checkpoint")
-        whole = not hasattr(model, "peft_config")
-        options = self.options | {
-            "model" if whole else "adapter": str(place / "checkpoint"),
-            "out": str(place / "run"),
-        }
+        folder = self.folder / f"step-{step}"
+        model.save_pretrained(folder / "checkpoint")
+        tokenizer.save_pretrained(folder / "checkpoint")
+        option = "adapter" if hasattr(model, "peft_config") else "model"
+        options = self.options | {option: folder / "checkpoint", "out": folder / "run"}
         scores = prism_select.select(**options).scores
-        each = zip(scores["row"].to_pylist(), scores["verdict"].to_pylist(), strict=True)
-        self.chosen.rows = [row for row, verdict in each if verdict == "selected"]
+        verdicts = scores["verdict"].to_pylist()
+        self.chosen.rows = [row for row, verdict in enumerate(verdicts) if verdict == "selected"]
         self.choices.append(self.chosen.rows)
 
 
 class RoundsTrainer(SFTTrainer):
     """TRL's trainer, on the rows that `rounds` chose."""
 
-    def __init__(self, rounds: Rounds, **given: Any) -> None:
+    def __init__(self, rounds: Rounds, **arguments: Any) -> None:
         self.rounds = rounds
-        super().__init__(**given, callbacks=[rounds])
-        if len(self.train_dataset) != len(given["train_dataset"]):
+        super().__init__(**arguments, callbacks=[rounds])
+        if len(self.train_dataset) != len(arguments["train_dataset"]):
             raise ValueError(
-                "TRL dropped rows of which nothing is left to learn, so their numbers are not the pool's"
+                "TRL dropped rows without supervised tokens: rows no longer match the pool"
             )
 
     def _get_train_sampler(self, *_: Any) -> Chosen:

@@ -1,15 +1,18 @@
 """Scores from an inference server that returns the log-probabilities of a prompt's tokens, as
 vLLM's does.
 
-    score / ‖L‖ = (loglik under +ε adapter − loglik under −ε adapter) / 2ε + O(ε²)     L: what the adapter keeps
+    score / ‖L‖ = (loglik under +ε adapter − loglik under −ε adapter) / 2ε + O(ε²)
+    L: the part of the direction that the adapter keeps
 
-    python examples/server_scores.py adapter 0.05                              writes adapter+ and adapter-
-    python examples/server_scores.py URL MODEL pool.jsonl 0.05 > scores.jsonl  one line a row, in the order of the pool
+    python examples/server_scores.py adapter 0.05                                adapter+, adapter-
+    python examples/server_scores.py URL MODEL pool.jsonl 0.05 > scores.jsonl    a line a row
 
-`adapter` is what --save-adapter wrote. The server knows both adapters under the names `adapter+`
-and `adapter-`. MODEL is the folder of the model that it serves: its tokenizer turns rows into
-tokens here, so that the same tokens are supervised as in a run. Rows that PRISM would set aside are
-left out."""
+Choices made here:
+- `adapter` is the folder of --save-adapter; the server knows both copies as `adapter+`, `adapter-`;
+- MODEL is the folder of the served model: its tokenizer encodes rows here, so that the same tokens
+  are supervised as in a run;
+- rows that PRISM would quarantine are left out.
+"""
 
 import json
 import shutil
@@ -55,21 +58,21 @@ def rows(pool: str, tokenizer: Any) -> Iterator[tuple[Example, Encoded]]:
 def loglik(url: str, model: str, row: Encoded) -> float:
     """Sum of log p over the supervised tokens, in nats; the first token of a row has no
     probability."""
-    asked = {
+    request = {
         "model": model,
         "prompt": list(row.tokens),
         "max_tokens": 1,
         "temperature": 0,
         "prompt_logprobs": 0,
     }
-    body = json.dumps(asked).encode()
-    with urlopen(
-        Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    ) as answer:
-        told = json.load(answer)["choices"][0]["prompt_logprobs"]
-    each = zip(row.tokens, row.supervised, told, strict=True)
+    body, headers = json.dumps(request).encode(), {"Content-Type": "application/json"}
+    with urlopen(Request(f"{url}/v1/completions", body, headers)) as answer:
+        logprobs = json.load(answer)["choices"][0]["prompt_logprobs"]
+    tokens = zip(row.tokens, row.supervised, logprobs, strict=True)
     return float(
-        sum(known[str(token)]["logprob"] for token, learned, known in each if learned and known)
+        sum(
+            by_token[str(token)]["logprob"] for token, loss, by_token in tokens if loss and by_token
+        )
     )
 
 
@@ -84,5 +87,5 @@ if __name__ == "__main__":
         sign(Path(sys.argv[1]), float(sys.argv[2]))
     else:
         url, model, pool, epsilon = sys.argv[1:]
-        for told in scores(url, model, pool, float(epsilon)):
-            print(json.dumps(told))
+        for line in scores(url, model, pool, float(epsilon)):
+            print(json.dumps(line))

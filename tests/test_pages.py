@@ -19,7 +19,6 @@ from prism_select.demo.world import FACTS, mixture, pairs, pool
 ROOT = Path(__file__).parent.parent
 THEIRS = {
     "--constraint",
-    "--logdir",
     "--check",
     "--fix",
     "--no-isolation",
@@ -39,32 +38,13 @@ THEIRS = {
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# What a page takes as given, beside the files that `given` writes.
+# What a page expects beside the files of `write_files`.
 PRELUDES = {
-    "README.md": """
-from pathlib import Path
-import torch
-from prism_select.demo.train import make_model, make_tokenizer
-from prism_select import Batch
-network = make_model(make_tokenizer([{"prompt": "a", "completion": "b"}]))
-tokens = torch.tensor([[5, 6, 7]])
-real = supervised = torch.ones_like(tokens, dtype=torch.bool)
-rejected = batch = Batch(tokens + 1, real, supervised)
-""",
     "evaluate.md": """
 import prism_select
 prism_select.select(model="MODEL", pool="pool.jsonl", target="pairs.jsonl", out="run", budget="20%")
 """,
     "pairs.md": "Path('pairs.jsonl').unlink()",
-    "sharper.md": """
-import torch
-from safetensors.torch import save_file
-model = torch.nn.Linear(2, 2)
-optimizer = torch.optim.Adam(model.parameters())
-model(torch.ones(1, 2)).sum().backward()
-optimizer.step()
-torch.save(optimizer.state_dict(), "optimizer.pt")
-""",
 }
 
 
@@ -72,7 +52,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def given(folder: Path) -> None:
+def write_files(folder: Path) -> None:
     """The files that the pages speak of, small."""
     (folder / "MODEL").symlink_to(MODEL)
     rows = pool(80, 0)
@@ -101,20 +81,20 @@ def given(folder: Path) -> None:
     jsonl(folder / "choices.jsonl", questions)
     odd = [f'"{row["prompt"]}","{row["completion"]}",{row["source"]}' for row in rows]
     jsonl(folder / "odd.csv", ["ask,reply,origin", *odd])
-    said = [
+    dialogues = [
         [{"who": "user", "said": r["prompt"]}, {"who": "assistant", "said": r["completion"]}]
         for r in rows[:20]
     ]
     nested = [
         {"key": f"n{i}", "meta": {"site": "here"}, "dialogue": turns}
-        for i, turns in enumerate(said)
+        for i, turns in enumerate(dialogues)
     ]
     jsonl(folder / "nested.jsonl", nested)
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    given(tmp_path)
+    write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     yield tmp_path
@@ -132,8 +112,8 @@ def test_what_a_page_says_to_type_works(page: Path, place: Path) -> None:
             continue
         for line in text.replace("\\\n", " ").splitlines():
             if line.startswith("prism "):
-                told = prism(*shlex.split(line)[1:])
-                assert told.code == 0, f"{line}\n{told.err}"
+                result = prism(*shlex.split(line)[1:])
+                assert result.code == 0, f"{line}\n{result.err}"
             else:
                 subprocess.run(["bash", "-c", line], check=True, cwd=place)
 
@@ -168,19 +148,19 @@ def test_commands_that_are_only_shown_have_options_that_exist(page: Path) -> Non
 
 
 def test_every_option_that_a_page_names_exists() -> None:
-    known = {
+    options = {
         word
         for command in (app, *app.commands.values())
         for option in command.params
-        for word in option.opts
+        for word in (*option.opts, *option.secondary_opts)
     }
-    known |= {"--help"} | THEIRS
+    options |= {"--help", "--quick"} | THEIRS
     named = {
         (page.name, word)
         for page in PAGES
         for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())
     }
-    assert not {(page, word) for page, word in named if word not in known}
+    assert not {(page, word) for page, word in named if word not in options}
 
 
 def test_the_page_of_sources_names_every_paper_of_the_code_and_files_that_exist() -> None:
