@@ -68,7 +68,7 @@ def numbers(run: prism_select.Run) -> list[float]:
     return scores
 
 
-POOLS = {
+POOLS: dict[str, Any] = {
     "dataset": lambda: datasets.Dataset.from_list(POOL),
     "list": lambda: POOL,
     "pandas": lambda: pd.DataFrame(POOL),

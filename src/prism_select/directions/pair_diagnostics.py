@@ -106,10 +106,14 @@ class Diagnosis:
 
     def _noise(self) -> str:
         agreement, pairs = self.split_half_agreement, self.pairs_for_half_agreement
-        needed = f"about {pairs:,} pairs like these would bring that to {TARGET_AGREEMENT:.2f}; "
+        needed = (
+            f"about {pairs:,} pairs like these would bring that to {TARGET_AGREEMENT:.2f}; "
+            if pairs
+            else ""
+        )
         return (
             f"two halves of your pairs agree at {agreement:.2f}: the direction is "
-            f"{agreement_in_words(agreement)}; {needed if pairs else ''}"
+            f"{agreement_in_words(agreement)}; {needed}"
             "closer negatives, --common remove or --warmup may help"
         )
 
