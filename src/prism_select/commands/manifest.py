@@ -15,7 +15,7 @@ from importlib.metadata import version
 from itertools import combinations
 from typing import Any
 
-from prism_select.commands.steps import PoolScores, RunDirections
+from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
 from prism_select.core.check import tolerance
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
 from prism_select.models.loading import LoadedModel
@@ -41,7 +41,7 @@ class RunRecord:
     loaded: LoadedModel
     directions: RunDirections
     engine: EngineCheck
-    adapter: Mapping[str, Any] | None
+    adapter: ExportedAdapter | None
     scores: PoolScores
     chosen: Chosen
     timings: Mapping[str, float]
@@ -112,7 +112,7 @@ def _optional_entries(record: RunRecord) -> dict[str, Any]:
     entries = {
         "curvature": asdict(curvature) if curvature else {"name": "flat"},
         "rank": rank and asdict(rank),
-        "adapter": record.adapter,
+        "adapter": record.adapter and asdict(record.adapter),
         "cascade": search and search.describe(),
     }
     return {name: entry for name, entry in entries.items() if entry is not None}

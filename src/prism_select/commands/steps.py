@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -64,6 +63,7 @@ from prism_select.selection.ranking_columns import with_ranking
 
 __all__ = [
     "Checkpoint",
+    "ExportedAdapter",
     "PoolScores",
     "RunDirections",
     "StepTimer",
@@ -123,6 +123,15 @@ class RunDirections:
     factored: Sequence[Factored]
     curvature: CurvatureFacts | None
     rank_check: RankCheck | None
+
+
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """What the manifest says of --save-adapter: the kept shares of the direction's energy."""
+
+    folder: str
+    energy_kept: float
+    by_weight: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,8 @@ def plan_run(
     timer: StepTimer,
     processes: int,
 ) -> Plan:
-    """For so many processes. A plan takes a few seconds, a run a fiftieth of its scoring."""
+    """The plan of scoring in so many `processes`. It times the engine for a few seconds with
+    --dry-run, otherwise for a fiftieth of the scoring."""
     lengths = [len(row.tokens) for row in sample.rows]
     tokens = round(sum(lengths) / len(lengths) * sample.pool_rows)
     parameters = directions.direction_set.weights
@@ -258,18 +268,15 @@ def scoring_job(
 
 def export_adapter(
     config: ScoreConfig, loaded: LoadedModel, direction_set: DirectionSet, progress: Progress
-) -> Mapping[str, Any] | None:
-    """Writes the direction as a LoRA adapter with --save-adapter; returns the manifest's entry."""
+) -> ExportedAdapter | None:
+    """Writes the direction as a LoRA adapter with --save-adapter."""
     if not config.save_adapter:
         return None
     folder, rank = Path(config.save_adapter), config.rank or ADAPTER_RANK
     energy = save_adapter(loaded.model.network, direction_set.direction, rank, folder)
     progress.say(f"adapter in {folder}: {energy.total:.0%} of the direction's energy")
-    return {
-        "folder": config.save_adapter,
-        "energy_kept": energy.total,
-        "by_weight": {**energy.by_weight, "total": energy.total},
-    }
+    by_weight = {**energy.by_weight, "total": energy.total}
+    return ExportedAdapter(config.save_adapter, energy.total, by_weight)
 
 
 def make_scorer(
