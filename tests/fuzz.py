@@ -1,7 +1,7 @@
 """Fuzzing: any bytes, as a file of any kind, are rows, bad rows or one line that says what is
 wrong.
 
-python tests/fuzz.py -max_total_time=60        random bytes, guided by what they reach; needs the extra [fuzz]
+python tests/fuzz.py -max_total_time=60      guided random bytes; needs the extra [fuzz]
 """
 
 import json
@@ -48,7 +48,7 @@ def _read(path: Path) -> int:
             assert isinstance(row, Example | BadRow) and (raw.fields is None) == (
                 raw.problem is not None
             )
-            json.dumps(raw.set_aside("why")).encode()
+            json.dumps(raw.quarantined("why")).encode()
             if isinstance(row, Example):
                 row.text.encode()
             else:

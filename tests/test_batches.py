@@ -34,7 +34,7 @@ def example(*turns: tuple[Role, str], prompt_turns: int = 0) -> Example:
     )
 
 
-def asked(prompt: str, answer: str) -> Example:
+def prompted(prompt: str, answer: str) -> Example:
     return example(("user", prompt), ("assistant", answer), prompt_turns=1)
 
 
@@ -46,11 +46,11 @@ def text_of(tokenizer: Any, encoded: Encoded) -> str:
     return str(tokenizer.decode(encoded.tokens, clean_up_tokenization_spaces=False))
 
 
-def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
+def supervised_texts(tokenizer: Any, encoded: Encoded) -> list[str]:
     """The runs of supervised tokens, as text."""
     runs: list[list[int]] = []
-    for place, (token, inside) in enumerate(zip(encoded.tokens, encoded.supervised, strict=True)):
-        if inside and not (place and encoded.supervised[place - 1]):
+    for index, (token, inside) in enumerate(zip(encoded.tokens, encoded.supervised, strict=True)):
+        if inside and not (index and encoded.supervised[index - 1]):
             runs.append([])
         if inside:
             runs[-1].append(token)
@@ -60,12 +60,12 @@ def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
 # ---------------------------------------------------------------- plain
 
 
-def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_is_learned() -> (
+def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_is_supervised() -> (
     None
 ):
-    got = encoder().encode(asked("What is 2 + 2?", "It is 4."))
+    got = encoder().encode(prompted("What is 2 + 2?", "It is 4."))
     assert text_of(PLAIN, got) == f"{BOS}What is 2 + 2?\nIt is 4.{EOS}"
-    assert learned(PLAIN, got) == [f"It is 4.{EOS}"]
+    assert supervised_texts(PLAIN, got) == [f"It is 4.{EOS}"]
     assert got.targets == sum(got.supervised) and not got.truncated
 
 
@@ -81,37 +81,37 @@ def test_plain_text_is_bos_prompt_line_break_answer_eos_and_the_answer_with_eos_
 def test_plain_text_gets_no_line_break_where_white_space_or_nothing_stands(
     prompt: str, answer: str, text: str
 ) -> None:
-    assert text_of(PLAIN, encoder().encode(asked(prompt, answer))) == f"{BOS}{text}{EOS}"
+    assert text_of(PLAIN, encoder().encode(prompted(prompt, answer))) == f"{BOS}{text}{EOS}"
 
 
 def test_special_tokens_that_the_text_carries_are_not_doubled() -> None:
-    bare, marked = asked("Hi", "Yes."), asked(f"{BOS}Hi", f"Yes.{EOS}")
+    bare, marked = prompted("Hi", "Yes."), prompted(f"{BOS}Hi", f"Yes.{EOS}")
     assert encoder().encode(marked) == encoder().encode(bare)
 
 
 def test_a_tokenizer_without_bos_gets_none() -> None:
     tokenizer = build_tokenizer(bos=False)
-    assert text_of(tokenizer, encoder(tokenizer).encode(asked("Hi", "Yes."))) == f"Hi\nYes.{EOS}"
+    assert text_of(tokenizer, encoder(tokenizer).encode(prompted("Hi", "Yes."))) == f"Hi\nYes.{EOS}"
 
 
-def test_a_bare_text_is_learned_from_end_to_end_but_for_the_first_token() -> None:
+def test_a_bare_text_is_supervised_from_end_to_end_but_for_the_first_token() -> None:
     for tokenizer in (PLAIN, CHAT):
         got = encoder(tokenizer).encode(example(("text", "Water boils.")))
         end = EOS if tokenizer is PLAIN else END
         assert text_of(tokenizer, got) == f"{BOS}Water boils.{end}"
-        assert learned(tokenizer, got) == [f"Water boils.{end}"]
+        assert supervised_texts(tokenizer, got) == [f"Water boils.{end}"]
     no_bos = build_tokenizer(bos=False)
     got = encoder(no_bos).encode(example(("text", "Water boils.")))
     assert all(got.supervised) and got.targets == len(got.tokens) - 1
 
 
-def test_plain_asked_for_joins_the_turns_and_learns_every_answer() -> None:
+def test_plain_asked_for_joins_the_turns_and_supervises_every_answer() -> None:
     turns = example(
         ("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")
     )
     got = encoder(template="plain").encode(turns)
     assert text_of(PLAIN, got) == f"{BOS}One?\nTwo.{EOS}Three?\nFour.{EOS}"
-    assert learned(PLAIN, got) == [f"Two.{EOS}", f"Four.{EOS}"]
+    assert supervised_texts(PLAIN, got) == [f"Two.{EOS}", f"Four.{EOS}"]
 
 
 def test_turns_of_the_prompt_are_context_even_where_an_assistant_said_them() -> None:
@@ -122,8 +122,8 @@ def test_turns_of_the_prompt_are_context_even_where_an_assistant_said_them() -> 
         ("assistant", "Four."),
         prompt_turns=3,
     )
-    assert learned(PLAIN, encoder(template="plain").encode(turns)) == [f"Four.{EOS}"]
-    assert learned(CHAT, encoder(CHAT).encode(turns)) == [f"Four.{END}"]
+    assert supervised_texts(PLAIN, encoder(template="plain").encode(turns)) == [f"Four.{EOS}"]
+    assert supervised_texts(CHAT, encoder(CHAT).encode(turns)) == [f"Four.{END}"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,9 @@ def test_a_conversation_needs_a_chat_template_or_a_decision(turns: Example) -> N
 # ---------------------------------------------------------------- chat
 
 
-def test_chat_is_the_template_of_the_tokenizer_and_learns_answers_with_their_end_of_turn() -> None:
+def test_chat_is_the_template_of_the_tokenizer_and_supervises_answers_with_their_end_of_turn() -> (
+    None
+):
     turns = example(
         ("system", "Be brief."),
         ("user", "One?"),
@@ -159,18 +161,18 @@ def test_chat_is_the_template_of_the_tokenizer_and_learns_answers_with_their_end
     got = encoder(CHAT).encode(turns)
     messages = [{"role": turn.role, "content": turn.text} for turn in turns.turns]
     assert list(got.tokens) == CHAT.apply_chat_template(messages, return_dict=False)
-    assert learned(CHAT, got) == [f"Two.{END}", f"No.{END}"]
+    assert supervised_texts(CHAT, got) == [f"Two.{END}", f"No.{END}"]
 
 
 def test_a_prompt_and_an_answer_are_a_conversation_of_two_turns() -> None:
-    got = encoder(CHAT).encode(asked("One?", "Two."))
+    got = encoder(CHAT).encode(prompted("One?", "Two."))
     assert (
         text_of(CHAT, got)
         == "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n"
     )
-    assert learned(CHAT, got) == [f"Two.{END}"]
+    assert supervised_texts(CHAT, got) == [f"Two.{END}"]
     assert (
-        text_of(CHAT, encoder(CHAT, template="plain").encode(asked("One?", "Two.")))
+        text_of(CHAT, encoder(CHAT, template="plain").encode(prompted("One?", "Two.")))
         == f"{BOS}One?\nTwo.{END}"
     )
 
@@ -198,13 +200,13 @@ def test_an_answer_that_also_occurs_in_the_template_is_found_where_it_stands(ans
     turns = example(
         ("user", answer), ("assistant", answer), ("user", answer), ("assistant", answer)
     )
-    assert learned(CHAT, encoder(CHAT).encode(turns)) == [f"{answer}{END}"] * 2
+    assert supervised_texts(CHAT, encoder(CHAT).encode(turns)) == [f"{answer}{END}"] * 2
 
 
 @pytest.mark.parametrize("answer", SHORT)
-def test_an_assistant_that_speaks_first_is_learned_without_its_header(answer: str) -> None:
+def test_an_assistant_that_speaks_first_is_supervised_without_its_header(answer: str) -> None:
     turns = example(("assistant", answer), ("user", "Why?"), ("assistant", "So."))
-    assert learned(CHAT, encoder(CHAT).encode(turns)) == [f"{answer}{END}", f"So.{END}"]
+    assert supervised_texts(CHAT, encoder(CHAT).encode(turns)) == [f"{answer}{END}", f"So.{END}"]
 
 
 def test_a_conversation_may_end_with_the_user_and_hold_an_empty_answer() -> None:
@@ -215,13 +217,14 @@ def test_a_conversation_may_end_with_the_user_and_hold_an_empty_answer() -> None
         ("assistant", "Yes"),
         ("user", "Thanks"),
     )
-    assert learned(CHAT, encoder(CHAT).encode(turns)) == [END, f"Yes{END}"]
+    assert supervised_texts(CHAT, encoder(CHAT).encode(turns)) == [END, f"Yes{END}"]
 
 
 BOS_TEMPLATE = "{{ bos_token }}" + CHATML
 TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 SPACED = (  # no generation prompt, and a space before each answer
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 THINKING = (  # as reasoning models have it: the last answer alone gets an empty thought
@@ -232,10 +235,12 @@ THINKING = (  # as reasoning models have it: the last answer alone gets an empty
 )
 
 NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
-THOUGHTS = (  # the prompt begins a thought, rendered answers have none, and one that an answer brings is dropped
+# the prompt begins a thought, full answers have none, and one that an answer brings is dropped
+THOUGHTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
     "{{ m['content'].split('</think>')[-1] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 LAST_THOUGHT = THOUGHTS.replace(  # the last answer alone has what the prompt begins
     "{{ m['content']",
@@ -247,21 +252,22 @@ TWO_ENDS = (  # the last turn ends in another token
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 COLON = (  # the prompt ends in a space, which the first word of an answer takes
-    "{% for m in messages %}{{ ('A: ' if m['role'] == 'assistant' else 'Q: ') + m['content'] + '<|im_end|>' }}"
+    "{% for m in messages %}"
+    "{{ ('A: ' if m['role'] == 'assistant' else 'Q: ') + m['content'] + '<|im_end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
 )
 
 
 def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
     tokenizer = build_tokenizer(BOS_TEMPLATE)
-    got = encoder(tokenizer).encode(asked("One?", "Two."))
+    got = encoder(tokenizer).encode(prompted("One?", "Two."))
     assert (
         text_of(tokenizer, got).startswith(f"{BOS}<|im_start|>") and list(got.tokens).count(0) == 1
     )
     first = encoder(tokenizer).encode(
         example(("assistant", "s"), ("user", "Why?"), ("assistant", "So."))
     )
-    assert learned(tokenizer, first) == [f"s{END}", f"So.{END}"]
+    assert supervised_texts(tokenizer, first) == [f"s{END}", f"So.{END}"]
 
 
 @pytest.mark.parametrize(
@@ -290,30 +296,33 @@ def test_a_template_that_writes_bos_does_not_get_a_second_one() -> None:
 def test_templates_of_other_habits_are_followed(template: str, expected: list[str]) -> None:
     tokenizer = build_tokenizer(template)
     turns = example(("user", "One?"), ("assistant", "Two. "), ("user", "a?"), ("assistant", " a"))
-    assert learned(tokenizer, encoder(tokenizer).encode(turns)) == expected
+    assert supervised_texts(tokenizer, encoder(tokenizer).encode(turns)) == expected
 
 
-def test_an_answer_whose_thought_a_template_drops_is_learned_without_it() -> None:
+def test_an_answer_whose_thought_a_template_drops_is_supervised_without_it() -> None:
     tokenizer = build_tokenizer(THOUGHTS)
     turns = example(
         ("user", "One?"), ("assistant", "<think>hm</think> So."), ("user", "a?"), ("assistant", "b")
     )
-    assert learned(tokenizer, encoder(tokenizer).encode(turns)) == [f" So.{END}", f"b{END}"]
+    assert supervised_texts(tokenizer, encoder(tokenizer).encode(turns)) == [
+        f" So.{END}",
+        f"b{END}",
+    ]
     first = example(("assistant", "<b>"), ("user", "Why?"), ("assistant", "So."))
     tokenizer = build_tokenizer(LAST_THOUGHT)
-    assert learned(tokenizer, encoder(tokenizer).encode(first)) == [
+    assert supervised_texts(tokenizer, encoder(tokenizer).encode(first)) == [
         f"<b>{END}",
         f"\n</think>So.{END}",
     ]
 
 
-def test_a_word_that_takes_the_space_of_its_prompt_is_learned() -> None:
+def test_a_word_that_takes_the_space_of_its_prompt_is_supervised() -> None:
     tokenizer = build_tokenizer(COLON)
     word = next(
         w for w in WORDS.split() if len(tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1
     )
-    got = encoder(tokenizer).encode(asked("One?", word))
-    assert learned(tokenizer, got) == [f" {word}{END}"] and got.targets == 2
+    got = encoder(tokenizer).encode(prompted("One?", word))
+    assert supervised_texts(tokenizer, got) == [f" {word}{END}"] and got.targets == 2
 
 
 @pytest.mark.parametrize(
@@ -334,7 +343,9 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str) ->
         BadRow, match=r"pool\.jsonl:7: the chat template refuses it: .*--template plain"
     ):
         encoder(tokenizer).encode(refused)
-    assert learned(tokenizer, encoder(tokenizer).encode(asked("One?", "Two."))) == [f"Two.{END}"]
+    assert supervised_texts(tokenizer, encoder(tokenizer).encode(prompted("One?", "Two."))) == [
+        f"Two.{END}"
+    ]
 
 
 def test_a_template_that_changes_an_answer_beyond_recognition_makes_a_bad_row() -> None:
@@ -342,16 +353,16 @@ def test_a_template_that_changes_an_answer_beyond_recognition_makes_a_bad_row() 
         CHATML.replace("message['content']", "(message['content'] | upper)")
     )
     with pytest.raises(BadRow, match="changes turn 2 beyond recognition"):
-        encoder(tokenizer).encode(asked("One?", "two"))
+        encoder(tokenizer).encode(prompted("One?", "two"))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(alphabet="ab <|>\n_éß漢🙂imsertuang", max_size=12), min_size=2, max_size=6))
-def test_any_conversation_learns_its_answers_and_nothing_else(texts: list[str]) -> None:
+def test_any_conversation_supervises_its_answers_and_nothing_else(texts: list[str]) -> None:
     roles: Sequence[Role] = ["user", "assistant"]
-    turns = example(*((roles[place % 2], text.strip()) for place, text in enumerate(texts)))
+    turns = example(*((roles[index % 2], text.strip()) for index, text in enumerate(texts)))
     got = encoder(CHAT).encode(turns)
-    assert learned(CHAT, got) == [
+    assert supervised_texts(CHAT, got) == [
         f"{turn.text}{END}" for turn in turns.turns if turn.role == "assistant"
     ]
 
@@ -360,20 +371,20 @@ def test_any_conversation_learns_its_answers_and_nothing_else(texts: list[str]) 
 
 
 def test_a_long_row_loses_its_end_and_says_so() -> None:
-    whole = encoder().encode(asked("What?", "word " * 40))
-    cut = encoder(max_length=20).encode(asked("What?", "word " * 40))
-    assert cut.truncated and not whole.truncated
-    assert list(cut.tokens) == list(whole.tokens[:20]) and list(cut.supervised) == list(
-        whole.supervised[:20]
+    full = encoder().encode(prompted("What?", "word " * 40))
+    cut = encoder(max_length=20).encode(prompted("What?", "word " * 40))
+    assert cut.truncated and not full.truncated
+    assert list(cut.tokens) == list(full.tokens[:20]) and list(cut.supervised) == list(
+        full.supervised[:20]
     )
-    assert encoder(max_length=len(whole.tokens)).encode(asked("What?", "word " * 40)) == whole
+    assert encoder(max_length=len(full.tokens)).encode(prompted("What?", "word " * 40)) == full
 
 
-def test_a_row_without_anything_to_learn_is_bad() -> None:
+def test_a_row_without_a_supervised_token_is_bad() -> None:
     with pytest.raises(
         BadRow, match=r"pool\.jsonl:7: nothing supervised is left of \d+ tokens after cutting to 8"
     ):
-        encoder(max_length=8).encode(asked("word " * 40, "Yes."))
+        encoder(max_length=8).encode(prompted("word " * 40, "Yes."))
     with pytest.raises(BadRow, match="nothing is supervised"):
         encoder(template="plain").encode(example(("user", "One?")))
 
@@ -408,19 +419,19 @@ def rows() -> list[Encoded]:
         "water boils at hundred degrees " * 3,
     ]
     return [
-        encoder().encode(asked("Tell me" + "!" * place, answer))
-        for place, answer in enumerate(answers)
+        encoder().encode(prompted("Tell me" + "!" * index, answer))
+        for index, answer in enumerate(answers)
     ]
 
 
 def test_padding_stands_on_the_side_asked_for_and_is_not_real() -> None:
     for side in ("left", "right"):
         batch = collate(rows(), side=side)
-        for place, row in enumerate(rows()):
-            assert batch.tokens[place][batch.real[place]].tolist() == list(row.tokens)
-            assert batch.supervised[place][batch.real[place]].tolist() == list(row.supervised)
-            assert not batch.supervised[place][~batch.real[place]].any()
-            assert bool(batch.real[place, 0 if side == "right" else -1])
+        for index, row in enumerate(rows()):
+            assert batch.tokens[index][batch.real[index]].tolist() == list(row.tokens)
+            assert batch.supervised[index][batch.real[index]].tolist() == list(row.supervised)
+            assert not batch.supervised[index][~batch.real[index]].any()
+            assert bool(batch.real[index, 0 if side == "right" else -1])
         assert batch.counts.tolist() == [row.targets for row in rows()]
 
 
@@ -444,6 +455,6 @@ def test_a_tokenizer_read_from_a_folder_encodes_the_same(
 ) -> None:
     for folder, tokenizer in ((plain_model, PLAIN), (chat_model, CHAT)):
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder))
-        assert encoder(loaded).encode(asked("One?", "Two.")) == encoder(tokenizer).encode(
-            asked("One?", "Two.")
+        assert encoder(loaded).encode(prompted("One?", "Two.")) == encoder(tokenizer).encode(
+            prompted("One?", "Two.")
         )

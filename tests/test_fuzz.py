@@ -50,7 +50,10 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = "messages prompt completion response instruction input output conversations text question choices answer"
+FIELDS = (
+    "messages prompt completion response instruction input output conversations text question "
+    "choices answer"
+)
 NAMES = st.sampled_from(
     [*FIELDS.split(), "answerKey", "chosen", "rejected", "id", "source"]
 ) | st.text(max_size=4)
@@ -116,8 +119,8 @@ EDITS = st.lists(
 @SHARED
 def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path: Path, ending: str, edits: Any) -> None:
     data = sound(ending)
-    for place, cut, put in edits:
-        at = int(place * len(data))
+    for share, cut, put in edits:
+        at = int(share * len(data))
         data = data[:at] + put + data[at + cut :]
     path = tmp_path / f"pool.{ending}"
     path.write_bytes(data)
@@ -164,12 +167,12 @@ def test_no_text_of_a_pool_becomes_markup_of_the_page(
     seen.feed(page)
     assert sorted(seen.kinds) == ["", "", "application/json"]  # Vega, the page's own, and the data
     assert not seen.handlers and not seen.links
-    told = json.dumps(json.loads(seen.data), ensure_ascii=False)
+    text = json.dumps(json.loads(seen.data), ensure_ascii=False)
     if len(dict.fromkeys(row["id"] for row in odd)) == len(
         odd
-    ):  # rows whose id repeats are set aside
+    ):  # rows whose id repeats are quarantined
         for row, score in zip(odd, scores, strict=False):
-            assert score != score or json.dumps(row["completion"], ensure_ascii=False)[1:-1] in told
+            assert score != score or json.dumps(row["completion"], ensure_ascii=False)[1:-1] in text
 
 
 class Scripts(HTMLParser):
@@ -181,14 +184,14 @@ class Scripts(HTMLParser):
         self.kinds, self.handlers, self.links, self.data = list[str](), list[str](), list[str](), ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = dict(attrs)
+        values = dict(attrs)
         if tag == "script":
-            self.kinds.append(told.get("type") or "")
-        self.handlers += [name for name in told if name.startswith("on")]
+            self.kinds.append(values.get("type") or "")
+        self.handlers += [name for name in values if name.startswith("on")]
         self.links += [
             value
             for name in ("src", "href")
-            if (value := told.get(name)) and not value.startswith("#")
+            if (value := values.get(name)) and not value.startswith("#")
         ]
 
     def handle_data(self, data: str) -> None:

@@ -95,8 +95,8 @@ def test_a_pair_whose_gradient_is_nan_stops_the_run_and_is_named(
     monkeypatch.setattr(loading, "load", loaded)
     outcome = desk.call()
     assert outcome.code == 2 and outcome.err == (
-        f"prism: {desk.folder}/pairs.jsonl:2: the model gives this pair a gradient that is NaN or infinite; try "
-        "--dtype float32, or leave the pair out\n"
+        f"prism: {desk.folder}/pairs.jsonl:2: the model gives this pair a gradient that is NaN or "
+        "infinite; try --dtype float32, or leave the pair out\n"
     )
     assert not desk.out.exists()
 

@@ -22,7 +22,7 @@ from prism_select.data.pairing import (
     change_numbers,
     final_number,
     nearest,
-    other_answers,
+    swapped_answers,
 )
 from prism_select.data.records import Raw
 from prism_select.run.errors import BadOption, PrismError
@@ -46,14 +46,16 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def made(out: Path, *words: object) -> list[dict[str, Any]]:
-    done = prism("pairs", *words, "--out", out)
-    assert done.code == 0, done.err
+    outcome = prism("pairs", *words, "--out", out)
+    assert outcome.code == 0, outcome.err
     return rows(out)
 
 
-def refused(done: Outcome, *parts: str) -> None:
-    assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("prism: "), done
-    assert all(part in done.err for part in parts), done.err
+def refused(outcome: Outcome, *texts: str) -> None:
+    assert (
+        outcome.code == 2 and outcome.err.count("\n") == 1 and outcome.err.startswith("prism: ")
+    ), outcome
+    assert all(text in outcome.err for text in texts), outcome.err
 
 
 # ---------------------------------------------------------------- properties of the pure parts
@@ -96,10 +98,10 @@ def test_choices_never_pair_the_right_answer_with_itself(
 
 @given(st.lists(st.text(min_size=1, max_size=4), max_size=12), st.integers(0, 99))
 def test_swapped_answers_are_those_of_other_rows(answers: list[str], seed: int) -> None:
-    found = other_answers(answers, random.Random(seed))
+    found = swapped_answers(answers, random.Random(seed))
     for answer, other in zip(answers, found, strict=True):
         if other is None:
-            assert not answer.strip() or len({each.strip() for each in answers} - {""}) == 1
+            assert not answer.strip() or len({wrong.strip() for wrong in answers} - {""}) == 1
         else:
             assert other in answers and other.strip() not in ("", answer.strip())
 
@@ -183,19 +185,17 @@ def test_what_is_made_of_a_row_depends_on_no_other_row(tmp_path: Path) -> None:
     assert less == whole[:2]
 
 
-def test_choices_give_each_one_or_the_favourite_wrong_choice(
+def test_choices_give_each_wrong_choice_or_with_a_model_its_favourite(
     tmp_path: Path, plain_model: Path
 ) -> None:
     file = jsonl(tmp_path / "quiz.jsonl", CHOICES)
-    each = made(tmp_path / "each.jsonl", file, "--how", "choices")
-    assert [(pair["chosen"], pair["rejected"]) for pair in each] == [
+    wrong = made(tmp_path / "each.jsonl", file, "--how", "choices")
+    assert [(pair["chosen"], pair["rejected"]) for pair in wrong] == [
         ("apple", "stone"),
         ("apple", "car"),
         ("water", "sand"),
     ]
-    one = made(tmp_path / "one.jsonl", file, "--how", "choices", "--wrong", "one")
-    assert [pair["chosen"] for pair in one] == ["apple", "water"]
-    words = ("--how", "choices", "--wrong", "favourite", "--model", plain_model)
+    words = ("--how", "choices", "--model", plain_model)
     liked = made(tmp_path / "liked.jsonl", file, *words)
     checked = prism_select.score(
         model=str(plain_model),
@@ -204,7 +204,7 @@ def test_choices_give_each_one_or_the_favourite_wrong_choice(
         out=str(tmp_path / "run"),
     ).pairs.to_pydict()
     best = max((0, 1), key=lambda i: checked["loglik_rejected"][i])
-    assert liked[0]["rejected"] == each[best]["rejected"] and liked[1]["rejected"] == "sand"
+    assert liked[0]["rejected"] == wrong[best]["rejected"] and liked[1]["rejected"] == "sand"
 
 
 def test_weak_answers_come_from_a_column_and_swapped_ones_from_other_rows(tmp_path: Path) -> None:
@@ -252,14 +252,14 @@ def test_answers_are_the_models_own_where_the_check_refuses_them(
         prism("pairs", file, *words[:-2], "--out", tmp_path / "c.jsonl"),
         "no answer ended within --new-tokens",
     )
-    kept = prism_select.make_pairs(
+    before = prism_select.make_pairs(
         file,
         "answers",
         str(tmp_path / "d.jsonl"),
         accepts=lambda answer, right: False,
         **options(plain_model),
     )
-    assert kept.pairs and kept.pairs + sum(kept.skipped.values()) == len(SOLVED)
+    assert before.pairs and before.pairs + sum(before.skipped.values()) == len(SOLVED)
 
 
 def options(model: Path) -> dict[str, Any]:
@@ -297,10 +297,10 @@ def test_rows_that_give_no_pair_are_counted_and_kept_with_their_reason(tmp_path:
         *SOLVED[1:],
     ]
     file = jsonl(tmp_path / "rows.jsonl", messy)
-    done = prism(
+    outcome = prism(
         "pairs", file, "--how", "numbers", "--out", tmp_path / "p.jsonl", "--max-bad", "50%"
     )
-    assert done.code == 0 and "its answer has no number" in done.out
+    assert outcome.code == 0 and "its answer has no number" in outcome.out
     lost = rows(tmp_path / "p.jsonl.skipped.jsonl")
     assert [row["line"] for row in lost] == [2, 3, 4]
     assert lost[0]["reason"] == "its answer has no number" and lost[2]["raw"] == "{broken"
@@ -308,7 +308,7 @@ def test_rows_that_give_no_pair_are_counted_and_kept_with_their_reason(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("lines", "words", "parts"),
+    ("lines", "words", "texts"),
     [
         ([*SOLVED, "{broken"], (), ("rows.jsonl:5", "--max-bad")),
         (["{broken"], (), ("rows.jsonl:1",)),
@@ -321,28 +321,25 @@ def test_rows_that_give_no_pair_are_counted_and_kept_with_their_reason(tmp_path:
     ],
 )
 def test_input_that_cannot_be_used_is_one_line_and_writes_nothing(
-    tmp_path: Path, lines: list[Any], words: tuple[str, ...], parts: tuple[str, ...]
+    tmp_path: Path, lines: list[Any], words: tuple[str, ...], texts: tuple[str, ...]
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", lines)
     how = () if "--how" in words else ("--how", "numbers")
-    refused(prism("pairs", file, *how, *words, "--out", tmp_path / "p.jsonl"), *parts)
+    refused(prism("pairs", file, *how, *words, "--out", tmp_path / "p.jsonl"), *texts)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("words", "text"),
     [
         (("FILE", "--how", "numbers"), "--out is missing"),
         (("FILE", "--out", "p.jsonl"), "--how is missing"),
-        (("FILE", "--how", "weak", "--out", "p.jsonl"), "--weak-field is missing"),
+        (("FILE", "--how", "weak", "--out", "p.jsonl"), "no text in weak"),
+        (("FILE", "--how", "weak", "--out", "p.jsonl", "--fields", "weak=no"), "no text in no"),
         (("FILE", "--how", "answers", "--out", "p.jsonl"), "--model is missing"),
-        (
-            ("FILE", "--how", "choices", "--wrong", "favourite", "--out", "p.jsonl"),
-            "--model is missing",
-        ),
         (("FILE", "--how", "number", "--out", "p.jsonl"), "try one of numbers"),
         (("FILE", "--how", "numbers", "--out", "p.csv"), ".jsonl"),
-        (("FILE", "--how", "numbers", "--out", "p.jsonl", "--limit", "-1"), "at least 0"),
+        (("FILE", "--how", "numbers", "--out", "p.jsonl", "--limit", "0"), "at least 1"),
         (("FILE", "--how", "numbers", "--out", "p.jsonl", "--accept", "x"), "--accept"),
         (("nowhere.jsonl", "--how", "numbers", "--out", "p.jsonl"), "nowhere.jsonl"),
         (("--check", "FILE"), "--model is missing"),
@@ -350,10 +347,10 @@ def test_input_that_cannot_be_used_is_one_line_and_writes_nothing(
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    tmp_path: Path, words: tuple[str, ...], part: str
+    tmp_path: Path, words: tuple[str, ...], text: str
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", SOLVED)
-    refused(prism("pairs", *[file if word == "FILE" else word for word in words]), part)
+    refused(prism("pairs", *[file if word == "FILE" else word for word in words]), text)
 
 
 def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(
@@ -392,15 +389,15 @@ def test_rows_that_cannot_be_asked_are_skipped_and_the_rest_goes_on(
 
 
 def test_what_cannot_be_an_answer_is_no_answer(tmp_path: Path) -> None:
-    def said(text: str) -> dict[str, Any]:
+    def row(text: str) -> dict[str, Any]:
         return {
             "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
         }
 
     first = {"role": "assistant", "content": "yes"}
-    empty = {"messages": [{"role": "user", "content": "q"}, first, *said("")["messages"]]}
-    asks = {"messages": [*said("a")["messages"], {"role": "user", "content": "more?"}]}
-    file = jsonl(tmp_path / "rows.jsonl", [said("one"), empty, asks, said("two")])
+    empty = {"messages": [{"role": "user", "content": "q"}, first, *row("")["messages"]]}
+    asks = {"messages": [*row("a")["messages"], {"role": "user", "content": "more?"}]}
+    file = jsonl(tmp_path / "rows.jsonl", [row("one"), empty, asks, row("two")])
     pairs = made(tmp_path / "p.jsonl", file, "--how", "swap")
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
         ("one", "two"),
@@ -444,7 +441,7 @@ def test_what_is_read_is_never_written(tmp_path: Path, plain_model: Path) -> Non
     )
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
-    kept = pairs.read_bytes()
+    content = pairs.read_bytes()
     refused(
         prism("pairs", "--check", pairs, "--model", plain_model, "--out", pairs), "the file to read"
     )
@@ -455,7 +452,7 @@ def test_what_is_read_is_never_written(tmp_path: Path, plain_model: Path) -> Non
     )
     assert (
         Path(file).read_bytes() == before
-        and pairs.read_bytes() == kept
+        and pairs.read_bytes() == content
         and report.read_text() == "mine"
     )
 
@@ -464,14 +461,14 @@ def test_one_pair_has_no_agreement_and_says_so_without_a_number(
     tmp_path: Path, plain_model: Path
 ) -> None:
     file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    done = prism("pairs", "--check", file, "--model", plain_model)
-    assert done.code == 0 and "nan" not in done.out and "agree at" not in done.out
+    outcome = prism("pairs", "--check", file, "--model", plain_model)
+    assert outcome.code == 0 and "nan" not in outcome.out and "agree at" not in outcome.out
     assert prism_select.check_pairs(file, str(plain_model))["split_half_agreement"] is None
     norms = prism("pairs", "--check", file, "--model", plain_model, "--layers", "norm")
     assert (
         norms.code == 0
         and "nan" not in norms.out
-        and "no counted weight is the matrix of a plain linear layer" in norms.out
+        and "no selected parameter is the matrix of a plain linear layer" in norms.out
     )
 
 
@@ -523,7 +520,7 @@ def test_repair_speaks_of_the_answers_as_the_target_file_does(
     ]
     file = jsonl(tmp_path / "pairs.jsonl", rows_)
     for command in ("score", "repair"):
-        done = prism(
+        outcome = prism(
             command,
             "--model",
             plain_model,
@@ -534,8 +531,8 @@ def test_repair_speaks_of_the_answers_as_the_target_file_does(
             "--out",
             tmp_path / command,
         )
-        assert "the chosen answer is the longer one in 100% of the pairs" in done.out, (
-            done.out + done.err
+        assert "the chosen answer is the longer one in 100% of the pairs" in outcome.out, (
+            outcome.out + outcome.err
         )
 
 
@@ -553,20 +550,20 @@ def test_a_file_that_is_there_is_not_overwritten_unless_asked(tmp_path: Path) ->
 def test_the_check_says_what_a_run_says_without_a_pool(tmp_path: Path, plain_model: Path) -> None:
     made(tmp_path / "pairs.jsonl", jsonl(tmp_path / "rows.jsonl", SOLVED), "--how", "numbers")
     target, report = str(tmp_path / "pairs.jsonl"), tmp_path / "check.json"
-    done = prism("pairs", "--check", target, "--model", plain_model, "--out", report)
-    assert done.code == 0 and "two halves agree at" in done.out and "common part" in done.out, (
-        done.err
-    )
-    told = json.loads(report.read_text())
+    outcome = prism("pairs", "--check", target, "--model", plain_model, "--out", report)
+    assert (
+        outcome.code == 0 and "two halves agree at" in outcome.out and "common part" in outcome.out
+    ), outcome.err
+    report = json.loads(report.read_text())
     run = prism_select.score(
         model=str(plain_model),
         pool=str(tmp_path / "rows.jsonl"),
         target=target,
         out=str(tmp_path / "run"),
     )
-    assert told.pop("warnings") == run.manifest["warnings"]
-    assert told == run.manifest["target"]
-    assert told["pairs"] == 4 and sum(run.pairs["share"].to_pylist()) == pytest.approx(1)
+    assert report.pop("warnings") == run.manifest["warnings"]
+    assert report == run.manifest["target"]
+    assert report["pairs"] == 4 and sum(run.pairs["share"].to_pylist()) == pytest.approx(1)
     assert prism_select.check_pairs(target, str(plain_model))["pairs"] == 4
 
 
@@ -584,8 +581,8 @@ def test_remedies_change_the_scores_and_keep_the_halves_apart(
     for model in (plain_model, chat_model):
         shared = ("--model", model, "--pool", pool, "--target", tmp_path / "pairs.jsonl")
         for name, extra in (("plain", ()), ("mended", words)):
-            done = prism("score", *shared, "--out", tmp_path / model.name / name, *extra)
-            assert done.code == 0, done.err
+            outcome = prism("score", *shared, "--out", tmp_path / model.name / name, *extra)
+            assert outcome.code == 0, outcome.err
         plain, mended = (
             prism_select.Run(tmp_path / model.name / name).scores.to_pydict()
             for name in ("plain", "mended")
@@ -609,10 +606,14 @@ def test_unpaired_has_no_common_part_to_remove(tmp_path: Path, plain_model: Path
 
 
 def test_made_says_where_and_how_many(tmp_path: Path) -> None:
-    done = prism_select.make_pairs(
+    outcome = prism_select.make_pairs(
         jsonl(tmp_path / "rows.jsonl", SOLVED), "numbers", str(tmp_path / "p.jsonl")
     )
-    assert done.pairs == done.rows == 4 and done.path == tmp_path / "p.jsonl" and not done.skipped
+    assert (
+        outcome.pairs == outcome.rows == 4
+        and outcome.path == tmp_path / "p.jsonl"
+        and not outcome.skipped
+    )
     with pytest.raises(PrismError):
         prism_select.make_pairs(str(tmp_path / "rows.jsonl"), "numbers", str(tmp_path / "p.jsonl"))
 
@@ -645,8 +646,8 @@ def test_a_warm_up_moves_the_checkpoint_and_leaves_its_adapter(
         ("warm", ("--warmup", "60%")),
         ("again", ("--warmup", "60%")),
     ):
-        done = prism("score", *shared, *words, "--out", tmp_path / name)
-        assert done.code == 0 and "train_runtime" not in done.out, done.err
+        outcome = prism("score", *shared, *words, "--out", tmp_path / name)
+        assert outcome.code == 0 and "train_runtime" not in outcome.out, outcome.err
     assert not any((tmp_path / "temporary").iterdir())
     plain, warm, again = (prism_select.Run(tmp_path / name) for name in ("plain", "warm", "again"))
     logliks = [run.scores["loglik"].to_pylist() for run in (plain, warm, again)]

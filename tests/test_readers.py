@@ -58,8 +58,8 @@ def problem(path: Path, data: bytes | str) -> str:
     return raw.problem
 
 
-def places(found: Iterable[Raw]) -> list[tuple[int, object]]:
-    return [(raw.line, raw.fields) for raw in found]
+def lines_and_fields(result: Iterable[Raw]) -> list[tuple[int, object]]:
+    return [(raw.line, raw.fields) for raw in result]
 
 
 # ---------------------------------------------------------------- finding files
@@ -147,19 +147,19 @@ def test_a_file_that_may_not_be_read_is_refused(
     "ending", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "JSONL"]
 )
 def test_json_lines_keep_their_text_and_line_in_every_packing(tmp_path: Path, ending: str) -> None:
-    found = rows(tmp_path / f"x.{ending}", '{"a":  "é\\u00e9"}\r\n\n  \n{"a": 2, "a": NaN}')
-    assert [(raw.line, raw.text) for raw in found] == [
+    result = rows(tmp_path / f"x.{ending}", '{"a":  "é\\u00e9"}\r\n\n  \n{"a": 2, "a": NaN}')
+    assert [(raw.line, raw.text) for raw in result] == [
         (1, '{"a":  "é\\u00e9"}'),
         (4, '{"a": 2, "a": NaN}'),
     ]
-    assert found[0].fields == {"a": "éé"}
-    assert all(raw.file.endswith(ending) and raw.problem is None for raw in found)
+    assert result[0].fields == {"a": "éé"}
+    assert all(raw.file.endswith(ending) and raw.problem is None for raw in result)
 
 
 def test_concatenated_archives_are_one_file(tmp_path: Path) -> None:
     for name, pack in (("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.compress)):
         (tmp_path / name).write_bytes(pack(b'{"a": 1}\n') + pack(b'{"a": 2}\n'))
-        assert places(read_rows(str(tmp_path / name))) == [(1, {"a": 1}), (2, {"a": 2})]
+        assert lines_and_fields(read_rows(str(tmp_path / name))) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
@@ -218,10 +218,10 @@ def test_numbers_of_any_size_are_accepted(tmp_path: Path) -> None:
 
 
 def test_elements_of_an_array_come_with_their_true_lines_on_one_line(tmp_path: Path) -> None:
-    found = rows(
+    result = rows(
         tmp_path / "x.json", '\n[\n {"a": 1,\n  "b": [\n 2]},{"a":"\\n"}\n\n , {"c":  3}\n]\n'
     )
-    assert [(raw.line, raw.text) for raw in found] == [
+    assert [(raw.line, raw.text) for raw in result] == [
         (3, '{"a": 1, "b": [2]}'),
         (5, '{"a":"\\n"}'),
         (7, '{"c":  3}'),
@@ -273,15 +273,15 @@ def test_rows_before_the_break_of_an_array_are_still_given(tmp_path: Path) -> No
 
 
 def test_bad_elements_of_a_sound_array_cost_only_themselves(tmp_path: Path) -> None:
-    found = rows(tmp_path / "x.json", b'[{"a": 1},\n "x",\n{"b": "\xff"},\n{"a": "\xc3\xa9"}]')
-    assert [(raw.line, raw.problem) for raw in found] == [
+    result = rows(tmp_path / "x.json", b'[{"a": 1},\n "x",\n{"b": "\xff"},\n{"a": "\xc3\xa9"}]')
+    assert [(raw.line, raw.problem) for raw in result] == [
         (1, None),
         (2, "a string where an object was expected"),
         (3, "invalid UTF-8 at byte 8 of the row"),
         (4, None),
     ]
-    assert found[2].text == '{"b": "\\xff"}'
-    assert found[3].fields == {"a": "é"}
+    assert result[2].text == '{"b": "\\xff"}'
+    assert result[3].fields == {"a": "é"}
 
 
 def test_a_json_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -298,12 +298,12 @@ def test_an_array_does_not_depend_on_where_it_is_cut(
     values = [
         {"é": '😀\\"', "n": n, "x": -1.25e10, "t": [True, None], "long": "y" * 50} for n in range(9)
     ]
-    found = rows(
+    result = rows(
         tmp_path / "x.json", "[1.5e3,\n" + ",\n".join(map(json.dumps, values)) + "\n,123456]"
     )
-    assert [raw.fields for raw in found] == [None, *values, None]
-    assert [raw.text for raw in (found[0], found[-1])] == ["1.5e3", "123456"]
-    assert [raw.line for raw in found] == [*range(1, 11), 11]
+    assert [raw.fields for raw in result] == [None, *values, None]
+    assert [raw.text for raw in (result[0], result[-1])] == ["1.5e3", "123456"]
+    assert [raw.line for raw in result] == [*range(1, 11), 11]
 
 
 def test_the_memory_for_an_array_does_not_grow_with_the_file(tmp_path: Path) -> None:
@@ -332,18 +332,18 @@ def test_a_break_in_a_long_array_is_found_without_reading_on(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.csv.zst"])
 def test_csv_rows_start_where_they_start(tmp_path: Path, name: str) -> None:
     data = '\ufeffprompt, n\r\n"a\nb ""q""\rc",1\r\n\r\n é ,2.50\r\n"",\r\n'
-    found = rows(tmp_path / name, data)
-    assert places(found) == [
+    result = rows(tmp_path / name, data)
+    assert lines_and_fields(result) == [
         (2, {"prompt": 'a\nb "q"\rc', "n": "1"}),
         (5, {"prompt": " é ", "n": "2.50"}),
         (6, {"prompt": "", "n": ""}),
     ]
-    assert found[1].text == '{"prompt": " é ", "n": "2.50"}'
+    assert result[1].text == '{"prompt": " é ", "n": "2.50"}'
 
 
 def test_csv_rows_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    found = rows(tmp_path / "x.csv", b'a,b\n1\n1,2,3\n\xff,2\n\0,2\n"x"y,2\n"1\n",2\n3,"4\n')
-    assert [(raw.line, raw.problem) for raw in found] == [
+    result = rows(tmp_path / "x.csv", b'a,b\n1\n1,2,3\n\xff,2\n\0,2\n"x"y,2\n"1\n",2\n3,"4\n')
+    assert [(raw.line, raw.problem) for raw in result] == [
         (2, "1 columns where the header has 2"),
         (3, "3 columns where the header has 2"),
         (4, "invalid UTF-8 at byte 1 of the row"),
@@ -352,7 +352,7 @@ def test_csv_rows_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         (7, None),
         (9, "broken CSV: unexpected end of data"),
     ]
-    assert (found[1].text, found[2].text, found[4].text) == ("1,2,3", "\\xff,2", '"x"y,2')
+    assert (result[1].text, result[2].text, result[4].text) == ("1,2,3", "\\xff,2", '"x"y,2')
 
 
 def test_a_csv_field_may_be_longer_than_the_default_limit(tmp_path: Path) -> None:
@@ -381,11 +381,11 @@ def test_parquet_rows_are_numbered_over_batches(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"n": range(600), "m": [[{"role": "user", "content": "é"}]] * 600}), path
     )
-    found = list(read_rows(str(path)))
-    assert [(raw.line, raw.fields["n"]) for raw in found if raw.fields] == [
+    result = list(read_rows(str(path)))
+    assert [(raw.line, raw.fields["n"]) for raw in result if raw.fields] == [
         (n + 1, n) for n in range(600)
     ]
-    assert found[0].text == '{"n": 0, "m": [{"role": "user", "content": "é"}]}'
+    assert result[0].text == '{"n": 0, "m": [{"role": "user", "content": "é"}]}'
 
 
 def test_the_memory_for_a_table_does_not_grow_with_the_file(tmp_path: Path) -> None:
@@ -458,7 +458,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_local_folder_is_read_as_a_hub_data_set(hub: Path) -> None:
-    assert places(read_rows(f"hub:{hub}")) == [(n + 1, {"text": f"train {n}"}) for n in range(3)]
+    assert lines_and_fields(read_rows(f"hub:{hub}")) == [
+        (n + 1, {"text": f"train {n}"}) for n in range(3)
+    ]
     (first, *_) = read_rows(f"hub:{hub}:test")
     assert (first.file, first.text) == (f"hub:{hub}:test", '{"text": "test 0"}')
     example = to_example(first, Format("text"), {})
@@ -495,11 +497,11 @@ OBJECTS = st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=8)
 def test_any_objects_survive_json_lines(
     tmp_path: Path, objects: list[dict[str, Any]], name: str, escape: bool
 ) -> None:
-    found = rows(
+    result = rows(
         tmp_path / name, "".join(json.dumps(one, ensure_ascii=escape) + "\n" for one in objects)
     )
-    assert places(found) == list(enumerate(objects, start=1))
-    assert [json.loads(raw.text) for raw in found] == objects
+    assert lines_and_fields(result) == list(enumerate(objects, start=1))
+    assert [json.loads(raw.text) for raw in result] == objects
 
 
 @given(OBJECTS, st.sampled_from([None, 0, 1]), st.sampled_from([3, 64, 1 << 16]), st.booleans())
@@ -511,12 +513,12 @@ def test_any_objects_survive_a_json_array(
         for module in (streams, files, json_rows):
             patch.setattr(module, "CHUNK_BYTES", chunk)
         text = json.dumps(objects, indent=indent, ensure_ascii=escape)
-        found = rows(tmp_path / "x.json", text)
-    assert [raw.fields for raw in found] == [json.loads(raw.text) for raw in found] == objects
+        result = rows(tmp_path / "x.json", text)
+    assert [raw.fields for raw in result] == [json.loads(raw.text) for raw in result] == objects
     lines = text.split("\n")
-    for raw, one in zip(found, objects, strict=True):
-        rest = "\n".join(lines[raw.line - 1 :])
-        assert indent is None or json.JSONDecoder().raw_decode(rest.strip())[0] == one
+    for raw, one in zip(result, objects, strict=True):
+        remaining = "\n".join(lines[raw.line - 1 :])
+        assert indent is None or json.JSONDecoder().raw_decode(remaining.strip())[0] == one
         assert "\n" not in raw.text
 
 
@@ -529,9 +531,9 @@ def test_any_objects_survive_a_json_array(
 )
 @FIXTURE_IS_SHARED
 def test_any_cells_survive_csv(tmp_path: Path, cells: list[list[str]]) -> None:
-    held = io.StringIO()
-    csv.writer(held, quoting=csv.QUOTE_ALL).writerows([["a", "b"], *cells])
-    assert [raw.fields for raw in rows(tmp_path / "x.csv", held.getvalue())] == [
+    output = io.StringIO()
+    csv.writer(output, quoting=csv.QUOTE_ALL).writerows([["a", "b"], *cells])
+    assert [raw.fields for raw in rows(tmp_path / "x.csv", output.getvalue())] == [
         {"a": a, "b": b} for a, b in cells
     ]
 
@@ -644,7 +646,7 @@ def pairs_of(mapping: Names | None = None, **fields: Any) -> list[Pair]:
     return to_pairs(raw, detect_target(fields, mapping or {}), mapping or {})
 
 
-def said(example: Example) -> tuple[list[str], int]:
+def turns_of(example: Example) -> tuple[list[str], int]:
     return [f"{turn.role}: {turn.text}" for turn in example.turns], example.prompt_turns
 
 
@@ -661,8 +663,10 @@ DIALOGUE = [message("user", "u1"), message("assistant", "a1"), message("user", "
 POOL = [
     ("messages", {"messages": [message("developer", "s"), *DIALOGUE, message("assistant", "a2")]},
      ["system: s", "user: u1", "assistant: a1", "user: u2", "assistant: a2"], 0),
-    ("messages", {"messages": [message("user", [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
-                               message("function", "f"), message("assistant", "a")], "prompt": "p", "completion": "c"},
+    ("messages",
+     {"messages": [message("user", [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
+                               message("function", "f"), message("assistant", "a")], "prompt": "p",
+                               "completion": "c"},
      ["user: xy", "tool: f", "assistant: a"], 0),
     ("prompt+completion", {"prompt": "p", "completion": " c"}, ["user: p", "assistant:  c"], 1),
     ("prompt+completion", {"prompt": DIALOGUE, "completion": [message("assistant", "a2")]},
@@ -673,20 +677,25 @@ POOL = [
      ["user: u1", "assistant: a1", "user: u2"], 1),
     ("prompt+response", {"prompt": "p", "response": "c"}, ["user: p", "assistant: c"], 1),
     ("prompt+answer", {"prompt": "p", "answer": "c"}, ["user: p", "assistant: c"], 1),
-    ("instruction+output", {"instruction": "i", "input": "", "output": "o", "chosen": "c", "rejected": "r"},
+    ("instruction+output",
+     {"instruction": "i", "input": "", "output": "o", "chosen": "c", "rejected": "r"},
      ["user: i", "assistant: o"], 1),
     ("instruction+output", {"instruction": "i", "input": "n", "output": "o", "text": "t"},
      ["user: i\n\nn", "assistant: o"], 1),
-    ("instruction+output", {"instruction": "i", "input": None, "output": "o"}, ["user: i", "assistant: o"], 1),
+    ("instruction+output", {"instruction": "i", "input": None, "output": "o"},
+     ["user: i", "assistant: o"], 1),
     ("instruction+response", {"instruction": "i", "response": "o"}, ["user: i", "assistant: o"], 1),
-    ("conversations", {"conversations": [spoken("system", "s"), spoken("human", "h"), spoken("gpt", "g"),
+    ("conversations",
+     {"conversations": [spoken("system", "s"), spoken("human", "h"), spoken("gpt", "g"),
                                          spoken("observation", "t"), spoken("bot", "b")]},
      ["system: s", "user: h", "assistant: g", "tool: t", "assistant: b"], 0),
     ("conversations", {"conversations": DIALOGUE}, ["user: u1", "assistant: a1", "user: u2"], 0),
     ("question+answer", {"question": "q", "answer": "a"}, ["user: q", "assistant: a"], 1),
-    ("question+choices+answer", {"question": "q", "choices": ["x", "y"], "answer": 1}, ["user: q", "assistant: y"], 1),
+    ("question+choices+answer", {"question": "q", "choices": ["x", "y"], "answer": 1},
+     ["user: q", "assistant: y"], 1),
     ("text", {"text": "t", "question": "q"}, ["text: t"], 0),
-    ("prompt+completion", {"messages": None, "prompt": "p", "completion": "c"}, ["user: p", "assistant: c"], 1),
+    ("prompt+completion", {"messages": None, "prompt": "p", "completion": "c"},
+     ["user: p", "assistant: c"], 1),
 ]  # fmt: skip
 
 
@@ -695,7 +704,7 @@ def test_each_pool_format_is_detected_and_read(
     name: str, fields: dict[str, Any], turns: list[str], prompt_turns: int
 ) -> None:
     assert detect_pool(fields, {}).name == name
-    assert said(example_of(**fields)) == (turns, prompt_turns)
+    assert turns_of(example_of(**fields)) == (turns, prompt_turns)
 
 
 def test_an_unknown_pool_row_is_told_what_is_known() -> None:
@@ -732,27 +741,34 @@ def test_ids_and_sources_are_the_row_s_own_or_made_of_its_place() -> None:
 
 BAD_POOL = [
     ("prompt+completion", {"prompt": "p"}, "missing field: completion"),
-    ("prompt+completion", {"prompt": "p", "completion": 4}, "completion: a number where text or a list of messages"),
+    ("prompt+completion", {"prompt": "p", "completion": 4},
+     "completion: a number where text or a list of messages"),
     ("prompt+completion", {"prompt": True, "completion": "c"}, "prompt: true or false where"),
     ("prompt+completion", {"prompt": None, "completion": "c"}, "prompt: null where"),
     ("prompt+completion", {"prompt": "p", "completion": " \n"}, "empty completion"),
     ("prompt+completion", {"prompt": "p", "completion": []}, "completion: an empty list"),
-    ("prompt+completion", {"prompt": "p", "completion": [message("user", "u")]}, "nothing is supervised"),
-    ("prompt+completion", {"prompt": "p", "completion": [message("assistant", " ")]}, "empty completion"),
-    ("prompt+completion", {"prompt": "p\ud800", "completion": "c"}, "prompt: not valid text: lone surrogate"),
+    ("prompt+completion", {"prompt": "p", "completion": [message("user", "u")]},
+     "nothing is supervised"),
+    ("prompt+completion", {"prompt": "p", "completion": [message("assistant", " ")]},
+     "empty completion"),
+    ("prompt+completion", {"prompt": "p\ud800", "completion": "c"},
+     "prompt: not valid text: lone surrogate"),
     ("messages", {"messages": "hello"}, "messages: text where a list"),
     ("messages", {"messages": {"role": "user"}}, "messages: an object where a list"),
     ("messages", {"messages": ["hi"]}, r"messages\[0\]: text where a message"),
     ("messages", {"messages": [message("user", "u")]}, "nothing is supervised: no assistant turn"),
-    ("messages", {"messages": [message("narrator", "u")]}, r"messages\[0\]: unknown role 'narrator'"),
+    ("messages", {"messages": [message("narrator", "u")]},
+     r"messages\[0\]: unknown role 'narrator'"),
     ("messages", {"messages": [{"content": "u"}]}, r"messages\[0\]: no role"),
     ("messages", {"messages": [message("user", None)]}, r"messages\[0\] content: null where text"),
     ("messages", {"messages": [message("user", 3)]}, r"messages\[0\] content: a number where text"),
     ("messages", {"messages": [message("user", [{"type": "image"}])]}, "a part of type 'image'"),
     ("messages", {"messages": [message("user", ["x"])]}, "a part of type 'text'|where text was"),
     ("messages", {"messages": [message("assistant", "\udfff")]}, "lone surrogate"),
-    ("messages", {"messages": [{**message("assistant", ""), "tool_calls": [{"id": 1}]}]}, "a tool call"),
-    ("instruction+output", {"instruction": "i", "input": 3, "output": "o"}, "input: a number where text"),
+    ("messages", {"messages": [{**message("assistant", ""), "tool_calls": [{"id": 1}]}]},
+     "a tool call"),
+    ("instruction+output", {"instruction": "i", "input": 3, "output": "o"},
+     "input: a number where text"),
     ("instruction+output", {"instruction": ["i"], "output": "o"}, "instruction: a list where text"),
     ("text", {"text": "  "}, "empty text"),
     ("text", {"text": {}}, "text: an object where text"),
@@ -781,21 +797,27 @@ def test_a_row_that_could_not_be_read_is_bad_with_its_problem() -> None:
 HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: go\n\nAssistant:"
 
 TARGET = [
-    ("prompt+chosen+rejected", {"prompt": "p", "chosen": "c", "rejected": "r"}, ["user: p"], "c", "r"),
+    ("prompt+chosen+rejected", {"prompt": "p", "chosen": "c", "rejected": "r"}, ["user: p"], "c",
+     "r"),
     ("prompt+chosen+rejected", {"prompt": DIALOGUE, "chosen": [message("assistant", "c")],
                                 "rejected": message("assistant", "r")},
      ["user: u1", "assistant: a1", "user: u2"], "c", "r"),
     ("prompt+chosen+rejected", {"prompt": "u2", "chosen": [*DIALOGUE, message("assistant", "c")],
                                 "rejected": [*DIALOGUE, message("assistant", "r")]},
      ["user: u1", "assistant: a1", "user: u2"], "c", "r"),
-    ("instruction+chosen+rejected", {"instruction": "i", "input": "n", "output": "o", "chosen": "c", "rejected": "r"},
+    ("instruction+chosen+rejected",
+     {"instruction": "i", "input": "n", "output": "o", "chosen": "c", "rejected": "r"},
      ["user: i\n\nn"], "c", "r"),
-    ("question+chosen+rejected", {"question": "q", "chosen": "c", "rejected": "r"}, ["user: q"], "c", "r"),
-    ("conversations+chosen+rejected", {"conversations": [spoken("human", "h")], "chosen": spoken("gpt", "c"),
+    ("question+chosen+rejected", {"question": "q", "chosen": "c", "rejected": "r"}, ["user: q"],
+     "c", "r"),
+    ("conversations+chosen+rejected",
+     {"conversations": [spoken("human", "h")], "chosen": spoken("gpt", "c"),
                                        "rejected": spoken("gpt", "r")}, ["user: h"], "c", "r"),
-    ("chosen+rejected", {"chosen": "Sky? It is blue", "rejected": "Sky? It is bluish"}, ["user: Sky? It is "],
+    ("chosen+rejected", {"chosen": "Sky? It is blue", "rejected": "Sky? It is bluish"},
+     ["user: Sky? It is "],
      "blue", "bluish"),
-    ("chosen+rejected", {"chosen": "Say it: yes", "rejected": "Say it: yes sir"}, ["user: Say it: "], "yes", "yes sir"),
+    ("chosen+rejected", {"chosen": "Say it: yes", "rejected": "Say it: yes sir"},
+     ["user: Say it: "], "yes", "yes sir"),
     ("chosen+rejected", {"chosen": "問：你好。答：是", "rejected": "問：你好。答：不"},
      ["user: 問：你好。答："], "是", "不"),
     ("chosen+rejected", {"chosen": f"{HH} I do it", "rejected": f"{HH} I do not"}, [f"user: {HH}"],
@@ -812,14 +834,15 @@ def test_each_target_format_is_detected_and_read(
 ) -> None:
     assert detect_target(fields, {}).name == name
     (pair,) = pairs_of(**fields)
-    assert said(pair.chosen) == ([*prompt, f"assistant: {chosen}"], len(prompt))
-    assert said(pair.rejected) == ([*prompt, f"assistant: {rejected}"], len(prompt))
+    assert turns_of(pair.chosen) == ([*prompt, f"assistant: {chosen}"], len(prompt))
+    assert turns_of(pair.rejected) == ([*prompt, f"assistant: {rejected}"], len(prompt))
     assert pair.chosen.id == pair.rejected.id == "pool.v1.jsonl.gz:7"
 
 
 BAD_TARGET = [
     ({"prompt": "p", "chosen": "c", "rejected": " c\n"}, "chosen is equal to rejected"),
-    ({"prompt": "p", "chosen": [message("assistant", "c")], "rejected": "c"}, "chosen is equal to rejected"),
+    ({"prompt": "p", "chosen": [message("assistant", "c")], "rejected": "c"},
+     "chosen is equal to rejected"),
     ({"prompt": "p", "chosen": " ", "rejected": "r"}, "empty chosen"),
     ({"prompt": "p", "chosen": "c", "rejected": ""}, "empty rejected"),
     ({"prompt": "p", "chosen": "c", "rejected": None}, "rejected: null where"),
@@ -828,10 +851,14 @@ BAD_TARGET = [
     ({"chosen": "abc", "rejected": "abd"}, "share no prefix"),
     ({"chosen": "x y", "rejected": [message("assistant", "x")]}, "one is text, the other messages"),
     ({"chosen": HH + " ", "rejected": HH + " no"}, "empty chosen"),
-    ({"chosen": DIALOGUE[:2], "rejected": [*DIALOGUE, message("assistant", "x")]}, "different prompts"),
-    ({"chosen": DIALOGUE[:2], "rejected": [*DIALOGUE[:2], message("assistant", "x")]}, "empty chosen"),
-    ({"chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]}, "share no prefix"),
-    ({"prompt": "u1", "chosen": DIALOGUE[:2], "rejected": [message("system", "s"), *DIALOGUE[:2]]}, "different prompt"),
+    ({"chosen": DIALOGUE[:2], "rejected": [*DIALOGUE, message("assistant", "x")]},
+     "different prompts"),
+    ({"chosen": DIALOGUE[:2], "rejected": [*DIALOGUE[:2], message("assistant", "x")]},
+     "empty chosen"),
+    ({"chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]},
+     "share no prefix"),
+    ({"prompt": "u1", "chosen": DIALOGUE[:2], "rejected": [message("system", "s"), *DIALOGUE[:2]]},
+     "different prompt"),
 ]  # fmt: skip
 
 
@@ -924,14 +951,17 @@ def test_a_mapped_column_hides_the_standard_one_and_is_named_in_errors() -> None
     fields = {"question": "q", "response": "r", "prompt": "hidden", "answer": "a", "family": "f"}
     assert detect_pool(fields, mapping).name == "prompt+completion"
     example = example_of(mapping, **fields)
-    assert (said(example), example.source) == ((["user: q", "assistant: r"], 1), "f")
+    assert (turns_of(example), example.source) == ((["user: q", "assistant: r"], 1), "f")
     with pytest.raises(BadRow, match=r"missing field: completion \(column 'response'\)"):
         to_example(raw_of(question="q"), Format("prompt+completion"), mapping)
 
 
 def test_a_mapping_for_other_columns_leaves_a_row_as_it_is() -> None:
     mapping = parse_fields("prompt=question,completion=response")
-    assert said(example_of(mapping, prompt="p", completion="c"))[0] == ["user: p", "assistant: c"]
+    assert turns_of(example_of(mapping, prompt="p", completion="c"))[0] == [
+        "user: p",
+        "assistant: c",
+    ]
 
 
 def test_a_field_may_have_a_column_in_each_file_and_within_an_object() -> None:
@@ -940,7 +970,7 @@ def test_a_field_may_have_a_column_in_each_file_and_within_an_object() -> None:
     )
     row = {"Frage": "q", "Antwort": "a", "meta": {"site": {"name": "s"}}, "Aufgabe": "not first"}
     example = example_of(mapping, **row)
-    assert (said(example), example.source) == ((["user: q", "assistant: a"], 1), "s")
+    assert (turns_of(example), example.source) == ((["user: q", "assistant: a"], 1), "s")
     assert example_of(mapping, **{**row, "meta.site.name": "plain"}).source == "plain"
     assert example_of(mapping, **{**row, "meta": {"site": "no object"}}).source == "pool.v1"
     (pair,) = pairs_of(mapping, Aufgabe="x", gut="yes", falsch="no")
@@ -989,7 +1019,7 @@ def test_rows_read_for_copying_are_those_that_are_read_for_their_meaning(
         else b"\n".join(lines)
     )
     file = write(tmp_path / name, data.replace(b'"', b"") if name == "x.csv" else data)
-    wanted = [(raw.line, raw.text) for raw in read_rows(file)]
-    found = read_texts(file)
-    assert [(line, text.decode("utf-8", "backslashreplace")) for line, text in found] == wanted
-    assert len(wanted) >= 3
+    expected = [(raw.line, raw.text) for raw in read_rows(file)]
+    result = read_texts(file)
+    assert [(line, text.decode("utf-8", "backslashreplace")) for line, text in result] == expected
+    assert len(expected) >= 3

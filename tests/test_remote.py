@@ -100,7 +100,7 @@ def test_a_run_from_addresses_is_that_from_files(
 ) -> None:
     pool, target = jsonl(tmp_path / "pool.jsonl", ROWS), jsonl(tmp_path / "pairs.jsonl", PAIRS)
     runs = {}
-    for name, pool, pairs in (
+    for name, address, pairs in (
         ("here", pool, target),
         ("there", "memory://bucket/pool", "memory://bucket/pairs.jsonl"),
     ):
@@ -108,7 +108,7 @@ def test_a_run_from_addresses_is_that_from_files(
             "--model",
             plain_model,
             "--pool",
-            pool,
+            address,
             "--target",
             pairs,
             "--out",
