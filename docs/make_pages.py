@@ -233,7 +233,7 @@ COMMANDS = (
     ),
     (
         "prism select --model MODEL --pool pool.jsonl --target pairs.jsonl --out run --budget 5%",
-        ("read", "verdicts", "chosen of", "engine", "report"),
+        ("read", "verdicts", "chosen of", "report"),
     ),
     (
         "prism evaluate run --holdout held_out.jsonl --against random --seeds 1",
