@@ -1,5 +1,5 @@
-"""Every rival against its definition, written out once more: slow, row by row, from the model's own
-output."""
+"""Every baseline against its definition, written out again: slow, row by row, from the
+model's own output."""
 
 import math
 import re
@@ -19,10 +19,12 @@ from torch import Tensor
 from prism_select.core.likelihood import Batch
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
+from prism_select.directions.from_pairs import EncodedPairs
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.options import Amount
-from prism_select.selection.baselines import BASELINES, TEXT_RIVALS, Material, Texts, rank
+from prism_select.selection.baseline_scores import Material, Texts
+from prism_select.selection.baselines import BASELINES, COUNT_BASELINES, count_ranking, rank
 from prism_select.selection.rules import OUTCOMES, Rules, choose
 
 ROWS = [
@@ -43,7 +45,7 @@ PAIRS = [
 ]
 
 
-def said(prompt: str, answer: str) -> Example:
+def example_of(prompt: str, answer: str) -> Example:
     turns = (Turn("user", prompt), Turn("assistant", answer))
     return Example(
         turns if prompt else turns[1:], "", "", "rows.jsonl", 1, prompt_turns=1 if prompt else 0
@@ -60,25 +62,25 @@ def material_of(chat: bool = False, layers: str = "all") -> Material:
     """Batches of a few rows, so that the order of the pool has to be found again."""
     encoder = encoder_of(chat)
     model = CausalLM(build_network(len(encoder.tokenizer)))
-    rows = [encoder.encode(said(*row)) for row in ROWS]
+    rows = [encoder.encode(example_of(*row)) for row in ROWS]
     return Material(
         texts=[f"{prompt}\n{answer}" for prompt, answer in ROWS],
         sources=["a", "b", "b"] * 3,
         tokens=np.array([row.targets for row in rows]),
-        wanted=[f"{prompt}\n{chosen}" for prompt, chosen, _ in PAIRS],
+        target_texts=[f"{prompt}\n{chosen}" for prompt, chosen, _ in PAIRS],
         model=model,
         weights=select_parameters(model.network, layers),
         rows=rows,
-        pairs=(
-            [encoder.encode(said(prompt, chosen)) for prompt, chosen, _ in PAIRS],
-            [encoder.encode(said(prompt, rejected)) for prompt, _, rejected in PAIRS],
+        pairs=EncodedPairs(
+            [encoder.encode(example_of(prompt, chosen)) for prompt, chosen, _ in PAIRS],
+            [encoder.encode(example_of(prompt, rejected)) for prompt, _, rejected in PAIRS],
         ),
         prefix=encoder.prefix,
         batch_tokens=100,
     )
 
 
-def ranked(name: str, material: Material) -> NDArray[np.float64]:
+def ranked(name: str, material: Texts) -> NDArray[np.float64]:
     return rank([name], material)[name]
 
 
@@ -131,24 +133,27 @@ def taken(numbers: NDArray[np.float64], rows: int) -> list[int]:
 
 
 def texts_of(
-    texts: Sequence[str], wanted: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()
+    texts: Sequence[str], target: Sequence[str] = (), seed: int = 0, sources: Sequence[str] = ()
 ) -> Texts:
-    tokens = np.array([len(text) for text in texts])
     return Texts(
-        texts=texts, sources=sources or [""] * len(texts), tokens=tokens, wanted=wanted, seed=seed
+        texts=texts,
+        sources=sources or [""] * len(texts),
+        tokens=np.array([len(text) for text in texts]),
+        target_texts=target,
+        seed=seed,
     )
 
 
 @pytest.mark.parametrize("name", ["random", "random-by-source"])
 def test_random_rows_are_those_of_the_seed(name: str) -> None:
-    one, same, other = (TEXT_RIVALS[name](texts_of(["x"] * 50, seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (ranked(name, texts_of(["x"] * 50, seed=seed)) for seed in (1, 1, 2))
     assert (one == same).all() and len(set(one)) == 50
     assert taken(one, 10) != taken(other, 10)
 
 
 def test_random_by_source_takes_the_same_share_of_every_source_at_any_budget() -> None:
     sources = ["a"] * 60 + ["b"] * 25 + ["c"] * 5
-    numbers = TEXT_RIVALS["random-by-source"](texts_of(["x"] * 90, sources=sources))
+    numbers = ranked("random-by-source", texts_of(["x"] * 90, sources=sources))
     for rows in range(1, 91):
         counts = Counter(sources[row] for row in taken(numbers, rows))
         low = max((counts[source] - 1) / sources.count(source) for source in "abc")
@@ -159,13 +164,13 @@ def test_random_by_source_takes_the_same_share_of_every_source_at_any_budget() -
 def test_random_by_source_takes_every_row_as_often() -> None:
     sources, often = ["a"] * 12 + ["b"] * 5 + ["c"] * 3, np.zeros(20)
     for seed in range(2000):
-        numbers = TEXT_RIVALS["random-by-source"](texts_of(["x"] * 20, seed=seed, sources=sources))
+        numbers = ranked("random-by-source", texts_of(["x"] * 20, seed=seed, sources=sources))
         often[numbers >= -0.25] += 1
     assert np.abs(often / 2000 - 0.25).max() < 0.04  # four standard errors
 
 
 def test_the_longest_come_first_and_equal_rows_in_the_order_of_the_pool() -> None:
-    numbers = TEXT_RIVALS["length"](texts_of(["xx", "xxx", "xx", "x", "xx"]))
+    numbers = ranked("length", texts_of(["xx", "xxx", "xx", "x", "xx"]))
     assert numbers.tolist() == [2, 3, 2, 1, 2]
     assert [taken(numbers, rows) for rows in (1, 2, 3)] == [[1], [0, 1], [0, 1, 2]]
 
@@ -194,15 +199,15 @@ def test_bm25_is_okapis_formula() -> None:
     wanted = ["two Plus two", "is it 4? unheard-of", "!"]
     split = [re.findall(r"\w+", text.lower()) for text in texts]
     each = [okapi(split, re.findall(r"\w+", text.lower())) for text in wanted]
-    numbers = TEXT_RIVALS["bm25"](texts_of(texts, wanted))
+    numbers = ranked("bm25", texts_of(texts, wanted))
     assert numbers == pytest.approx(np.mean(each, axis=0), rel=1e-12)
     assert numbers[2] == numbers[3] == 0 and numbers[0] == numbers[4] == numbers.max()
     assert taken(numbers, 1) == [0]
 
 
 def test_bm25_of_rows_or_pairs_without_a_word_is_nothing() -> None:
-    assert TEXT_RIVALS["bm25"](texts_of(["", "…"], ["word"])).tolist() == [0, 0]
-    assert TEXT_RIVALS["bm25"](texts_of(["word", "…"], ["?"])).tolist() == [0, 0]
+    assert ranked("bm25", texts_of(["", "…"], ["word"])).tolist() == [0, 0]
+    assert ranked("bm25", texts_of(["word", "…"], ["?"])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -217,7 +222,7 @@ def test_losses_are_those_of_rows_read_one_by_one(chat: bool) -> None:
 
 def test_a_loss_that_is_not_finite_takes_no_part_and_moves_no_median() -> None:
     material = replace(material_of())
-    material.__dict__["read"] = (np.array([3.0, np.nan, 1.0, 2.5, np.inf]), torch.zeros(5, 1))
+    material.__dict__["pool_pass"] = (np.array([3.0, np.nan, 1.0, 2.5, np.inf]), torch.zeros(5, 1))
     numbers = ranked("loss-mid", material)
     assert numbers[[0, 2, 3]].tolist() == [-0.5, -1.5, 0] and not np.isfinite(numbers[[1, 4]]).any()
 
@@ -225,8 +230,8 @@ def test_a_loss_that_is_not_finite_takes_no_part_and_moves_no_median() -> None:
 def test_ifd_is_the_loss_after_the_prompt_over_that_of_the_answer_alone() -> None:
     material, encoder = material_of(), encoder_of(False)
     ratios = [
-        loss(material, encoder.encode(said(prompt, answer)))
-        / loss(material, encoder.encode(said("", answer)))
+        loss(material, encoder.encode(example_of(prompt, answer)))
+        / loss(material, encoder.encode(example_of("", answer)))
         for prompt, answer in ROWS
     ]
     assert min(ratios) < 1 < max(ratios)
@@ -267,7 +272,7 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
             states = network(
                 input_ids=torch.tensor([row.tokens]), output_hidden_states=True
             ).hidden_states[-1][0]
-        total = sum((place + 1) * state.double() for place, state in enumerate(states))
+        total = sum((t + 1) * state.double() for t, state in enumerate(states))
         mean = torch.as_tensor(total) / sum(range(1, len(states) + 1))
         return torch.nn.functional.normalize(mean, dim=0)
 
@@ -276,7 +281,7 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
         [sketch(row) for row in material.pairs[0]],
     )
     assert torch.allclose(
-        torch.nn.functional.normalize(material.read[1].double()), torch.stack(pool), atol=1e-5
+        torch.nn.functional.normalize(material.pool_pass[1].double()), torch.stack(pool), atol=1e-5
     )
     left, order = list(range(len(pool))), list[int]()
     while left:
@@ -325,7 +330,7 @@ def test_less_is_the_cosine_of_autograds_gradients(layers: str) -> None:
 
 def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
     whole = material_of()
-    material = replace(whole, pairs=(whole.pairs[0], whole.pairs[1][:2]))
+    material = replace(whole, pairs=EncodedPairs(whole.pairs[0], whole.pairs[1][:2]))
     chosen, rejected = (
         torch.stack([gradient(material, row) for row in rows]).mean(0) for rows in material.pairs
     )
@@ -337,7 +342,9 @@ def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_rival_says_the_same_twice_of_every_row_and_leaves_the_model_as_it_was(name: str) -> None:
+def test_a_baseline_says_the_same_twice_of_every_row_and_leaves_the_model_as_it_was(
+    name: str,
+) -> None:
     material = replace(material_of())
     before = {key: value.clone() for key, value in material.model.network.state_dict().items()}
     numbers = ranked(name, material)
@@ -380,7 +387,7 @@ def test_ifd_of_an_answer_that_the_model_is_sure_of_is_nothing() -> None:
     assert ranked("loss-top", material).tolist() == [0] and np.isnan(ranked("ifd", material)).all()
 
 
-def test_rivals_that_only_read_share_one_pass_over_the_pool() -> None:
+def test_baselines_that_only_read_share_one_pass_over_the_pool() -> None:
     model = Counting(material_of().model)
     material = replace(material_of(), model=model)
     for name, more in {
@@ -392,3 +399,11 @@ def test_rivals_that_only_read_share_one_pass_over_the_pool() -> None:
         before = model.read
         ranked(name, material)
         assert model.read - before == more, name
+
+
+def test_baselines_of_counts_need_neither_texts_nor_a_model() -> None:
+    tokens = np.array([3, 1, 2])
+    for name in COUNT_BASELINES:
+        texts = texts_of(["xxx", "x", "xx"], sources=["a", "b", "a"], seed=5)
+        assert (count_ranking(name, ["a", "b", "a"], tokens, 5) == ranked(name, texts)).all()
+        assert not BASELINES[name].target

@@ -23,14 +23,15 @@ from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.errors import BadOption, TooManyBadRows
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Silent, Task
-from prism_select.selection import cascade_prediction as surrogate
+from prism_select.selection import cascade as cascade_module
+from prism_select.selection import cascade_prediction
 from prism_select.selection.cascade import Cascade
 from prism_select.selection.cascade_prediction import (
     FEATURES,
-    Guess,
-    cut_for,
-    guessed,
-    looking,
+    Prediction,
+    cutoff_for,
+    feature_extractor,
+    predict_scores,
     recall_of,
 )
 
@@ -91,29 +92,28 @@ def test_the_chosen_are_exact_and_have_both_halves(cascade: prism_select.Run) ->
     ]
     assert np.isfinite(parts).all()
     np.testing.assert_allclose(parts[0], parts[1] - parts[2])
-    guesses = ~table["exact"].to_numpy()
-    assert table["loglik"].is_null().to_numpy()[guesses].all()
+    predicted = ~table["exact"].to_numpy()
+    assert table["loglik"].is_null().to_numpy()[predicted].all()
     assert np.isfinite(table["score_per_token"].to_numpy()).all()
-    assert any("are guesses" in line for line in cascade.manifest["warnings"])
+    assert any("scores are predicted" in line for line in cascade.manifest["warnings"])
 
 
-def test_where_few_of_many_best_are_wanted_no_guess_has_halves(
-    files: dict[str, Any], tmp_path: Path
+def test_where_a_low_recall_is_enough_no_predicted_row_has_halves(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prism_select.select(
-        **files, cascade=True, recall=0.5, budget="60%", out=str(tmp_path / "run")
-    )
+    monkeypatch.setattr(cascade_module, "RECALL", 0.5)
+    run = prism_select.select(**files, cascade=True, budget="60%", out=str(tmp_path / "run"))
     exact = run.scores["exact"].to_numpy()
     assert exact.sum() < 0.6 * ROWS
     for half in ("score_chosen", "score_rejected"):
         assert not run.scores[half].is_valid().to_numpy()[~exact].any()
 
 
-def test_the_page_shows_a_run_with_guesses(cascade: prism_select.Run) -> None:
-    assert "are guesses" in (cascade.path / "report.html").read_text(encoding="utf-8")
+def test_the_page_shows_a_run_with_predicted_scores(cascade: prism_select.Run) -> None:
+    assert "scores are predicted" in (cascade.path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_choice_made_again_takes_no_guess_before_an_exact_score(
+def test_a_choice_made_again_takes_no_predicted_score_before_an_exact_one(
     cascade: prism_select.Run, tmp_path: Path
 ) -> None:
     again = prism_select.select(
@@ -129,21 +129,21 @@ def test_a_choice_made_again_takes_no_guess_before_an_exact_score(
     assert exact.sum() < chosen.sum()
     assert (
         score[chosen & ~exact].min() >= score[~chosen & ~exact].max()
-    )  # the best guesses, not the first
+    )  # the best predicted, not the first
     warned = [
-        any("looked for" in line for line in Run(tmp_path / name).manifest["warnings"])
+        any("searched for" in line for line in Run(tmp_path / name).manifest["warnings"])
         for name in ("again", "more")
     ]
     assert warned == [True, True] and not any(
         "looked for" in line for line in cascade.manifest["warnings"]
     )
-    with pytest.raises(BadOption, match="guesses have no sure sign"):
+    with pytest.raises(BadOption, match="predicted scores have no sure sign"):
         prism_select.select(
             select_from=str(cascade.path), budget="positive", out=str(tmp_path / "positive")
         )
 
 
-def test_a_cap_that_takes_rows_from_below_those_looked_for_is_told(
+def test_a_cap_that_takes_rows_from_below_those_searched_for_is_a_warning(
     files: dict[str, Any], tmp_path: Path
 ) -> None:
     run = prism_select.select(
@@ -197,7 +197,7 @@ def blind(files: dict[str, Any], tmp_path: Path, plain_model: Path) -> dict[str,
     }
 
 
-def test_rows_that_have_no_score_are_bad_rows_and_no_guesses(
+def test_rows_that_have_no_score_are_bad_rows_and_not_predicted(
     blind: dict[str, Any], tmp_path: Path
 ) -> None:
     found = prism_select.select(**blind, cascade=True, max_bad="2%", out=str(tmp_path / "run"))
@@ -222,22 +222,22 @@ def test_bad_rows_of_all_passes_count_together(blind: dict[str, Any], tmp_path: 
 
 
 def test_controls_ask_exact_scores_alone(cascade: prism_select.Run) -> None:
-    past = past_run.opened(EvaluateConfig(run=str(cascade.path), holdout="unread"))
+    past = past_run.open_run(EvaluateConfig(run=str(cascade.path), holdout="unread"))
     assert not past.exact.all() and past.exact[trainings.sampled(past)].all()
 
 
 def test_states_too_large_for_what_keeps_them_stay_finite(tmp_path: Path) -> None:
     config = SelectConfig(model="m", pool="p", target="t", cascade=True, out=str(tmp_path))
-    store, unused = Store(config.out), cast("Any", None)
+    store, unused = Store(str(config.out)), cast("Any", None)
     store.shards.mkdir()
     rows = [[1e30] * FEATURES, [float("nan")] * FEATURES, [0.5] * FEATURES, None]
     features = pa.array(rows, pa.list_(pa.float32(), FEATURES))
     columns = {"tokens": [1, 1, 1, None], "reason": [None, None, None, "bad"], "features": features}
-    path = store.write_shard(0, pa.table(columns), "look")
-    seen = Cascade(config, store, lambda *_: [path], unused, unused, unused, unused).look()
-    assert np.isfinite(seen.features).all()
-    assert seen.features[:, 0].tolist() == [np.finfo(np.float16).max, 0, 0.5, 0]
-    assert seen.good.tolist() == [True, True, True, False]
+    path = store.write_shard(0, pa.table(columns), "features")
+    pool = Cascade(config, store, lambda *_: [path], unused, unused, unused, unused).extract()
+    assert np.isfinite(pool.features).all()
+    assert pool.features[:, 0].tolist() == [np.finfo(np.float16).max, 0, 0.5, 0]
+    assert pool.good.tolist() == [True, True, True, False]
 
 
 class Stopping(Silent):
@@ -276,7 +276,7 @@ def test_a_cascade_that_was_stopped_goes_on_to_the_same_end(
     with pytest.raises(KeyboardInterrupt):
         run(config, Stopping(steps))
     done = run(config)
-    assert isinstance(done, prism_select.Run)
+    assert isinstance(done, Run)
     assert done.scores.equals(cascade.scores)
     assert not (done.path / "shards").exists()
 
@@ -304,19 +304,19 @@ def test_a_small_pool_is_scored_whole_and_once(
 
 
 @pytest.mark.parametrize("poor", [1, 2, 99])
-def test_a_guess_that_stays_poor_ends_the_guessing_and_one_that_mends_does_not(
+def test_a_prediction_that_stays_poor_ends_the_search_and_one_that_mends_does_not(
     files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poor: int
 ) -> None:
     calls = list[int]()
 
-    def guess(features: Any, exact: Any, sample: Any, seed: int) -> Guess:
+    def predict(features: Any, exact: Any, sample: Any, seed: int) -> Prediction:
         calls.append(1)
         if len(calls) > poor:
-            return guessed(features, exact, sample, seed)
+            return predict_scores(features, exact, sample, seed)
         noise = np.random.default_rng(len(calls)).standard_normal(len(exact))
-        return Guess(noise, noise[sample])
+        return Prediction(noise, noise[sample])
 
-    monkeypatch.setattr("prism_select.selection.cascade.guessed", guess)
+    monkeypatch.setattr(cascade_module, "predict_scores", predict)
     told = prism_select.select(**files, cascade=True, out=str(tmp_path / "run")).manifest["cascade"]
     assert (told["guessed"] == 0) == (poor == 99) and told["recall"]["estimate"] >= 0.95
     assert max(each["rows"] for each in told["rounds"][1:3]) <= ROWS / 10
@@ -345,11 +345,8 @@ def test_bad_rows_are_set_aside(files: dict[str, Any], tmp_path: Path) -> None:
     [
         ({"budget": "positive"}, "no sure sign"),
         ({"tokens": True}, "--cascade and --tokens"),
-        ({"uncertainty": 4}, "--cascade and --uncertainty"),
         ({"normalize": "norm"}, "--cascade and --normalize norm"),
         ({"rank_by": "bm25"}, "--cascade and --rank-by"),
-        ({"recall": 1.0}, "--recall 1.0"),
-        ({"recall": 0.2}, "--recall 0.2"),
     ],
 )
 def test_what_does_not_go_together(
@@ -359,24 +356,24 @@ def test_what_does_not_go_together(
         SelectConfig(**files, cascade=True, out="run", **options)
 
 
-def test_scores_alone_have_no_best_to_look_for(files: dict[str, Any]) -> None:
+def test_scores_alone_have_no_best_to_search_for(files: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match="score has none"):
         prism_select.score(**files, cascade=True, out="run")
 
 
 def test_the_interval_of_the_recall_holds_the_truth() -> None:
-    """In 95% of pools, whatever the guess is worth."""
+    """In 95% of pools, whatever the prediction is worth."""
     draw, held = np.random.default_rng(0), 0
     for trial in range(200):
         scores = draw.standard_normal(4000)
-        guess = scores + draw.standard_normal(4000) * [0.5, 1, 2][trial % 3]
+        predicted = scores + draw.standard_normal(4000) * [0.5, 1, 2][trial % 3]
         sample = draw.choice(4000, 400, replace=False)
-        cut = np.sort(guess)[-800]
-        exact = guess >= cut
+        cut = np.sort(predicted)[-800]
+        exact = predicted >= cut
         exact[sample] = True
-        alike = np.zeros(4000, dtype=bool)
-        alike[sample] = guess[sample] < cut
-        told = recall_of(scores[exact], alike[exact], int((~exact).sum()), 200)
+        unpredicted = np.zeros(4000, dtype=bool)
+        unpredicted[sample] = predicted[sample] < cut
+        told = recall_of(scores[exact], unpredicted[exact], int((~exact).sum()), 200)
         best = np.argsort(-scores)[:200]
         held += told.low <= exact[best].mean() <= told.high
         assert told.low <= told.estimate <= told.high
@@ -384,25 +381,25 @@ def test_the_interval_of_the_recall_holds_the_truth() -> None:
 
 
 def test_recall_by_hand() -> None:
-    """Nine scores; of the two that the guess would have left out one reaches the best four; ten
-    more are unscored."""
+    """Nine scores; of the two that the prediction would have left out, one reaches the best four;
+    ten more are unscored."""
     exact = np.array([9.0, 8, 7, 6, 5, 4, 3, 2, 1])
-    alike = np.array([False, True, False, False, False, False, False, False, True])
-    told = recall_of(exact, alike, 10, 6)  # 9 alone is 1; with 8: 2 + 10 · 1/2 = 7 ≥ 6
+    unpredicted = np.array([False, True, False, False, False, False, False, False, True])
+    told = recall_of(exact, unpredicted, 10, 6)  # 9 alone is 1; with 8: 2 + 10 · 1/2 = 7 ≥ 6
     assert (told.estimate, told.threshold) == (2 / 6, 8.0)
 
 
 def test_the_cut_leaves_out_no_more_than_may_be_missed() -> None:
-    guess, reaches = np.array([5.0, 4, 3, 2, 1]), np.array([True, False, True, True, False])
-    assert [cut_for(guess, reaches, count) for count in range(4)] == [2, 3, 5, np.inf]
+    predicted, reaches = np.array([5.0, 4, 3, 2, 1]), np.array([True, False, True, True, False])
+    assert [cutoff_for(predicted, reaches, count) for count in range(4)] == [2, 3, 5, np.inf]
 
 
-def test_a_row_of_the_sample_is_guessed_without_its_own_score() -> None:
-    """Of scores that nothing foretells, a guess that had seen them would be right."""
+def test_a_row_of_the_sample_is_predicted_without_its_own_score() -> None:
+    """Of scores that nothing foretells, a prediction that had seen them would be right."""
     draw = np.random.default_rng(0)
     features, exact = draw.standard_normal((300, 258)).astype(np.float16), draw.standard_normal(300)
-    told = guessed(features, exact, np.arange(300), 0)
-    assert np.corrcoef(told.every, exact)[0, 1] > 0.9
+    told = predict_scores(features, exact, np.arange(300), 0)
+    assert np.corrcoef(told.rows, exact)[0, 1] > 0.9
     assert abs(np.corrcoef(told.sample, exact)[0, 1]) < 0.15
 
 
@@ -412,12 +409,12 @@ def test_leaving_a_row_out_is_fitting_without_it() -> None:
     draw = np.random.default_rng(1)
     features = draw.standard_normal((200, 258)).astype(np.float16)
     exact = features[:, 0].astype(float) + 0.5 * features[:, 1].astype(float) ** 2
-    told = guessed(features, exact, np.arange(200), 0)
+    told = predict_scores(features, exact, np.arange(200), 0)
     slow = []
     for row in range(20):
         without = exact.copy()
         without[row] = np.nan
-        slow.append(guessed(features, without, np.arange(1), 0).every[row])
+        slow.append(predict_scores(features, without, np.arange(1), 0).rows[row])
     np.testing.assert_allclose(told.sample[:20], slow, atol=0.1 * exact.std())
 
 
@@ -426,10 +423,10 @@ def test_rows_that_are_learned_from_a_few_at_a_time_teach_the_same(
 ) -> None:
     draw = np.random.default_rng(2)
     features, exact = draw.standard_normal((300, 258)).astype(np.float16), draw.standard_normal(300)
-    whole = guessed(features, exact, np.arange(300), 0)
-    monkeypatch.setattr(surrogate, "MANY", 32)
-    parts = guessed(features, exact, np.arange(300), 0)
-    np.testing.assert_allclose(parts.every, whole.every, rtol=1e-6, atol=1e-9)
+    whole = predict_scores(features, exact, np.arange(300), 0)
+    monkeypatch.setattr(cascade_prediction, "MANY", 32)
+    parts = predict_scores(features, exact, np.arange(300), 0)
+    np.testing.assert_allclose(parts.rows, whole.rows, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(parts.sample, whole.sample, rtol=1e-6, atol=1e-9)
 
 
@@ -445,11 +442,11 @@ def test_features_need_the_lower_blocks_alone_and_know_no_padding() -> None:
     real[1, 5:] = False
     supervised = real.clone()
     supervised[:, :2] = False
-    look = looking(model, 0)
-    whole = look(Batch(tokens, real, supervised))
-    alone = look(Batch(tokens[1:, :5], real[1:, :5], supervised[1:, :5]))
+    extract = feature_extractor(model, 0)
+    whole = extract(Batch(tokens, real, supervised))
+    alone = extract(Batch(tokens[1:, :5], real[1:, :5], supervised[1:, :5]))
     assert set(called) == {0}
     torch.testing.assert_close(whole[1:], alone, atol=1e-4, rtol=1e-4)
     other = tokens.clone()
     other[0, 5] = 7
-    assert not look(Batch(other, real, supervised))[0].allclose(whole[0])
+    assert not extract(Batch(other, real, supervised))[0].allclose(whole[0])

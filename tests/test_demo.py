@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from prism_select.cli.app import main
-from prism_select.demo.story import tell
+from prism_select.demo.story import run_demo
 from prism_select.run.errors import BadOption
 from prism_select.run.progress import Silent
 
 
 def test_the_demo_finds_the_skill_and_the_wrong_answers(tmp_path: Path) -> None:
-    figures = tell(str(tmp_path / "demo"), Silent())
+    figures = run_demo(str(tmp_path / "demo"), Silent())
     assert figures.chosen_share >= 4 * figures.pool_share
     assert figures.auroc >= 0.85
 
@@ -19,7 +19,7 @@ def test_the_demo_finds_the_skill_and_the_wrong_answers(tmp_path: Path) -> None:
 def test_the_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BadOption, match="something else"):
-        tell(str(tmp_path), Silent())
+        run_demo(str(tmp_path), Silent())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -31,7 +31,7 @@ def test_the_demo_ends_with_figures_and_where_to_look(
             main(["demo", "--out", str(tmp_path / "demo")])
         assert not end.value.code
     told = capsys.readouterr().out.replace("\n", "")
-    assert "Not tried yet" not in (tmp_path / "demo" / "select" / "report.html").read_text()
+    assert "Not judged yet" not in (tmp_path / "demo" / "select" / "report.html").read_text()
     for name in ("select", "repair"):
         page = tmp_path / "demo" / name / "report.html"
         assert page.exists() and str(page) in told

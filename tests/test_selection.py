@@ -3,9 +3,9 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +15,11 @@ from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Amount
 from prism_select.selection import rules as selection
-from prism_select.selection.figures import hidden_sources
+from prism_select.selection.figures import hidden_source_warnings
 from prism_select.selection.near_duplicates import NearDuplicates, UnreadText
-from prism_select.selection.ranking_columns import Columns, guesses_last
+from prism_select.selection.ranking_columns import RankedRows, predicted_last
 from prism_select.selection.rules import OUTCOMES, Rules, best_first, limit_of
+from prism_select.selection.scores_file import Names, read_columns
 
 ROWS = st.lists(
     st.tuples(
@@ -202,18 +203,18 @@ def test_a_choice_of_many_rows_in_bands_is_that_of_a_plain_walk(budget: str, cap
 
 # ---------------------------------------------------------------- near duplicates
 
-WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 TEXTS = [WORDS, WORDS.upper(), f"{WORDS} seventeen", "the capital of France is Paris", "", "no"]
 
 
-def test_guesses_come_after_every_exact_score_and_each_in_their_own_order() -> None:
+def test_predicted_scores_come_after_every_exact_one_and_each_in_their_own_order() -> None:
     ranking, exact = (
         np.array([2e-17, -1e300, np.nan, 3e-17, 1.0, 2e-17]),
         np.array([0, 1, 1, 0, 1, 0], dtype=bool),
     )
-    places = guesses_last(ranking, exact)
-    assert np.isnan(places[2])
-    assert np.argsort(-places, kind="stable").tolist() == [4, 1, 3, 0, 5, 2]
+    ranks = predicted_last(ranking, exact)
+    assert np.isnan(ranks[2])
+    assert np.argsort(-ranks, kind="stable").tolist() == [4, 1, 3, 0, 5, 2]
 
 
 @settings(max_examples=40, deadline=None)
@@ -261,6 +262,38 @@ def test_a_near_duplicate_costs_nothing_and_a_row_over_budget_is_not_compared() 
         )
 
 
+# ---------------------------------------------------------------- columns of the scores
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_columns_are_the_same_however_the_rows_are_parted_into_tables(size: int) -> None:
+    table = pa.table(
+        {
+            "score": pa.array([1.5, None, -2.0, 0.0, 4.0], pa.float64()),
+            "tokens": pa.array([3, None, 1, 2, 7], pa.int32()),
+            "exact": [True, False, True, True, False],
+            "source": pa.array(["b", None, "a", "b", "c"], pa.string()),
+            "unread": [0, 0, 0, 0, 0],
+        }
+    )
+    types = {"score": np.float64, "tokens": np.int32, "exact": bool, "source": str}
+    tables = (table.slice(start, size) for start in range(0, len(table), size))
+    columns = read_columns(tables, types.get)
+    assert len(columns) == 5 and set(columns) == {"score", "tokens", "exact"}
+    assert np.isnan(columns["score"][1]) and columns["score"][[0, 2, 3, 4]].tolist() == [
+        1.5,
+        -2,
+        0,
+        4,
+    ]
+    assert columns["tokens"].tolist() == [3, 0, 1, 2, 7] and columns["tokens"].dtype == np.int32
+    assert columns["exact"].tolist() == [True, False, True, True, False]
+    source = columns.names["source"]
+    assert [source[row] for row in range(5)] == ["b", "", "a", "b", "c"]
+    assert source.equals("b").tolist() == [True, False, False, True, False]
+    assert not source.equals("d").any()
+
+
 # ---------------------------------------------------------------- amounts
 
 
@@ -292,42 +325,37 @@ def test_anything_else_is_no_amount(text: str) -> None:
 
 
 @pytest.mark.parametrize(("rejected", "warned"), [(3.0, True), (1.0, False)])
-def test_a_source_that_raises_the_chosen_answers_most_and_stands_last_is_named(
+def test_a_source_of_highest_influence_on_chosen_answers_and_lowest_score_is_named(
     rejected: float, warned: bool
 ) -> None:
     """Math raises the chosen answers by 2 a token, chat by 0.1; what matters is what it does to the
     rejected ones."""
     count = 12
-    tokens = np.full(2 * count, 4)
+    tokens = np.full(2 * count, 4, dtype=np.int32)
     chosen = np.repeat([8.0, 0.4], count)
     score = chosen - np.repeat([4 * rejected, 0.0], count)
-    source, names = np.repeat(np.array([0, 1], dtype=np.int32), count), ["math", "chat"]
-    columns = Columns(
-        score, score, chosen.astype(np.float32), tokens.astype(np.int32), {}, source, names, {}, 0
-    )
-    for normalize, raised in (("none", "+8"), ("tokens", "+2")):
-        told = hidden_sources(config_of(normalize), columns)
-        assert bool(told) == warned
-        assert all(
-            f"source math raises the chosen answers most ({raised} a row" in line for line in told
+    codes = np.repeat(np.array([0, 1], dtype=np.int32), count)
+
+    def ranked(chosen: NDArray[np.float64], rows: slice = slice(None)) -> RankedRows:
+        return RankedRows(
+            ranking=score[rows],
+            score=score[rows],
+            score_chosen=chosen[rows].astype(np.float32),
+            tokens=tokens[rows],
+            source=Names(codes[rows], ["math", "chat"]),
+            extra={},
+            reasons={},
+            truncated=0,
         )
-    few = slice(0, 9)
-    short = Columns(
-        score[few],
-        score[few],
-        columns.score_chosen[few],
-        columns.tokens[few],
-        {},
-        source[few],
-        names,
-        {},
-        0,
-    )
-    assert not hidden_sources(config_of("none"), short)
+
+    for normalize, influence in (("none", "+8"), ("tokens", "+2")):
+        warnings = hidden_source_warnings(config_of(normalize), ranked(chosen))
+        assert bool(warnings) == warned
+        start = f"source math has the highest influence on the chosen answers ({influence} a row"
+        assert all(line.startswith(start) for line in warnings)
+    assert not hidden_source_warnings(config_of("none"), ranked(chosen, slice(0, 9)))
     chosen[0] = np.nan  # as where only the best rows have halves
-    assert not hidden_sources(
-        config_of("none"), replace(columns, score_chosen=chosen.astype(np.float32))
-    )
+    assert not hidden_source_warnings(config_of("none"), ranked(chosen))
 
 
 def config_of(normalize: str) -> ScoreConfig:

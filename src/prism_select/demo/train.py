@@ -4,7 +4,7 @@
            → demo/model/
 
 `python -m prism_select.demo.train [--out DIR]` makes the bundled folder again. On the same machine
-and versions it gives the same bytes, because seeds, order and the number of threads (one) are fixed.
+and versions it gives the same bytes: seeds, order and the number of threads (one) are fixed.
 
 Choices made here:
 - one pass, so that the model learns how reliable each fact is, and no row by heart;

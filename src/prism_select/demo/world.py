@@ -129,7 +129,7 @@ WORDINGS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that the world knows, and how people get it wrong; `kind` is that of its wording."""
+    """One thing that the world knows, and the typical mistake; `kind` is that of its wording."""
 
     kind: str
     subject: str

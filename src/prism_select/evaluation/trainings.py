@@ -178,5 +178,5 @@ def sampled(past: FinishedRun) -> Rows:
 def load_checkpoint(past: FinishedRun, full: bool, layers: str, progress: Progress) -> LoadedModel:
     """The model that the run took its scores of, in float32 where all parameters are trained."""
     dtype = "float32" if full else past.config.dtype
-    loaded = load_model(replace(past.config, layers=layers, dtype=dtype), progress)
+    loaded = load_model(replace(past.config, dtype=dtype), layers, progress)
     return with_adapter(loaded, past.home / ADAPTER) if past.config.warmup else loaded

@@ -184,8 +184,8 @@ def _source_rows(columns: ColumnPair) -> Iterator[SourceRows]:
     """The largest sources first."""
     source = columns[0].source
     rows, a, b = (
-        np.bincount(source.index, weights, len(source.names))
-        for weights in (np.ones(len(source.index)), columns[0].chosen, columns[1].chosen)
+        np.bincount(source.codes, weights, len(source.names))
+        for weights in (np.ones(len(source.codes)), columns[0].chosen, columns[1].chosen)
     )
     for i in np.argsort(-rows)[:SOURCES]:
         yield SourceRows(source.names[i] or "no name", int(rows[i]), int(a[i]), int(b[i]))

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-__all__ = ["VERDICTS", "Columns", "NameColumn", "columns_of"]
+from prism_select.selection.scores_file import Names, read_columns, scores_tables
+
+__all__ = ["VERDICTS", "Columns", "columns_of"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = NDArray[np.int64]
@@ -33,20 +34,6 @@ VERDICTS = {"select": "selected", "repair": "removed"}  # of the rows that a com
 
 _RANKINGS = {"tokens": "score_per_token", "norm": "score_cosine"}
 _NAMES = ("source", "file", "verdict")
-
-
-@dataclass(frozen=True)
-class NameColumn:
-    """A column of names: the index of each row's name in `names`."""
-
-    index: Rows
-    names: tuple[str, ...]
-
-    def __getitem__(self, row: int) -> str:
-        return self.names[int(self.index[row])]
-
-    def equals(self, name: str) -> Bools:
-        return np.equal(self.index, self.names.index(name) if name in self.names else -1)
 
 
 @dataclass(frozen=True)
@@ -63,9 +50,9 @@ class Columns:
     score_chosen: Floats
     score_rejected: Floats
     tokens: Rows
-    source: NameColumn
-    file: NameColumn
-    verdict: NameColumn
+    source: Names
+    file: Names
+    verdict: Names
 
     def __len__(self) -> int:
         return len(self.score)
@@ -106,45 +93,33 @@ class Columns:
 
     def row_in_file(self, row: int) -> int:
         """The index of a row among those of its file."""
-        return int(row - self._first_rows[self.file.index[row]])
+        return int(row - self._first_rows[self.file.codes[row]])
 
     @cached_property
     def _first_rows(self) -> Rows:
         """The first row of each file."""
         rows = np.zeros(len(self.file.names), dtype=np.int64)
-        files, first = np.unique(self.file.index, return_index=True)
+        files, first = np.unique(self.file.codes, return_index=True)
         rows[files] = first
         return rows
 
 
 def columns_of(path: Path, manifest: Mapping[str, Any]) -> Columns:
     """The columns of the run folder at `path`."""
-    file = path / "scores.parquet"
-    rank_by = "rank_by" in pq.read_schema(file).names
+    rank_by = "rank_by" in pq.read_schema(path / "scores.parquet").names
     normalised = _RANKINGS.get(manifest["config"]["normalize"], "score")
     ranked_by = "rank_by" if rank_by else normalised
-    numeric = {"score", "score_chosen", "score_rejected", "tokens", ranked_by}
-    table = pq.read_table(file, columns=sorted({*numeric, *_NAMES}), read_dictionary=list(_NAMES))
-
-    def numbers(name: str) -> Floats:
-        return np.asarray(table[name].to_numpy(), dtype=np.float64)
-
-    ranking, score = numbers(ranked_by), numbers("score")
+    numeric = ("score", "score_chosen", "score_rejected", ranked_by)
+    types = {**dict.fromkeys(numeric, np.float64), "tokens": np.int64, **dict.fromkeys(_NAMES, str)}
+    columns = read_columns(scores_tables(path, list(types)), types.get)
+    ranking, score = columns[ranked_by], columns["score"]
     return Columns(
         manifest["command"],
         ranked_by,
         np.where(np.isfinite(score), ranking, np.nan) if rank_by else ranking,
         score,
-        numbers("score_chosen"),
-        numbers("score_rejected"),
-        np.nan_to_num(numbers("tokens")).astype(np.int64),
-        *(_name_column(table[name]) for name in _NAMES),
+        columns["score_chosen"],
+        columns["score_rejected"],
+        columns["tokens"],
+        *(columns.names[name] for name in _NAMES),
     )
-
-
-def _name_column(column: pa.ChunkedArray) -> NameColumn:
-    array = column.unify_dictionaries().combine_chunks().fill_null("")
-    if isinstance(array, pa.ChunkedArray):  # a table without rows has no chunk
-        array = pa.array([], pa.dictionary(pa.int32(), pa.string()))
-    names = tuple(map(str, array.dictionary.to_pylist()))
-    return NameColumn(np.asarray(array.indices, dtype=np.int64), names)

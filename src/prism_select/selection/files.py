@@ -102,7 +102,7 @@ def copy_rows(
             output = output_of[code]
             if output is not None and code == quarantined:
                 raw = Raw(file, line, text.decode("utf-8", "backslashreplace"), None)
-                output.write(json_line(raw.set_aside(reasons.get(row, ""))))
+                output.write(json_line(raw.quarantined(reasons.get(row, ""))))
             elif output is not None:
                 output.write(text + b"\n")
             row += 1

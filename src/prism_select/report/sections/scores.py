@@ -163,7 +163,7 @@ def _sources(columns: Columns) -> Iterator[Source]:
     """The largest first."""
     names, order = columns.source.names, columns.order
     index, values, chosen = (
-        columns.source.index[order],
+        columns.source.codes[order],
         columns.ranking[order],
         columns.chosen[order],
     )
