@@ -106,8 +106,7 @@ def test_engines_agree_to_rounding_on_a_float64_transformer(
     tied: bool, layers: str, left: bool
 ) -> None:
     model = Tiny(tied=tied)
-    pattern = layers if layers != "late" else "late"
-    weights = select_parameters(model.network, pattern)
+    weights = select_parameters(model.network, layers)
     target = target_of(model, weights, vocabulary=61)
     directions, batch = [target.direction, target.chosen], batch_of(12, seed=7, left=left)
     exact = reference(model, weights, directions)(batch)
@@ -171,14 +170,20 @@ def test_of_a_model_that_also_sees_what_reads_text_counts() -> None:
         **dict(mm_tokens_per_image=4, image_token_index=7, boi_token_index=8, eoi_token_index=9),
     )
     model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
-    every, late = select_parameters(model.network, "all"), select_parameters(model.network, "late")
+    everything, late = (
+        select_parameters(model.network, "all"),
+        select_parameters(model.network, "late"),
+    )
     assert {
         name for name, _ in model.network.named_parameters() if "language_model" in name
-    } == set(every)
-    assert {name for name in every if re.search(r"layers\.[23]\.", name)} == set(late)
-    directions, batch = [target_of(model, every).direction], batch_of(8, 16, seed=9, vocabulary=V)
-    exact = reference(model, every, directions)(batch).values
-    assert disagreement(reverse(model, every, directions)(batch).values, exact) < 1e-4
+    } == set(everything)
+    assert {name for name in everything if re.search(r"layers\.[23]\.", name)} == set(late)
+    directions, batch = (
+        [target_of(model, everything).direction],
+        batch_of(8, 16, seed=9, vocabulary=V),
+    )
+    exact = reference(model, everything, directions)(batch).values
+    assert disagreement(reverse(model, everything, directions)(batch).values, exact) < 1e-4
 
 
 def test_a_network_that_names_itself_its_decoder_is_split_at_its_model() -> None:
@@ -301,11 +306,11 @@ def test_the_head_in_chunks_scores_like_the_head_at_once(monkeypatch: pytest.Mon
     model = Tiny()
     weights = select_parameters(model.network, "all")
     engine = reverse(model, weights, [target_of(model, weights, vocabulary=61).direction])
-    whole = engine(batch_of(9))
+    at_once = engine(batch_of(9))
     monkeypatch.setattr("prism_select.core.likelihood.HEAD_LOGITS", 3 * 61)
-    parts = engine(batch_of(9))
-    assert np.allclose(parts.values, whole.values, rtol=1e-10)
-    assert np.allclose(parts.loglik, whole.loglik, rtol=1e-10)
+    in_chunks = engine(batch_of(9))
+    assert np.allclose(in_chunks.values, at_once.values, rtol=1e-10)
+    assert np.allclose(in_chunks.loglik, at_once.loglik, rtol=1e-10)
 
 
 class Leaking(Tiny):
@@ -316,10 +321,8 @@ class Leaking(Tiny):
         first, last = blocks[0], blocks[-1]
         seen: list[torch.Tensor] = []
         hooks = [
-            first.up.register_forward_hook(lambda *given: seen.append(given[2])),
-            last.register_forward_hook(
-                lambda *given: given[2] + (seen.pop().mean() if seen else 0)
-            ),
+            first.up.register_forward_hook(lambda *args: seen.append(args[2])),
+            last.register_forward_hook(lambda *args: args[2] + (seen.pop().mean() if seen else 0)),
         ]
         try:
             return super().hidden(batch)
@@ -329,7 +332,7 @@ class Leaking(Tiny):
 
 
 @pytest.mark.parametrize(("kind", "passes"), [(Tiny, [1, 1, 2, 2]), (Leaking, [2, 2, 2, 2])])
-def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(
+def test_blocks_below_the_selected_parameters_run_once_where_that_is_exact(
     kind: type[Tiny], passes: list[int]
 ) -> None:
     model, batch = kind(), batch_of(4, seed=3)
@@ -339,12 +342,12 @@ def test_blocks_below_the_weights_that_count_run_once_where_that_is_exact(
     engine(batch)  # the first batch sets the step, too
     runs = [0] * len(passes)
 
-    def count(place: int) -> Callable[..., None]:
-        return lambda *_: runs.__setitem__(place, runs[place] + 1)
+    def count(index: int) -> Callable[..., None]:
+        return lambda *_: runs.__setitem__(index, runs[index] + 1)
 
     blocks: Any = model.network.body.blocks
-    for place, block in enumerate(blocks):
-        block.up.register_forward_hook(count(place))
+    for index, block in enumerate(blocks):
+        block.up.register_forward_hook(count(index))
     fast = engine(batch)
     assert runs == passes
     exact = reference(model, weights, directions)(batch)
@@ -402,14 +405,14 @@ def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again
         list[int](),
     )
 
-    def cramped(*given: Any) -> torch.Tensor:
+    def cramped(*args: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return token_logliks(*given)
+        return token_logliks(*args)
 
-    engine, whole = (difference(model, weights, directions) for _ in range(2))
-    expected = whole(batch).values
+    engine, undisturbed = (difference(model, weights, directions) for _ in range(2))
+    expected = undisturbed(batch).values
     monkeypatch.setattr(engines, "token_logliks", cramped)
     with pytest.raises(torch.OutOfMemoryError):
         engine(batch)

@@ -63,10 +63,10 @@ def test_one_training_step_moves_the_gain_as_scored(weighting: str) -> None:
 def test_swapping_chosen_and_rejected_under_uniform_negates_every_score_exactly() -> None:
     model, sides, batch = Tiny(), pairs_of(7), batch_of(20, seed=5)
     weights = select_parameters(model.network, "all")
-    there, back = (target_of(model, way, "uniform") for way in (sides, sides[::-1]))
-    scores = [reverse(model, weights, [target.direction])(batch).values for target in (there, back)]
+    forth, back = (target_of(model, way, "uniform") for way in (sides, sides[::-1]))
+    scores = [reverse(model, weights, [target.direction])(batch).values for target in (forth, back)]
     assert torch.equal(scores[0], -scores[1])
-    assert torch.equal(there.gap, -back.gap)
+    assert torch.equal(forth.gap, -back.gap)
 
 
 @pytest.mark.parametrize("weighting", GAINS)
@@ -108,15 +108,15 @@ def test_figures_of_the_target_follow_their_formulas() -> None:
 
 def test_layers_are_chosen_by_block_and_by_name() -> None:
     network = Tiny().network
-    every = set(select_parameters(network, "all"))
-    assert every == {name for name, _ in network.named_parameters()}
+    names = set(select_parameters(network, "all"))
+    assert names == {name for name, _ in network.named_parameters()}
     late = set(select_parameters(network, "late"))
-    assert late == {name for name in every if ".blocks.2." in name or ".blocks.3." in name}
+    assert late == {name for name in names if ".blocks.2." in name or ".blocks.3." in name}
     assert set(select_parameters(network, "last:1")) == {
-        name for name in every if ".blocks.3." in name
+        name for name in names if ".blocks.3." in name
     }
     assert set(select_parameters(network, "last:9")) == {
-        name for name in every if ".blocks." in name
+        name for name in names if ".blocks." in name
     }
     assert set(select_parameters(network, r"qkv\.weight$")) == {
         f"body.blocks.{i}.qkv.weight" for i in range(4)

@@ -70,8 +70,8 @@ class Desk:
         )
 
     def done(self, name: str, *words: object, command: str = "score") -> prism_select.Run:
-        told = self.run(name, *words, command=command)
-        assert told.code == 0, told.err
+        outcome = self.run(name, *words, command=command)
+        assert outcome.code == 0, outcome.err
         return prism_select.Run(self.folder / name)
 
     @property
@@ -118,12 +118,12 @@ def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> Non
         )
         < 1e-5
     )
-    told = mean.manifest["target"]
-    assert told["pairs"] == 12 and {
-        k: t["pairs"] for k, t in told["targets"].items()
+    facts = mean.manifest["target"]
+    assert facts["pairs"] == 12 and {
+        k: t["pairs"] for k, t in facts["targets"].items()
     } == dict.fromkeys("xyz", 4)
     cosines, directions = (
-        np.array(told["cosines"]),
+        np.array(facts["cosines"]),
         [load_file(alone[k].path / "direction.safetensors") for k in "xyz"],
     )
     flat = [
@@ -147,12 +147,12 @@ def test_targets_that_pull_against_each_other_are_told(desk: Desk) -> None:
         "--target",
         f"x={desk.targets['x']}",
     ]
-    told = desk.done("conflict", *words, "--weighting", "uniform").manifest["warnings"]
-    said = [line for line in told if "conflict" in line]
+    warnings = desk.done("conflict", *words, "--weighting", "uniform").manifest["warnings"]
+    lines = [line for line in warnings if "conflict" in line]
     assert (
-        said[0] == "targets wanted and unwanted conflict: the cosine of their directions is -1.00"
+        lines[0] == "targets wanted and unwanted conflict: the cosine of their directions is -1.00"
     )
-    assert not any("wanted and wanted" in line or "unwanted and wanted" in line for line in said)
+    assert not any("wanted and wanted" in line or "unwanted and wanted" in line for line in lines)
 
 
 def test_a_saved_direction_of_several_targets_scores_again(desk: Desk) -> None:
@@ -169,11 +169,15 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
         "turn", *desk.named, "--combine", "round-robin", "--budget", "6", command="select"
     )
     each = {k: column(run, f"score:{k}") for k in "xyz"}
-    wanted = set[int]()
+    expected = set[int]()
     for turn in range(6):
         scores = each["xyz"[turn % 3]]
-        wanted.add(max((i for i in range(len(POOL)) if i not in wanted), key=lambda i: scores[i]))
-    assert {i for i, v in enumerate(run.scores["verdict"].to_pylist()) if v == "selected"} == wanted
+        expected.add(
+            max((i for i in range(len(POOL)) if i not in expected), key=lambda i: scores[i])
+        )
+    assert {
+        i for i, v in enumerate(run.scores["verdict"].to_pylist()) if v == "selected"
+    } == expected
     turns = round_robin(np.array([[3.0, 1.0], [2.0, 9.0], [np.nan, 0.0], [1.0, 5.0]]))
     assert turns[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(turns[2])
 
@@ -200,8 +204,8 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
 )
 def test_what_cannot_be_is_refused_in_one_line(desk: Desk, words: list[str], says: str) -> None:
     filled = [word.format(**desk.targets) for word in words]
-    told = desk.run("refused", *filled)
-    assert told.code == 2 and says in told.err and told.err.count("\n") == 1, told.err
+    outcome = desk.run("refused", *filled)
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1, outcome.err
     assert not (desk.folder / "refused").exists()
 
 
@@ -275,7 +279,7 @@ def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> 
     words = ["--curvature", "diagonal", "--damping", "0.5,0.1"]
     first = desk.done("first", *words, command="select")
     for before, after in (("first", "second"), ("second", "third")):
-        told = prism(
+        outcome = prism(
             "select",
             "--select-from",
             desk.folder / before,
@@ -284,7 +288,7 @@ def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> 
             "--out",
             desk.folder / after,
         )
-        assert told.code == 0, told.err
+        assert outcome.code == 0, outcome.err
         run = prism_select.Run(desk.folder / after)
         assert (
             run.manifest["choice"]["damping_overlap"] == first.manifest["choice"]["damping_overlap"]
@@ -296,11 +300,11 @@ def test_a_choice_made_again_keeps_what_scoring_said_of_dampings(desk: Desk) -> 
 def test_a_lower_rank_says_what_it_keeps(desk: Desk) -> None:
     whole, low = desk.done("whole"), desk.done("low", "--rank", "4")
     full = desk.done("full", "--rank", "64")
-    told = low.manifest["rank"]
-    assert told["rank"] == 4 and 0.2 < told["energy_kept"] < 0.999
+    facts = low.manifest["rank"]
+    assert facts["rank"] == 4 and 0.2 < facts["energy_kept"] < 0.999
     exact = spearmanr(column(whole, "score"), column(low, "score")).statistic
-    assert told["rank_correlation"] == pytest.approx(exact, abs=1e-6)
-    assert full.manifest["rank"]["energy_kept"] == pytest.approx(1) and told["rows"] == 30
+    assert facts["rank_correlation"] == pytest.approx(exact, abs=1e-6)
+    assert full.manifest["rank"]["energy_kept"] == pytest.approx(1) and facts["rows"] == 30
     assert apart(column(full, "score"), column(whole, "score")) < 1e-5
 
 
@@ -310,13 +314,13 @@ def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
     length = norm({name: value for name, value in saved.items() if "/" not in name})
     assert apart(cosine, column(run, "score") / column(run, "gradient_norm") / length) < 1e-6
     assert (np.abs(cosine) <= 1).all()
-    taken = [
+    selected = [
         i for i, verdict in enumerate(run.scores["verdict"].to_pylist()) if verdict == "selected"
     ]
-    assert set(taken) == set(np.argsort(-cosine)[:5].tolist())
+    assert set(selected) == set(np.argsort(-cosine)[:5].tolist())
     assert set(run.manifest["choice"]["rank_correlation_with_tokens"]) == {"none", "tokens", "norm"}
     without = desk.done("without")
-    told = prism(
+    outcome = prism(
         "select",
         "--select-from",
         without.path,
@@ -325,7 +329,7 @@ def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
         "--out",
         desk.folder / "again",
     )
-    assert told.code == 2 and "these scores were made without it" in told.err
+    assert outcome.code == 2 and "these scores were made without it" in outcome.err
 
 
 # ---------------------------------------------------------------- adapters in a run
