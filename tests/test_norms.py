@@ -72,6 +72,14 @@ def test_the_norms_are_autograds_on_every_architecture(
     assert apart(with_norms(model, weights, [])(left)[1], exact) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma3", "gpt2", "opt"])
+def test_usual_networks_need_formulas_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network_of(name)
+    weights = select_parameters(model.network, "all")
+    monkeypatch.setattr("prism_select.scoring.gradient_norms.differentiable", None)
+    with_norms(model, weights, [])(batch_of(5, 16, seed=9, vocabulary=V))
+
+
 def test_a_parameter_counts_with_all_of_its_uses() -> None:
     model, batch = Tiny(), batch_of(5)
     blocks = model.network.body.blocks

@@ -172,10 +172,10 @@ class _Observer:
     def _note_use(self, name: str, tied: bool = False, chunks: bool = False) -> bool:
         """Whether a use of a matrix has a formula besides its earlier ones. An embedding may be
         `tied` to a head that came before it, and a head is used in several `chunks`."""
-        use, earlier = len(self.unread) if self.in_head else BODY, self.uses.setdefault(name, set())
+        use, earlier = len(self.unread) if self.in_head else BODY, self.uses.get(name, set())
         conflicts = earlier & {use, BODY} if tied or chunks else earlier
         uncrossed = tied and earlier and name not in self.crossed
-        earlier.add(use)
+        self.uses[name] = earlier | {use}
         if conflicts or uncrossed or name in self.sums:
             self.without_formula.add(name)
         return name not in self.without_formula
