@@ -143,7 +143,7 @@ qwen3-expression  score  qwen3   --layers PART --skip-end
 mixtral-experts   score  mixtral --engine forward --weighting hard
 mixtral-attention repair mixtral --layers self_attn --remove 100tok
 mamba-all         score  mamba   --engine difference
-neox-uncertainty  select neox    --uncertainty 4 --engine forward --budget 5%
+neox-forward      select neox    --engine forward --budget 5%
 falcon-last       repair falcon  --layers last:1 --remove positive
 targets-mean      select llama   --combine mean --budget 12 THREE
 targets-max       select neox    --combine max --budget 5% THREE
