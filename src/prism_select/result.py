@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prism_select.data.files import rows_at
 from prism_select.data.object_rows import table_at
-from prism_select.data.table_rows import parquet_table_at
+from prism_select.data.table_rows import arrow_table_at, parquet_table_at
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run as RunFiles
 from prism_select.run.objects import in_reach, is_object
@@ -95,4 +95,6 @@ def rows_of_file(file: str, positions: Sequence[int]) -> pa.Table:
         return rows.with_format("arrow")[:]
     if file.lower().endswith(".parquet"):
         return parquet_table_at(file, positions)
+    if file.lower().endswith(".arrow"):
+        return arrow_table_at(file, positions)
     return pa.Table.from_pylist([dict(raw.fields or {}) for _, raw in rows_at(file, positions)])

@@ -6,7 +6,10 @@
 Choices made here:
 - of several columns for one field, the first that a row has counts;
 - `a.b` is the column b in the object a, unless a column is called `a.b`;
-- a mapped column hides the column of the standard name; a row without it is left as it is.
+- a mapped column hides the column of the standard name; a row without it is left as it is;
+- NaN is what data frames write where there is nothing: an empty cell, like null;
+- an id or a source may be a whole number, also as a float: a column of integers with a gap becomes
+  one of floats, and 1.0 is the id "1".
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,15 @@ from typing import TypeAlias
 
 from prism_select.data.records import Raw
 
-__all__ = ["Fields", "Names", "columns_of", "explicit_id", "standard_fields"]
+__all__ = [
+    "Fields",
+    "Names",
+    "columns_of",
+    "explicit_id",
+    "is_empty",
+    "name_in",
+    "standard_fields",
+]
 
 Names: TypeAlias = Mapping[str, Sequence[str]]  # field → columns
 Fields: TypeAlias = Mapping[str, object]  # column → value
@@ -55,7 +66,24 @@ def standard_fields(fields: Fields, mapping: Names) -> dict[str, object]:
     return standard
 
 
+def is_empty(value: object) -> bool:
+    """Whether a cell is null or NaN."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def name_in(value: object) -> str | None:
+    """An id or a source as text; None for a value that is none."""
+    if isinstance(value, str):
+        return value
+    if type(value) is int:
+        return str(value)
+    whole = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
+    return str(int(value)) if whole else None
+
+
 def explicit_id(raw: Raw, mapping: Names = _AS_NAMED) -> str | None:
-    """The id in the row itself, if any; it may occur once in a pool."""
-    value = standard_fields(raw.fields or {}, mapping).get("id")
-    return str(value) if type(value) in (int, str) and str(value).strip() else None
+    """The id in the row itself, if any; it may occur once in a file."""
+    fields = raw.fields or {}
+    value = standard_fields(fields, mapping).get("id") if mapping else fields.get("id")
+    name = name_in(value)
+    return name if name and name.strip() else None

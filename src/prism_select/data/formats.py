@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import NoReturn, TypeAlias
 
-from prism_select.data.fields import Fields, Names, columns_of, standard_fields
+from prism_select.data.fields import Fields, Names, columns_of, is_empty, standard_fields
 from prism_select.data.multiple_choice import right_choice, wrong_choices
 from prism_select.data.records import Example, Pair, Raw
 from prism_select.data.row_content import RENAME_ADVICE, RowContent, Turns
@@ -130,7 +130,7 @@ def unused(fields: Fields, mapping: Names, format: Format) -> list[str]:
 
 
 def _detect(fields: Fields, formats: Iterable[str]) -> Format | None:
-    filled = {name for name, value in fields.items() if value is not None}
+    filled = {name for name, value in fields.items() if not is_empty(value)}
     # a table has the columns of all its rows: null where a row does not use them
     for names in (filled, fields.keys()):
         for name in formats:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from prism_select.data.records import Raw
-from prism_select.data.table_rows import arrow_row, table_row
+from prism_select.data.table_rows import MISSING, arrow_row, table_row
 from prism_select.run.errors import BadOption
 from prism_select.run.objects import MEMORY, object_at
 
@@ -109,7 +109,14 @@ def _list_row(address: str, index: int, row: Any) -> Raw:
     if not isinstance(row, Mapping):
         text = json.dumps(row, ensure_ascii=False, default=str)
         return Raw(address, index, text, None, f"{type(row).__name__} where a dict was expected")
-    return table_row(address, index, {str(name): value for name, value in row.items()})
+    return table_row(address, index, {str(name): _plain(value) for name, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python, and a missing value of pandas as None."""
+    if type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
+        return value.item()
+    return None if type(value).__name__ in MISSING else value
 
 
 def object_rows_at(address: str, positions: Sequence[int]) -> Iterator[tuple[int, Raw]]:

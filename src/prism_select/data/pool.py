@@ -5,7 +5,8 @@
 
 Choices made here:
 - a file has one format, that of its first row with any;
-- an id that a row carries itself may occur once in the pool: the row that repeats it is bad;
+- an id that a row carries itself may occur once in a file: the row that repeats it is bad; two
+  files may both count from 0;
 - a pool that changes during a run is noticed by the size and time of its files, which cost nothing
   to read, and by their contents at the end.
 """
@@ -78,10 +79,11 @@ class Pool:
         self, selected: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[Raw, Example | BadRow]]:
         """All rows, or those where `selected` is True; these must be good. Memory grows by a hash
-        for each id that a row carries itself."""
-        seen, positions = set[int](), count()
+        for each id of a file that a row carries itself."""
+        positions = count()
         for file in self.files:
             format: Format | None = None
+            seen = set[int]()  # ids, of this file alone
             for raw, position in zip(read_rows(file), positions, strict=False):
                 requested = selected is None or selected[position]
                 try:
@@ -99,7 +101,7 @@ class Pool:
         if identity is not None:
             key = hash(identity)
             if key in seen:
-                advice = "give each row its own id, or leave ids out"
+                advice = "give each row of a file its own id, or leave ids out"
                 raise BadRow(raw.file, raw.line, f"duplicate id {identity!r}", advice)
             seen.add(key)
         return example

@@ -8,16 +8,14 @@ Choices made here:
 - an answer that repeats the prompt (a whole conversation as `chosen`) starts after it.
 """
 
-import os.path
 import reprlib
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from prism_select.data.fields import Names, columns_of, standard_fields
-from prism_select.data.files import SUPPORTED_ENDING
+from prism_select.data.fields import Names, columns_of, is_empty, name_in, standard_fields
+from prism_select.data.files import names_of
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.run.errors import BadRow
-from prism_select.run.objects import MEMORY
 
 __all__ = ["RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
 
@@ -81,9 +79,10 @@ class RowContent:
     def name(self, name: str, default: str) -> str:
         """An id or a source: text or a whole number, as text."""
         value = self._fields.get(name)
-        if value is None:
+        if is_empty(value):
             return default
-        text = str(value) if type(value) is int else self.string(value, self.label(name))
+        text = name_in(value)
+        text = self.string(value if text is None else text, self.label(name))
         return text if text.strip() else default
 
     def turns(self, name: str, role: Role) -> Turns:
@@ -139,7 +138,7 @@ class RowContent:
 
     def instruction(self) -> Turns:
         """The fields instruction and input as one user turn."""
-        context = self.text("input") if self._fields.get("input") is not None else ""
+        context = "" if is_empty(self._fields.get("input")) else self.text("input")
         texts = (text for text in (self.text("instruction"), context) if text.strip())
         return (Turn("user", "\n\n".join(texts)),)
 
@@ -159,9 +158,7 @@ class RowContent:
         return turns
 
     def example(self, prompt: Turns, answer: Turns) -> Example:
-        raw, name = self._raw, os.path.basename(_address(self._raw.file).rstrip("/"))
-        hub = raw.file.startswith("hub:")
-        stem = name.partition(":")[0] if hub else SUPPORTED_ENDING.sub("", name)
+        raw, (name, stem) = self._raw, names_of(self._raw.file)
         identity, source = self.name("id", f"{name}:{raw.line}"), self.name("source", stem)
         if answer[0].role != "assistant":  # the answer may be the whole conversation
             for end in range(len(prompt), len(answer)) if prompt else ():
@@ -183,6 +180,8 @@ class RowContent:
 
 
 def type_in_words(value: object) -> str:
+    if isinstance(value, float) and is_empty(value):
+        return "NaN"
     return (
         "an object" if isinstance(value, Mapping) else _TYPES.get(type(value), type(value).__name__)
     )
@@ -190,7 +189,3 @@ def type_in_words(value: object) -> str:
 
 def stripped(turns: Turns) -> list[tuple[Role, str]]:
     return [(turn.role, turn.text.strip()) for turn in turns]
-
-
-def _address(file: str) -> str:
-    return file.removeprefix("hub:").removeprefix(MEMORY)

@@ -1,27 +1,38 @@
-"""Table rows: rows of parquet files, and of data sets of the Hugging Face hub.
+"""Table rows: rows of Parquet and Arrow files, and of data sets of the Hugging Face hub.
 
-    a batch of 256 rows → cells → {column: value} → JSON text
+    a batch of rows → cells → {column: value} → JSON text
 
 Choices made here:
 - a cell that cannot be a Python value makes its own row bad, and no other;
-- `rows_at` reads only the row groups that hold a requested row;
-- the text of a row is JSON, so that it can be copied to a .jsonl file.
+- of a Parquet file `rows_at` reads only the row groups that hold a requested row;
+- an Arrow file is a stream, as `datasets` writes it, or a file with an index; it is read in the
+  batches in which it was written (1,000 rows by default);
+- the text of a row is strict JSON, so that it can be copied to a .jsonl file: NaN and infinity are
+  null, bytes are base64, dates and times ISO 8601.
 """
 
+import base64
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, time
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from prism_select.data.records import Raw
 from prism_select.data.remote import local
 from prism_select.data.streams import CHUNK_BYTES, DAMAGED_ADVICE, reading
 from prism_select.run.errors import BadOption
+from prism_select.run.folder import finite
 
 __all__ = [
+    "arrow_file_rows",
+    "arrow_file_rows_at",
     "arrow_row",
+    "arrow_table_at",
     "hub_rows",
     "parquet_rows",
     "parquet_rows_at",
@@ -29,11 +40,14 @@ __all__ = [
     "table_row",
 ]
 
+MISSING = ("NAType", "NaTType")  # of pandas; the latter is a date
+_FAILURES = (OSError, pa.ArrowException, UnicodeDecodeError)
+
 
 @contextmanager
 def _parquet(file: str) -> Iterator[pq.ParquetFile]:
     with (
-        reading(file, (OSError, pa.ArrowException, UnicodeDecodeError), DAMAGED_ADVICE),
+        reading(file, _FAILURES, DAMAGED_ADVICE),
         # pre_buffer would hold the whole file
         pq.ParquetFile(local(file), buffer_size=CHUNK_BYTES, pre_buffer=False) as table,
     ):
@@ -41,28 +55,45 @@ def _parquet(file: str) -> Iterator[pq.ParquetFile]:
 
 
 def parquet_rows(file: str) -> Iterator[Raw]:
-    number = 0
     with _parquet(file) as table:
-        for batch in table.iter_batches(batch_size=256):
-            for cells in zip(*batch.columns, strict=True):
-                number += 1
-                yield arrow_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
+        yield from _rows_of(file, table.iter_batches(batch_size=256))
+
+
+def _rows_of(file: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Raw]:
+    number = 0
+    for batch in batches:
+        for cells in zip(*batch.columns, strict=True):
+            number += 1
+            yield arrow_row(file, number, dict(zip(batch.schema.names, cells, strict=True)))
 
 
 def parquet_rows_at(file: str, positions: Sequence[int]) -> Iterator[tuple[int, Raw]]:
-    """The rows at these positions, counted from 0, each with its position."""
+    """The rows at these ascending positions, counted from 0, each with its position."""
     with _parquet(file) as table:
         end = 0
         for group in range(table.num_row_groups):
             start, end = end, end + table.metadata.row_group(group).num_rows
-            if not any(start <= position < end for position in positions):
+            if not _between(positions, start, end):
                 continue
-            for batch in table.iter_batches(batch_size=256, row_groups=[group]):
-                stop = start + len(batch)
-                for position in (row for row in positions if start <= row < stop):
-                    cells = {name: batch[name][position - start] for name in batch.schema.names}
-                    yield position, arrow_row(file, position + 1, cells)
-                start = stop
+            batches = table.iter_batches(batch_size=256, row_groups=[group])
+            yield from _rows_of_at(file, batches, positions, start)
+
+
+def _between(positions: Sequence[int], start: int, stop: int) -> Sequence[int]:
+    """Those from `start` on and before `stop`."""
+    return positions[bisect_left(positions, start) : bisect_left(positions, stop)]
+
+
+def _rows_of_at(
+    file: str, batches: Iterator[pa.RecordBatch], positions: Sequence[int], start: int = 0
+) -> Iterator[tuple[int, Raw]]:
+    """The rows at these ascending positions; the first row of `batches` is at `start`."""
+    for batch in batches:
+        stop = start + len(batch)
+        for position in _between(positions, start, stop):
+            cells = {name: batch[name][position - start] for name in batch.schema.names}
+            yield position, arrow_row(file, position + 1, cells)
+        start = stop
 
 
 def parquet_table_at(file: str, positions: Sequence[int]) -> pa.Table:
@@ -71,8 +102,43 @@ def parquet_table_at(file: str, positions: Sequence[int]) -> pa.Table:
     with _parquet(file) as opened:
         for group in range(opened.num_row_groups):
             start, end = end, end + opened.metadata.row_group(group).num_rows
-            if rows := [position - start for position in positions if start <= position < end]:
+            if rows := [position - start for position in _between(positions, start, end)]:
                 tables.append(opened.read_row_group(group).take(rows))
+    return pa.concat_tables(tables)
+
+
+@contextmanager
+def _arrow(file: str) -> Iterator[Iterator[pa.RecordBatch]]:
+    """The batches of an Arrow file."""
+    # a mapped file that becomes shorter meanwhile would kill the process
+    with reading(file, _FAILURES, DAMAGED_ADVICE), pa.OSFile(local(file)) as source:
+        if source.read(6) == b"ARROW1":
+            indexed = pa.ipc.open_file(source)
+            yield map(indexed.get_batch, range(indexed.num_record_batches))
+        else:
+            source.seek(0)
+            yield iter(pa.ipc.open_stream(source))
+
+
+def arrow_file_rows(file: str) -> Iterator[Raw]:
+    with _arrow(file) as batches:
+        yield from _rows_of(file, batches)
+
+
+def arrow_file_rows_at(file: str, positions: Sequence[int]) -> Iterator[tuple[int, Raw]]:
+    """The rows at these ascending positions, counted from 0, each with its position."""
+    with _arrow(file) as batches:
+        yield from _rows_of_at(file, batches, positions)
+
+
+def arrow_table_at(file: str, positions: Sequence[int]) -> pa.Table:
+    """The rows at these ascending positions as one table, with the file's own types."""
+    tables, end = list[pa.Table](), 0
+    with _arrow(file) as batches:
+        for batch in batches:
+            start, end = end, end + len(batch)
+            if rows := [position - start for position in _between(positions, start, end)]:
+                tables.append(pa.Table.from_batches([batch]).take(rows))
     return pa.concat_tables(tables)
 
 
@@ -101,6 +167,7 @@ def hub_rows(file: str) -> Iterator[Raw]:
         ) from error
     with reading(file, Exception, "check the name, the split (hub:NAME:SPLIT) and the network"):
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows = rows.decode(False) if hasattr(rows, "decode") else rows  # images remain bytes
         for number, fields in enumerate(rows, start=1):
             yield table_row(file, number, fields)
 
@@ -108,5 +175,26 @@ def hub_rows(file: str) -> Iterator[Raw]:
 def table_row(
     file: str, line: int, fields: Mapping[str, object], problem: str | None = None
 ) -> Raw:
-    text = json.dumps(fields, ensure_ascii=False, default=str)
+    try:
+        try:
+            text = _ENCODER.encode(fields)
+        except (ValueError, TypeError):  # NaN, or a key that JSON does not know
+            text = _ENCODER.encode(finite(fields))
+    except RecursionError:
+        text, problem = "", "nested too deeply"
     return Raw(file, line, text, None if problem else fields, problem)
+
+
+def _in_json(value: object) -> object:
+    """What stands in JSON for a value that it does not know."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    if type(value).__name__ in MISSING:
+        return None
+    if isinstance(value, date | time):
+        return value.isoformat()
+    values = getattr(value, "tolist", None)  # of numpy
+    return finite(values()) if values else str(value)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_in_json)
