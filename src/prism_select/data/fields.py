@@ -14,7 +14,7 @@ Choices made here:
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from prism_select.data.records import Raw
 
@@ -23,9 +23,11 @@ __all__ = [
     "Names",
     "columns_of",
     "explicit_id",
+    "is_blank",
     "is_empty",
     "name_in",
     "standard_fields",
+    "without_nulls",
 ]
 
 Names: TypeAlias = Mapping[str, Sequence[str]]  # field → columns
@@ -71,14 +73,30 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def is_blank(value: object) -> bool:
+    """Whether nothing stands in a cell: null, NaN, white space, or a list or an object of
+    nothing."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return not value if isinstance(value, list | tuple | Mapping) else is_empty(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of objects, at any depth, that are null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def name_in(value: object) -> str | None:
     """An id or a source as text; None for a value that is none."""
     if isinstance(value, str):
         return value
     if type(value) is int:
         return str(value)
-    whole = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
-    return str(int(value)) if whole else None
+    if isinstance(value, float) and abs(value) < 2**53 and value.is_integer():
+        return str(int(value))
+    return None
 
 
 def explicit_id(raw: Raw, mapping: Names = _AS_NAMED) -> str | None:

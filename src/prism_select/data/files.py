@@ -24,7 +24,7 @@ from functools import cache
 
 from prism_select.data.csv_rows import csv_rows
 from prism_select.data.json_rows import json_array, json_lines, json_row_of_line
-from prism_select.data.object_rows import object_rows, object_rows_at
+from prism_select.data.object_rows import is_typed, object_rows, object_rows_at
 from prism_select.data.records import Raw, is_text
 from prism_select.data.remote import addresses, is_remote, local
 from prism_select.data.streams import (
@@ -49,6 +49,7 @@ __all__ = [
     "SUPPORTED_ENDING",
     "files_without_rows",
     "find_files",
+    "is_table",
     "names_of",
     "read_rows",
     "read_texts",
@@ -203,8 +204,16 @@ def names_of(file: str) -> tuple[str, str]:
         return name, name.partition(":")[0]
     name = os.path.basename(file.removeprefix(MEMORY).rstrip("/"))
     if _SHARD.fullmatch(name):  # of save_to_disk: the folder has the data set's name
-        return name, os.path.basename(os.path.dirname(os.path.abspath(file))) or name
+        folder = os.path.dirname(file if is_remote(file) else os.path.abspath(file))
+        above = os.path.dirname(folder)
+        split = os.path.exists(f"{above}/dataset_dict.json")
+        return name, os.path.basename(above if split else folder) or name
     return name, SUPPORTED_ENDING.sub("", name)
+
+
+def is_table(file: str) -> bool:
+    """Whether all rows of a file have the same columns, at any depth: null where one has none."""
+    return is_typed(file) if is_object(file) else _kind_by_name(file) in ("hub", "parquet", "arrow")
 
 
 def readable(file: str) -> str:
@@ -256,15 +265,10 @@ def rows_at(file: str, positions: Collection[int]) -> Iterator[tuple[int, Raw]]:
 
 def _kind(file: str) -> str:
     """hub, object, lines, array, csv, parquet or arrow. Raises BadFile for a file without rows."""
-    if is_object(file):
-        return "object"
-    if file.startswith("hub:"):
-        return "hub"
-    ending = SUPPORTED_ENDING.search(file)
-    if ending is None:
-        raise BadFile(file, None, "its ending is not supported", _ADVICE)
+    kind = _kind_by_name(file)
+    if kind in ("object", "hub"):
+        return kind
     _refuse_pointer(file)
-    kind = (ending[1] or ending[2]).lower()
     if kind != "json":
         return "lines" if kind == "jsonl" else kind
     with open_stream(file) as stream:
@@ -275,6 +279,18 @@ def _kind(file: str) -> str:
         advice = "a .json file starts with [ or {"
         raise BadFile(file, None, "neither a JSON array nor JSON lines", advice)
     return "array" if first == b"[" else "lines"
+
+
+def _kind_by_name(file: str) -> str:
+    """object, hub, json, jsonl, csv, parquet or arrow."""
+    if is_object(file):
+        return "object"
+    if file.startswith("hub:"):
+        return "hub"
+    ending = SUPPORTED_ENDING.search(file)
+    if ending is None:
+        raise BadFile(file, None, "its ending is not supported", _ADVICE)
+    return (ending[1] or ending[2]).lower()
 
 
 def _refuse_pointer(file: str) -> None:

@@ -7,6 +7,7 @@ Choices made here:
 - a format is called by the fields that it needs: prompt+completion needs `prompt` and `completion`;
 - the first format in its table whose fields are all there is taken, so specific ones stand first;
 - in a conversation every assistant turn is supervised; with a prompt of its own, only the answer;
+- `system`, `history` and `tools` may stand beside any format but a bare text;
 - a wrong choice of a multiple-choice row makes a pair: all pairs of a row carry its id.
 """
 
@@ -20,7 +21,7 @@ from typing import NoReturn, TypeAlias
 from prism_select.data.fields import Fields, Names, columns_of, is_empty, standard_fields
 from prism_select.data.multiple_choice import right_choice, wrong_choices
 from prism_select.data.records import Example, Pair, Raw
-from prism_select.data.row_content import RENAME_ADVICE, RowContent, Turns
+from prism_select.data.row_content import CONTEXT, MEDIA, RENAME_ADVICE, RowContent, Turns
 from prism_select.data.shared_prompt import without_shared_prompt
 from prism_select.run.errors import BadOption, BadRow
 
@@ -30,6 +31,7 @@ __all__ = [
     "Format",
     "detect_pool",
     "detect_target",
+    "fields_read",
     "parse_fields",
     "to_example",
     "to_pairs",
@@ -62,7 +64,10 @@ TARGET_FORMATS: Mapping[str, Callable[[RowContent], list[Compared]]] = {
 }
 
 FIELDS = sorted(
-    {"id", "source", "input", "weak", *"+".join([*POOL_FORMATS, *TARGET_FORMATS]).split("+")}
+    {
+        *("id", "source", "input", "weak", *CONTEXT),
+        *"+".join([*POOL_FORMATS, *TARGET_FORMATS]).split("+"),
+    }
 )
 
 
@@ -84,13 +89,28 @@ class Format:
 def to_example(raw: Raw, format: Format, mapping: Names) -> Example:
     """The example in a pool row. Raises BadRow where nothing in it can be scored."""
     row = RowContent(raw, mapping)
-    return row.example(*POOL_FORMATS[format.name](row))
+    example = row.example(*POOL_FORMATS[format.name](row))
+    return example if format.name == "text" else row.in_context(example, True)
 
 
 def to_pairs(raw: Raw, format: Format, mapping: Names) -> list[Pair]:
     """The pairs in a target row, at least one. Raises BadRow where there is none."""
     row = RowContent(raw, mapping)
-    return [row.pair(*compared) for compared in TARGET_FORMATS[format.name](row)]
+    pairs = [row.pair(*compared) for compared in TARGET_FORMATS[format.name](row)]
+    return [
+        Pair(row.in_context(pair.chosen, False), row.in_context(pair.rejected, False))
+        for pair in pairs
+    ]
+
+
+def fields_read(format: Format) -> set[str]:
+    """The fields that a format reads, if a row has them."""
+    names = {"id", "source", *MEDIA, *format.name.split("+")}
+    if format.name != "text":
+        names |= {*CONTEXT}
+    if "instruction" in names:
+        names.add("input")
+    return names | {"answerKey"} if "answer" in names else names
 
 
 def detect_pool(
@@ -125,7 +145,7 @@ def detect_target(
 
 def unused(fields: Fields, mapping: Names, format: Format) -> list[str]:
     """The columns of a target row that nothing reads."""
-    read = {*format.name.split("+"), "id", "source", "input", "answerKey"}
+    read = fields_read(format)
     return [name for name in standard_fields(fields, mapping) if name not in read]
 
 

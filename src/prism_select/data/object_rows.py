@@ -22,6 +22,7 @@ from prism_select.run.objects import MEMORY, object_at
 
 __all__ = [
     "is_rows",
+    "is_typed",
     "object_fingerprint",
     "object_rows",
     "object_rows_at",
@@ -56,6 +57,11 @@ def is_rows(rows: Any) -> bool:
     return bool(kind) and not (
         kind == "list" and any(not isinstance(row, Mapping) for row in rows[:1])
     )
+
+
+def is_typed(address: str) -> bool:
+    """Whether the rows of an object have columns with types: those of a list have none."""
+    return kind_of(object_at(address)) != "list"
 
 
 def refuse_object(name: str, rows: Any) -> None:

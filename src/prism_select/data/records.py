@@ -42,7 +42,7 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Example:
     """A conversation. Its assistant (or text) turns are supervised, except among the first
-    `prompt_turns`, which are context."""
+    `prompt_turns`, which are context. A chat template may show the model its `tools`."""
 
     turns: tuple[Turn, ...]
     id: str
@@ -50,6 +50,7 @@ class Example:
     file: str
     line: int
     prompt_turns: int = 0
+    tools: tuple[Mapping[str, object], ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

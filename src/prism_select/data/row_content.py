@@ -5,22 +5,36 @@
 Choices made here:
 - whatever cannot be read is a BadRow with the field's name and the type of its value;
 - texts are kept to the letter: spaces are stripped only to find out what is empty or equal;
-- an answer that repeats the prompt (a whole conversation as `chosen`) starts after it.
+- an answer that repeats the prompt (a whole conversation as `chosen`) starts after it;
+- answers in `history` are supervised in a pool, since trainers that know this column learn them;
+- a row with images is bad: its text alone is another row.
 """
 
+import json
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
-from prism_select.data.fields import Names, columns_of, is_empty, name_in, standard_fields
-from prism_select.data.files import names_of
+from prism_select.data.fields import (
+    Names,
+    columns_of,
+    is_blank,
+    is_empty,
+    name_in,
+    standard_fields,
+    without_nulls,
+)
+from prism_select.data.files import is_table, names_of
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.run.errors import BadRow
 
-__all__ = ["RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
+__all__ = ["CONTEXT", "MEDIA", "RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
 
 Turns: TypeAlias = tuple[Turn, ...]
 
+CONTEXT = ("system", "history", "tools")  # fields of any format but a bare text
+MEDIA = ("images", "videos", "audios")
 RENAME_ADVICE = (
     "name its columns with --fields, for example --fields prompt=question,completion=response"
 )
@@ -49,6 +63,8 @@ class RowContent:
         if raw.fields is None:
             raise self.bad(raw.problem or "the row could not be read")
         self._fields = standard_fields(raw.fields, mapping)
+        if not self._fields.keys().isdisjoint(MEDIA):
+            self._refuse_media()
 
     def bad(self, what: str, advice: str = _MEND_ADVICE) -> BadRow:
         return BadRow(self._raw.file, self._raw.line, what, advice)
@@ -156,6 +172,89 @@ class RowContent:
         if not any(text.strip() for text in texts):
             raise self.bad(f"empty {self.label(name)}")
         return turns
+
+    def in_context(self, example: Example, answers: bool) -> Example:
+        """The example with its tools, and after the turns of the fields `system` and `history`.
+        With `answers`, those of the history are supervised, unless the row's own prompt has
+        some."""
+        if self._fields.keys().isdisjoint(CONTEXT):
+            return example
+        system, history, tools = self._system(), self._history(), self._tools()
+        opening = example.turns[: example.turns[0].role == "system"]
+        if opening and system and stripped(opening) != stripped(system):
+            what = "the conversation begins with another system message"
+            raise self.bad(f"{self.label('system')}: {what}", "leave one of them out")
+        turns = (*(opening or system), *history, *example.turns[len(opening) :])
+        prompt_turns = example.prompt_turns
+        answered = any(turn.role == "assistant" for turn in example.prompt)
+        if history and answers and not answered:
+            prompt_turns = 0
+        elif prompt_turns:
+            prompt_turns += len(turns) - len(example.turns)
+        return replace(example, turns=turns, prompt_turns=prompt_turns, tools=tools)
+
+    def _system(self) -> Turns:
+        if is_blank(self._fields.get("system")):
+            return ()
+        turns = self.turns("system", "system")
+        if any(turn.role != "system" for turn in turns):
+            raise self.bad(f"{self.label('system')}: a message of another role")
+        return turns
+
+    def _history(self) -> Turns:
+        """Earlier turns: pairs of a question and its answer, or messages."""
+        value, label, turns = self._parsed("history"), self.label("history"), list[Turn]()
+        if not isinstance(value, list):
+            raise self.bad(f"{label}: {type_in_words(value)} where a list of pairs was expected")
+        for index, entry in enumerate(value):
+            name = f"{label}[{index}]"
+            if isinstance(entry, Mapping):
+                turns.append(self._message(entry, name))
+                continue
+            if not isinstance(entry, list | tuple) or len(entry) != 2:
+                raise self.bad(f"{name}: not a question and its answer")
+            texts = ["" if is_empty(text) else self.string(text, name) for text in entry]
+            if any(map(str.strip, texts)):
+                if not texts[1].strip():
+                    raise self.bad(f"{name}: an empty answer")
+                turns += [Turn("user", texts[0]), Turn("assistant", texts[1])]
+        return tuple(turns)
+
+    def _tools(self) -> tuple[Mapping[str, object], ...]:
+        """The tools that a chat template may show, each as the object that describes it."""
+        value, label = self._parsed("tools"), self.label("tools")
+        entries = value if isinstance(value, list) else [value]
+        filled = bool(entries) and is_table(self._raw.file)  # with null, where a tool lacks a key
+        tools = list[Mapping[str, object]]()
+        for entry in entries:
+            tool = self._from_json(entry, label)
+            if not isinstance(tool, Mapping):
+                what = f"{type_in_words(tool)} where a list of tools was expected, each an object"
+                raise self.bad(f"{label}: {what}")
+            tools.append(without_nulls(tool) if filled else tool)
+        return tuple(tools)
+
+    def _parsed(self, name: str) -> object:
+        """The value of a field, which may also be the JSON text of it; an empty list where nothing
+        stands there."""
+        value = self._from_json(self._fields.get(name), self.label(name))
+        return [] if is_blank(value) else value
+
+    def _from_json(self, value: object, label: str) -> object:
+        if not isinstance(value, str) or is_blank(value):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise self.bad(f"{label}: text that is no JSON") from None
+
+    def _refuse_media(self) -> None:
+        for name in MEDIA:
+            value = self._fields.get(name)
+            if not is_blank(value):
+                count = len(value) if isinstance(value, list) else 1
+                what = f"{count} that a model of text cannot see"
+                raise self.bad(f"{self.label(name)}: {what}", "leave such rows out of the file")
 
     def example(self, prompt: Turns, answer: Turns) -> Example:
         raw, (name, stem) = self._raw, names_of(self._raw.file)

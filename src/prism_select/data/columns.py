@@ -1,0 +1,97 @@
+"""Columns: which columns of a file nothing reads, and which of them should not go unnoticed.
+
+    pool.jsonl    prompt, completion, topic, weight    →    not read: topic, weight
+                                                            weight: a warning
+
+Choices made here:
+- the columns of all rows count, not those of the first row alone; an empty cell has nothing that
+  could be read;
+- an unread column is no error: a chosen row is copied with all that it has;
+- a column with a name that trainers know becomes a warning.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prism_select.data.fields import Fields, Names, columns_of, is_blank
+from prism_select.data.formats import Format, fields_read
+from prism_select.data.records import Raw
+
+__all__ = ["UnreadColumns", "column_warnings", "in_words"]
+
+NAMES = 1000  # of a file: a key of its own in each row must not fill the memory
+SHOWN = 20
+_PER_MESSAGE = "no row counts more or less than another; a message may have weight or train"
+_UNSEEN = "a model of text cannot see it"
+# columns that trainers read, and what to do about them here
+HEEDED: Mapping[str, str] = {
+    **dict.fromkeys(("system", "history", "tools"), "a bare text takes none; give a prompt"),
+    **dict.fromkeys(("system_prompt", "system_message"), "if it is one, --fields system={}"),
+    **dict.fromkeys(("chat_history", "previous_turns"), "if it is one, --fields history={}"),
+    "functions": "if they are tools, --fields tools={}",
+    "input": "only an instruction takes one; put it into the prompt",
+    "context": "put it into the prompt; with an instruction, --fields input={}",
+    **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight"), _PER_MESSAGE),
+    **dict.fromkeys(("train", "mask", "loss_mask", "train_on_inputs"), _PER_MESSAGE),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the answer"),
+    **dict.fromkeys(("image", "video", "audio"), _UNSEEN),
+    "kto_tag": "leave out the rows that it calls bad",
+    **dict.fromkeys(("documents", "chat_template_kwargs"), "the chat template does not get it"),
+}
+
+
+@dataclass
+class UnreadColumns:
+    """Collects the columns that nothing reads, by file, in the order in which they come up.
+    `detect` is `detect_pool` or `detect_target`."""
+
+    mapping: Names
+    detect: Callable[[Fields, Names], Format]
+    by_file: dict[str, list[str]] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    _seen: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, raw: Raw) -> None:
+        """Raises BadRow for the first row of a file where it is of no format."""
+        fields = raw.fields or {}
+        seen = self._seen.get(raw.file)
+        if seen is None:
+            format = self.detect(fields, self.mapping)
+            self.formats[raw.file] = format.name
+            self.by_file[raw.file] = []
+            seen = self._seen[raw.file] = _columns_read(fields, self.mapping, format)
+        if not fields.keys() <= seen:
+            for name, value in fields.items():
+                if name not in seen and not is_blank(value) and len(seen) < NAMES:
+                    seen.add(name)
+                    self.by_file[raw.file].append(name)
+
+
+def _columns_read(fields: Fields, mapping: Names, format: Format) -> set[str]:
+    """The columns of a file that its format reads, by the first row of the file."""
+    hidden = columns_of(fields, mapping).keys()
+    mapped = {column for columns in mapping.values() for column in columns}
+    return {
+        *(name for name in fields_read(format) if name not in hidden),
+        *mapped,
+        *(column.partition(".")[0] for column in mapped),
+    }
+
+
+def in_words(columns: Sequence[str]) -> str:
+    """The names, or the first of very many."""
+    more = f" and {len(columns) - SHOWN} others" if len(columns) > SHOWN else ""
+    return ", ".join(columns[:SHOWN]) + more
+
+
+def column_warnings(by_file: Mapping[str, Collection[str]]) -> list[str]:
+    """A warning for each unread column that a trainer may heed."""
+    warnings = list[str]()
+    for name, advice in HEEDED.items():
+        if files := [file for file, columns in by_file.items() if name in columns]:
+            others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
+            warnings.append(
+                f"the column {name} of {files[0]}{others} is not read, and a trainer may heed it: "
+                + advice.format(name)
+            )
+    return warnings
