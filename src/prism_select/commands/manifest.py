@@ -9,7 +9,7 @@ Choices made here:
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
@@ -35,8 +35,9 @@ SHOWN = 5  # pairs with the largest shares of the direction
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the steps of a complete run found."""
+    """What the steps of a complete run found; `input_warnings` are about its files."""
 
+    input_warnings: Sequence[str]
     fingerprints: Mapping[str, str]
     loaded: LoadedModel
     directions: RunDirections
@@ -82,6 +83,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
             "tokens": record.scores.counts.tokens,
         },
         "warnings": [
+            *record.input_warnings,
             *pair_warnings(direction_set, polarity),
             *_unreached_warnings(direction_set),
             *_repeat_warnings(record.engine),

@@ -14,16 +14,23 @@ from dataclasses import dataclass
 from functools import partial
 
 from prism_select.data.bad_rows import refuse_bad_rows
+from prism_select.data.columns import column_warnings, in_words
 from prism_select.data.encoded_rows import first_rows, supervised_tokens
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.fields import Names
-from prism_select.data.files import readable
+from prism_select.data.files import files_without_rows, readable
 from prism_select.data.formats import parse_fields
-from prism_select.data.pool import Pool, changed, fingerprint
-from prism_select.data.targets import read_pairs, survey_targets, target_files
+from prism_select.data.pool import Pool, Survey, changed, fingerprint
+from prism_select.data.targets import (
+    TargetFile,
+    read_pairs,
+    survey_targets,
+    target_files,
+    target_patterns,
+)
 from prism_select.directions.preconditioning import CURVATURE_ROWS
 from prism_select.models.loading import fingerprint_of, weights_of
-from prism_select.run.config import ScoreConfig, SelectConfig
+from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress
@@ -56,10 +63,10 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     with progress.task("reading the pool", None) as task:
         rows = CURVATURE_ROWS if config.curvature != "flat" else 0
         survey = pool.survey(config.seed, rows, task.advance)
-    for file, name in survey.formats.items():
-        progress.say(f"{file}: {name}")
-    columns = survey.columns | _target_columns(config, mapping, progress)
-    _refuse_columns(config, mapping, columns)
+    targeted = list(survey_targets(config.target, mapping, config.target_by))
+    warnings = _say_columns(config, survey, targeted, progress)
+    columns = [survey.columns, *(target.columns for target in targeted)]
+    _refuse_columns(config, mapping, set().union(*columns))
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
     early_refusals(config, survey.rows - survey.bad, pool)
     files = target_files(config.target) if config.target else [readable(str(config.direction))]
@@ -68,17 +75,26 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
         "target": fingerprint(files),
         "model": fingerprint_of(config),
     }
-    return RunInputs(pool, survey, targets, fingerprints)
+    return RunInputs(pool, survey, targets, fingerprints, warnings)
 
 
-def _target_columns(config: ScoreConfig, mapping: Names, progress: Progress) -> set[str]:
-    """Reports the formats of the target's files; returns the columns of --fields they have."""
-    columns = set[str]()
-    for target in survey_targets(config.target, mapping, config.target_by):
-        ignored = f"; not used: {', '.join(target.unused[:6])}" if target.unused else ""
-        progress.say(f"{target.file}: {target.format.name}{ignored}")
-        columns |= target.columns
-    return columns
+def _say_columns(
+    config: ScoreConfig, survey: Survey, targets: Sequence[TargetFile], progress: Progress
+) -> list[str]:
+    """Reports the format of each file, and what in it is not read; returns warnings about that."""
+    if files := files_without_rows([*config.pool, *target_patterns(config.target)]):
+        progress.say(f"files that are not read: {in_words(files)}")
+    label = config.label_field if isinstance(config, RepairConfig) else None
+    unread = dict[str, Sequence[str]]()
+    for file, name in survey.formats.items():
+        unread[file] = [column for column in survey.unread[file] if column != label]
+        ignored = f"; not read: {in_words(unread[file])} (kept in the output)"
+        progress.say(f"{file}: {name}{ignored * bool(unread[file])}")
+    for target in targets:
+        unread[target.file] = target.unread
+        ignored = f"; not read: {in_words(target.unread)}"
+        progress.say(f"{target.file}: {target.format}{ignored * bool(target.unread)}")
+    return column_warnings(unread)
 
 
 def _refuse_columns(config: ScoreConfig, mapping: Names, columns: Set[str]) -> None:

@@ -46,7 +46,7 @@ class UnreadColumns:
     `detect` is `detect_pool` or `detect_target`."""
 
     mapping: Names
-    detect: Callable[[Fields, Names], Format]
+    detect: Callable[[Fields, Names, str, int], Format]
     by_file: dict[str, list[str]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     _seen: dict[str, set[str]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class UnreadColumns:
         fields = raw.fields or {}
         seen = self._seen.get(raw.file)
         if seen is None:
-            format = self.detect(fields, self.mapping)
+            format = self.detect(fields, self.mapping, raw.file, raw.line)
             self.formats[raw.file] = format.name
             self.by_file[raw.file] = []
             seen = self._seen[raw.file] = _columns_read(fields, self.mapping, format)

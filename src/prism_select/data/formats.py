@@ -35,7 +35,6 @@ __all__ = [
     "parse_fields",
     "to_example",
     "to_pairs",
-    "unused",
 ]
 
 Answered: TypeAlias = tuple[Turns, Turns]  # prompt, answer
@@ -131,7 +130,7 @@ def detect_target(
         fields, mapping, TARGET_FORMATS, file, line
     )
     missing = _missing(fields, mapping, ("prompt", "instruction", "question"))
-    if format.name == "chosen+rejected" and missing and (spare := unused(fields, mapping, format)):
+    if format.name == "chosen+rejected" and missing and (spare := _unused(fields, mapping, format)):
         name, what = missing
         advice = f"--fields {name}={mapping[name][0]},{name}={spare[0]},…"
         raise BadRow(
@@ -143,7 +142,7 @@ def detect_target(
     return format
 
 
-def unused(fields: Fields, mapping: Names, format: Format) -> list[str]:
+def _unused(fields: Fields, mapping: Names, format: Format) -> list[str]:
     """The columns of a target row that nothing reads."""
     read = fields_read(format)
     return [name for name in standard_fields(fields, mapping) if name not in read]

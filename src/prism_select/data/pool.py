@@ -16,12 +16,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prism_select.data.columns import UnreadColumns
 from prism_select.data.fields import Names, columns_of, explicit_id
 from prism_select.data.files import find_files, read_rows
 from prism_select.data.formats import Format, detect_pool, parse_fields, to_example
@@ -41,7 +42,7 @@ SAMPLE = 256
 class Survey:
     """Figures of one pass over the pool. `formats` is by file; `sample` is a uniform sample of the
     good rows, or all of them; `conversation` is the first row that needs a chat template; `columns`
-    are the mapped columns that some row has."""
+    are the mapped columns that some row has; `unread` are those that nothing reads, by file."""
 
     rows: int
     bad: int
@@ -51,6 +52,7 @@ class Survey:
     sample: Sequence[Example]
     conversation: Example | None
     columns: Set[str] = frozenset()
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Pool:
@@ -113,7 +115,7 @@ class Pool:
         row."""
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
         size = max(least, SAMPLE)
-        formats: dict[str, str] = {}
+        unread = UnreadColumns(self.mapping, detect_pool)
         rows = bad = 0
         first_bad: BadRow | None = None
         conversation: Example | None = None
@@ -126,8 +128,7 @@ class Pool:
             if isinstance(example, BadRow):
                 bad, first_bad = bad + 1, first_bad or example
                 continue
-            if raw.file not in formats:
-                formats[raw.file] = detect_pool(raw.fields or {}, self.mapping).name
+            unread.add(raw)
             sources[example.source] += 1
             conversation = conversation or (example if example.conversation else None)
             if len(sample) < size:
@@ -141,7 +142,17 @@ class Pool:
         if not sample and first_bad:
             what = f"{first_bad.what} (and none of the pool's {rows} rows is usable)"
             raise EmptyInput(first_bad.file, first_bad.line, what, first_bad.advice)
-        return Survey(rows, bad, first_bad, formats, sources, sample, conversation, columns)
+        return Survey(
+            rows,
+            bad,
+            first_bad,
+            unread.formats,
+            sources,
+            sample,
+            conversation,
+            columns,
+            unread.by_file,
+        )
 
 
 def _stamps(files: Sequence[str]) -> dict[str, tuple[int, int, int]]:

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
+from prism_select.data.columns import UnreadColumns
 from prism_select.data.fields import Names, columns_of
 from prism_select.data.files import find_files, read_rows
-from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs, unused
+from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
 from prism_select.data.records import Pair, Raw
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, EmptyInput
@@ -30,18 +31,18 @@ __all__ = [
     "read_targets",
     "survey_targets",
     "target_files",
+    "target_patterns",
 ]
 
 
 @dataclass(frozen=True)
 class TargetFile:
-    """A file of pairs, by its first row: `columns` are the mapped ones, `unused` those that nothing
-    reads."""
+    """A file of pairs: `columns` are the mapped ones, `unread` those that nothing reads."""
 
     file: str
-    format: Format
+    format: str
     columns: Set[str]
-    unused: Sequence[str]
+    unread: Sequence[str]
 
 
 def read_pairs(config: ScoreConfig) -> dict[str, list[Pair]]:
@@ -92,21 +93,27 @@ def read_targets(
 
 def target_files(targets: Sequence[str]) -> list[str]:
     """The files of all targets."""
-    return [file for target in targets for file in find_files([_split_name(target)[1]])]
+    return [file for pattern in target_patterns(targets) for file in find_files([pattern])]
+
+
+def target_patterns(targets: Sequence[str]) -> list[str]:
+    """The targets without their names."""
+    return [_split_name(target)[1] for target in targets]
 
 
 def survey_targets(
     targets: Sequence[str], mapping: Names, by: str | None = None
 ) -> Iterator[TargetFile]:
     """The files of all targets that have a row."""
-    for file in find_files([_split_name(target)[1] for target in targets]):
+    for file in find_files(target_patterns(targets)):
+        unread, columns = UnreadColumns(mapping, detect_target), set[str]()
         for raw in read_rows(file):
             if raw.fields is not None:
-                format = detect_target(raw.fields, mapping, raw.file, raw.line)
-                spare = [name for name in unused(raw.fields, mapping, format) if name != by]
-                columns = set(columns_of(raw.fields, mapping).values())
-                yield TargetFile(file, format, columns, spare)
-                break
+                columns = columns or set(columns_of(raw.fields, mapping).values())
+                unread.add(raw)
+        for name, format in unread.formats.items():
+            spare = [column for column in unread.by_file[name] if column != by]
+            yield TargetFile(name, format, columns, spare)
 
 
 def _split_name(target: str) -> tuple[str, str]:

@@ -36,12 +36,14 @@ WINDOW = 2048  # rows read, sorted by length, scored and written together
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads before it loads a model; `targets` are pairs by the name of their target."""
+    """What a run reads before it loads a model; `targets` are pairs by the name of their target.
+    `warnings` are about the files."""
 
     pool: Pool
     survey: Survey
     targets: Mapping[str, Sequence[Pair]]
     fingerprints: Mapping[str, str]
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
