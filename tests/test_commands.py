@@ -589,7 +589,8 @@ def test_selected_rows_are_the_lines_of_the_pool_in_its_order(place: Place, sele
 def test_lines_come_out_to_the_letter(place: Place) -> None:
     odd = [
         '{"completion" :"Ünïcode \\u00e9 \\ud83d\\ude42 and / \\/ slashes",   "prompt":"漢字"}',
-        '{"prompt": "x", "completion": "tab\\tand \\"quotes\\"", "n": 1.50, "deep": {"b": [1, 2], "a": null}}',
+        '{"prompt": "x", "completion": "tab\\tand \\"quotes\\"", '
+        '"n": 1.50, "deep": {"b": [1, 2], "a": null}}',
         '  {"prompt": "\u2028y", "completion": "z", "id": 7}  ',
     ]
     run = place.run(
@@ -1108,7 +1109,8 @@ def test_help_and_import_do_not_load_torch() -> None:
     code = (
         "import sys, prism_select\nfrom prism_select.cli.app import main\n"
         "for words in (['--help'], ['score', '--help'], []):\n"
-        "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
         "assert not {'torch', 'transformers', 'pyarrow'} & sys.modules.keys()"
     )
     done = prism_apart("-c", code, module=False)

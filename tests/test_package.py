@@ -82,7 +82,10 @@ def test_the_wheel_works_in_a_new_environment_outside_the_repository(
         os.path.dirname(os.path.dirname(pytest.__file__)) + "\n", encoding="utf-8"
     )
     assert "0.1.0" in run(tmp_path / "venv" / "bin" / "prism", "--version", cwd=tmp_path)
-    look = "import prism_select, prism_select.demo.story as s; print(prism_select.__file__, *map(str, s.MODEL.iterdir()))"
-    files = [Path(word) for word in run(python, "-c", look, cwd=tmp_path).split()]
+    script = (
+        "import prism_select, prism_select.demo.story as s; "
+        "print(prism_select.__file__, *map(str, s.MODEL.iterdir()))"
+    )
+    files = [Path(word) for word in run(python, "-c", script, cwd=tmp_path).split()]
     assert all(file.is_relative_to(tmp_path) for file in files)
     assert {"__init__.py", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
