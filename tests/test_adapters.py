@@ -222,7 +222,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_line(tmp_path: Path) -> N
     for text, why in (
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"peft_type": "IA3"}', "it is IA3"),
+        ('{"peft_type": "PREFIX_TUNING"}', "it is PREFIX_TUNING"),
     ):
         config.write_text(text)
         refused(folder, BadModel, why)

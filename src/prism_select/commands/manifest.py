@@ -18,6 +18,7 @@ from typing import Any
 from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
 from prism_select.core.check import tolerance
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
+from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.run.polarity import Polarity
@@ -66,6 +67,8 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
             "architecture": type(model.network).__name__,
             "device": str(model.device),
             "template": record.loaded.encoder.template,
+            "template_date": record.loaded.encoder.date.day,
+            "adapter": _adapter_state(config, record.loaded),
             "counted_weights": list(direction_set.weights),
         },
         "score": _score_entry(config, polarity),
@@ -84,6 +87,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         },
         "warnings": [
             *record.input_warnings,
+            *record.loaded.warnings,
             *pair_warnings(direction_set, polarity),
             *_unreached_warnings(direction_set),
             *_repeat_warnings(record.engine),
@@ -91,6 +95,13 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
             *record.chosen.warnings,
         ],
     }
+
+
+def _adapter_state(config: ScoreConfig, loaded: LoadedModel) -> str | None:
+    """How the model has the adapter of --adapter in it."""
+    if not config.adapter:
+        return None
+    return "apart" if adapter_names(loaded.model.network) else "merged"
 
 
 def _score_entry(config: ScoreConfig, polarity: Polarity) -> dict[str, Any]:

@@ -346,9 +346,9 @@ def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     file = str(config.check)
     path = output_path(config, file, ".json") if config.out else None
     pairs = read_target(file, parse_fields(config.fields))
-    loaded = load_model(config, config.layers, progress)
+    loaded = load_model(config, config.layers, progress, [pair.chosen for pair in pairs])
     direction_set = directions_from_pairs(config, loaded, {"": pairs}, progress)
-    warnings = pair_warnings(direction_set, Polarity())
+    warnings = [*loaded.warnings, *pair_warnings(direction_set, Polarity())]
     checked = finite({**pairs_entry(direction_set), "warnings": warnings})
     if path:
         parent_store(path).write_json(path.name, checked)

@@ -21,6 +21,7 @@ import torch
 
 from prism_select.commands.manifest import RunRecord, manifest_of
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
+from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
     PoolScores,
     StepTimer,
@@ -37,6 +38,7 @@ from prism_select.commands.steps import (
 )
 from prism_select.data.pool import changed, fingerprint
 from prism_select.data.remote import is_remote
+from prism_select.models.loading import LoadedModel
 from prism_select.models.lora_training import ADAPTER, has_adapter
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
@@ -70,6 +72,7 @@ def run_main(
     """All steps; the other processes receive the job, the plan or the finished run."""
     refuse_parallel(config, processes, actors)
     timer, store = StepTimer(), Store(str(config.out))
+    config = store.with_first_day(config)
     with timer.step("read"):
         inputs = read_inputs(config, progress)
     if not config.dry_run and is_complete(config, store, inputs, progress):
@@ -78,6 +81,7 @@ def run_main(
     with timer.step("load"):
         checkpoint = load_checkpoint(config, store, inputs, progress)
     loaded = checkpoint.loaded
+    config = with_day(config, store, inputs, loaded)
     directions = find_directions(config, checkpoint, inputs, timer, progress)
     engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     size = actors.size if actors else processes.size
@@ -86,7 +90,8 @@ def run_main(
         return processes.broadcast(plan)
 
     begin_run(config, store, inputs, checkpoint, directions)
-    job = scoring_job(inputs, directions, check.engine, finished_shards(store, progress))
+    finished = finished_shards(store, progress)
+    job = scoring_job(inputs, directions, check.engine, finished, config.template_date)
     processes.broadcast(job)
     adapter = export_adapter(config, loaded, directions.direction_set, progress)
     scorer = Scorer(loaded, engine, job.layout, config)
@@ -137,15 +142,14 @@ def run_worker(config: ScoreConfig, processes: ProcessGroup) -> Run | Plan:
     if downloaded and fingerprint(files) != job.inputs.fingerprints["pool"]:
         raise changed(files)
     store = Store(str(config.out))
-    scorer = make_scorer(config, job.directions, job.layout, job.engine)
+    scorer = make_scorer(config, job)
     score_pool(config, store, job, scorer, processes, Silent())
     return Run(store.path)
 
 
 def start_actors(actors: ActorPool, job: ScoringJob) -> ActorPool:
     """Each actor makes a scorer of its own."""
-    options = actors.config, job.directions, job.layout, job.engine
-    return actors.start(partial(make_scorer, *options))
+    return actors.start(partial(make_scorer, actors.config, job))
 
 
 def refuse_parallel(config: ScoreConfig, processes: ProcessGroup, actors: ActorPool | None) -> None:
@@ -161,12 +165,26 @@ def refuse_parallel(config: ScoreConfig, processes: ProcessGroup, actors: ActorP
         )
 
 
+def with_day(
+    config: ScoreConfig, store: Store, inputs: RunInputs, loaded: LoadedModel
+) -> ScoreConfig:
+    """The config with the day that the chat template shows, where it asks for one. Raises
+    RunMismatch where the run folder is that of another day."""
+    if config.template_date or not loaded.encoder.date.day:
+        return config
+    config = replace(config, template_date=loaded.encoder.date.day)
+    if not config.dry_run:
+        store.refuse_others(config, inputs.fingerprints)
+    return config
+
+
 def is_complete(config: ScoreConfig, store: Store, inputs: RunInputs, progress: Progress) -> bool:
     """Whether the run folder holds this run already, complete. Raises RunMismatch where it holds
     another."""
     store.refuse_others(config, inputs.fingerprints)
     if not store.complete or config.overwrite:
         return False
+    refuse_other_format(config, store)
     progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
     return True
 

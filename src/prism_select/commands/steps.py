@@ -147,7 +147,7 @@ def load_checkpoint(
     config: ScoreConfig, store: Store, inputs: RunInputs, progress: Progress
 ) -> Checkpoint:
     """The model, with a warm-up's adapter merged into it. A plan leaves the warm-up out."""
-    loaded = load_model(config, config.layers, progress)
+    loaded = load_model(config, config.layers, progress, inputs.survey.sample)
     sample = encode_sample(config, inputs, loaded.encoder)
     if not config.warmup or config.dry_run:
         return Checkpoint(loaded, sample, None)
@@ -259,11 +259,18 @@ def begin_run(
 
 
 def scoring_job(
-    inputs: RunInputs, directions: RunDirections, engine: str, finished: Mapping[int, Path]
+    inputs: RunInputs,
+    directions: RunDirections,
+    engine: str,
+    finished: Mapping[int, Path],
+    template_date: str | None,
 ) -> ScoringJob:
     """The job in a form that other processes can receive: its directions are on the CPU."""
-    factored, layout = directions.factored, directions.direction_set.layout
-    return ScoringJob(inputs, on_device(factored, torch.device("cpu")), layout, engine, finished)
+    factored, layout = (
+        on_device(directions.factored, torch.device("cpu")),
+        directions.direction_set.layout,
+    )
+    return ScoringJob(inputs, factored, layout, engine, finished, template_date=template_date)
 
 
 def export_adapter(
@@ -279,17 +286,19 @@ def export_adapter(
     return ExportedAdapter(config.save_adapter, energy.total, by_weight)
 
 
-def make_scorer(
-    config: ScoreConfig, directions: Sequence[Factored], layout: DirectionLayout, engine: str
-) -> Scorer:
+def make_scorer(config: ScoreConfig, job: ScoringJob) -> Scorer:
     """The scorer of the main process once more, in another process."""
-    loaded = load_model(config, config.layers, Silent())
+    config = replace(config, template_date=job.template_date)
+    loaded = load_model(config, config.layers, Silent(), job.inputs.survey.sample)
     if config.warmup:
         loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
     model = loaded.model
-    parameters = parameters_of(model, directions[0])
-    batched = make_engine(config, engine, model, parameters, on_device(directions, model.device))
-    return Scorer(loaded, batched, layout, config)
+    parameters, directions = (
+        parameters_of(model, job.directions[0]),
+        on_device(job.directions, model.device),
+    )
+    batched = make_engine(config, job.engine, model, parameters, directions)
+    return Scorer(loaded, batched, job.layout, config)
 
 
 def parameters_of(model: CausalLM, direction: Factored) -> Parameters:

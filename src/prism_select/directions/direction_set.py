@@ -25,11 +25,14 @@ __all__ = ["DirectionSet", "PairDiagnosis", "mean_direction"]
 
 @dataclass(frozen=True)
 class PairDiagnosis:
-    """Some pairs, their gradient, and how far they agree on it."""
+    """Some pairs, their gradient, and how far they agree on it. `truncated_chosen` and
+    `truncated_rejected` say which answers lost their end to --max-length."""
 
     pairs: Sequence[Pair]
     target: Target
     diagnosis: Diagnosis
+    truncated_chosen: Sequence[bool]
+    truncated_rejected: Sequence[bool]
 
 
 @dataclass(frozen=True)

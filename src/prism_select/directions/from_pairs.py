@@ -9,13 +9,14 @@
 Choices made here:
 - a pair's gradient is sketched in the same backward pass (gradient_sketch.py), so every run can say
   how far its pairs agree;
-- a pair whose two answers are the same tokens stops the run, because it says nothing;
+- a pair whose two answers are the same tokens stops the run, because it says nothing; so do pairs
+  that lose the end of most answers of one side, because they say how long an answer is;
 - in a mean over targets each counts alike, whatever its number of pairs.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -33,11 +34,12 @@ from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.pair_diagnostics import diagnose
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import beside_text, select_parameters
+from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import DirectionOptions, ScoreConfig
 from prism_select.run.config_pairs import PairsConfig
-from prism_select.run.errors import BadRow, NotFinite
+from prism_select.run.errors import BadFile, BadRow, NotFinite
+from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
 __all__ = ["EncodedPairs", "as_side", "directions_from_pairs", "encode_sides", "supervised_tokens"]
@@ -66,11 +68,14 @@ class TargetGradient:
 def directions_from_pairs(
     config: ScoreConfig | PairsConfig, loaded: LoadedModel, targets: Targets, progress: Progress
 ) -> DirectionSet:
-    """Raises BadRow for a pair that says nothing, NotFinite for one whose gradient is lost."""
+    """Raises BadRow for a pair that says nothing, BadFile for answers most of which are truncated,
+    NotFinite for a pair whose gradient is lost."""
     model, encoder = loaded.model, loaded.encoder
     weights = select_parameters(model.network, config.layers)
     say_selected(model, weights, config.layers, progress)
     encoded = {name: encode_sides(pairs, encoder) for name, pairs in targets.items()}
+    for name, pairs in targets.items():
+        refuse_truncated(pairs, encoded[name], encoder, Polarity.of_config(config))
     count = sum(map(len, targets.values()))
     gradients: dict[str, TargetGradient] = {}
     with progress.task(f"direction from {count} pairs", None):
@@ -102,6 +107,8 @@ def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Pr
         progress.say(
             f"not selected, since no text passes them: {beside} parameters beside the decoder"
         )
+    if apart := len(adapter_names(model.network) - weights.keys()):
+        progress.say(f"not selected: {apart} parameters of the adapter that is kept apart")
 
 
 def encode_sides(pairs: Sequence[Pair], encoder: Encoder) -> EncodedPairs:
@@ -117,6 +124,27 @@ def encode_sides(pairs: Sequence[Pair], encoder: Encoder) -> EncodedPairs:
                 "give answers that differ, or raise --max-length",
             )
     return EncodedPairs(chosen, rejected)
+
+
+def refuse_truncated(
+    pairs: Sequence[Pair], encoded: EncodedPairs, encoder: Encoder, polarity: Polarity
+) -> None:
+    """Raises BadFile where more than half of the chosen or of the rejected answers lose their
+    end."""
+    names = (polarity.toward, polarity.away)
+    counts = {
+        name: sum(row.truncated for row in rows) for name, rows in zip(names, encoded, strict=True)
+    }
+    for name, count in counts.items():
+        if 2 * count > len(pairs):
+            raise BadFile(
+                pairs[0].chosen.file,
+                None,
+                f"{count} of {len(pairs)} {name} answers lose their end, being cut to "
+                f"{encoder.max_length} tokens with their prompts",
+                "raise --max-length as far as the model goes, shorten the prompts, or leave long "
+                "pairs out",
+            )
 
 
 def gradient_of(
@@ -193,7 +221,9 @@ def diagnosed(config: DirectionOptions, gradient: TargetGradient, seed: int) -> 
         without_common=config.common == "remove",
         seed=seed,
     )
-    return PairDiagnosis(gradient.pairs, gradient.target, diagnosis)
+    cut = [[row.truncated for row in rows] for rows in gradient.encoded]
+    diagnosis = replace(diagnosis, truncated_chosen=sum(cut[0]), truncated_rejected=sum(cut[1]))
+    return PairDiagnosis(gradient.pairs, gradient.target, diagnosis, *cut)
 
 
 def supervised_tokens(rows: Sequence[Encoded]) -> list[list[int]]:

@@ -28,7 +28,8 @@ from torch.nn import functional
 from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction, Factors, Owner, dense
 from prism_select.directions.low_rank import matrix_owners, truncated
-from prism_select.models.adapters import CONFIG, WEIGHTS
+from prism_select.models.layer_selection import adapter_names
+from prism_select.run.adapter_base import CONFIG, WEIGHTS
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Store
 
@@ -70,7 +71,7 @@ def save_adapter(
 
 def _adaptable(network: nn.Module, direction: Direction) -> Mapping[str, Owner]:
     """The matrices that LoRA could move and the direction does."""
-    if any("lora_" in name for name, _ in network.named_parameters()):
+    if adapter_names(network):
         raise BadOption(
             "--save-adapter: the model has an adapter already, kept apart; merge it, or leave it "
             "out"

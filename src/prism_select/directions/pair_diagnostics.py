@@ -68,6 +68,8 @@ class Diagnosis:
     pairs_for_half_of_direction: int | None
     shares: tuple[float, ...]  # of each pair in the direction
     covered_share: float  # of the selected parameters that sketches cover
+    truncated_chosen: int = 0  # answers that lost their end to --max-length
+    truncated_rejected: int = 0
 
     @property
     def dominant(self) -> list[int]:
@@ -77,6 +79,15 @@ class Diagnosis:
     def in_words(self, polarity: Polarity) -> list[str]:
         """Warnings, a line each."""
         lines = []
+        if self.truncated_chosen or self.truncated_rejected:
+            counts = {"chosen": self.truncated_chosen, "rejected": self.truncated_rejected}
+            if polarity.swapped:
+                counts = dict(zip(counts, reversed(counts.values()), strict=True))
+            lines.append(
+                f"of {self.pairs} pairs {counts['chosen']} chosen and {counts['rejected']} "
+                "rejected answers are truncated: length and ending may be what they teach; raise "
+                "--max-length"
+            )
         if self.effective_pairs < EFFECTIVE_PAIRS:
             lines.append(f"{self.pairs} pairs count as {self.effective_pairs:.1f}")
         if self.covered_share == 0:

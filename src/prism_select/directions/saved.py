@@ -63,6 +63,7 @@ def table_of(name: str, diagnosis: PairDiagnosis) -> pa.Table:
     chosen = [pair.chosen for pair in diagnosis.pairs]
     prompts = [[turn.text for turn in row.turns[: row.prompt_turns]] for row in chosen]
     target = diagnosis.target
+    truncated = diagnosis.truncated_chosen, diagnosis.truncated_rejected
     return pa.table(
         {
             "target": [name or Path(row.file).name.partition(".")[0] for row in chosen],
@@ -73,6 +74,9 @@ def table_of(name: str, diagnosis: PairDiagnosis) -> pa.Table:
             "weight": target.weight.tolist(),
             "share": list(diagnosis.diagnosis.shares),
             "line": [row.line for row in chosen],
+            "truncated": [a or b for a, b in zip(*truncated, strict=True)],
+            "truncated_chosen": list(truncated[0]),
+            "truncated_rejected": list(truncated[1]),
         }
     )
 

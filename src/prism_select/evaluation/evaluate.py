@@ -31,7 +31,7 @@ from prism_select.data.files import find_files
 from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.targets import read_pairs
-from prism_select.directions.from_pairs import as_side, encode_sides
+from prism_select.directions.from_pairs import EncodedPairs, as_side, encode_sides, refuse_truncated
 from prism_select.evaluation.controls import Sample, run_controls
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
 from prism_select.evaluation.past_run import (
@@ -51,10 +51,11 @@ from prism_select.evaluation.trainings import (
     training_jobs,
 )
 from prism_select.models.loading import LoadedModel, resolve_device
-from prism_select.models.lora_training import refuse_many_gpus
+from prism_select.models.lora_training import refuse_apart, refuse_many_gpus
 from prism_select.run.config import RepairConfig
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.folder import Store, finite
+from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
 from prism_select.selection.baselines import BASELINES, refuse_baselines
 
@@ -77,7 +78,11 @@ def evaluate(
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
     loaded = load_checkpoint(past, config.full, past.config.layers, progress)
+    if past.config.layers != "adapter":
+        refuse_apart(loaded.model)
     encoded_pairs = encode_sides(held_out.pairs, loaded.encoder)
+    refuse_truncated(held_out.pairs, encoded_pairs, loaded.encoder, Polarity())
+    say_truncated(encoded_pairs, progress)
     by_name = {**baseline_rankings(config, past, loaded, store, progress), **baselines}
     price = price_of(past, loaded, store, progress) if PRICED in config.baselines else None
     jobs = training_jobs(config, past, by_name, price)
@@ -125,6 +130,15 @@ def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> No
     if config.task_names:
         task_names(tuple(config.task_names))
     refuse_many_gpus(resolve_device(past.config.device))
+
+
+def say_truncated(pairs: EncodedPairs, progress: Progress) -> None:
+    chosen, rejected = (sum(row.truncated for row in rows) for rows in pairs)
+    if chosen or rejected:
+        progress.say(
+            f"of {len(pairs.chosen)} held-out pairs {chosen} chosen and {rejected} rejected "
+            "answers are truncated: raise --max-length of the run"
+        )
 
 
 def made_of(config: EvaluateConfig, past: FinishedRun) -> list[Any]:

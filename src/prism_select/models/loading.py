@@ -4,25 +4,35 @@
 
 Choices made here:
 - safetensors or GGUF, never a pickle, and never code from the model's folder;
-- a file that lacks a weight is refused: the weight would be random;
+- a file that lacks a weight is refused: the weight would be random; so are quantised weights,
+  which have no gradient;
+- an adapter's folder is asked first for tokenizer and chat template: training has used those;
 - fused experts run one by one: that form has a forward-mode derivative;
 - float16 on a CPU becomes float32 unless --dtype says otherwise.
 """
 
 import hashlib
+import json
 import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from prism_select.data.encoding import Encoder
-from prism_select.models.adapters import load_adapter
+from prism_select.data.records import Example
+from prism_select.models.adapters import has_tokenizer, load_adapter, no_adapter, refuse_kind
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.merging import PROBE
+from prism_select.run.adapter_base import looks_local, named_base
 from prism_select.run.config import ModelOptions
-from prism_select.run.errors import BadModel, BadOption
+from prism_select.run.errors import BadModel, BadOption, BadRow
 from prism_select.run.objects import ModelObject, is_object, object_at
 from prism_select.run.progress import Progress
 
@@ -37,12 +47,19 @@ __all__ = [
 ]
 
 
+LIMITS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length")
+PRINTED = (".json", ".safetensors", ".gguf", ".jinja", ".model", ".txt", ".tiktoken")
+PROBED_ROWS = 4  # that a merged adapter is compared with PEFT's model on
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and the encoder that makes its tokens."""
+    """A model, and the encoder that makes its tokens. `warnings` are what a user should know of the
+    way it was loaded."""
 
     model: CausalLM
     encoder: Encoder
+    warnings: Sequence[str] = ()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,7 +85,7 @@ def weights_of(name: str) -> str | None:
         return None
     folder = Path(name)
     if not folder.exists():
-        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        if looks_local(name):
             raise BadModel(f"--model {name}: no such folder; check the path, or give a hub id")
         return None
     if folder.is_file():
@@ -109,8 +126,11 @@ def refuse_unreachable(name: str) -> None:
             raise BadModel(f"--model {name}: {why}; check the path, or the network") from error
 
 
-def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
-    """The model and its tokenizer. Raises BadModel for whatever is wrong with the folder."""
+def load(
+    name: str, dtype: str, device: torch.device, adapter: Path | None = None
+) -> tuple[CausalLM, Any]:
+    """The model and its tokenizer, or that in the folder of `adapter`, which is not put on the
+    model. Raises BadModel for whatever is wrong with the folder."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -130,8 +150,9 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         precision = torch.bfloat16 if dtype == "auto" else precision
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = tokenizer_of(source, adapter, common)
         config = transformers.AutoConfig.from_pretrained(source, **common)
+        refuse_quantised(name, config)
         config._experts_implementation = "eager"
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -156,9 +177,57 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[CausalLM, Any]:
     return CausalLM(network.to(device)), tokenizer
 
 
+def tokenizer_of(source: str, adapter: Path | None, common: Mapping[str, Any]) -> Any:
+    """The tokenizer beside the adapter, or the model's own with the adapter's chat template, where
+    there are such. Raises BadModel for an adapter's that cannot be read."""
+    import transformers
+
+    template = adapter / "chat_template.jinja" if adapter else None
+    if adapter and has_tokenizer(adapter):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+        except Exception as error:  # of any kind: its files may hold anything
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadModel(
+                f"adapter {adapter}: its tokenizer cannot be read ({why}); save it again, or "
+                "remove its files to take the model's own"
+            ) from error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+    if template and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def refuse_quantised(name: str, config: Any) -> None:
+    """Raises BadModel for a configuration of quantised weights, before they are loaded."""
+    quantisation = getattr(config, "quantization_config", None)
+    if not quantisation:
+        return
+    kind = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
+    raise BadModel(
+        f"--model {name}: its weights are quantised ({kind.get('quant_method', 'unknown')}), and "
+        "have no gradient; give the model in full precision, with the adapter, if there is one, "
+        "as --adapter"
+    )
+
+
+def refuse_lent(network: Any) -> None:
+    """Raises BadModel for a loaded network with weights or an adapter that no score can reach."""
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    frozen = [n for n, p in network.named_parameters() if p.dtype not in dtypes]
+    if frozen or getattr(network, "is_quantized", False):
+        what = f"{len(frozen)} of its weights, {frozen[0]} say," if frozen else "its weights"
+        raise BadModel(
+            f"model: {what} are quantised, and have no gradient; load it in full precision"
+        )
+    for config in getattr(network, "peft_config", {}).values():
+        refuse_kind("model", config)
+
+
 def adopt(lent: ModelObject) -> tuple[CausalLM, Any]:
     """A loaded model as it is; of a PEFT model the base with the adapter in it."""
     network = lent.network
+    refuse_lent(network)
     if hasattr(network, "get_base_model"):
         network = network.get_base_model()
     if hasattr(network.config, "_experts_implementation"):
@@ -167,13 +236,16 @@ def adopt(lent: ModelObject) -> tuple[CausalLM, Any]:
 
 
 def object_fingerprint(lent: ModelObject) -> str:
-    """Of the tokenizer, and of each parameter its name, type, sum and first 4,096 numbers."""
+    """Of the tokenizer, of the configurations, and of each parameter its name, type, sum and first
+    4,096 numbers."""
     digest = hashlib.blake2b(digest_size=16)
-    tokenizer = lent.tokenizer
+    tokenizer, network = lent.tokenizer, lent.network
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((backend.to_str() if backend else repr(tokenizer)).encode())
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
-    for name, parameter in lent.network.named_parameters():
+    for config in configurations(network):
+        digest.update(json.dumps(config, sort_keys=True, default=plain).encode())
+    for name, parameter in network.named_parameters():
         values = parameter.detach()
         numbers = values.flatten()[:4096].double().cpu().numpy().tobytes()
         total = float(values.sum(dtype=torch.float64))
@@ -181,19 +253,33 @@ def object_fingerprint(lent: ModelObject) -> str:
     return digest.hexdigest()
 
 
+def configurations(network: Any) -> Iterator[Mapping[str, Any]]:
+    """Of a network and of its adapters, in a form that does not depend on how it was loaded."""
+    config: Any = getattr(network, "config", None)
+    values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    yield {name: value for name, value in values.items() if not name.startswith("_")}
+    for name, adapter in sorted(getattr(network, "peft_config", {}).items()):
+        active = name in getattr(network, "active_adapters", [name])
+        yield {**adapter.to_dict(), "name": name, "active": active}
+
+
+def plain(value: Any) -> Any:
+    """For JSON: a set is a list, whose order is the same everywhere."""
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
 def model_fingerprint(name: str) -> str:
-    """Of the configuration, and of the first and last megabyte of each file of weights; of a hub
-    id, its name."""
+    """Of the configuration, the tokenizer and its chat templates, and of the first and last
+    megabyte of each file of weights; of a hub id, its name."""
     if is_object(name):
         return object_fingerprint(object_at(name))
     path, digest = Path(name), hashlib.blake2b(digest_size=16)
     if not path.exists():
         return f"hub:{name}"
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".gguf"))
-    )
+    files = [path]
+    if path.is_dir():
+        inside = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
+        files = sorted(file for file in inside if file.suffix in PRINTED and file.is_file())
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
@@ -212,22 +298,96 @@ def fingerprint_of(config: ModelOptions) -> str:
     return "+".join(map(model_fingerprint, names))
 
 
-def load_model(config: ModelOptions, layers: str, progress: Progress) -> LoadedModel:
-    """The adapter is merged, or kept apart where `layers` is adapter. Raises what `load` and
-    `load_adapter` raise."""
+def load_model(
+    config: ModelOptions, layers: str, progress: Progress, rows: Iterable[Example] = ()
+) -> LoadedModel:
+    """The adapter is merged, or kept apart where `layers` is adapter. A merged one is compared with
+    PEFT's model on the first few of `rows`. Raises what `load` and `load_adapter` raise."""
+    adapter = Path(config.adapter) if config.adapter and not is_object(config.adapter) else None
+    if adapter and not adapter.is_dir():
+        raise no_adapter(adapter)
+    warnings: list[str] = []
     with progress.task(f"loading {config.model}", None):
         if is_object(config.model):
             model, tokenizer = adopt(object_at(str(config.model)))
         else:
-            model, tokenizer = load(str(config.model), config.dtype, resolve_device(config.device))
-            if config.adapter:
-                model = load_adapter(model.network, Path(config.adapter), merge=layers != "adapter")
-    limit = getattr(model.network.config, "max_position_embeddings", None) or config.max_length
-    encoder = Encoder(
-        tokenizer, config.template, min(config.max_length, limit), model.vocabulary, config.skip_end
-    )
+            model, tokenizer = load_base(config, adapter)
+        encoder = encoder_of(config, model, tokenizer, bounded=not adapter)
+        if adapter:
+            progress.say(f"adapter {adapter}, with {whose_tokenizer(adapter)}")
+            model = load_adapter(
+                model.network,
+                adapter,
+                merge=layers != "adapter",
+                rows=tokens_of(encoder, rows, model.device),
+                say=warnings.append,
+            )
+            encoder = encoder_of(config, model, tokenizer)
+    for line in warnings:
+        progress.say(line)
+    if config.template_date and not encoder.date.day:
+        progress.say(f"--template-date {config.template_date}: the template shows no date")
+    elif encoder.date.day:
+        progress.say(f"the template's date is {encoder.date.day} (--template-date)")
     progress.say(
         f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on "
         f"{model.device}, template {encoder.template}, at most {encoder.max_length} tokens a row"
     )
-    return LoadedModel(model, encoder)
+    return LoadedModel(model, encoder, warnings)
+
+
+def load_base(config: ModelOptions, adapter: Path | None) -> tuple[CausalLM, Any]:
+    """Raises BadModel, which names the adapter where that has named the model."""
+    name = str(config.model)
+    try:
+        return load(name, config.dtype, resolve_device(config.device), adapter)
+    except BadModel as error:
+        if adapter and named_base(adapter) == name and not Path(name).exists():
+            raise BadModel(
+                f"adapter {adapter}: its base {name} cannot be loaded ({error}); give --model BASE "
+                f"--adapter {adapter}"
+            ) from error
+        raise
+
+
+def encoder_of(
+    config: ModelOptions, model: CausalLM, tokenizer: Any, bounded: bool = True
+) -> Encoder:
+    """Rows are cut to --max-length, or to what the model takes. Where it is `bounded`, a token that
+    the model does not have is refused."""
+    longest = longest_row(model.network.config) or config.max_length
+    return Encoder(
+        tokenizer,
+        config.template,
+        min(config.max_length, longest),
+        model.vocabulary if bounded else None,
+        config.skip_end,
+        config.template_date,
+    )
+
+
+def longest_row(config: Any) -> int | None:
+    """The most tokens that the model takes; of a model for images and texts, its text model."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for part in (text, config):
+        for name in LIMITS:
+            limit = getattr(part, name, None)
+            if isinstance(limit, int) and limit > 0:
+                return limit
+    return None
+
+
+def tokens_of(encoder: Encoder, rows: Iterable[Example], device: torch.device) -> list[Tensor]:
+    """The last tokens of a few rows, which may have tokens that are new to the model."""
+    tokens = list[Tensor]()
+    for row in islice(rows, PROBED_ROWS):
+        with suppress(BadRow, BadModel):
+            tokens.append(torch.tensor(encoder.encode(row).tokens[-PROBE:], device=device))
+    return tokens
+
+
+def whose_tokenizer(adapter: Path) -> str:
+    if has_tokenizer(adapter):
+        return "its own tokenizer"
+    own = (adapter / "chat_template.jinja").is_file()
+    return "its own chat template" if own else "the model's tokenizer"

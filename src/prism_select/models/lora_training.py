@@ -27,9 +27,12 @@ import torch
 from prism_select.core.likelihood import Batch, backward
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example
-from prism_select.models.adapters import WEIGHTS, load_adapter
+from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
+from prism_select.models.merging import merged, random_tokens
+from prism_select.run.adapter_base import WEIGHTS
 from prism_select.run.errors import BadOption, BadRow
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "TrainingSettings",
     "has_adapter",
     "random_rows",
+    "refuse_apart",
     "refuse_many_gpus",
     "train",
     "warm_up",
@@ -92,6 +96,15 @@ def refuse_many_gpus(device: torch.device) -> None:
         )
 
 
+def refuse_apart(model: CausalLM) -> None:
+    """Raises BadOption where an adapter is kept apart: one of another training has no room."""
+    if adapter_names(model.network):
+        raise BadOption(
+            "a training takes a model without an adapter beside its weights, and this one cannot "
+            "be merged; save the model merged, with its embeddings untied"
+        )
+
+
 def has_adapter(folder: Path) -> bool:
     return (folder / WEIGHTS).exists()
 
@@ -110,7 +123,9 @@ def warm_up(loaded: LoadedModel, rows: Sequence[Encoded], seed: int) -> tuple[Lo
     try:
         adapted = train(loaded.model, loaded.encoder.tokenizer, rows, TrainingSettings(seed))
         adapted.save_pretrained(str(folder))
-        return replace(loaded, model=CausalLM(adapted.merge_and_unload())), folder
+        lines = list(loaded.warnings)
+        model = merged(adapted, random_tokens(adapted), lines.append)
+        return replace(loaded, model=model, warnings=lines), folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -127,6 +142,7 @@ def train(
     tokens of `rows`; with `settings.full`, the network itself. `on_step` gets the number of the
     step, from 1, and its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
     refuse_many_gpus(model.device)
+    refuse_apart(model)
     try:
         from datasets import Dataset, disable_progress_bars
         from huggingface_hub import constants

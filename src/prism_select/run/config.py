@@ -3,7 +3,8 @@
     ModelOptions       the model, and how rows become tokens     RowOptions      columns, bad rows
     DirectionOptions   how pairs become a gradient               TargetOptions   which pairs
     CurvatureOptions   the Hessian approximation                 ScoringOptions  engine, ranking
-    RuntimeOptions     processes, plan                           FolderOptions   what is written
+    RuntimeOptions     processes, plan                           FolderOptions   where to write
+    OutputOptions      files of chosen rows
 
     ScoreConfig = all of them     SelectConfig, RepairConfig = ScoreConfig + how rows are chosen
 
@@ -18,8 +19,10 @@ Choices made here:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, ClassVar, Literal
 
+from prism_select.run.adapter_base import base_of_adapter
 from prism_select.run.errors import BadOption
 from prism_select.run.options import (
     Amount,
@@ -38,6 +41,7 @@ __all__ = [
     "DirectionOptions",
     "FolderOptions",
     "ModelOptions",
+    "OutputOptions",
     "RepairConfig",
     "RowOptions",
     "RuntimeOptions",
@@ -73,13 +77,14 @@ class ModelOptions(Options):
 
     model: Annotated[
         str | None,
-        "Folder of a causal language model (safetensors, or one .gguf file), or a hub id.",
+        "Folder of a causal language model (safetensors, or one .gguf file), or a hub id; the "
+        "folder of a PEFT adapter stands for its base with --adapter.",
         Mark.REQUIRED | Mark.PATH,
     ] = None
     adapter: Annotated[
         str | None,
-        "Folder of a PEFT adapter to put on the model: merged, or with --layers adapter kept "
-        "apart.",
+        "Folder of a PEFT adapter to put on the model, with its tokenizer and embeddings: merged "
+        "where that changes nothing, or with --layers adapter kept apart.",
         Mark.PATH,
     ] = None
     dtype: Annotated[
@@ -102,6 +107,12 @@ class ModelOptions(Options):
         "Do not supervise end-of-turn tokens, of pairs and of rows: for models that never stop.",
         Mark.RARE,
     ] = False
+    template_date: Annotated[
+        str | None,
+        "The day that a chat template takes for today, as in 2026-11-30  [default: the day of the "
+        "run's first start].",
+        Mark.RARE,
+    ] = None
     batch_tokens: Annotated[
         int | None,
         "Tokens in a batch, padding included  [default: 4,096 on a GPU; 512 on a CPU, or 2,048 "
@@ -109,11 +120,25 @@ class ModelOptions(Options):
         Mark.MENDABLE | Mark.RARE,
     ] = None
 
+    def normalise(self) -> None:
+        """A model that is the folder of an adapter becomes its base, with the adapter."""
+        super().normalise()
+        if self.model and (base := base_of_adapter(self.model, self.adapter)):
+            object.__setattr__(self, "adapter", self.model)
+            object.__setattr__(self, "model", base)
+
     def validate(self) -> None:
         for name in ("batch_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
+        if self.template_date is not None:
+            try:
+                is_day = date.fromisoformat(self.template_date).isoformat() == self.template_date
+            except ValueError:
+                is_day = False
+            if not is_day:
+                raise BadOption(f"--template-date {self.template_date}: no day; try 2026-11-30")
 
     def tokens_on(self, device: str, graph: bool = True) -> int:
         """Tokens in a batch; a graph for the backward pass leaves room for fewer."""
@@ -506,7 +531,20 @@ class ScoreConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig(ScoreConfig):
+class OutputOptions(Options):
+    """The files of chosen rows."""
+
+    group: ClassVar[str] = "Choice"
+
+    output_format: Annotated[
+        Literal["jsonl", "parquet"],
+        "Chosen rows as JSON lines, as they came; or as Parquet, with the pool's own types.",
+        Mark.IN_CHOICE | Mark.MENDABLE | Mark.RARE,
+    ] = "jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(OutputOptions, ScoreConfig):
     """Choose the rows of a pool worth training on: the highest scores under a budget."""
 
     command: ClassVar[str] = "select"
@@ -569,7 +607,7 @@ class SelectConfig(ScoreConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairConfig(ScoreConfig):
+class RepairConfig(OutputOptions, ScoreConfig):
     """Remove the rows that push a model the wrong way: towards the rejected answers of the
     pairs."""
 

@@ -7,6 +7,8 @@
 Choices made here:
 - a shard has the checksum of its contents in its name, so both appear at once; a shard with a
   wrong checksum counts as absent;
+- a run that goes on under other versions of the libraries that make tokens is refused: half of its
+  rows would be other tokens;
 - a draft is always a new file, so no symbolic link is written through.
 """
 
@@ -20,6 +22,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -34,7 +37,17 @@ from prism_select.run.tensor_files import write_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FILES", "SHARD", "Run", "Store", "bad_rows_of", "finite", "json_line"]
+__all__ = [
+    "FILES",
+    "SHARD",
+    "TOKEN_LIBRARIES",
+    "Run",
+    "Store",
+    "bad_rows_of",
+    "finite",
+    "json_line",
+    "libraries",
+]
 
 FILES = (
     "config.toml",
@@ -47,7 +60,9 @@ FILES = (
 # What `overwrite` removes, in this order: config.toml goes last, because it marks a run's folder.
 REMOVED = (
     *(name for name in FILES if name != "config.toml"),
+    "selected.parquet",
     "removed.jsonl",
+    "removed.parquet",
     "quarantine.jsonl",
     "report.html",
     "comparison.html",
@@ -56,6 +71,7 @@ REMOVED = (
     "evaluation",
     "config.toml",
 )
+TOKEN_LIBRARIES = ("transformers", "tokenizers")
 SHARD = pa.schema(
     [
         ("row", pa.int64()),
@@ -105,8 +121,13 @@ class Store:
         defaults = {field.name: field.default for field in fields(config)}
         before = {**defaults, **earlier}
         after = {**defaults, **_flat(self._config_text(config, inputs))}
-        # a model may have moved: its contents are compared, not its path
-        free = marked(type(config), Mark.MENDABLE) | {"model"}
+        # a model may have moved: its contents are compared, not its path; what is complete stays
+        # so under other libraries
+        free = (
+            marked(type(config), Mark.MENDABLE)
+            | {"model"}
+            | ({"libraries"} if self.complete else set())
+        )
         for name in ["command", *sorted((before.keys() | after.keys()) - free)]:
             if before.get(name) != after.get(name):
                 was, here = _excerpts(_shown(before.get(name)), _shown(after.get(name)))
@@ -114,6 +135,13 @@ class Store:
                     f"{self.path} belongs to another run: {name} was {was} there and is {here} "
                     "here; use another --out, or --overwrite to start it afresh"
                 )
+
+    def with_first_day(self, config: ScoreConfig) -> ScoreConfig:
+        """The config with the template date of the run that is in the folder, unless it has one."""
+        if config.template_date or config.overwrite or not (self.path / "config.toml").is_file():
+            return config
+        with self._disk():
+            return replace(config, template_date=self._earlier().get("template_date"))
 
     def _usable(self) -> list[str]:
         """Names of the files in the folder. Raises BadOption when the path is not a folder, or when
@@ -164,7 +192,8 @@ class Store:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def _config_text(self, config: ScoreConfig, inputs: Mapping[str, str]) -> str:
-        prints = {"command": config.command} | {f"{k} contents": v for k, v in inputs.items()}
+        prints = {"command": config.command, "libraries": libraries()}
+        prints |= {f"{name} contents": value for name, value in inputs.items()}
         lines = [f"{json.dumps(name)} = {json.dumps(value)}\n" for name, value in prints.items()]
         options = to_toml(replace(config, overwrite=False))
         return f"{options}\n[fingerprints]\n{''.join(lines)}"
@@ -303,19 +332,24 @@ class Run:
     @property
     def selected(self) -> Iterator[dict[str, Any]]:
         """The selected rows, unchanged from the pool."""
-        return self._rows("selected.jsonl")
+        return self._rows("selected")
 
     @property
     def removed(self) -> Iterator[dict[str, Any]]:
-        return self._rows("removed.jsonl")
+        return self._rows("removed")
 
     @property
     def quarantine(self) -> Iterator[dict[str, Any]]:
         """Rows without a score: file, line, reason, raw."""
-        return self._rows("quarantine.jsonl")
+        return self._rows("quarantine")
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
-        with (self.path / name).open(encoding="utf-8") as lines:
+        """Of a file of JSON lines, or of Parquet."""
+        if (table := self.path / f"{name}.parquet").exists():
+            for batch in pq.ParquetFile(table).iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+            return
+        with (self.path / f"{name}.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
 
@@ -330,6 +364,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def libraries() -> str:
+    """The versions of the libraries that make tokens of a text."""
+    return ", ".join(f"{name} {version(name)}" for name in TOKEN_LIBRARIES)
 
 
 def bad_rows_of(shard: Path) -> list[BadRow]:

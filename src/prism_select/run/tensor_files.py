@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TensorFile", "read_tensors", "tensor_names", "write_tensors"]
+__all__ = ["TensorFile", "read_tensors", "tensor_shapes", "write_tensors"]
 
 DTYPES = {
     "torch.float64": "F64",
@@ -68,10 +68,10 @@ def read_tensors(path: str | Path) -> TensorFile:
         raise ValueError(str(error)) from error
 
 
-def tensor_names(path: str | Path) -> list[str]:
-    """Reads the header alone. Raises OSError, ValueError for a file of another format."""
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """By name. Reads the header alone. Raises OSError, ValueError for a file of another format."""
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from error

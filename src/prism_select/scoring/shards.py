@@ -50,7 +50,7 @@ class RunInputs:
 class ScoringJob:
     """All that scoring needs besides the model. `finished` are shards of an earlier start. A `mask`
     over the pool (None: every row) scores some rows only, in shards of their own `kind`. `bad_rows`
-    were met before, under another kind."""
+    were met before, under another kind. `template_date` is the day that chat templates show."""
 
     inputs: RunInputs
     directions: Sequence[Factored]
@@ -60,6 +60,7 @@ class ScoringJob:
     kind: str = ""
     mask: NDArray[np.bool_] | None = None
     bad_rows: int = 0
+    template_date: str | None = None
 
 
 @dataclass(frozen=True)
