@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prism_select.data.files import rows_at
 from prism_select.data.object_rows import table_at
-from prism_select.data.table_rows import arrow_table_at, parquet_table_at
+from prism_select.data.table_rows import arrow_table_at, parquet_table_at, table_of
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run as RunFiles
 from prism_select.run.objects import in_reach, is_object
@@ -58,17 +58,16 @@ class Run(RunFiles):
             raise BadOption(
                 "selected_dataset needs the package datasets; pip install 'prism-select[hub]'"
             ) from error
-        with in_reach(self.objects):
-            tables = [rows_of_file(*chosen) for chosen in self._chosen_by_file()]
-        if not tables:
-            raise BadOption(f"{self.path}: no row was chosen")
         try:
-            return datasets.concatenate_datasets([datasets.Dataset(table) for table in tables])
-        except (ValueError, pa.ArrowException) as error:
+            with in_reach(self.objects):
+                tables = [rows_of_file(*chosen) for chosen in self._chosen_by_file()]
+            if tables:
+                return datasets.concatenate_datasets([datasets.Dataset(table) for table in tables])
+        except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             raise BadOption(
-                f"{self.path}: files of the pool have columns of different types ({error}); read "
-                "selected.jsonl instead"
+                f"{self.path}: columns of the pool mix types ({error}); read selected.jsonl instead"
             ) from error
+        raise BadOption(f"{self.path}: no row was chosen")
 
     def _chosen_by_file(self) -> Iterator[tuple[str, Sequence[int]]]:
         """Each file of the pool with the positions of its chosen rows, from 0 in the file."""
@@ -97,4 +96,4 @@ def rows_of_file(file: str, positions: Sequence[int]) -> pa.Table:
         return parquet_table_at(file, positions)
     if file.lower().endswith(".arrow"):
         return arrow_table_at(file, positions)
-    return pa.Table.from_pylist([dict(raw.fields or {}) for _, raw in rows_at(file, positions)])
+    return table_of([raw.fields or {} for _, raw in rows_at(file, positions)])

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
-from prism_select.run.config import SelectConfig
-from prism_select.run.errors import BadOption
+from prism_select.run.config import OutputOptions, ScoreConfig, SelectConfig
+from prism_select.run.errors import BadOption, RunMismatch
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
 from prism_select.selection.choice import Chosen, choose_and_write
 from prism_select.selection.ranking_columns import rank_rows, with_ranking
 from prism_select.selection.rules import budget_limit
 
-__all__ = ["choose_again"]
+__all__ = ["choose_again", "refuse_other_format"]
 
 
 def choose_again(config: SelectConfig, progress: Progress) -> Run:
@@ -44,6 +44,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     refuse_unfit(config, earlier, manifest, pool)
     store.refuse_others(config, manifest["fingerprints"])
     if store.complete and not config.overwrite:
+        refuse_other_format(config, store)
         progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
         return Run(store.path)
 
@@ -62,6 +63,18 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     store.write_json("manifest.json", new_manifest(config, manifest, chosen, seconds))
     store.drop_shards()
     return Run(store.path)
+
+
+def refuse_other_format(config: ScoreConfig, store: Store) -> None:
+    """Raises RunMismatch where a complete run has its chosen rows in another format."""
+    if not isinstance(config, OutputOptions):
+        return
+    before = Run(store.path).manifest["config"].get("output_format", "jsonl")
+    if before != config.output_format:
+        raise RunMismatch(
+            f"{store.path} is complete, with its rows as {before}: --output-format "
+            f"{config.output_format} takes another --out, or --overwrite to start it afresh"
+        )
 
 
 def manifest_to_choose_from(config: SelectConfig, earlier: Run, store: Store) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from prism_select.data.records import Raw
-from prism_select.data.table_rows import MISSING, arrow_row, table_row
+from prism_select.data.table_rows import MISSING, arrow_row, table_of, table_row
 from prism_select.run.errors import BadOption
 from prism_select.run.objects import MEMORY, object_at
 
@@ -26,6 +26,7 @@ __all__ = [
     "object_fingerprint",
     "object_rows",
     "object_rows_at",
+    "object_tables",
     "refuse_object",
     "table_at",
 ]
@@ -111,11 +112,22 @@ def _slice_rows(address: str, rows: Any, start: int, stop: int) -> Iterator[Raw]
         yield arrow_row(address, index, dict(zip(table.column_names, cells, strict=True)))
 
 
+def object_tables(address: str) -> Iterator[pa.Table]:
+    """The rows of an object with typed columns, as tables."""
+    rows = object_at(address)
+    for start in range(0, len(rows), SLICE):
+        yield table_slice(rows, start, min(start + SLICE, len(rows)))
+
+
 def _list_row(address: str, index: int, row: Any) -> Raw:
     if not isinstance(row, Mapping):
         text = json.dumps(row, ensure_ascii=False, default=str)
         return Raw(address, index, text, None, f"{type(row).__name__} where a dict was expected")
-    return table_row(address, index, {str(name): _plain(value) for name, value in row.items()})
+    return table_row(address, index, _fields_of(row))
+
+
+def _fields_of(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): _plain(value) for name, value in row.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -147,7 +159,7 @@ def table_at(address: str, positions: Sequence[int]) -> pa.Table:
         return rows[list(positions)].to_arrow()
     if kind == "pandas":
         return pa.Table.from_pandas(rows.iloc[list(positions)], preserve_index=False)
-    return pa.Table.from_pylist([dict(rows[position]) for position in positions])
+    return table_of([_fields_of(rows[position]) for position in positions])
 
 
 def object_fingerprint(address: str) -> bytes:

@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -33,10 +34,14 @@ __all__ = [
     "arrow_file_rows_at",
     "arrow_row",
     "arrow_table_at",
+    "arrow_tables",
     "hub_rows",
+    "hub_tables",
     "parquet_rows",
     "parquet_rows_at",
     "parquet_table_at",
+    "parquet_tables",
+    "table_of",
     "table_row",
 ]
 
@@ -142,6 +147,33 @@ def arrow_table_at(file: str, positions: Sequence[int]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def parquet_tables(file: str) -> Iterator[pa.Table]:
+    with _parquet(file) as table:
+        yield from map(_table, table.iter_batches(batch_size=256))
+
+
+def arrow_tables(file: str) -> Iterator[pa.Table]:
+    with _arrow(file) as batches:
+        yield from map(_table, batches)
+
+
+def _table(batch: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([batch])
+
+
+def hub_tables(file: str) -> Iterator[pa.Table]:
+    """The rows of `hub_rows` as tables."""
+    with _hub(file) as rows:
+        yield from rows.with_format("arrow").iter(batch_size=256)
+
+
+def table_of(rows: Sequence[Mapping[str, object]]) -> pa.Table:
+    """The rows with all columns that any of them has. Raises ArrowException, TypeError or
+    OverflowError for a column whose values have no type in common."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
 def arrow_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
     fields: dict[str, object] = {}
     problem = None
@@ -156,6 +188,14 @@ def arrow_row(file: str, number: int, cells: Mapping[str, pa.Scalar]) -> Raw:
 def hub_rows(file: str) -> Iterator[Raw]:
     """The rows of hub:NAME or hub:NAME:SPLIT (default: train), streamed. Raises BadOption without a
     name or the package datasets, BadFile where they cannot be loaded."""
+    with _hub(file) as rows:
+        rows = rows.decode(False) if hasattr(rows, "decode") else rows  # images remain bytes
+        for number, fields in enumerate(rows, start=1):
+            yield table_row(file, number, fields)
+
+
+@contextmanager
+def _hub(file: str) -> Iterator[Any]:
     name, _, split = file.removeprefix("hub:").partition(":")
     if not name:
         raise BadOption(f"{file} names no data set; write hub:NAME or hub:NAME:SPLIT")
@@ -166,10 +206,7 @@ def hub_rows(file: str) -> Iterator[Raw]:
             f"{file}: needs the package datasets; pip install 'prism-select[hub]'"
         ) from error
     with reading(file, Exception, "check the name, the split (hub:NAME:SPLIT) and the network"):
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        rows = rows.decode(False) if hasattr(rows, "decode") else rows  # images remain bytes
-        for number, fields in enumerate(rows, start=1):
-            yield table_row(file, number, fields)
+        yield datasets.load_dataset(name, split=split or "train", streaming=True)
 
 
 def table_row(

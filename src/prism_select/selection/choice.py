@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example
-from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config import OutputOptions, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.selection.figures import (
@@ -91,7 +91,8 @@ def choose_and_write(
     figures: dict[str, Any] = summary_figures(config, rows, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
         figures["labels"] = label_figures(config.label_field, rows, verdicts, pool)
-    write_choice(store, tables(), verdicts, rows.reasons, pool)
+    output_format = config.output_format if isinstance(config, OutputOptions) else "jsonl"
+    write_choice(store, tables(), verdicts, rows.reasons, pool, output_format)
     verdict_counts = verdicts.counts
     counts = {
         "read": len(verdicts.codes),
