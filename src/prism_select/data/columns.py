@@ -89,7 +89,8 @@ def column_warnings(by_file: Mapping[str, Collection[str]]) -> list[str]:
     warnings = list[str]()
     for name, advice in HEEDED.items():
         if files := [file for file, columns in by_file.items() if name in columns]:
-            others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
+            others = f" and {len(files) - 1} other file{'s' * (len(files) > 2)}"
+            others *= len(files) > 1
             warnings.append(
                 f"the column {name} of {files[0]}{others} is not read, and a trainer may heed it: "
                 + advice.format(name)
