@@ -25,7 +25,7 @@ __all__ = ["apart", "merged", "random_tokens"]
 
 FLOAT32 = torch.finfo(torch.float32).eps  # PEFT computes no finer
 PROBE = 32  # tokens that logits are compared on, in each sequence
-APART = "gradients are those of the base's weights, and of the adapter's with --layers adapter"
+APART = "gradients are those of the model's weights, or with --layers adapter of the adapter's"
 
 
 def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> CausalLM:
@@ -38,7 +38,7 @@ def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> 
                 "and train again"
             )
         model = apart(adapted, rows)
-        say(f"the adapter is kept apart, since {reason}: {APART}")
+        say(f"the adapter is kept apart, since {reason}; {APART}")
         return model
     before = logits(adapted, rows)
     try:
@@ -120,10 +120,10 @@ def why_apart(adapted: Any) -> str:
             of_tokens.add(id(base))
         biased = any(getattr(layer, "lora_bias", {}).get(name) for name in layer.active_adapters)
         if biased and getattr(base, "bias", None) is None:
-            return f"it has a bias for {moved[id(base)]} (lora_bias), which has none"
+            return f"it has a bias (lora_bias) for {moved[id(base)]}, which has none"
     for modules in holders.values():
         names = [moved[id(module)] for module in modules if id(module) in moved]
         both_by_tokens = all(id(module) in of_tokens for module in modules)
         if len(modules) > 1 and names and not both_by_tokens:
-            return f"the weight of {names[0]} is tied: it is that of another module too"
+            return f"{names[0]} shares its weight with another module"
     return ""
