@@ -4,38 +4,38 @@
     plain   <s>1 + 1?⏎2</s>                                 supervised: 2</s>
 
 Choices made here:
-- chat is the tokenizer's own template, rendered once; an assistant turn is supervised from the end
-  of its generation prompt to its end-of-turn token;
+- chat is the tokenizer's own template, rendered once; `chat_spans.py` finds the answers in it;
 - plain is BOS (if the tokenizer adds one), the turns, a line break after a prompt that does not end
   in white space, and EOS after each answer; a bare text is supervised from end to end;
+- a text is tokenised once, as a whole; a token with a letter of an answer is supervised;
 - a special token that the text already carries is not doubled;
 - `skip_end` leaves end-of-turn tokens in the text, but not supervised;
 - a long row loses its end.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from prism_select.data.chat_spans import ChatSpans, NotProved, Spanned, thought_in
+from prism_select.data.chat_template import ChatTemplate, Span, TemplateRefuses
 from prism_select.data.records import Example, Turn
+from prism_select.data.template_date import TemplateDate
 from prism_select.run.errors import BadModel, BadRow, MissingChatTemplate
 
 __all__ = ["Encoded", "Encoder"]
-
-STAND_IN = "␟prism␟"  # an answer that no template changes or contains
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """`tokens[i]` is supervised where `supervised[i]`; `targets` counts the supervised tokens that
-    have a context."""
+    have a context. `losses` and `thoughts` are those of `Spanned`."""
 
     tokens: Sequence[int]
     supervised: Sequence[bool]
     truncated: bool
+    losses: tuple[str, ...] = ()
+    thoughts: int = 0
 
     @property
     def targets(self) -> int:
@@ -53,6 +53,7 @@ class Encoder:
         max_length: int,
         vocabulary: int | None = None,
         skip_end: bool = False,
+        date: str | None = None,
     ) -> None:
         self.tokenizer, self.max_length, self.vocabulary = tokenizer, max_length, vocabulary
         self.skip_end = skip_end
@@ -63,23 +64,34 @@ class Encoder:
             raise MissingChatTemplate(
                 "--template chat: the tokenizer has no chat template; try --template plain"
             )
+        self.date = TemplateDate(tokenizer if self.template == "chat" else None, date)
         if not tokenizer.is_fast:
             raise BadModel(
                 f"{type(tokenizer).__name__} is a slow tokenizer without token offsets; save it as "
                 "a fast one"
             )
+        if self.template == "chat":
+            self._chat = ChatSpans(ChatTemplate(tokenizer, self.date), skip_end)
         bare, marked = self._ids("a"), list(tokenizer("a").input_ids)
         self.prefix = marked[: marked.index(bare[0])] if bare and bare[0] in marked else []
 
     def encode(self, example: Example) -> Encoded:
         """Raises BadRow where no supervised token remains, or the chat template refuses the
         conversation."""
-        raw_text = example.turns[0].role == "text"
-        tokens, supervised = (
-            self._chat if self.template == "chat" and not raw_text else self._plain
-        )(example)
+        spanned = self._spanned(example)
+        coded = self.tokenizer(spanned.text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, supervised = list(coded.input_ids), _covered(coded.offset_mapping, spanned.spans)
+        if not self._is_chat(example) and tokens[: len(self.prefix)] != self.prefix:
+            tokens, supervised = (
+                [*self.prefix, *tokens],
+                [False] * len(self.prefix) + supervised,
+            )
         row = Encoded(
-            tokens[: self.max_length], supervised[: self.max_length], len(tokens) > self.max_length
+            tokens[: self.max_length],
+            supervised[: self.max_length],
+            len(tokens) > self.max_length,
+            spanned.losses,
+            spanned.thoughts,
         )
         if not row.targets:
             what = "nothing is supervised"
@@ -95,118 +107,71 @@ class Encoder:
             )
         return row
 
+    def misread(self, example: Example) -> str | None:
+        """How the text of an example differs when it is read back from its tokens; None where it
+        does not. With a chat template white space does not count: the template's own tokens may
+        take some. Raises BadRow."""
+        text = self._spanned(example).text
+        decoded = str(
+            self.tokenizer.decode(
+                self._ids(text), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+        if self._is_chat(example):
+            text, decoded = "".join(text.split()), "".join(decoded.split())
+        if text == decoded:
+            return None
+        differ = (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b)
+        start = max(0, next(differ, min(len(text), len(decoded))) - 12)
+        return f"{text[start : start + 24]!r} reads back as {decoded[start : start + 24]!r}"
+
+    def _is_chat(self, example: Example) -> bool:
+        return self.template == "chat" and example.turns[0].role != "text"
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _plain(self, example: Example) -> tuple[list[int], list[bool]]:
+    def _spanned(self, example: Example) -> Spanned:
+        """The text of an example, and its supervised spans."""
+        if not self._is_chat(example):
+            return self._plain(example)
+        try:
+            return self._chat(example)
+        except TemplateRefuses as refusal:
+            what = f"the chat template refuses it: {refusal}"
+            raise _bad(example, what, "mend the turns, or --template plain") from None
+        except NotProved as why:
+            raise _bad(example, f"the chat template {why}", "try --template plain") from None
+
+    def _plain(self, example: Example) -> Spanned:
         if example.conversation and not self.explicit:
             raise MissingChatTemplate(
                 f"{example.file}:{example.line}: {len(example.turns)} turns of conversation, and "
                 "the tokenizer has no chat template; use a tokenizer with one, or --template plain "
                 "to join the turns as they are"
             )
-        tokens: list[int] = []
-        supervised: list[bool] = []
+        text, spans, losses = "", list[Span](), list[str]()
+        supervised, end = example.supervised_turns, self.tokenizer.eos_token or ""
         for index, turn in enumerate(example.turns):
-            ids = self._ids(turn.text + _gap(example.turns[index : index + 2]))
-            if index == 0 and ids[: len(self.prefix)] != self.prefix:
-                tokens, supervised = list(self.prefix), [False] * len(self.prefix)
-            answer = turn.role in ("assistant", "text")
-            target = answer and index >= example.prompt_turns
-            end = self.tokenizer.eos_token_id
-            if answer and end is not None and ids[-1:] != [end]:
-                ids.append(end)
-            tokens += ids
-            supervised += [target] * len(ids)
-            if self.skip_end and target and ids[-1:] == [end]:
-                supervised[-1] = False
-        return tokens, supervised
+            if turn.calls:
+                advice = "write the call into the content, as text, or use a chat template"
+                raise _bad(example, f"turn {index + 1} is a tool call, which is not text", advice)
+            losses += ["thought"] * bool(turn.thought) + _names_beside(turn)
+            start = len(text)
+            text += turn.text + _gap(example.turns[index : index + 2])
+            if turn.role in ("assistant", "text"):
+                text += "" if end and text[start:].endswith(end) else end
+            if index in supervised:
+                stop = len(text) - len(end) if self.skip_end and end else len(text)
+                spans.append((start, stop))
+        losses += ["tools"] * bool(example.tools)
+        thoughts = sum(bool(thought_in(turn)[0]) for turn in example.turns)
+        return Spanned(text, spans, tuple(losses), thoughts)
 
-    def _render(self, example: Example, turns: Sequence[Turn], prompt: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            what = " ".join(str(error).split())[:300] or type(error).__name__
-            what = f"the chat template refuses it: {what}"
-            raise _bad(example, what, "mend the turns, or --template plain") from None
-        return str(text)
 
-    def _chat(self, example: Example) -> tuple[list[int], list[bool]]:
-        rendered = self._render(example, example.turns)
-        spans = [
-            self._span(example, index, rendered)
-            for index, turn in enumerate(example.turns)
-            if turn.role == "assistant" and index >= example.prompt_turns
-        ]
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        # a token is supervised if a letter of it is in a span: it may begin with the prompt's space
-        supervised = [
-            any(start < b and end > a for a, b in spans) and end > start
-            for start, end in encoded.offset_mapping
-        ]
-        return list(encoded.input_ids), supervised
-
-    def _span(self, example: Example, index: int, rendered: str) -> tuple[int, int]:
-        """Start and end of an assistant turn in the rendered conversation: from the end of its
-        generation prompt to the end of its end-of-turn token, without the white space after it. The
-        text around the turn is that around a stand-in, since a short answer may occur in it."""
-        earlier, content = example.turns[:index], example.turns[index].text.strip()
-        head, stand_in, tail = self._render(
-            example, (*earlier, Turn("assistant", STAND_IN))
-        ).rpartition(STAND_IN)
-        prompt = (
-            self._render(example, earlier, prompt=True)
-            if earlier and self._prompts
-            else head.rstrip(" ")
-        )
-        start = next((len(text) for text in (prompt, head) if rendered.startswith(text)), None)
-        since = len(head) if rendered.startswith(head) else start or 0
-        if (differs := start is None) and rendered.startswith(
-            plain := self._render(example, earlier) if earlier else ""
-        ):
-            since = len(plain)  # a generation prompt unlike the header of an answered turn
-            start = max(since, len(os.path.commonprefix([rendered, prompt])))
-        answers = (
-            content,
-            content.rpartition("</think>")[2].strip(),
-        )  # some templates drop thoughts
-        matches = (
-            (at, at + len(text)) for text in answers if (at := rendered.find(text, since)) >= 0
-        )
-        match = next(matches, None)
-        if not stand_in or start is None or match is None:
-            what = f"the chat template changes turn {index + 1} beyond recognition"
-            raise _bad(example, what, "try --template plain")
-        start, end = min(start, match[0]) if differs else start, match[1]
-        if self.skip_end:
-            return start, end
-        ending = r"\s*" + re.escape(tail.strip()) if tail.strip() else re.escape(tail)
-        closing = re.compile(ending).match(rendered, end)
-        if not closing and index + 1 < len(example.turns):
-            header = prompt[len(self._render(example, earlier)) :] if earlier else head
-            if ends := [re.escape(token) for token in self._special if token not in header]:
-                closing = re.compile(r"\s*(?:" + "|".join(ends) + ")").match(rendered, end)
-        return start, closing.end() if closing else end
-
-    @cached_property
-    def _prompts(self) -> bool:
-        """Whether the chat template has a generation prompt."""
-        probe = Example((Turn("user", STAND_IN),), "", "", "", 0)
-        try:
-            return self._render(probe, probe.turns, prompt=True) != self._render(probe, probe.turns)
-        except BadRow:
-            return True
-
-    @cached_property
-    def _special(self) -> list[str]:
-        return [
-            token.content
-            for token in self.tokenizer.added_tokens_decoder.values()
-            if token.special and token.content != self.tokenizer.bos_token
-        ]
+def _names_beside(turn: Turn) -> list[str]:
+    """The keys of a message, but for its thought, that plain text leaves out."""
+    return [key for key in turn.message if key in ("name", "tool_call_id")] if turn.beside else []
 
 
 def _gap(turns: Sequence[Turn]) -> str:
@@ -215,6 +180,34 @@ def _gap(turns: Sequence[Turn]) -> str:
     if len(turns) < 2 or turns[0].role == "assistant" or not turns[0].text:
         return ""
     return "" if turns[0].text[-1].isspace() or turns[1].text[:1].isspace() else "\n"
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token has a character of a span. A token may begin with the space of the prompt;
+    one without characters, as some tokenizers have them for white space, has those between its
+    neighbours, or stands before the next character."""
+    ordered, current, covered = sorted(spans), 0, list[bool]()
+    if any(start == end for start, end in offsets):
+        offsets = _widened(offsets)
+    for start, end in offsets:
+        while current < len(ordered) and ordered[current][1] <= start:
+            current += 1
+        covered.append(current < len(ordered) and ordered[current][0] < end)
+    return covered
+
+
+def _widened(offsets: Sequence[Span]) -> list[Span]:
+    widened, following = list[Span](), None
+    for index in range(len(offsets) - 1, -1, -1):
+        start, end = offsets[index]
+        if start < end:
+            following = start
+            widened.append((start, end))
+            continue
+        before = max((stop for begin, stop in offsets[:index] if begin < stop), default=0)
+        after = following if following is not None else max(before, end)
+        widened.append((before, max(after, before + 1)))
+    return widened[::-1]
 
 
 def _bad(example: Example, what: str, advice: str) -> BadRow:

@@ -13,8 +13,9 @@ import re
 import reprlib
 from collections.abc import Mapping
 
+from prism_select.data.messages import type_in_words
 from prism_select.data.records import Turn
-from prism_select.data.row_content import RowContent, Turns, type_in_words
+from prism_select.data.row_content import RowContent, Turns
 
 __all__ = ["right_choice", "wrong_choices"]
 

@@ -9,13 +9,17 @@ Choices made here:
 - a bare text is one turn with the role `text`: supervised from end to end, without a template.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["Example", "Pair", "Raw", "Role", "Turn", "is_text"]
+__all__ = ["BESIDE", "THOUGHTS", "Example", "Pair", "Raw", "Role", "Turn", "is_text"]
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool", "text"]
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a thought beside the content
+BESIDE = (*THOUGHTS, "tool_calls", "tool_call_id", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,37 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """A message. `beside` is the JSON object of what it says beside role and content: the keys of
+    BESIDE. An assistant's turn is not supervised where its message says so."""
+
     role: Role
     text: str
+    beside: str = ""
+    supervised: bool = True
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        return {"role": self.role, "content": self.text, **self._extras}
+
+    @property
+    def thought(self) -> str:
+        """The reasoning that a message carries beside its content."""
+        return next((str(self._extras[key]) for key in THOUGHTS if key in self._extras), "")
+
+    @property
+    def calls(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that it calls."""
+        return list(self._extras.get("tool_calls", ()))
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it says nothing at all."""
+        return not (self.text.strip() or self.thought.strip() or self.calls)
+
+    @property
+    def _extras(self) -> Mapping[str, Any]:
+        return json.loads(self.beside) if self.beside else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +94,18 @@ class Example:
         return self.turns[self.prompt_turns :]
 
     @property
+    def supervised_turns(self) -> list[int]:
+        """The indices of the turns that are supervised."""
+        return [
+            index
+            for index, turn in enumerate(self.turns)
+            if turn.role in ("assistant", "text") and turn.supervised and index >= self.prompt_turns
+        ]
+
+    @property
     def text(self) -> str:
-        return "\n".join(turn.text for turn in self.turns)
+        """All that its turns say."""
+        return "\n".join(turn.text + turn.beside for turn in self.turns)
 
     @property
     def conversation(self) -> bool:

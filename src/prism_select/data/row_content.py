@@ -11,7 +11,6 @@ Choices made here:
 """
 
 import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
@@ -26,10 +25,11 @@ from prism_select.data.fields import (
     without_nulls,
 )
 from prism_select.data.files import is_table, names_of
+from prism_select.data.messages import BadMessage, turn_of, type_in_words
 from prism_select.data.records import Example, Pair, Raw, Role, Turn, is_text
 from prism_select.run.errors import BadRow
 
-__all__ = ["CONTEXT", "MEDIA", "RENAME_ADVICE", "RowContent", "Turns", "stripped", "type_in_words"]
+__all__ = ["CONTEXT", "MEDIA", "RENAME_ADVICE", "RowContent", "Turns", "stripped"]
 
 Turns: TypeAlias = tuple[Turn, ...]
 
@@ -39,20 +39,6 @@ RENAME_ADVICE = (
     "name its columns with --fields, for example --fields prompt=question,completion=response"
 )
 _MEND_ADVICE = "mend the row or remove it"
-_TYPES = {
-    str: "text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-    list: "a list",
-}
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
 
 
 class RowContent:
@@ -125,32 +111,10 @@ class RowContent:
         )
 
     def _message(self, value: object, label: str) -> Turn:
-        if not isinstance(value, Mapping):
-            raise self.bad(f"{label}: {type_in_words(value)} where a message was expected")
-        message = {key: content for key, content in value.items() if content is not None}
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role not in _ROLES:
-            what = "no role" if role is None else f"unknown role {reprlib.repr(role)}"
-            raise self.bad(f"{label}: {what}", f"use one of {', '.join(_ROLES)}")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise self.bad(
-                f"{label}: a tool call, which is not text",
-                "write the call into the content, as text",
-            )
-        content = message.get("content", message.get("value"))
-        if not isinstance(content, list):
-            return Turn(_ROLES[role], self.string(content, f"{label} content"))
-        blocks = [
-            block if isinstance(block, Mapping) else {"type": type_in_words(block)}
-            for block in content
-        ]
-        types = [block.get("type") for block in blocks if block.get("type") != "text"]
-        if types:
-            raise self.bad(
-                f"{label} content: a part of type {reprlib.repr(types[0])} where text was expected"
-            )
-        texts = (self.string(block.get("text"), f"{label} content") for block in blocks)
-        return Turn(_ROLES[role], "".join(texts))
+        try:
+            return turn_of(value, is_table(self._raw.file))
+        except BadMessage as problem:
+            raise self.bad(label + problem.what, problem.advice) from None
 
     def instruction(self) -> Turns:
         """The fields instruction and input as one user turn."""
@@ -166,17 +130,19 @@ class RowContent:
 
     def supervised(self, turns: Turns, name: str) -> Turns:
         """The turns themselves. Raises BadRow if there is no text in them to be supervised."""
-        texts = [turn.text for turn in turns if turn.role in ("assistant", "text")]
-        if turns and not texts:
+        answers = [turn for turn in turns if turn.role in ("assistant", "text")]
+        if turns and not answers:
             raise self.bad(f"nothing is supervised: no assistant turn in {self.label(name)}")
-        if not any(text.strip() for text in texts):
+        if answers and not any(turn.supervised for turn in answers):
+            what = f"no answer in {self.label(name)} counts, by their own weight or train"
+            raise self.bad(f"nothing is supervised: {what}")
+        if all(turn.is_blank for turn in answers if turn.supervised):
             raise self.bad(f"empty {self.label(name)}")
         return turns
 
     def in_context(self, example: Example, answers: bool) -> Example:
         """The example with its tools, and after the turns of the fields `system` and `history`.
-        With `answers`, those of the history are supervised, unless the row's own prompt has
-        some."""
+        With `answers`, those of the history are supervised."""
         if self._fields.keys().isdisjoint(CONTEXT):
             return example
         system, history, tools = self._system(), self._history(), self._tools()
@@ -184,13 +150,13 @@ class RowContent:
         if opening and system and stripped(opening) != stripped(system):
             what = "the conversation begins with another system message"
             raise self.bad(f"{self.label('system')}: {what}", "leave one of them out")
-        turns = (*(opening or system), *history, *example.turns[len(opening) :])
-        prompt_turns = example.prompt_turns
-        answered = any(turn.role == "assistant" for turn in example.prompt)
-        if history and answers and not answered:
-            prompt_turns = 0
-        elif prompt_turns:
-            prompt_turns += len(turns) - len(example.turns)
+        prompt = example.turns[len(opening) : example.prompt_turns]
+        start = (*(opening or system), *history, *prompt)
+        prompt_turns = len(start) if example.prompt_turns else 0
+        if history and answers:
+            context = (replace(turn, supervised=False) for turn in prompt)
+            start, prompt_turns = (*(opening or system), *history, *context), 0
+        turns = start + example.turns[max(len(opening), example.prompt_turns) :]
         return replace(example, turns=turns, prompt_turns=prompt_turns, tools=tools)
 
     def _system(self) -> Turns:
@@ -231,7 +197,10 @@ class RowContent:
             if not isinstance(tool, Mapping):
                 what = f"{type_in_words(tool)} where a list of tools was expected, each an object"
                 raise self.bad(f"{label}: {what}")
-            tools.append(without_nulls(tool) if filled else tool)
+            tool = without_nulls(tool) if filled else tool
+            if not _is_json(tool):
+                raise self.bad(f"{label}: what cannot be written as JSON")
+            tools.append(tool)
         return tuple(tools)
 
     def _parsed(self, name: str) -> object:
@@ -278,13 +247,12 @@ class RowContent:
         return pair
 
 
-def type_in_words(value: object) -> str:
-    if isinstance(value, float) and is_empty(value):
-        return "NaN"
-    return (
-        "an object" if isinstance(value, Mapping) else _TYPES.get(type(value), type(value).__name__)
-    )
+def _is_json(value: object) -> bool:
+    try:
+        return is_text(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
-def stripped(turns: Turns) -> list[tuple[Role, str]]:
-    return [(turn.role, turn.text.strip()) for turn in turns]
+def stripped(turns: Turns) -> list[tuple[Role, str, str]]:
+    return [(turn.role, turn.text.strip(), turn.beside) for turn in turns]
