@@ -33,6 +33,7 @@ Say = Callable[[str], None]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # PEFT's models that do more than change weights: no base model gives their logits.
 BESIDE_WEIGHTS = ("ADAPTION_PROMPT", "POLY", "XLORA")
+SAVED = ".modules_to_save."  # PEFT's own copy of a module
 OF_WEIGHTS = re.compile(r"weight|embedding|key|ignored|bias", re.IGNORECASE)
 
 
@@ -64,7 +65,7 @@ def load_adapter(
             config = peft.PeftConfig.from_pretrained(str(folder))
             refuse_kind(f"adapter {folder}", config)
             _resize(network, folder, shapes, config)
-            adapted = _attached(network, folder, config, merge)
+            adapted = _attached(network, folder, shapes, config, merge)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             why = " ".join(str(error).split())[:200]
             raise BadModel(
@@ -90,7 +91,7 @@ def no_adapter(folder: Path) -> BadOption:
     )
 
 
-def _attached(network: Any, folder: Path, config: Any, merge: bool) -> Any:
+def _attached(network: Any, folder: Path, shapes: Shapes, config: Any, merge: bool) -> Any:
     """PEFT's model with the adapter in it, as PeftModel.from_pretrained makes it. Raises ValueError
     where a name is in one of the two alone."""
     from peft import PeftModel
@@ -106,8 +107,11 @@ def _attached(network: Any, folder: Path, config: Any, merge: bool) -> Any:
         torch_device=str(next(network.parameters()).device),
         key_mapping=getattr(network, "_checkpoint_conversion_mapping", {}),
     )
-    shared = [name for name in names.missing_keys if "vblora_vector_bank" in name]
-    if unmatched := [*sorted({*names.missing_keys} - {*shared}), *names.unexpected_keys]:
+    unmatched = [name for name in names.missing_keys if "vblora_vector_bank" not in name]
+    # embeddings that were saved on purpose are in the file twice
+    twice = [name for name in names.unexpected_keys if name.replace(SAVED, ".") in shapes]
+    unmatched += [name for name in names.unexpected_keys if name not in twice]
+    if unmatched:
         raise ValueError(f"{unmatched[0]} is in one of them alone")
     return adapted
 
@@ -154,12 +158,15 @@ def _resize(network: Any, folder: Path, shapes: Shapes, config: Any) -> None:
         return
     new = set(range(before, after))
     tied = len({id(module.weight) for module in modules.values()}) == 1
+    copied = not getattr(config, "ensure_weight_tying", False) and any(
+        name.endswith(saved) for name in modules for saved in config.modules_to_save or ()
+    )
     has_rows = [
         name in rows
         or (new <= indices and f"{name}.token_adapter.trainable_tokens_delta" in shapes)
         for name in modules
     ]
-    if not (any(has_rows) if tied else all(has_rows)):
+    if not (any(has_rows) if tied and not copied else all(has_rows)):
         raise BadModel(
             f"adapter {folder}: its embeddings have {after} rows and the model's {before}, and it "
             "does not hold all of the others; save it again with save_embedding_layers=True, or "
