@@ -36,7 +36,8 @@ SHOWN = 5  # pairs with the largest shares of the direction
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the steps of a complete run found; `input_warnings` are about its files."""
+    """What the steps of a complete run found; `input_warnings` are about its files and what
+    encoding does to their rows."""
 
     input_warnings: Sequence[str]
     fingerprints: Mapping[str, str]
@@ -168,7 +169,8 @@ def _diagnosis_entry(pairs: PairDiagnosis) -> dict[str, Any]:
 def pair_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
     """What is wrong with the pairs, with the target file's own names for their answers."""
     several = len(direction_set.diagnoses) > 1
-    warnings = [
+    warnings = [*direction_set.warnings]
+    warnings += [
         f"target {name}: {line}" if several else line
         for name, pairs in direction_set.diagnoses.items()
         for line in pairs.diagnosis.in_words(polarity)

@@ -305,8 +305,8 @@ def as_new_pair(pair: Pair) -> NewPair:
 
 def as_row(pair: NewPair, how: str, example: Example) -> dict[str, Any]:
     """A row of the pairs file."""
-    prompt: Any = [{"role": turn.role, "content": turn.text} for turn in pair.prompt]
-    if len(pair.prompt) == 1 and pair.prompt[0].role == "user":
+    prompt: Any = [turn.message for turn in pair.prompt]
+    if len(pair.prompt) == 1 and pair.prompt[0].role == "user" and not pair.prompt[0].beside:
         prompt = pair.prompt[0].text
     return {
         "prompt": prompt,

@@ -108,7 +108,7 @@ def run_main(
         chosen = choose(config, store, inputs, scores, loaded, progress)
     refuse_changed_pool(store, inputs)
     record = RunRecord(
-        input_warnings=inputs.warnings,
+        input_warnings=[*inputs.warnings, *checkpoint.sample.warnings],
         fingerprints=inputs.fingerprints,
         loaded=loaded,
         directions=directions,

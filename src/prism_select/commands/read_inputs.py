@@ -17,6 +17,7 @@ from prism_select.data.bad_rows import refuse_bad_rows
 from prism_select.data.columns import column_warnings, in_words
 from prism_select.data.encoded_rows import first_rows, supervised_tokens
 from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.encoding_notes import encoding_notes
 from prism_select.data.fields import Names
 from prism_select.data.files import files_without_rows, readable
 from prism_select.data.formats import parse_fields
@@ -44,11 +45,12 @@ __all__ = ["EncodedSample", "encode_sample", "read_inputs", "refuse_changed_pool
 @dataclass(frozen=True)
 class EncodedSample:
     """A uniform sample of the pool in tokens. `pool_rows` of the pool are good; encoding one of
-    them takes `seconds_per_row`."""
+    them takes `seconds_per_row`. `warnings` are about what encoding does to them."""
 
     rows: Sequence[Encoded]
     pool_rows: int
     seconds_per_row: float
+    warnings: Sequence[str] = ()
 
 
 def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
@@ -135,4 +137,5 @@ def encode_sample(config: ScoreConfig, inputs: RunInputs, encoder: Encoder) -> E
     refuse_budget(config, tokens, pool_rows, partial(supervised_tokens, inputs.pool, encoder))
     rows = sample or first_rows(inputs.pool, encoder)
     seconds = time.perf_counter() - start
-    return EncodedSample(rows, pool_rows, seconds / max(1, len(survey.sample)))
+    notes = encoding_notes(encoder, survey.sample, rows, "pool")
+    return EncodedSample(rows, pool_rows, seconds / max(1, len(survey.sample)), notes)

@@ -149,6 +149,8 @@ def load_checkpoint(
     """The model, with a warm-up's adapter merged into it. A plan leaves the warm-up out."""
     loaded = load_model(config, config.layers, progress, inputs.survey.sample)
     sample = encode_sample(config, inputs, loaded.encoder)
+    for line in sample.warnings:
+        progress.say(line)
     if not config.warmup or config.dry_run:
         return Checkpoint(loaded, sample, None)
     if not config.overwrite and has_adapter(store.path / ADAPTER):

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 from prism_select.data.fields import Fields, Names, columns_of, is_blank
 from prism_select.data.formats import Format, fields_read
+from prism_select.data.messages import unread_keys
 from prism_select.data.records import Raw
 
 __all__ = ["UnreadColumns", "column_warnings", "in_words"]
 
+MESSAGES = {"messages", "conversations", "prompt", "completion", "chosen", "rejected"}
 NAMES = 1000  # of a file: a key of its own in each row must not fill the memory
 SHOWN = 20
 _PER_MESSAGE = "no row counts more or less than another; a message may have weight or train"
@@ -65,6 +67,11 @@ class UnreadColumns:
                 if name not in seen and not is_blank(value) and len(seen) < NAMES:
                     seen.add(name)
                     self.by_file[raw.file].append(name)
+        for name, value in fields.items():
+            if name in MESSAGES and isinstance(value, list) and len(seen) < NAMES:
+                keys = [f"{name}.{key}" for key in unread_keys(value)]
+                self.by_file[raw.file] += [key for key in keys if key not in seen]
+                seen.update(keys)
 
 
 def _columns_read(fields: Fields, mapping: Names, format: Format) -> set[str]:

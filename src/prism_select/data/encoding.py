@@ -13,8 +13,11 @@ Choices made here:
 - a long row loses its end.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import eq
 from typing import Any
 
 from prism_select.data.chat_spans import ChatSpans, NotProved, Spanned, thought_in
@@ -186,28 +189,28 @@ def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Whether each token has a character of a span. A token may begin with the space of the prompt;
     one without characters, as some tokenizers have them for white space, has those between its
     neighbours, or stands before the next character."""
-    ordered, current, covered = sorted(spans), 0, list[bool]()
-    if any(start == end for start, end in offsets):
-        offsets = _widened(offsets)
-    for start, end in offsets:
-        while current < len(ordered) and ordered[current][1] <= start:
-            current += 1
-        covered.append(current < len(ordered) and ordered[current][0] < end)
+    covered = [False] * len(offsets)
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    if any(map(eq, starts, ends)):
+        starts, ends = _widened(starts, ends)
+    for start, end in spans:
+        first, last = bisect_right(ends, start), bisect_left(starts, end)
+        covered[first:last] = [True] * max(0, last - first)
     return covered
 
 
-def _widened(offsets: Sequence[Span]) -> list[Span]:
-    widened, following = list[Span](), None
-    for index in range(len(offsets) - 1, -1, -1):
-        start, end = offsets[index]
-        if start < end:
+def _widened(starts: Sequence[int], ends: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The offsets with the characters between two tokens given to those between them."""
+    before = list(accumulate(ends, max, initial=0))
+    real = [start if start < end else None for start, end in zip(starts, ends, strict=True)]
+    widened_starts, widened_ends, following = list[int](), list[int](), ends[-1] + 1
+    for index in reversed(range(len(starts))):
+        start = real[index]
+        if start is not None:
             following = start
-            widened.append((start, end))
-            continue
-        before = max((stop for begin, stop in offsets[:index] if begin < stop), default=0)
-        after = following if following is not None else max(before, end)
-        widened.append((before, max(after, before + 1)))
-    return widened[::-1]
+        widened_starts.append(min(before[index], following) if start is None else start)
+        widened_ends.append(max(following, before[index] + 1) if start is None else ends[index])
+    return widened_starts[::-1], widened_ends[::-1]
 
 
 def _bad(example: Example, what: str, advice: str) -> BadRow:

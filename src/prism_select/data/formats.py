@@ -13,7 +13,7 @@ Choices made here:
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
 from typing import NoReturn, TypeAlias
@@ -97,7 +97,11 @@ def to_pairs(raw: Raw, format: Format, mapping: Names) -> list[Pair]:
     row = RowContent(raw, mapping)
     pairs = [row.pair(*compared) for compared in TARGET_FORMATS[format.name](row)]
     return [
-        Pair(row.in_context(pair.chosen, False), row.in_context(pair.rejected, False))
+        replace(
+            pair,
+            chosen=row.in_context(pair.chosen, False),
+            rejected=row.in_context(pair.rejected, False),
+        )
         for pair in pairs
     ]
 

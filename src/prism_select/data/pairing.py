@@ -52,6 +52,9 @@ def prompt_and_answer(example: Example) -> tuple[tuple[Turn, ...], str]:
         raise NoPair("it is a bare text" if answer.role == "text" else "its last turn is no answer")
     if not prompt:
         raise NoPair("it has no prompt")
+    if answer.thought or answer.calls:
+        what = "a tool call" if answer.calls else "a thought beside its text"
+        raise NoPair(f"its answer has {what}, which a pair of texts would lose")
     return tuple(prompt), answer.text
 
 

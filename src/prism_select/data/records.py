@@ -116,13 +116,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """`repeated`: both answers began with the prompt again, which is cut off."""
+
     chosen: Example
     rejected: Example
+    repeated: bool = False
 
     @property
     def swapped(self) -> "Pair":
         """The pair that `repair` uses: it aims at the rejected answer."""
-        return Pair(self.rejected, self.chosen)
+        return Pair(self.rejected, self.chosen, self.repeated)
 
 
 def is_text(value: str) -> bool:

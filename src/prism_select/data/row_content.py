@@ -5,12 +5,14 @@
 Choices made here:
 - whatever cannot be read is a BadRow with the field's name and the type of its value;
 - texts are kept to the letter: spaces are stripped only to find out what is empty or equal;
-- an answer that repeats the prompt (a whole conversation as `chosen`) starts after it;
+- an answer that repeats the prompt (a whole conversation as `chosen`) starts after it; as text,
+  where both answers of a pair do;
 - answers in `history` are supervised in a pool, since trainers that know this column learn them;
 - a row with images is bad: its text alone is another row.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
@@ -241,7 +243,11 @@ class RowContent:
                 "chosen is equal to rejected",
                 "a pair must show a difference; mend the row or remove it",
             )
-        pair = Pair(self.example(prompt, chosen), self.example(prompt, rejected))
+        answers = [without_prompt(prompt, answer) for answer in (chosen, rejected)]
+        repeated = all(answers)
+        if repeated:
+            chosen, rejected = answers
+        pair = Pair(self.example(prompt, chosen), self.example(prompt, rejected), repeated)
         if pair.chosen.prompt != pair.rejected.prompt:
             raise self.bad("chosen and rejected answer different prompts")
         return pair
@@ -252,6 +258,19 @@ def _is_json(value: object) -> bool:
         return is_text(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError):
         return False
+
+
+def without_prompt(prompt: Turns, answer: Turns) -> Turns:
+    """An answer without the text of its prompt, where it begins with it; else none. A prompt of one
+    word may begin an answer by chance."""
+    if len(prompt) != 1 or len(answer) != 1 or len(prompt[0].text.split()) < 2:
+        return ()
+    asked, text = prompt[0].text.strip(), answer[0].text.lstrip()
+    remainder = text[len(asked) :]
+    word = re.match(r"\w\w", asked[-1:] + remainder[:1])
+    if not text.startswith(asked) or not remainder.strip() or word:
+        return ()
+    return (replace(answer[0], text=remainder),)
 
 
 def stripped(turns: Turns) -> list[tuple[Role, str, str]]:

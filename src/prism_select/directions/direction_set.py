@@ -38,13 +38,14 @@ class PairDiagnosis:
 @dataclass(frozen=True)
 class DirectionSet:
     """`weights` are the selected parameters. `diagnoses` are by target, `overall` is of the pairs
-    of all targets together."""
+    of all targets together; `warnings` are about what encoding does to them."""
 
     weights: Parameters
     directions: Sequence[Direction]
     layout: DirectionLayout
     diagnoses: Mapping[str, PairDiagnosis]
     overall: PairDiagnosis | None = None
+    warnings: Sequence[str] = ()
 
     @property
     def of_targets(self) -> Sequence[Direction]:

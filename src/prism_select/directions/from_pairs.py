@@ -27,6 +27,7 @@ from prism_select.core.layers import Direction, Parameters
 from prism_select.core.target_gradient import Side, Target, target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.encoding_notes import encoding_notes
 from prism_select.data.records import Pair
 from prism_select.directions.common_part import without_common
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis, mean_direction
@@ -76,6 +77,11 @@ def directions_from_pairs(
     encoded = {name: encode_sides(pairs, encoder) for name, pairs in targets.items()}
     for name, pairs in targets.items():
         refuse_truncated(pairs, encoded[name], encoder, Polarity.of_config(config))
+    notes = [
+        note for name in targets for note in notes_on(name, targets[name], encoded[name], encoder)
+    ]
+    for note in notes:
+        progress.say(note)
     count = sum(map(len, targets.values()))
     gradients: dict[str, TargetGradient] = {}
     with progress.task(f"direction from {count} pairs", None):
@@ -96,7 +102,7 @@ def directions_from_pairs(
     halves = [g.target.chosen for g in (gradients.values() if best else [joint])]
     lengths = [norm(direction) for direction in scores]
     layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
-    return DirectionSet(weights, [*scores, *halves], layout, diagnoses, overall)
+    return DirectionSet(weights, [*scores, *halves], layout, diagnoses, overall, notes)
 
 
 def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Progress) -> None:
@@ -120,10 +126,32 @@ def encode_sides(pairs: Sequence[Pair], encoder: Encoder) -> EncodedPairs:
             raise BadRow(
                 pair.chosen.file,
                 pair.chosen.line,
-                "chosen and rejected are the same tokens",
+                "chosen and rejected are the same tokens" + _lost(a, b),
                 "give answers that differ, or raise --max-length",
             )
     return EncodedPairs(chosen, rejected)
+
+
+def _lost(*answers: Encoded) -> str:
+    """What the template leaves out of answers that differ in it."""
+    losses = sorted({loss for answer in answers for loss in answer.losses})
+    return f": the template leaves out their {' and '.join(losses)}" if losses else ""
+
+
+def notes_on(
+    name: str, pairs: Sequence[Pair], encoded: EncodedPairs, encoder: Encoder
+) -> list[str]:
+    """What encoding does to both sides of a target's pairs."""
+    examples = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    rows = [row for rows in zip(*encoded, strict=True) for row in rows]
+    label = f"target {name}" if name else "pairs"
+    notes = encoding_notes(encoder, examples, rows, label)
+    if repeated := sum(pair.repeated for pair in pairs):
+        notes.append(
+            f"{label}: both answers begin with their prompt again in {repeated:,} of "
+            f"{len(pairs):,} pairs: it is cut off"
+        )
+    return notes
 
 
 def refuse_truncated(
