@@ -51,9 +51,7 @@ def write_choice(
     """
     with store.writing("scores.parquet") as file:
         write_scores(file, tables, verdicts)
-    present = set(verdicts.counts)
-    if "kept" in present or "removed" in present:
-        present |= {"kept", "removed"}
+    present = set(verdicts.names)
     files = {f"{name}.{output_format}": kinds for name, kinds in FILES.items() if kinds & present}
     other = {"jsonl": "parquet", "parquet": "jsonl"}[output_format]
     for name in FILES:  # an earlier start may have ended after it wrote them
