@@ -53,6 +53,10 @@ class UnreadColumns:
     formats: dict[str, str] = field(default_factory=dict)
     _seen: dict[str, set[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        columns = [self.mapping.get(name, (name,)) for name in MESSAGES]
+        self._messages = sorted({name for names in columns for name in names})
+
     def add(self, raw: Raw) -> None:
         """Raises BadRow for the first row of a file where it is of no format."""
         fields = raw.fields or {}
@@ -67,8 +71,9 @@ class UnreadColumns:
                 if name not in seen and not is_blank(value) and len(seen) < NAMES:
                     seen.add(name)
                     self.by_file[raw.file].append(name)
-        for name, value in fields.items():
-            if name in MESSAGES and isinstance(value, list) and len(seen) < NAMES:
+        for name in self._messages:
+            value = fields.get(name)
+            if isinstance(value, list) and len(seen) < NAMES:
                 keys = [f"{name}.{key}" for key in unread_keys(value)]
                 self.by_file[raw.file] += [key for key in keys if key not in seen]
                 seen.update(keys)

@@ -281,6 +281,7 @@ def _kind(file: str) -> str:
     return "array" if first == b"[" else "lines"
 
 
+@cache
 def _kind_by_name(file: str) -> str:
     """object, hub, json, jsonl, csv, parquet or arrow."""
     if is_object(file):

@@ -32,7 +32,8 @@ ROLES: Mapping[str, Role] = {
 }
 CALL_ROLE = "function_call"  # of ShareGPT files: an assistant whose text is the call, as JSON
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask")
-READ = {"role", "from", "content", "value", "function_call", *BESIDE, *FLAGS}
+PLAIN = {"role", "from", "content", "value"}
+READ = {*PLAIN, "function_call", *BESIDE, *FLAGS}
 _TYPES = {
     str: "text",
     bool: "true or false",
@@ -58,6 +59,9 @@ def turn_of(value: object, nulls: bool = False) -> Turn:
     object lacks a key. Raises BadMessage for whatever cannot be read."""
     if not isinstance(value, Mapping):
         raise BadMessage(f": {type_in_words(value)} where a message was expected")
+    name, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    if len(value) == 2 and isinstance(content, str) and isinstance(name, str) and name in ROLES:
+        return Turn(ROLES[name], _string(content, " content"))  # most messages
     message = {key: content for key, content in value.items() if not is_empty(content)}
     if message.get("role", message.get("from")) == CALL_ROLE:
         call = message.get("content", message.get("value"))
@@ -171,7 +175,7 @@ def unread_keys(messages: Iterable[object]) -> list[str]:
     to supervise a turn that is no answer is one of them."""
     keys: dict[str, None] = {}
     for message in messages:
-        if not isinstance(message, Mapping):
+        if not isinstance(message, Mapping) or message.keys() <= PLAIN:
             continue
         role = message.get("role", message.get("from"))
         answers = role == CALL_ROLE or (isinstance(role, str) and ROLES.get(role) == "assistant")

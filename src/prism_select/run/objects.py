@@ -9,7 +9,6 @@ Choices made here:
 - contents, not addresses, tell one object from another: both have fingerprints.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,7 +43,7 @@ def in_reach(objects: Mapping[str, Any]) -> Iterator[None]:
 
 def is_object(name: str | None) -> bool:
     """Whether a name is an address of an object rather than a path (or memory://, fsspec's)."""
-    return bool(name) and re.match(r"memory:(?!//)", str(name)) is not None
+    return bool(name) and str(name).startswith(MEMORY) and not str(name).startswith("memory://")
 
 
 def object_at(address: str) -> Any:
