@@ -79,7 +79,7 @@ class Desk:
                 resized = size and save_embeddings and ("embed" in name or "lm_head" in name)
                 if weight.requires_grad or resized:
                     weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
-        adapted.save_pretrained(self.adapter, save_embedding_layers=save_embeddings)
+        adapted.save_pretrained(str(self.adapter), save_embedding_layers=save_embeddings)
         if tokenizer:
             tokenizer.save_pretrained(self.adapter)
         self.trained = adapted.eval()

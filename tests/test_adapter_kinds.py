@@ -189,7 +189,8 @@ def saved(folder: Path, name: str, config: Any) -> Path:
 def logliks(network: Any, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
         logits = network(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
-    return logits.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
+    total: Tensor = logits.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
+    return total
 
 
 def peft_model(name: str, folder: Path) -> Any:

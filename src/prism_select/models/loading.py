@@ -48,7 +48,8 @@ __all__ = [
 
 
 LIMITS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length")
-PRINTED = (".json", ".safetensors", ".gguf", ".jinja", ".model", ".txt", ".tiktoken")
+WEIGHTS = (".safetensors", ".gguf")
+PRINTED = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken")
 PROBED_ROWS = 4  # that a merged adapter is compared with PEFT's model on
 
 
@@ -284,8 +285,9 @@ def model_fingerprint(name: str) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
-            stream.seek(max(0, size - 2**20))
+            if file.suffix in WEIGHTS:
+                digest.update(stream.read(2**20))
+                stream.seek(max(0, size - 2**20))
             digest.update(stream.read())
     return digest.hexdigest()
 
