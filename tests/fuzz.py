@@ -23,6 +23,7 @@ ENDINGS = (
     "json",
     "csv",
     "parquet",
+    "arrow",
     "jsonl.gz",
     "json.gz",
     "csv.gz",

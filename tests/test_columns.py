@@ -393,3 +393,37 @@ def test_a_label_that_repair_reads_is_not_called_unread(
         "--out", tmp_path / "run", "--layers", "late", "--remove", "1", "--label-field", "is_bad",
     )  # fmt: skip
     assert done.code == 0 and "not read" not in done.out + done.err
+
+
+def test_pairs_keep_tools_and_say_what_is_not_read(model: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "2 + 2?", "completion": "It is 4.", "tools": [CLOCK], "system": "Be polite."},
+        {"prompt": "3 + 3?", "completion": "It is 6.", "topic": "sums"},
+    ]
+    file, out = jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "pairs.jsonl"
+    done = prism("pairs", file, "--how", "numbers", "--out", out)
+    assert done.code == 0, done.err
+    said = " ".join((done.out + done.err).split())
+    assert said.count("rows.jsonl: prompt+completion; not read: topic (not in the pairs)") == 1
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["tools"] == [CLOCK] and "tools" not in second
+    assert first["prompt"] == [POLITE, {"role": "user", "content": "2 + 2?"}]
+    (raw, _) = read_rows(str(out))
+    (pair,) = to_pairs(raw, detect_target(raw.fields or {}, {}), {})
+    assert pair.chosen.tools == (CLOCK,) and pair.chosen.turns[0].role == "system"
+    weak = [{**QA, "weak": "A pear?"}, {**QA, "prompt": "And?", "weak": "Hm."}]
+    done = prism(
+        "pairs",
+        jsonl(tmp_path / "weak.jsonl", weak),
+        "--how",
+        "weak",
+        "--out",
+        tmp_path / "w.jsonl",
+    )
+    assert done.code == 0 and "not read" not in done.out + done.err
+
+
+def test_a_check_of_pairs_warns_of_columns_too(model: Path, tmp_path: Path) -> None:
+    rows = [{**pair, "system_prompt": "Be polite."} for pair in PAIRS]
+    found = prism_select.check_pairs(rows, str(model), layers="late")
+    assert "the column system_prompt of memory:pairs is not read" in found["warnings"][0]

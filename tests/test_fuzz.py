@@ -52,7 +52,7 @@ VALUES = st.recursive(
 )
 FIELDS = (
     "messages prompt completion response instruction input output conversations text question "
-    "choices answer"
+    "choices answer system history tools images"
 )
 NAMES = st.sampled_from(
     [*FIELDS.split(), "answerKey", "chosen", "rejected", "id", "source"]
@@ -87,6 +87,12 @@ def sound(ending: str) -> bytes:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([dict(row) for row in WHOLE]), buffer)
         return buffer.getvalue()
+    if ending == "arrow":
+        table = pa.Table.from_pylist([dict(row) for row in WHOLE])
+        with pa.BufferOutputStream() as buffer:
+            with pa.ipc.new_stream(buffer, table.schema) as writer:
+                writer.write_table(table, max_chunksize=7)
+            return bytes(buffer.getvalue())
     if ending.startswith("csv"):
         cells = [list(WHOLE[0]), *([str(value) for value in row.values()] for row in WHOLE)]
         text = "\n".join(

@@ -576,6 +576,7 @@ FIELDS = st.sampled_from(
             "text",
         ),
         *("question", "choices", "answer", "answerKey", "chosen", "rejected", "id", "source"),
+        *("system", "history", "tools", "images", "audios"),
     ]
 )
 MESSAGE = st.fixed_dictionaries(

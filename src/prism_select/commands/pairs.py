@@ -1,7 +1,7 @@
 """Pairs: the file that `prism pairs` writes, and what `--check` says about one.
 
     rows → pairs by --how
-           OUT                  prompt, chosen, rejected, how, id, source, file, line
+           OUT                  prompt, tools, chosen, rejected, how, id, source, file, line
            OUT.skipped.jsonl    file, line, reason, raw: every row that gave no pair
     pairs → direction → do they agree, and what do they share?
 
@@ -22,9 +22,16 @@ from typing import Any, TypeAlias
 
 from prism_select.commands.manifest import pair_warnings, pairs_entry
 from prism_select.data.bad_rows import refuse_bad_rows
+from prism_select.data.columns import UnreadColumns, column_warnings, format_line
 from prism_select.data.encoding import Encoder
 from prism_select.data.fields import standard_fields
-from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
+from prism_select.data.formats import (
+    Format,
+    detect_pool,
+    detect_target,
+    parse_fields,
+    to_pairs,
+)
 from prism_select.data.pairing import (
     Accepts,
     NoPair,
@@ -36,7 +43,7 @@ from prism_select.data.pairing import (
 )
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair, Raw, Turn, is_text
-from prism_select.data.targets import read_target
+from prism_select.data.targets import read_target, survey_targets
 from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.models.generation import favourite, prompt_of, sample
 from prism_select.models.loading import LoadedModel, load_model
@@ -95,7 +102,7 @@ def make_pairs(
     file, how = str(config.file), str(config.how)
     path = output_path(config, file, ".jsonl")
     accepts = accepts or accepts_by(config.accept)
-    rows, skipped = read_rows(config, file)
+    rows, skipped = read_rows(config, file, progress)
     count = len(rows) + len(skipped)
     if config.limit:
         random.Random(config.seed).shuffle(rows)
@@ -137,17 +144,25 @@ def output_path(config: PairsConfig, source: str, ending: str) -> Path:
     return path
 
 
-def read_rows(config: PairsConfig, file: str) -> tuple[list[Row], list[Skipped]]:
-    """Good rows, and bad ones with their reasons."""
+def read_rows(
+    config: PairsConfig, file: str, progress: Progress
+) -> tuple[list[Row], list[Skipped]]:
+    """Good rows, and bad ones with their reasons. Reports the columns that are not read."""
     rows, bad = list[Row](), list[Skipped]()
     first: BadRow | None = None
-    pool = Pool([file], parse_fields(config.fields))
-    for raw, row in choice_rows(pool) if config.how == "choices" else pool.rows():
+    mapping, choices = parse_fields(config.fields), config.how == "choices"
+    pool, columns = Pool([file], mapping), UnreadColumns(mapping, detect_pool)
+    for raw, row in choice_rows(pool) if choices else pool.rows():
         if isinstance(row, BadRow):
             bad.append((raw, row.what))
             first = first or row
         else:
             rows.append((raw, row))
+            columns.add(raw)
+    for name, unread in columns.by_file.items():
+        unread = [column for column in unread if (config.how, column) != ("weak", "weak")]
+        if unread:
+            progress.say(format_line(name, columns.formats[name], unread, "not in the pairs"))
     if not rows and first:
         raise first
     refuse_bad_rows(config, len(bad), len(rows) + len(bad), first)
@@ -310,6 +325,7 @@ def as_row(pair: NewPair, how: str, example: Example) -> dict[str, Any]:
         prompt = pair.prompt[0].text
     return {
         "prompt": prompt,
+        **({"tools": list(example.tools)} if example.tools else {}),
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "how": how,
@@ -343,12 +359,19 @@ def parent_store(path: Path) -> Store:
 
 def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     """What a run's manifest would say of these pairs, with its warnings; needs no pool."""
-    file = str(config.check)
+    file, mapping = str(config.check), parse_fields(config.fields)
     path = output_path(config, file, ".json") if config.out else None
-    pairs = read_target(file, parse_fields(config.fields))
+    pairs = read_target(file, mapping)
+    targets = list(survey_targets([file], mapping))
+    for target in targets:
+        progress.say(format_line(target.file, target.format, target.unread))
     loaded = load_model(config, config.layers, progress, [pair.chosen for pair in pairs])
     direction_set = directions_from_pairs(config, loaded, {"": pairs}, progress)
-    warnings = [*loaded.warnings, *pair_warnings(direction_set, Polarity())]
+    warnings = [
+        *column_warnings({target.file: target.unread for target in targets}),
+        *loaded.warnings,
+        *pair_warnings(direction_set, Polarity()),
+    ]
     checked = finite({**pairs_entry(direction_set), "warnings": warnings})
     if path:
         parent_store(path).write_json(path.name, checked)

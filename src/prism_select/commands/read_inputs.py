@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from prism_select.data.bad_rows import refuse_bad_rows
-from prism_select.data.columns import column_warnings, in_words
+from prism_select.data.columns import column_warnings, format_line, in_words
 from prism_select.data.encoded_rows import first_rows, supervised_tokens
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.encoding_notes import encoding_notes
@@ -90,12 +90,10 @@ def _say_columns(
     unread = dict[str, Sequence[str]]()
     for file, name in survey.formats.items():
         unread[file] = [column for column in survey.unread[file] if column != label]
-        ignored = f"; not read: {in_words(unread[file])} (kept in the output)"
-        progress.say(f"{file}: {name}{ignored * bool(unread[file])}")
+        progress.say(format_line(file, name, unread[file], "kept in the output"))
     for target in targets:
         unread[target.file] = target.unread
-        ignored = f"; not read: {in_words(target.unread)}"
-        progress.say(f"{target.file}: {target.format}{ignored * bool(target.unread)}")
+        progress.say(format_line(target.file, target.format, target.unread))
     return column_warnings(unread)
 
 

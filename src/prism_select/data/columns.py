@@ -18,7 +18,7 @@ from prism_select.data.formats import Format, fields_read
 from prism_select.data.messages import unread_keys
 from prism_select.data.records import Raw
 
-__all__ = ["UnreadColumns", "column_warnings", "in_words"]
+__all__ = ["UnreadColumns", "column_warnings", "format_line", "in_words"]
 
 MESSAGES = {"messages", "conversations", "prompt", "completion", "chosen", "rejected"}
 NAMES = 1000  # of a file: a key of its own in each row must not fill the memory
@@ -94,6 +94,12 @@ def in_words(columns: Sequence[str]) -> str:
     """The names, or the first of very many."""
     more = f" and {len(columns) - SHOWN} others" if len(columns) > SHOWN else ""
     return ", ".join(columns[:SHOWN]) + more
+
+
+def format_line(file: str, format: str, unread: Sequence[str], fate: str = "") -> str:
+    """A file with its format, and the columns that are not read, with their `fate`."""
+    ignored = f"; not read: {in_words(unread)}" + f" ({fate})" * bool(fate)
+    return f"{file}: {format}" + ignored * bool(unread)
 
 
 def column_warnings(by_file: Mapping[str, Collection[str]]) -> list[str]:

@@ -119,10 +119,17 @@ def _arrow(file: str) -> Iterator[Iterator[pa.RecordBatch]]:
     with reading(file, _FAILURES, DAMAGED_ADVICE), pa.OSFile(local(file)) as source:
         if source.read(6) == b"ARROW1":
             indexed = pa.ipc.open_file(source)
-            yield map(indexed.get_batch, range(indexed.num_record_batches))
+            yield map(_sound, map(indexed.get_batch, range(indexed.num_record_batches)))
         else:
             source.seek(0)
-            yield iter(pa.ipc.open_stream(source))
+            yield map(_sound, pa.ipc.open_stream(source))
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch itself. Raises ArrowException for damage, which nothing else would notice before
+    it reads outside of the memory."""
+    batch.validate(full=True)
+    return batch
 
 
 def arrow_file_rows(file: str) -> Iterator[Raw]:

@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 
 from prism_select.core.statistics import auroc
+from prism_select.data.columns import format_line
 from prism_select.data.encoding import Encoded
 from prism_select.data.files import find_files
+from prism_select.data.formats import parse_fields
 from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool, fingerprint
-from prism_select.data.targets import read_pairs
+from prism_select.data.targets import read_pairs, survey_targets
 from prism_select.directions.from_pairs import EncodedPairs, as_side, encode_sides, refuse_truncated
 from prism_select.evaluation.controls import Sample, run_controls
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
@@ -74,6 +76,8 @@ def evaluate(
     past = open_run(config)
     refuse(config, past, baselines)
     held_out = held_out_pairs(config, past)
+    for holdout in survey_targets([str(config.holdout)], parse_fields(past.config.fields)):
+        progress.say(format_line(holdout.file, holdout.format, holdout.unread))
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
