@@ -238,9 +238,13 @@ def test_other_processes_take_the_day_of_the_job(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_clock(monkeypatch, FIRST)
-    jobs = list[Any]()
-    real = pipeline.scoring_job
-    monkeypatch.setattr(pipeline, "scoring_job", lambda *a: jobs.append(real(*a)) or jobs[-1])
+    jobs, real = list[Any](), steps.scoring_job
+
+    def kept(*arguments: Any) -> Any:
+        jobs.append(real(*arguments))
+        return jobs[-1]
+
+    monkeypatch.setattr(pipeline, "scoring_job", kept)
     assert desk.score().code == 0
     set_clock(monkeypatch, LATER)  # midnight has passed where another process starts
     config = ScoreConfig(

@@ -109,7 +109,7 @@ def _attached(network: Any, folder: Path, shapes: Shapes, config: Any, merge: bo
     )
     unmatched = [name for name in names.missing_keys if "vblora_vector_bank" not in name]
     # embeddings that were saved on purpose are in the file twice
-    twice = [name for name in names.unexpected_keys if name.replace(SAVED, ".") in shapes]
+    twice = {name for name in shapes if SAVED in name and name.replace(SAVED, ".") in shapes}
     unmatched += [name for name in names.unexpected_keys if name not in twice]
     if unmatched:
         raise ValueError(f"{unmatched[0]} is in one of them alone")
