@@ -5,15 +5,15 @@
     a user at the end   … Prism␟0␟zQ<|end|>⏎
 
 Choices made here:
-- the end-of-turn token is the first token behind an answer, with white space before it or not,
-  that stands there at the end of a conversation and before another turn;
+- the end of turn is the first token behind an answer, with white space before it or not, that
+  stands there at the end of a conversation and before another turn, with those that touch it;
 - where the two places differ, each has its own; the token that opens a header is none;
 - a template without such a token may close with a text, or with white space, which then counts.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from prism_select.data.chat_template import ChatTemplate, Message, Span, TemplateRefuses
@@ -25,13 +25,16 @@ USER, ANSWER, NEXT, SYSTEM = (f"Prism␟{name}␟zQ" for name in ("user", "answe
 
 @dataclass(frozen=True)
 class Closing:
-    """`tokens` close an answer, `others` may, and `literal` does where there are no tokens.
-    `has_prompt` tells whether the template knows a generation prompt."""
+    """`tokens` close an answer, each one token or several in a row; `others` may, and `literal`
+    does where there are no tokens. `has_prompt` tells whether the template knows a generation
+    prompt; if so, `header` is what that adds, and `lead` what stands between it and an answer."""
 
     tokens: Sequence[str]
     literal: str
     others: Sequence[str]
     has_prompt: bool
+    header: str
+    lead: str
 
     @classmethod
     def of(cls, template: ChatTemplate) -> "Closing":
@@ -39,7 +42,8 @@ class Closing:
         user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
         asked = _render(template, [user])
         prompted = _render(template, [user], prompt=True)
-        at_end = _after(_render(template, [user, answer]), ANSWER)
+        answered = _render(template, [user, answer])
+        at_end = _after(answered, ANSWER)
         before_user = _after(
             _render(template, [user, answer, {**user, "content": NEXT}]), ANSWER
         ).partition(NEXT)[0]
@@ -52,7 +56,7 @@ class Closing:
         headed = (
             not has_prompt
             and bool(after_user and at_end.strip())
-            and _between(template, user, answer).rstrip() == after_user
+            and _after(answered, USER).partition(ANSWER)[0].rstrip() == after_user
             and bool(os.path.commonprefix([at_end.rstrip()[::-1], after_user[::-1]]).strip())
             and not before_user.startswith(at_end.rstrip())
         )
@@ -60,20 +64,21 @@ class Closing:
         header = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
         headers = openers | _last(template, asked.partition(USER)[0]) | _all(template, header)
         tokens = set[str]()
-        if token := _next(template, shared):
-            tokens = {token} - (openers if headed else set())
-        else:
-            if not headed and (token := _next(template, at_end)):
-                tokens.add(token)
-            if (token := _next(template, before_user)) and token not in headers:
-                tokens.add(token)
+        if token := _next(template, shared, openers if headed else set()):
+            tokens = {token}
+        elif not _next(template, shared):
+            places = {at_end: openers, before_user: headers} if not headed else {}
+            tokens = {token for t, no in places.items() if (token := _next(template, t, no))}
+        before = answered.partition(ANSWER)[0]
+        lead = before.removeprefix(prompted) if has_prompt and before.startswith(prompted) else ""
         literal = at_end
         if tokens:
             literal = ""
         elif headed:
             literal = shared[: len(shared) - len(shared.lstrip())]
         others = [token for token in template.special_tokens if token not in headers]
-        return cls(sorted(tokens), literal, others, has_prompt)
+        longest_first = sorted(tokens, key=len, reverse=True)
+        return cls(longest_first, literal, others, has_prompt, header, lead)
 
     def length(self, after: str) -> int:
         """The length of the closing with which the text after an answer begins."""
@@ -86,12 +91,13 @@ class Closing:
                 return match.end()
         return 0
 
-    def find(self, text: str) -> Span | None:
-        """The first closing in a text, with the white space before it."""
-        for tokens in (self.tokens, self.others):
-            if tokens and (match := re.compile(_of(tokens)).search(text)):
-                return match.span()
-        return None
+    def of_call(self, text: str) -> Span:
+        """Where the end of turn begins and ends in the text between the last argument of a tool
+        call and the next turn, or the end. Where it has none, both are its end."""
+        if self.tokens and (match := re.compile(_of(self.tokens)).search(text)):
+            return match.span()
+        end = len(text.rstrip())
+        return self.without(text, 0, end), end
 
     def without(self, text: str, start: int, end: int) -> int:
         """The end of a span without the closing at its end."""
@@ -118,15 +124,11 @@ def _after(text: str, stand_in: str) -> str:
     return text.rpartition(stand_in)[2] if stand_in in text else ""
 
 
-def _between(template: ChatTemplate, user: Message, answer: Message) -> str:
-    """What stands between a question and its answer."""
-    return _after(_render(template, [user, answer]), USER).partition(ANSWER)[0]
-
-
-def _next(template: ChatTemplate, text: str) -> str | None:
-    """The token with which a text begins, after white space."""
-    start = text.lstrip()
-    return max(filter(start.startswith, template.added_tokens), key=len, default=None)
+def _next(template: ChatTemplate, text: str, openers: Set[str] = frozenset()) -> str:
+    """The tokens with which a text begins after white space, up to one of `openers`."""
+    tokens = [token for token in template.added_tokens if token not in openers]
+    match = re.match(f"(?:{'|'.join(map(re.escape, tokens)) or '(?!)'})+", text.lstrip())
+    return match[0] if match else ""
 
 
 def _all(template: ChatTemplate, text: str) -> set[str]:

@@ -118,6 +118,10 @@ class Conversation:
         """Up to where turn `index` begins."""
         return self._try(self.messages[:index], True) if index else None
 
+    def asked(self, index: int) -> str | None:
+        """The turns before turn `index`, without a generation prompt."""
+        return self._try(self.messages[:index])
+
     def with_turn(self, index: int, message: Message, last: bool = False) -> str | None:
         """With another message as turn `index`; as the last one with `last`."""
         later = () if last else self.messages[index + 1 :]
@@ -272,18 +276,22 @@ class ChatSpans:
         self, conversation: Conversation, index: int, text: str, turns: Sequence[Turn]
     ) -> Answer:
         """Raises NotProved."""
-        answer = self._by_text(conversation, index, text)
+        answer = self._by_text(conversation, index, text, bool(thought_in(turns[index])[0]))
         if turns[index].calls:
             answer = answer or self._by_call(conversation, index, text)
             names = [call["function"]["name"] for call in turns[index].calls]
-            if not answer or any(name not in text[answer.start : answer.stop] for name in names):
+            shown = text[answer.start : answer.stop] if answer else text
+            if any(name not in shown for name in names):
                 raise NotProved(f"does not show the tool call of turn {index + 1}")
         if not answer:
             raise NotProved(f"changes turn {index + 1} beyond recognition")
         return answer
 
-    def _by_text(self, conversation: Conversation, index: int, text: str) -> Answer | None:
-        """Another text as the answer, and the rest the same."""
+    def _by_text(
+        self, conversation: Conversation, index: int, text: str, thinks: bool
+    ) -> Answer | None:
+        """Another text as the answer, and the rest the same. An answer that `thinks` may begin
+        where it leaves a generation prompt with an empty thought."""
         stand_in = _absent_from(text)
         message = {"role": "assistant", "content": stand_in}
         head, found, tail = (conversation.with_turn(index, message) or "").partition(stand_in)
@@ -302,22 +310,28 @@ class ChatSpans:
                 head = head.removesuffix(before[len(prompt) :])
             elif prompt.startswith(head):
                 opening = prompt[len(head) :]
+            elif head.endswith(self.closing.header + self.closing.lead):
+                head = head.removesuffix(self.closing.lead)
+        if prompt is not None and thinks and not text.startswith(head):
+            asked, head = conversation.asked(index) or prompt, os.path.commonprefix([text, prompt])
+            if len(asked) >= len(head):
+                return None
         if not text.startswith(head) or len(head) > end:
             return None
         return Answer(len(head), end, end + self.closing.length(tail), opening)
 
     def _by_call(self, conversation: Conversation, index: int, text: str) -> Answer | None:
-        """The same tool call with other names and arguments, and the rest the same."""
+        """The same tool call with other arguments, and the rest the same."""
         stand_in, message = _absent_from(text), conversation.messages[index]
         changed = [_other_call(message, name) for name in (stand_in, stand_in[::-1])]
         texts = [text, *(conversation.with_turn(index, other) or "" for other in changed)]
-        tail = _common_end(texts)
-        ending = self.closing.find(tail)
         start = self._start_of_call(conversation, index, texts, changed)
-        if not all(texts) or start is None or ending is None:
+        if not all(texts) or start is None:
             return None
-        end = len(text) - len(tail)
-        return Answer(start, end + ending[0], end + ending[1])
+        alone = [conversation.with_turn(index, other, last=True) or "" for other in changed]
+        tail = _common_end(texts)
+        end, stop = self.closing.of_call(os.path.commonprefix([tail, _common_end(alone)]))
+        return Answer(start, len(text) - len(tail) + end, len(text) - len(tail) + stop)
 
     def _start_of_call(
         self,
@@ -365,10 +379,11 @@ def _absent_from(text: str) -> str:
     return stand_in
 
 
-def _other_call(message: Message, name: str) -> Message:
-    """The message with another name for each function, and other texts as arguments."""
+def _other_call(message: Message, text: str) -> Message:
+    """The message with a text as the argument of each call. Their names stay: some templates repeat
+    them with the result."""
     calls = [
-        {**call, "function": {**call["function"], "name": name, "arguments": {name: name}}}
+        {**call, "function": {**call["function"], "arguments": {text: text}}}
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
