@@ -440,6 +440,7 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "combine",
         "rank_by",
         "runtime",
+        "output_format",
     } == names
 
 

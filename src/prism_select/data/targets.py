@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from prism_select.data.columns import UnreadColumns
-from prism_select.data.fields import Names, columns_of
+from prism_select.data.fields import Names, columns_of, name_in
 from prism_select.data.files import find_files, read_rows
 from prism_select.data.formats import Format, detect_target, parse_fields, to_pairs
 from prism_select.data.records import Pair, Raw
@@ -84,10 +84,11 @@ def read_targets(
     pairs: dict[str, list[Pair]] = {}
     for raw, pair in _target_rows(files[0][1], mapping):
         value = (raw.fields or {}).get(by)
-        if not isinstance(value, str | int) or not str(value).strip():
+        name = str(value) if isinstance(value, bool) else name_in(value)
+        if not name or not name.strip():
             what, advice = f"no text in the column {by}", "name it, or leave out --target-by"
             raise BadRow(raw.file, raw.line, what, advice)
-        pairs.setdefault(str(value), []).append(pair)
+        pairs.setdefault(name, []).append(pair)
     return pairs
 
 

@@ -138,9 +138,11 @@ class Store:
 
     def with_first_day(self, config: ScoreConfig) -> ScoreConfig:
         """The config with the template date of the run that is in the folder, unless it has one."""
-        if config.template_date or config.overwrite or not (self.path / "config.toml").is_file():
+        if config.template_date or config.overwrite:
             return config
         with self._disk():
+            if not (self.path / "config.toml").is_file():
+                return config
             return replace(config, template_date=self._earlier().get("template_date"))
 
     def _usable(self) -> list[str]:
