@@ -16,7 +16,7 @@ Choices made here:
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prism_select.data.fields import is_empty, without_nulls
@@ -54,9 +54,9 @@ class BadMessage(Exception):
         self.what, self.advice = what, advice
 
 
-def turn_of(value: object, nulls: bool = False) -> Turn:
-    """The turn that a message is. `nulls`: it comes from a table, which fills in null wherever an
-    object lacks a key. Raises BadMessage for whatever cannot be read."""
+def turn_of(value: object, in_table: Callable[[], bool] = lambda: False) -> Turn:
+    """The turn that a message is. A table fills in null wherever an object lacks a key; `in_table`
+    is asked for tool calls alone. Raises BadMessage for whatever cannot be read."""
     if not isinstance(value, Mapping):
         raise BadMessage(f": {type_in_words(value)} where a message was expected")
     name, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
@@ -70,7 +70,7 @@ def turn_of(value: object, nulls: bool = False) -> Turn:
     role = _role(message.get("role", message.get("from")))
     extras = {key: message[key] for key in BESIDE if key in message}
     if extras or "function_call" in message:
-        extras = _checked(message, extras, nulls)
+        extras = _checked(message, extras, in_table)
     content = message.get("content", message.get("value"))
     if content is None and ("tool_calls" in extras or extras.keys() & set(THOUGHTS)):
         content = ""
@@ -80,8 +80,8 @@ def turn_of(value: object, nulls: bool = False) -> Turn:
 
 
 def _role(name: object) -> Role:
-    if isinstance(name, str) and name in ROLES:
-        return ROLES[name]
+    if isinstance(name, str) and (role := ROLES.get(name)):
+        return role
     what = "no role" if name is None else f"unknown role {reprlib.repr(name)}"
     raise BadMessage(f": {what}", f"use one of {', '.join(ROLES)}")
 
@@ -122,7 +122,9 @@ def _is_supervised(message: Mapping[str, object]) -> bool:
     return True
 
 
-def _checked(message: Mapping[str, Any], extras: Mapping[str, Any], nulls: bool) -> dict[str, Any]:
+def _checked(
+    message: Mapping[str, Any], extras: Mapping[str, Any], in_table: Callable[[], bool]
+) -> dict[str, Any]:
     """What a message says beside its content, with its tool calls in their common form."""
     checked = {
         key: _string(value, f" {key}") for key, value in extras.items() if key != "tool_calls"
@@ -133,13 +135,14 @@ def _checked(message: Mapping[str, Any], extras: Mapping[str, Any], nulls: bool)
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise BadMessage(f" tool_calls: {type_in_words(calls)} where a list was expected")
     if calls:
-        return {**checked, "tool_calls": [_call(call, nulls) for call in calls]}
+        filled = in_table()
+        return {**checked, "tool_calls": [_call(call, filled) for call in calls]}
     return checked
 
 
-def _call(value: object, nulls: bool) -> dict[str, Any]:
+def _call(value: object, filled: bool) -> dict[str, Any]:
     """A tool call with its arguments as an object; a bare function gets the form of a call."""
-    call: Any = without_nulls(value) if nulls else value
+    call: Any = without_nulls(value) if filled else value
     if isinstance(call, Mapping) and "function" not in call and "name" in call:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, Mapping) else None

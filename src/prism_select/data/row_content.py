@@ -114,7 +114,7 @@ class RowContent:
 
     def _message(self, value: object, label: str) -> Turn:
         try:
-            return turn_of(value, is_table(self._raw.file))
+            return turn_of(value, lambda: is_table(self._raw.file))
         except BadMessage as problem:
             raise self.bad(label + problem.what, problem.advice) from None
 
