@@ -3,6 +3,7 @@ their end of turn, by transformers and the documented form alone."""
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ WORDS = [
 
 @pytest.mark.parametrize("proof", ["by shape", "by row"])
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_supervised_characters_are_those_of_the_answers_and_their_end_of_turn(
     name: str, proof: str, data: st.DataObject
@@ -135,6 +136,40 @@ def test_ends_of_turn_may_be_left_out(name: str) -> None:
     coded = encoder.encode(row(asked("One?", "Two.", "Three?", "Four.")))
     answers = supervised(TOKENIZERS[name], coded)
     assert [answer.rpartition("</think>")[2].strip() for answer in answers] == ["Two.", "Four."]
+
+
+def test_the_page_says_what_counts() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "input.md").read_text()
+    lines = page.partition("<!-- templates -->\n```\n")[2].partition("\n```")[0].splitlines()
+    told = {line[:29].strip(): line[29:].split()[0] for line in lines}
+    shown = {}
+    for name, encoder in ENCODERS.items():
+        coded = encoder.encode(row(asked("One?", "Two.", "Three?", "Four.")))
+        answer = supervised(TOKENIZERS[name], coded)[-1]
+        shown[name] = answer.replace(" ", "␣").replace("\n", "⏎")
+    assert told == shown
+
+
+TRL = ["cohere", "cohere2", "gemma", "gemma3", "llama3", "phi3", "phi3_5", "smolvlm"]
+TRL += ["lfm2_v2", "qwen3_instruct_2507", "qwen3_vl", "idefics3"]
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_marks_that_trl_ships_say_the_same(name: str) -> None:
+    """Its templates for training enclose the same characters, and at most white space behind."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    plain, marked = (folder / f"{name}{ending}.jinja" for ending in ("", "_training"))
+    if not marked.exists():
+        pytest.skip(f"this version of TRL has no {marked.name}")
+    tokens = sorted(set(re.findall(r"<\|[^|'\"<> ]+\|>|<[a-z]+_of_[a-z]+>", marked.read_text())))
+    messages = asked("One?", "Two.", "Three?", "Four.")
+    found = []
+    for source in (plain, marked):
+        family = Family(source.read_text(), lambda _: [], "<bos>", "</s>", tuple(tokens))
+        coded = Encoder(tokenizer_of(family), "auto", 4096).encode(row(messages))
+        found.append(supervised(tokenizer_of(family), coded))
+    ours, theirs = found
+    assert [answer.rstrip() for answer in theirs] == ours
 
 
 # ---------------------------------------------------------------- unlike any family
@@ -331,6 +366,25 @@ def test_thoughts_that_a_template_drops_are_counted() -> None:
         "Two.<|im_end|>",
         "<think>\nhm\n</think>\n\nFour.<|im_end|>",
     ]
+
+
+def test_a_thought_may_leave_the_empty_one_of_its_prompt() -> None:
+    template = FAMILIES["Qwen 3"].jinja.replace(  # as Qwen 3.5 without thinking
+        "enable_thinking is defined and not enable_thinking", "true"
+    )
+    family = FAMILIES["Qwen 3"]
+    tokenizer = tokenizer_of(Family(template, family.pieces, "", "<|im_end|>", family.tokens))
+    encoder = Encoder(tokenizer, "auto", 4096)
+    prompt = tokenizer.apply_chat_template(
+        asked("One?"), tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    plain, thought = (
+        supervised(tokenizer, encoder.encode(row(asked("One?", answer))))
+        for answer in ("Two.", "<think>\nhm\n</think>\n\nTwo.")
+    )
+    assert plain == ["Two.<|im_end|>"]
+    assert thought == ["hm\n</think>\n\nTwo.<|im_end|>"]
 
 
 def test_pairs_that_differ_in_what_a_template_drops_say_so() -> None:

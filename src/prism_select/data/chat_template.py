@@ -5,6 +5,7 @@
 Choices made here:
 - a template is a program and may refuse a conversation in any way: that is TemplateRefuses;
 - `{% generation %}` marks, where a template has them, come with the text;
+- a template that takes contents only as lists of blocks, as those of vision models, gets them so;
 - the arguments of a tool call are an object; a template that cannot join an object with a text, or
   writes it as Python does, gets them as JSON text.
 """
@@ -12,6 +13,7 @@ Choices made here:
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,13 +93,29 @@ class ChatTemplate:
             raise
         return self._run(_with_json(messages), tools, prompt, marked)
 
+    @cached_property
+    def _takes_blocks(self) -> bool:
+        """Whether it shows a text only within a block."""
+        probe = "Prism␟zQ"
+        for blocks in (False, True):
+            content = _in_blocks(probe) if blocks else probe
+            with suppress(TemplateRefuses):
+                if probe in self._apply([{"role": "user", "content": content}], (), False):
+                    return blocks
+        return False
+
     def _run(
         self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool, marked: bool
     ) -> Rendering:
+        if self._takes_blocks:
+            messages = [{**m, "content": _in_blocks(m["content"])} for m in messages]
+        if marked:
+            return self._with_marks(messages, tools)
+        return Rendering(self._apply(messages, tools, prompt), None)
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool) -> str:
         try:
             with self.date.fixed():
-                if marked:
-                    return self._with_marks(messages, tools)
                 text = self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(tools) or None,
@@ -106,23 +124,34 @@ class ChatTemplate:
                     **self.date.arguments,
                 )
         except Exception as error:  # a template is a program: it may fail in any way
-            what = " ".join(str(error).split())[:300] or type(error).__name__
-            raise TemplateRefuses(what) from None
-        return Rendering(str(text), None)
+            raise TemplateRefuses(_reason(error)) from None
+        return str(text)
 
     def _with_marks(self, messages: Sequence[Message], tools: Sequence[Any]) -> Rendering:
         """As `apply_chat_template` does it for `return_assistant_tokens_mask`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, marks = render_jinja_template(
-            conversations=[list(messages)],
-            tools=list(tools) or None,
-            chat_template=self.tokenizer.get_chat_template(None, list(tools) or None),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-            **self.date.arguments,
-        )
+        try:
+            with self.date.fixed():
+                texts, marks = render_jinja_template(
+                    conversations=[list(messages)],
+                    tools=list(tools) or None,
+                    chat_template=self.tokenizer.get_chat_template(None, list(tools) or None),
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                    **self.date.arguments,
+                )
+        except Exception as error:
+            raise TemplateRefuses(_reason(error)) from None
         return Rendering(str(texts[0]), [(start, end) for start, end in marks[0]])
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _in_blocks(text: str) -> list[Message]:
+    return [{"type": "text", "text": text}]
 
 
 def _names_in(source: str) -> set[str]:
