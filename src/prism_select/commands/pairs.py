@@ -364,7 +364,8 @@ def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
     pairs = read_target(file, mapping)
     targets = list(survey_targets([file], mapping))
     for target in targets:
-        progress.say(format_line(target.file, target.format, target.unread))
+        if target.unread:
+            progress.say(format_line(target.file, target.format, target.unread))
     loaded = load_model(config, config.layers, progress, [pair.chosen for pair in pairs])
     direction_set = directions_from_pairs(config, loaded, {"": pairs}, progress)
     warnings = [

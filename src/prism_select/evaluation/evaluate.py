@@ -77,7 +77,8 @@ def evaluate(
     refuse(config, past, baselines)
     held_out = held_out_pairs(config, past)
     for holdout in survey_targets([str(config.holdout)], parse_fields(past.config.fields)):
-        progress.say(format_line(holdout.file, holdout.format, holdout.unread))
+        if holdout.unread:
+            progress.say(format_line(holdout.file, holdout.format, holdout.unread))
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
