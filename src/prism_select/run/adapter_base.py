@@ -23,7 +23,7 @@ def base_of_adapter(name: str, adapter: str | None) -> str | None:
     BadOption for a second adapter or for weights beside it, BadModel for a base that is not
     here."""
     folder = Path(name)
-    if not (folder / CONFIG).is_file():
+    if not _has_adapter(folder):
         return None
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
     if others := [file.name for file in weights if not file.name.startswith("adapter_")]:
@@ -42,12 +42,19 @@ def base_of_adapter(name: str, adapter: str | None) -> str | None:
         raise BadModel(f"--model {name}: an adapter that does not say which base it has; {advice}")
     if looks_local(base) and not Path(base).exists():
         raise BadModel(f"--model {name}: an adapter of {base}, which is not here; {advice}")
-    if (Path(base) / CONFIG).is_file():
+    if _has_adapter(Path(base)):
         raise BadModel(
             f"--model {name}: an adapter of {base}, which is an adapter itself; merge that into a "
             f"model, and {advice}"
         )
     return base
+
+
+def _has_adapter(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:  # no name of a file
+        return False
 
 
 def named_base(folder: Path) -> str:

@@ -78,7 +78,7 @@ class ModelOptions(Options):
     model: Annotated[
         str | None,
         "Folder of a causal language model (safetensors, or one .gguf file), or a hub id; the "
-        "folder of a PEFT adapter stands for its base with --adapter.",
+        "folder of a PEFT adapter stands for its base and itself.",
         Mark.REQUIRED | Mark.PATH,
     ] = None
     adapter: Annotated[
