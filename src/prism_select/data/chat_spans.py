@@ -149,7 +149,7 @@ class ChatSpans:
             return self._marked(example, conversation)
         text = self.template.render(conversation.messages, tools)
         supervised = example.supervised_turns
-        if not tools and not any(turn.beside for turn in turns):
+        if not tools and not any([turn.beside for turn in turns]):
             shape = self._shape(tuple(turn.role for turn in turns))
             found = shape.match(turns, text) if shape else None
             if shape and found and shape.answers.keys() >= set(supervised):
@@ -235,15 +235,15 @@ class ChatSpans:
                     losses.append("thought")
                 if not _shows(shown, spoken):
                     losses.append("answer" if answer else turn.role)
-            losses += [key for key in ("name", "tool_call_id") if self._hides(key, turn, text)]
+            losses += ["name"] * self._hides_name(turn, text)
         if example.tools and "tools" not in self.template.names:
             losses.append("tools")
         return tuple(losses), thoughts
 
-    def _hides(self, key: str, turn: Turn, text: str) -> bool:
-        """Whether the template does not show what a message has under a key."""
-        value = turn.message.get(key) if turn.beside else None
-        return value is not None and (key not in self.template.names or value not in text)
+    def _hides_name(self, turn: Turn, text: str) -> bool:
+        """Whether the template does not show who speaks; a tool's name is with its call."""
+        name = turn.message.get("name") if turn.beside and turn.role != "tool" else None
+        return name is not None and ("name" not in self.template.names or name not in text)
 
     def _prove_shape(self, roles: tuple[Role, ...]) -> Shape | None:
         """By stand-ins for all texts. None where the template refuses them."""

@@ -156,10 +156,12 @@ class Encoder:
         text, spans, losses = "", list[Span](), list[str]()
         supervised, end = example.supervised_turns, self.tokenizer.eos_token or ""
         for index, turn in enumerate(example.turns):
-            if turn.calls:
+            if turn.beside and turn.calls:
                 advice = "write the call into the content, as text, or use a chat template"
                 raise _bad(example, f"turn {index + 1} is a tool call, which is not text", advice)
-            losses += ["thought"] * bool(turn.thought) + _names_beside(turn)
+            if turn.beside:
+                losses += ["thought"] * bool(turn.thought)
+                losses += ["name"] * ("name" in turn.message and turn.role != "tool")
             start = len(text)
             text += turn.text + _gap(example.turns[index : index + 2])
             if turn.role in ("assistant", "text"):
@@ -170,11 +172,6 @@ class Encoder:
         losses += ["tools"] * bool(example.tools)
         thoughts = sum(bool(thought_in(turn)[0]) for turn in example.turns)
         return Spanned(text, spans, tuple(losses), thoughts)
-
-
-def _names_beside(turn: Turn) -> list[str]:
-    """The keys of a message, but for its thought, that plain text leaves out."""
-    return [key for key in turn.message if key in ("name", "tool_call_id")] if turn.beside else []
 
 
 def _gap(turns: Sequence[Turn]) -> str:

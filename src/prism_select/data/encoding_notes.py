@@ -45,7 +45,8 @@ def encoding_notes(
             notes.append(f"{name}: what the {loss} says is left out by {by} {of_rows}")
         else:
             notes.append(f"{name}: {loss} is not shown by {by}, {of_rows}")
-    with suppress(BadRow):
-        misread = filter(None, (encoder.misread(row) for row in islice(examples, READ_BACK)))
-        notes += [f"{name}: the tokenizer changes texts: {line}" for line in islice(misread, 1)]
+    for example in islice(examples, READ_BACK):
+        with suppress(BadRow):
+            if line := encoder.misread(example):
+                return [*notes, f"{name}: the tokenizer changes texts: {line}"]
     return notes

@@ -53,6 +53,11 @@ class Turn:
         return {"role": self.role, "content": self.text, **self._extras}
 
     @property
+    def shown(self) -> str:
+        """All that it says: a thought or a call beside its text, too."""
+        return "\n".join(filter(None, (self.text, self.beside))) if self.beside else self.text
+
+    @property
     def thought(self) -> str:
         """The reasoning that a message carries beside its content."""
         return next((str(self._extras[key]) for key in THOUGHTS if key in self._extras), "")
@@ -105,7 +110,7 @@ class Example:
     @property
     def text(self) -> str:
         """All that its turns say."""
-        return "\n".join(turn.text + turn.beside for turn in self.turns)
+        return "\n".join(turn.shown for turn in self.turns)
 
     @property
     def conversation(self) -> bool:

@@ -171,7 +171,7 @@ def _text(raw: Raw, format: Format, mapping: Names, id: str) -> Text:
         return Text(missing=str(error))
     if example.id != id:
         return Text(missing=f"the file has changed: the row is {example.id} now")
-    return Text(tuple(shown_turns((turn.role, turn.text) for turn in example.turns)))
+    return Text(tuple(shown_turns((turn.role, turn.shown) for turn in example.turns)))
 
 
 def shown_turns(turns: Iterable[tuple[str, str]]) -> Iterator[ShownTurn]:

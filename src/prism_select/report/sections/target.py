@@ -142,7 +142,7 @@ def _shown_pair(
 
 def _answer(example: Example) -> tuple[ShownTurn, ...]:
     turns = example.turns[example.prompt_turns :]
-    return tuple(shown_turns((turn.role, turn.text) for turn in turns))
+    return tuple(shown_turns((turn.role, turn.shown) for turn in turns))
 
 
 def _answers(
