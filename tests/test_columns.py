@@ -18,6 +18,7 @@ from prism_select.data.columns import UnreadColumns, column_warnings
 from prism_select.data.files import read_rows
 from prism_select.data.formats import detect_pool, detect_target, to_example, to_pairs
 from prism_select.data.records import Example, Raw
+from prism_select.data.targets import read_targets
 from prism_select.run.errors import BadRow
 
 # As the templates of Qwen 2.5 show tools: in the system turn, as JSON.
@@ -427,3 +428,15 @@ def test_a_check_of_pairs_warns_of_columns_too(model: Path, tmp_path: Path) -> N
     rows = [{**pair, "system_prompt": "Be polite."} for pair in PAIRS]
     found = prism_select.check_pairs(rows, str(model), layers="late")
     assert "the column system_prompt of memory:pairs is not read" in found["warnings"][0]
+
+
+def test_a_target_may_be_named_by_a_whole_number_of_any_kind(tmp_path: Path) -> None:
+    rows = [{**pair, "topic": topic} for pair, topic in zip(PAIRS, (1.0, 1, "two"), strict=True)]
+    file = jsonl(tmp_path / "pairs.jsonl", rows)
+    assert {name: len(found) for name, found in read_targets([file], {}, "topic").items()} == {
+        "1": 2,
+        "two": 1,
+    }
+    gap = jsonl(tmp_path / "gap.jsonl", [json.dumps({**PAIRS[0], "topic": math.nan})])
+    with pytest.raises(BadRow, match="no text in the column topic"):
+        read_targets([gap], {}, "topic")

@@ -378,6 +378,20 @@ def test_two_files_may_count_from_0_and_one_may_not_count_twice(
     assert bad.line == 5 and bad.what == "duplicate id '0'"
 
 
+def test_bad_rows_of_one_line_keep_their_own_reasons_when_rows_are_chosen_again(
+    model: Path, pairs: str, tmp_path: Path
+) -> None:
+    rows = [ROWS[0], {"prompt": "a", "completion": 7}, {"prompt": "b", "completion": ""}, ROWS[1]]
+    (tmp_path / "pool.json").write_text(json.dumps(rows))  # all of them on line 1
+    run = prism_select.select(
+        str(model), tmp_path / "pool.json", pairs, out=tmp_path / "run", layers="late",
+        budget=1, max_bad="50%",
+    )  # fmt: skip
+    again = prism_select.select(select_from=run, out=tmp_path / "again", budget=2)
+    first, second = ([row["reason"] for row in found.quarantine] for found in (run, again))
+    assert first == second and first[1] == "empty completion" != first[0]
+
+
 # ---------------------------------------------------------------- strict JSON
 
 DAY = datetime.datetime(2026, 11, 30, 12, 5)

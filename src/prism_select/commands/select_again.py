@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -107,14 +108,14 @@ def refuse_unfit(
 
 def score_tables(earlier: Run) -> Iterator[pa.Table]:
     """The scores of the earlier run, group by group, without its choice and with its reasons."""
-    reasons = {(row["file"], row["line"]): row["reason"] for row in earlier.quarantine}
+    reasons = (row["reason"] for row in earlier.quarantine)  # in the order of the pool, too
     file = pq.ParquetFile(earlier.path / "scores.parquet", pre_buffer=False)
     for group in file.iter_batches():
         table = pa.Table.from_batches([group])
         dropped = [name for name in ("verdict", "rank_by") if name in table.column_names]
         column: list[str | None] = [None] * len(table)
-        for row in np.flatnonzero(table["score"].is_null()).tolist():
-            column[row] = reasons.get((table["file"][row].as_py(), table["line"][row].as_py()))
+        for row in np.flatnonzero(pc.equal(table["verdict"], "quarantined")).tolist():
+            column[row] = next(reasons, None)
         table = table.drop_columns(dropped)
         yield table.append_column("reason", pa.array(column, pa.string()))
 

@@ -92,8 +92,8 @@ def _columns_read(fields: Fields, mapping: Names, format: Format) -> set[str]:
 
 def in_words(columns: Sequence[str]) -> str:
     """The names, or the first of very many."""
-    more = f" and {len(columns) - SHOWN} others" if len(columns) > SHOWN else ""
-    return ", ".join(columns[:SHOWN]) + more
+    names, hidden = ", ".join(columns[:SHOWN]), len(columns) - SHOWN
+    return f"{names} and {hidden} others" if hidden > 0 else names
 
 
 def format_line(file: str, format: str, unread: Sequence[str], fate: str = "") -> str:
@@ -107,10 +107,11 @@ def column_warnings(by_file: Mapping[str, Collection[str]]) -> list[str]:
     warnings = list[str]()
     for name, advice in HEEDED.items():
         if files := [file for file, columns in by_file.items() if name in columns]:
-            others = f" and {len(files) - 1} other file{'s' * (len(files) > 2)}"
-            others *= len(files) > 1
+            where = files[0]
+            if len(files) > 1:
+                where += f" and {len(files) - 1} other file{'s' * (len(files) > 2)}"
             warnings.append(
-                f"the column {name} of {files[0]}{others} is not read, and a trainer may heed it: "
+                f"the column {name} of {where} is not read, and a trainer may heed it: "
                 + advice.format(name)
             )
     return warnings

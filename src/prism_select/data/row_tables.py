@@ -61,10 +61,10 @@ def _taken(rows: Sequence[Mapping[str, object]], positions: Sequence[int]) -> pa
 def joint_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """The columns of all schemas, in types that fit them all, with the metadata of schemas that are
     equal; no columns without schemas. Raises ArrowException where there is no such type."""
-    first, *others = dict.fromkeys(schemas) or [pa.schema([])]
-    if not others:
-        return first
-    return pa.unify_schemas([first, *others], promote_options="permissive").remove_metadata()
+    different = list(dict.fromkeys(schemas)) or [pa.schema([])]
+    if len(different) == 1:
+        return different[0]
+    return pa.unify_schemas(different, promote_options="permissive").remove_metadata()
 
 
 def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
