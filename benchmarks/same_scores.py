@@ -320,7 +320,7 @@ def save_adapter(folder: Path, network: Any, transposed: bool) -> None:
 
 def execute(run: Run, folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Digests by file and column, or why there are none under the name `failed`."""
-    command = [sys.executable, "-m", "prism_select", *run.line, "--quiet"]
+    command = [sys.executable, "-m", "prism_select", *run.line]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
         told = (done.stderr.strip() or "nothing on standard error").splitlines()[-1]

@@ -1,5 +1,5 @@
-"""The command line: the page at the end of every run, one JSON object, silence, colours, and the
-nearest name."""
+"""The command line: the page at the end of every run, one JSON object, colours, and the nearest
+name."""
 
 import json
 from pathlib import Path
@@ -114,15 +114,11 @@ def test_json_of_a_plan_of_pairs_and_of_a_refusal(desk: Desk) -> None:
     assert refused.code == 2 and refused.out == "" and refused.err.count("\n") == 1
 
 
-def test_a_quiet_command_prints_its_summary_alone(desk: Desk) -> None:
-    told, quiet = desk.call("score", out="told"), desk.call("score", "--quiet", out="quiet")
-    assert "engine reverse" in told.out and "LlamaForCausalLM" in told.out
-    assert (
-        quiet.out.startswith("read") and "off by" not in quiet.out.splitlines()[0] and not quiet.err
-    )
-    assert len(quiet.out.splitlines()) < len(told.out.splitlines())
-    alone = json.loads(prism("--quiet", "--json", "report", desk.folder / "quiet").out)
-    assert alone == {"report": str(desk.folder / "quiet" / "report.html")}
+def test_json_of_a_page_is_its_path(desk: Desk) -> None:
+    scored = desk.call("score")
+    assert "engine reverse" in scored.out and "LlamaForCausalLM" in scored.out and not scored.err
+    page = json.loads(prism("--json", "report", desk.folder / "run").out)
+    assert page == {"report": str(desk.folder / "run" / "report.html")}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +233,9 @@ def test_there_are_at_most_sixty_options() -> None:
         ("score", "--layer-profile pool"),
         ("score", "--curvature-rows 9"),
         ("select", "--recall 0.9"),
+        ("score", "--quiet"),
         ("select", "--actors 2"),
+        ("select", "--ray actors=2"),
         ("pairs", "--wrong each"),
         ("evaluate", "--epochs 3"),
         ("evaluate", "--board wandb"),

@@ -306,6 +306,7 @@ def test_what_has_no_rows_is_refused(pool: Any, says: str, network: Any, tokeniz
         ({"adapter": "folder"}, "adapter: a loaded model is taken as it is"),
         ({"warmup": "50%"}, "warmup: a loaded model is taken as it is"),
         ({"runtime": "ray"}, "objects in memory are in reach of one process alone"),
+        ({"runtime": "ray:actors=1"}, "objects in memory are in reach of one process alone"),
     ],
 )
 def test_an_option_that_cannot_hold_for_objects_is_refused(

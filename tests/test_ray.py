@@ -37,7 +37,7 @@ from prism_select.scoring import shards
 shards.WINDOW = {WINDOW}
 app.main(sys.argv[1:])
 """
-RAY = ("--runtime", "ray", "--ray", "actors=2")
+RAY = ("--runtime", "ray:actors=2")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_what_goes_wrong_in_an_actor_is_the_line_that_it_would_be_here(
         raise error
 
     monkeypatch.setattr(pipeline, "make_scorer", made(fails))
-    outcome = desk.score("--runtime", "ray", "--ray", "actors=1")
+    outcome = desk.score("--runtime", "ray:actors=1")
     assert outcome.code == code and outcome.err.startswith(message) and outcome.err.count("\n") == 1
 
 
@@ -235,7 +235,7 @@ def test_actors_score_with_an_adapter_of_the_run_and_find_a_folder_by_its_relati
 
 
 def test_an_actor_that_finds_no_room_holds_nothing_up(cluster: str, desk: Desk) -> None:
-    outcome = desk.score("--runtime", "ray", "--ray", f"address={cluster},actors=2,CPU=2")
+    outcome = desk.score("--runtime", f"ray:address={cluster},actors=2,CPU=2")
     assert (
         outcome.code == 0
         and "Ray: 2 actors of CPU=2, 1 of which find room as the cluster is now" in outcome.out
@@ -273,9 +273,7 @@ def actors(begins: str = "ray::_Actor") -> list[psutil.Process]:
 
 
 def test_a_cluster_of_its_own_is_silent_and_goes_with_the_run(desk: Desk) -> None:
-    with apart(
-        "score", *desk.words, "--out", desk.out, "--runtime", "ray", "--ray", "actors=1"
-    ) as process:
+    with apart("score", *desk.words, "--out", desk.out, "--runtime", "ray:actors=1") as process:
         assert until(lambda: list(desk.out.glob("shards/*.parquet")), process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
@@ -309,9 +307,7 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(
         "--out",
         desk.out,
         "--runtime",
-        "ray",
-        "--ray",
-        f"address={cluster},actors=2",
+        f"ray:address={cluster},actors=2",
         "--json",
     ) as process:
         lost = until(lambda: actors("ray::_Actor."), process)  # at work
@@ -324,24 +320,32 @@ def test_another_s_cluster_stays_and_a_lost_actor_is_no_word_in_the_output(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("runtime", "message"),
     [
-        (["--runtime", "spark"], "--runtime spark: unknown; try one of local, ray"),
-        (
-            ["--ray", "actors=2"],
-            "--ray: only Ray has actors; give --runtime ray, or leave it out",
+        *(
+            (runtime, f"{runtime}: unknown; try local, ray or ray:actors=4,GPU=1")
+            for runtime in ("spark", "Ray", "rays:actors=2", "local:actors=2", "actors=2")
         ),
         *(
-            (["--runtime", "ray", "--ray", words], f"--ray {words}: not NAME=NUMBER above 0")
+            (f"ray:{words}", f"ray:{words}: not NAME=NUMBER above 0; try ray:actors=4,GPU=1,CPU=4")
             for words in ("actors=-1", "actors=0", "CPU", "CPU=no", "CPU=0", "GPU=nan", "address=")
         ),
     ],
 )
-def test_options_that_cannot_be_are_refused(desk: Desk, words: list[str], message: str) -> None:
-    outcome = desk.score(*words)
-    assert (
-        outcome.code == 2 and outcome.err.startswith(f"prism: {message}") and not desk.out.exists()
-    )
+def test_a_runtime_that_cannot_be_is_refused(desk: Desk, runtime: str, message: str) -> None:
+    outcome = desk.score("--runtime", runtime)
+    assert outcome.code == 2 and outcome.err == f"prism: --runtime {message}\n"
+    assert not desk.out.exists()
+
+
+def test_settings_of_ray_follow_its_name() -> None:
+    options = RuntimeOptions(runtime="ray:address=[::1]:6379, actors=4,GPU=0.5")
+    assert options.uses_ray and options.ray_address == "[::1]:6379" and options.actors == 4
+    assert options.resources == {"GPU": 0.5}
+    for runtime in ("ray", "ray:", "local"):
+        options = RuntimeOptions(runtime=runtime)
+        assert options.uses_ray == (runtime != "local") and not options.resources
+        assert options.ray_address is None and options.actors is None
 
 
 def test_an_address_where_no_cluster_answers_is_refused(
@@ -352,14 +356,14 @@ def test_an_address_where_no_cluster_answers_is_refused(
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         silent = f"127.0.0.1:{free.getsockname()[1]}"
-        outcome = desk.score("--runtime", "ray", "--ray", f"address={silent}")
+        outcome = desk.score("--runtime", f"ray:address={silent}")
     assert outcome.code == 2 and outcome.err.startswith(
-        f"prism: --ray address={silent}: Connection refused; give host:port"
+        f"prism: --runtime ray:address={silent}: Connection refused; give host:port"
     )
     for odd in ("here", "127.0.0.1", "host:port", "http://host:8265/"):
-        outcome = desk.score("--runtime", "ray", "--ray", f"address={odd}")
+        outcome = desk.score("--runtime", f"ray:address={odd}")
         assert outcome.code == 2 and outcome.err.startswith(
-            f"prism: --ray address={odd}: not host:port; give host:port"
+            f"prism: --runtime ray:address={odd}: not host:port; give host:port"
         )
 
 
@@ -401,30 +405,30 @@ def test_without_ray_and_under_torchrun_the_runtime_is_refused(
 def test_actors_for_which_there_will_be_no_room_are_refused(
     cluster: str, desk: Desk, words: str, message: str
 ) -> None:
-    outcome = desk.score("--runtime", "ray", "--ray", words)
+    outcome = desk.score("--runtime", f"ray:{words}")
     assert outcome.code == 2 and outcome.err.startswith(
         f"prism: --runtime ray: there is room for {message}"
     )
 
 
 @pytest.mark.parametrize(
-    ("machines", "device", "words", "resources"),
+    ("machines", "device", "runtime", "resources"),
     [
-        ([{"CPU": 8}], "auto", None, {"CPU": 8}),
-        ([{"CPU": 8}], "auto", "actors=3", {"CPU": 2}),
-        ([{"CPU": 8}], "auto", "actors=9", {"CPU": 1}),
-        ([{"CPU": 8}, {"CPU": 6}, {}], "auto", None, {"CPU": 6}),
-        ([{"CPU": 8}, {"CPU": 6}], "auto", "actors=3", {"CPU": 4}),
-        ([], "auto", "actors=3", {"CPU": 1}),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], "auto", None, {"CPU": 1, "GPU": 1}),
-        ([{"CPU": 8, "GPU": 2}], "cpu", None, {"CPU": 8}),
-        ([{"CPU": 8, "GPU": 2}], "auto", "GPU=0.5, tpu = 1", {"GPU": 0.5, "tpu": 1}),
+        ([{"CPU": 8}], "auto", "ray", {"CPU": 8}),
+        ([{"CPU": 8}], "auto", "ray:actors=3", {"CPU": 2}),
+        ([{"CPU": 8}], "auto", "ray:actors=9", {"CPU": 1}),
+        ([{"CPU": 8}, {"CPU": 6}, {}], "auto", "ray", {"CPU": 6}),
+        ([{"CPU": 8}, {"CPU": 6}], "auto", "ray:actors=3", {"CPU": 4}),
+        ([], "auto", "ray:actors=3", {"CPU": 1}),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], "auto", "ray", {"CPU": 1, "GPU": 1}),
+        ([{"CPU": 8, "GPU": 2}], "cpu", "ray", {"CPU": 8}),
+        ([{"CPU": 8, "GPU": 2}], "auto", "ray:GPU=0.5, tpu = 1", {"GPU": 0.5, "tpu": 1}),
     ],
 )
 def test_an_actor_takes_a_gpu_or_an_even_share_of_a_machine(
     machines: list[dict[str, float]],
     device: str,
-    words: str | None,
+    runtime: str,
     resources: dict[str, float],
 ) -> None:
-    assert resources_of(RuntimeOptions(runtime="ray", ray=words), device, machines) == resources
+    assert resources_of(RuntimeOptions(runtime=runtime), device, machines) == resources

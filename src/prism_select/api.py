@@ -116,10 +116,10 @@ class _Arguments:
 
 
 @contextmanager
-def _lent(arguments: _Arguments, runtime: str = "local") -> Iterator[None]:
+def _lent(arguments: _Arguments, uses_ray: bool = False) -> Iterator[None]:
     """Within the block the objects are in reach. Raises BadOption where other processes would need
     them. A loaded model is afterwards in the mode that it came in."""
-    if arguments.objects and (runtime == "ray" or not is_single_process()):
+    if arguments.objects and (uses_ray or not is_single_process()):
         raise BadOption(
             "objects in memory are in reach of one process alone; save them, and give their files"
         )
@@ -235,7 +235,7 @@ def _run(
         arguments.options["target"] = arguments.add_targets(target)
     with _folder(options.get("out")) as out:
         config = _config(kind, {**arguments.options, "out": out})
-        with _lent(arguments, config.runtime):
+        with _lent(arguments, config.uses_ray):
             execute(config)
     run = Run(out, arguments.objects)
     if not options.get("out"):

@@ -40,7 +40,7 @@ from prism_select.scoring.processes import is_main_process, is_single_process
 
 __all__ = ["ANYWHERE", "app", "main"]
 
-ANYWHERE = ("--debug", "--json", "--quiet")  # options of every command
+ANYWHERE = ("--debug", "--json")  # options of every command
 EXAMPLES: dict[type[Options], str] = {
     ScoreConfig: "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run",
     SelectConfig: "--model MODEL --pool pool.jsonl --target pairs.jsonl --out run --budget 5%",
@@ -122,14 +122,13 @@ class _Group(click.Group):
     is_flag=True,
     help="Print the summary as one JSON object, and nothing else on standard output.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but the summary.")
 @click.pass_context
-def app(context: click.Context, debug: bool, json: bool, quiet: bool) -> None:
+def app(context: click.Context, debug: bool, json: bool) -> None:
     """PRISM chooses fine-tuning data: every row of a pool gets a score, how much training on it
     would move this model towards the behaviour that pairs of answers show.
 
-    --debug, --json and --quiet may stand anywhere in a command."""
-    context.obj = Terminal(json, quiet, silent=not is_main_process())
+    --debug and --json may stand anywhere in a command."""
+    context.obj = Terminal(json, silent=not is_main_process())
 
 
 @app.command(short_help="Run the main jobs offline, on a bundled model")

@@ -2,7 +2,6 @@
 
     normal    progress and table on standard output, errors on standard error
     --json    one JSON object on standard output, progress on standard error
-    --quiet   the table alone
 
 Choices made here:
 - a terminal gets a bar, a file or pipe a line every ten seconds;
@@ -30,7 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from prism_select.run.progress import Silent, Task
+from prism_select.run.progress import Task
 
 __all__ = ["Terminal", "printable"]
 
@@ -94,26 +93,18 @@ class _Console(Console):
 
 
 class Terminal:
-    def __init__(self, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+    def __init__(self, json: bool = False, silent: bool = False) -> None:
         console = _Console(stderr=json)
         plain = silent or not console.is_terminal
         self.console = _Console(color_system=None, stderr=json, quiet=silent) if plain else console
-        self.json, self.quiet, self.silent = json, quiet, silent
+        self.json, self.silent = json, silent
 
     def say(self, line: str) -> None:
-        if not self.quiet:
-            self._line(line)
-
-    def _line(self, line: str) -> None:
         self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
         label = printable(label)
-        if self.quiet:
-            with Silent().task(label, total) as nothing:
-                yield nothing
-            return
         if not self.console.is_terminal:
             plain = _Plain(self.console, label, total)
             yield plain
@@ -148,7 +139,7 @@ class Terminal:
         if not self.console.is_terminal:
             width = max(map(len, rows))
             for name, value in rows.items():
-                self._line(f"{name:<{width}}  {value}")
+                self.say(f"{name:<{width}}  {value}")
             return
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():

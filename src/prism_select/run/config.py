@@ -358,33 +358,37 @@ class RuntimeOptions(Options):
     group: ClassVar[str] = "Running"
 
     runtime: Annotated[
-        Literal["local", "ray"],
-        "This process (and those that torchrun started beside it), or actors of Ray (with the "
-        "extra [ray]).",
+        str,
+        "local: this process (and those that torchrun started beside it); ray: actors of Ray (with "
+        "the extra [ray]) in a cluster for this run, as many as find room, a GPU each where there "
+        "is one; or as in ray:address=auto,actors=4,GPU=1,CPU=4: a cluster's HOST:PORT (or auto), "
+        "how many, and what each takes.",
         Mark.MENDABLE,
     ] = "local"
-    ray: Annotated[
-        str | None,
-        "Ray: address=HOST:PORT (or auto) of a cluster, actors=N, and what an actor takes, as in "
-        "actors=4,GPU=1,CPU=4  [default: a cluster for this run, as many actors as find room, a "
-        "GPU each where there is one].",
-        Mark.MENDABLE | Mark.RARE,
-    ] = None
     dry_run: Annotated[
         bool, "Print the plan (tokens, time, memory, disk) and stop.", Mark.MENDABLE
     ] = False
 
     def validate(self) -> None:
-        if self.ray and self.runtime != "ray":
-            raise BadOption("--ray: only Ray has actors; give --runtime ray, or leave it out")
+        if self.runtime != "local" and not self.uses_ray:
+            raise BadOption(
+                f"--runtime {self.runtime}: unknown; try local, ray or ray:actors=4,GPU=1"
+            )
         counts = [self.actors] if "actors" in self._ray else []
         values = [*counts, *self.resources.values()]
         if not all(value and value > 0 for value in values) or "" in self._ray.values():
-            raise BadOption(f"--ray {self.ray}: not NAME=NUMBER above 0; try actors=4,GPU=1,CPU=4")
+            raise BadOption(
+                f"--runtime {self.runtime}: not NAME=NUMBER above 0; try ray:actors=4,GPU=1,CPU=4"
+            )
+
+    @property
+    def uses_ray(self) -> bool:
+        return self.runtime.partition(":")[0] == "ray"
 
     @property
     def _ray(self) -> Mapping[str, str]:
-        pairs = (text.partition("=") for text in split_names(self.ray))
+        settings = self.runtime.partition(":")[2]
+        pairs = (text.partition("=") for text in split_names(settings))
         return {name.strip(): value.strip() for name, _, value in pairs}
 
     @property

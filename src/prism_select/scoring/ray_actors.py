@@ -5,10 +5,10 @@
     an actor        makes its scorer once, from the options and the directions, and turns windows
                     into tables
 
-    resources of an actor   those of --ray; without them a GPU and a CPU; without GPUs as many CPUs
-                            as let the requested number of actors find room, and at most those of
-                            the smallest machine
-    number of actors        that of --ray; without it as many as find room
+    resources of an actor   those of --runtime; without them a GPU and a CPU; without GPUs as many
+                            CPUs as let the requested number of actors find room, and at most those
+                            of the smallest machine
+    number of actors        that of --runtime; without it as many as find room
 
 Choices made here:
 - Ray restarts an actor that dies, sends its window again and waits for machines;
@@ -68,8 +68,8 @@ class ActorPool(TokenCounts):
             raise BadOption(
                 f"--runtime ray: there is room for {room} actors of {in_words(self.resources)}"
                 f"{number}, with {in_words(largest)} in one machine at most; ask for less, as in "
-                "--ray actors=1,CPU=1, or name a cluster that grows, as in --ray "
-                "address=HOST:PORT,actors=4"
+                "--runtime ray:actors=1,CPU=1, or name a cluster that grows, as in --runtime "
+                "ray:address=HOST:PORT,actors=4"
             )
         model = str(config.model)
         self.config = replace(
@@ -214,7 +214,7 @@ def _without_text(window: Window) -> Window:
 def actor_pool(config: ScoreConfig, progress: Progress) -> Iterator[ActorPool | None]:
     """Actors for the length of the block with --runtime ray, else None. Raises BadOption without
     Ray, under torchrun, and where no cluster answers."""
-    if config.runtime != "ray":
+    if not config.uses_ray:
         yield None
         return
     if not is_single_process():
@@ -281,7 +281,7 @@ def _start_ray(address: str | None) -> None:
         raise KeyboardInterrupt from None
     except (ConnectionError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())[:300]
-        option = f"--ray address={address}" if address else "--runtime ray"
+        option = f"--runtime ray:address={address}" if address else "--runtime ray"
         raise BadOption(
             f"{option}: {reason}; check that a cluster of the same Ray runs there, and set "
             "RAY_AUTH_MODE=token in the environment if it asks for a token"
@@ -303,6 +303,7 @@ def _refuse_unreachable(address: str) -> None:
             else error.strerror or error
         )
         raise BadOption(
-            f"--ray address={address}: {reason}; give host:port of the cluster's head (6379 if "
-            "nothing else was said), auto on one of its machines, or leave it out to start one here"
+            f"--runtime ray:address={address}: {reason}; give host:port of the cluster's head "
+            "(6379 if nothing else was said), auto on one of its machines, or leave it out to "
+            "start one here"
         ) from None
