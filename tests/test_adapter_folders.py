@@ -84,7 +84,9 @@ class Desk:
             tokenizer.save_pretrained(self.adapter)
         self.trained = adapted.eval()
 
-    def score(self, *more: object, rows: Any = ROWS, model: bool = False) -> Outcome:
+    def score(
+        self, *more: object, rows: Any = ROWS, model: bool = False, command: str = "score"
+    ) -> Outcome:
         pool, target = (
             jsonl(self.folder / "pool.jsonl", rows),
             jsonl(self.folder / "pairs.jsonl", PAIRS),
@@ -96,7 +98,7 @@ class Desk:
         )
         shutil.rmtree(self.folder / "run", ignore_errors=True)
         files = ["--pool", pool, "--target", target, "--out", self.folder / "run"]
-        return prism("score", *named, *files, *more)
+        return prism(command, *named, *files, *more)
 
     def logliks(self) -> list[float]:
         column: list[float] = pq.read_table(self.folder / "run" / "scores.parquet")[
@@ -241,6 +243,20 @@ def test_a_base_that_is_not_here_is_said_in_one_line(
     outcome = desk.score(model=True)
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert words in outcome.err and f"--adapter {desk.adapter}" in outcome.err
+
+
+@pytest.mark.parametrize("layers", ["all", "adapter"])
+def test_no_training_starts_beside_an_adapter_that_cannot_be_merged(
+    layers: str, desk: Desk
+) -> None:
+    desk.train(None, None, True, {"target_modules": ["embed_tokens"]})
+    assert desk.score("--layers", layers, "--budget", "2", command="select").code == 0
+    holdout = [{**pair, "prompt": f"{pair['prompt']}?"} for pair in PAIRS]
+    held_out = jsonl(desk.folder / "holdout.jsonl", holdout)
+    words = ["evaluate", desk.folder / "run", "--holdout", held_out, "--against", "random"]
+    outcome = prism(*words, "--seeds", "1", "--steps", "2")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "a training takes a model without an adapter beside its weights" in outcome.err
 
 
 def test_two_adapters_or_a_model_beside_one_are_refused(desk: Desk) -> None:

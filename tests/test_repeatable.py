@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import date, datetime
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,10 +27,12 @@ from prism_select.commands import pipeline, steps
 from prism_select.data import template_date
 from prism_select.data.encoding import Encoder
 from prism_select.data.records import Example, Turn
+from prism_select.evaluation.evaluate import say_libraries
 from prism_select.models.loading import model_fingerprint, object_fingerprint
 from prism_select.run import folder as run_folder
 from prism_select.run.config import ScoreConfig
 from prism_select.run.objects import ModelObject
+from prism_select.run.progress import Silent
 
 HEAD = "{{ '<|im_start|>system\\nToday is ' + DAY + '<|im_end|>\\n' }}" + CHATML
 ASKS = {  # how templates in use ask for today
@@ -322,6 +326,20 @@ def test_a_run_goes_on_only_with_its_own_libraries(
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert "libraries was" in outcome.err and "tokenizers 9.9" in outcome.err
     assert desk.score("--overwrite").code == 0
+
+
+def test_an_evaluation_says_that_libraries_have_changed() -> None:
+    lines = list[str]()
+
+    class Listening(Silent):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    versions = {"transformers": "5.0.1", "tokenizers": version("tokenizers")}
+    past: Any = SimpleNamespace(manifest={"versions": versions})
+    say_libraries(past, Listening())
+    assert len(lines) == 1
+    assert f"transformers 5.0.1, and here is {transformers.__version__}" in lines[0]
 
 
 def test_the_fingerprint_of_an_object_is_that_of_what_it_computes() -> None:

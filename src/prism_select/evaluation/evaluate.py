@@ -38,6 +38,7 @@ from prism_select.evaluation.controls import Sample, run_controls
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
 from prism_select.evaluation.past_run import (
     FinishedRun,
+    HeldOutPairs,
     held_out_pairs,
     open_run,
 )
@@ -56,7 +57,7 @@ from prism_select.models.loading import LoadedModel, resolve_device
 from prism_select.models.lora_training import refuse_apart, refuse_many_gpus
 from prism_select.run.config import RepairConfig
 from prism_select.run.config_evaluate import EvaluateConfig
-from prism_select.run.folder import Store, finite
+from prism_select.run.folder import TOKEN_LIBRARIES, Store, finite
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
 from prism_select.selection.baselines import BASELINES, refuse_baselines
@@ -82,12 +83,11 @@ def evaluate(
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
+    say_libraries(past, progress)
     loaded = load_checkpoint(past, config.full, past.config.layers, progress)
     if past.config.layers != "adapter":
         refuse_apart(loaded.model)
-    encoded_pairs = encode_sides(held_out.pairs, loaded.encoder)
-    refuse_truncated(held_out.pairs, encoded_pairs, loaded.encoder, Polarity())
-    say_truncated(encoded_pairs, progress)
+    encoded_pairs = encode_holdout(held_out, loaded, progress)
     by_name = {**baseline_rankings(config, past, loaded, store, progress), **baselines}
     price = price_of(past, loaded, store, progress) if PRICED in config.baselines else None
     jobs = training_jobs(config, past, by_name, price)
@@ -137,13 +137,28 @@ def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> No
     refuse_many_gpus(resolve_device(past.config.device))
 
 
-def say_truncated(pairs: EncodedPairs, progress: Progress) -> None:
+def say_libraries(past: FinishedRun, progress: Progress) -> None:
+    """What makes tokens may have changed since the run."""
+    for name in TOKEN_LIBRARIES:
+        before, here = past.manifest["versions"].get(name), version(name)
+        if before != here:
+            progress.say(
+                f"the run was made with {name} {before}, and here is {here}: see that "
+                "tokens are the same"
+            )
+
+
+def encode_holdout(held_out: HeldOutPairs, loaded: LoadedModel, progress: Progress) -> EncodedPairs:
+    """Raises BadFile where most answers of one side are truncated; says how many are."""
+    pairs = encode_sides(held_out.pairs, loaded.encoder)
+    refuse_truncated(held_out.pairs, pairs, loaded.encoder, Polarity())
     chosen, rejected = (sum(row.truncated for row in rows) for rows in pairs)
     if chosen or rejected:
         progress.say(
             f"of {len(pairs.chosen)} held-out pairs {chosen} chosen and {rejected} rejected "
             "answers are truncated: raise --max-length of the run"
         )
+    return pairs
 
 
 def made_of(config: EvaluateConfig, past: FinishedRun) -> list[Any]:
