@@ -140,3 +140,14 @@ def test_the_check_of_pairs_and_each_target_say_it_too(model: Path) -> None:
     assert manifest["target"]["truncated_chosen"] == 3
     warned = [line for line in manifest["warnings"] if "truncated" in line]
     assert len(warned) == 1 and warned[0].startswith("target cut: of 8 pairs 3 chosen")
+
+
+def test_held_out_pairs_that_mostly_lose_their_ends_are_refused(model: Path) -> None:
+    words = ["--max-length", 48, "--budget", "2"]
+    assert run(model, pairs_of(1, 1), *words, command="select").code == 0
+    held_out = [{**pair, "prompt": f"And {pair['prompt']}"} for pair in pairs_of(6, 0)]
+    file = jsonl(model.parent / "holdout.jsonl", held_out)
+    evaluate = ["evaluate", model.parent / "run", "--holdout", file, "--against", "random"]
+    outcome = prism(*evaluate, "--seeds", 1, "--steps", 1)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "holdout.jsonl: 6 of 8 chosen answers lose their end" in outcome.err
