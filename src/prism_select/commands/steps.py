@@ -32,7 +32,12 @@ from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
 from prism_select.directions.low_rank import on_device
-from prism_select.directions.preconditioning import CurvatureFacts, fit_curvature, preconditioned
+from prism_select.directions.preconditioning import (
+    CurvatureFacts,
+    fit_curvature,
+    pair_curvature_facts,
+    preconditioned,
+)
 from prism_select.directions.saved import load_direction, save_direction
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import LoadedModel, load_model
@@ -182,12 +187,15 @@ def find_directions(
             direction_set = directions_from_pairs(
                 config, checkpoint.loaded, inputs.targets, progress
             )
-    if config.curvature != "flat":
+    if config.curvature == "pairs":
+        curvature = pair_curvature_facts(config, direction_set)
+    elif config.curvature != "flat":
         with timer.step("curvature"):
             parameters, rows = direction_set.weights, checkpoint.sample.rows
             fitted = fit_curvature(config, model, parameters, rows, config.seed, progress)
             divided = preconditioned(config, direction_set, fitted, progress)
         direction_set, curvature = divided.direction_set, divided.facts
+    if curvature:
         for name, cosine in curvature.cosine.items():
             target = f" of {name}" if name else ""
             progress.say(

@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prism_select.core.gains import slopes
+from prism_select.core.gains import Slopes, slopes
 from prism_select.core.gradients import add_gradients, differentiable, minus, zero_sum
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
-__all__ = ["Observe", "Side", "Target", "pair_logliks", "target_gradient"]
+__all__ = ["Observe", "Side", "Target", "pair_logliks", "target_gradient", "weighted_gradient"]
 
 Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
 """`observe(side, pairs)` runs before a backward pass and gets the pairs of its rows. It returns the
@@ -82,8 +82,20 @@ def target_gradient(
 ) -> Target:
     """`sides` are the chosen and the rejected answers of the pairs. Memory: two copies of the
     selected parameters in float32."""
-    means = [pair_logliks(model, side) for side in sides]
-    slope = slopes(weighting, means[0], means[1], anchor)
+    means = pair_logliks(model, sides[0]), pair_logliks(model, sides[1])
+    slope = slopes(weighting, *means, anchor)
+    return weighted_gradient(model, weights, sides, means, slope, observe)
+
+
+def weighted_gradient(
+    model: LanguageModel,
+    weights: Parameters,
+    sides: tuple[Side, Side],
+    means: tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]],
+    slope: Slopes,
+    observe: Observe = lambda side, pairs: lambda rows: None,
+) -> Target:
+    """The halves for any weights of the two answers, whose mean log-likelihoods are `means`."""
     halves = zero_sum(weights), zero_sum(weights)
     with differentiable(weights):
         for name, side, weight, total in zip(slope._fields, sides, slope, halves, strict=True):

@@ -4,6 +4,7 @@
                                               is here the Gauss-Newton matrix too
 
     flat        H = 0, and d = g
+    pairs       H = mean over pairs of π D Dᵀ, of the target's own gradients: pair_curvature.py
     diagonal    the diagonal of H         eigenvalues = mean of squared gradients
     ekfac       (U ⊗ V) Λ (U ⊗ V)ᵀ        EK-FAC (arXiv 1806.03884), for a matrix whose gradient is
                                           Σ_t l_t r_tᵀ: U, V are the eigenvectors of Σ l lᵀ and of
@@ -166,7 +167,12 @@ Fit: TypeAlias = Callable[[LanguageModel, Parameters, Sequence[Batch], int | Non
 """A seed draws the labels from the model; None takes those of the rows (the empirical Fisher)."""
 
 
-CURVATURES: Mapping[str, Fit] = {"flat": flat, "diagonal": diagonal, "ekfac": ekfac}
+CURVATURES: Mapping[str, Fit] = {
+    "flat": flat,
+    "pairs": flat,  # divided where the pairs are read: pair_curvature.py
+    "diagonal": diagonal,
+    "ekfac": ekfac,
+}
 
 
 def _example_gradients(

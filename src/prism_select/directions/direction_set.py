@@ -46,6 +46,7 @@ class DirectionSet:
     diagnoses: Mapping[str, PairDiagnosis]
     overall: PairDiagnosis | None = None
     warnings: Sequence[str] = ()
+    pair_cosines: Mapping[str, float] | None = None  # of --curvature pairs: before and after
 
     @property
     def of_targets(self) -> Sequence[Direction]:

@@ -17,7 +17,7 @@ Choices made here:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.encoding_notes import encoding_notes
 from prism_select.data.records import Pair
 from prism_select.directions.common_part import without_common
-from prism_select.directions.direction_set import DirectionSet, PairDiagnosis, mean_direction
+from prism_select.directions.direction_set import (
+    DirectionSet,
+    PairDiagnosis,
+    mean_direction,
+)
 from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.pair_curvature import divide_by_pairs
 from prism_select.directions.pair_diagnostics import diagnose
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
@@ -40,6 +45,7 @@ from prism_select.models.loading import LoadedModel
 from prism_select.run.config import DirectionOptions, ScoreConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadFile, BadRow, NotFinite
+from prism_select.run.options import Options
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
@@ -93,16 +99,22 @@ def directions_from_pairs(
             )
             refuse_not_finite(gradients[name])
     diagnoses = {name: diagnosed(config, g, config.seed) for name, g in gradients.items()}
-    joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
+    overall = next(iter(diagnoses.values()))
+    if len(gradients) > 1:
+        overall = diagnosed(config, joined(list(gradients.values())), config.seed)
+    cosines = None
+    if uses_pair_curvature(config):
+        with progress.task("dividing by the pairs' curvature", None):
+            gradients, cosines = divided(config, model, weights, gradients)
+    joint = next(iter(gradients.values()))
     if len(gradients) > 1:
         joint = joined(list(gradients.values()))
-        overall = diagnosed(config, joint, config.seed)
     best = isinstance(config, ScoreConfig) and config.combine == "max" and len(gradients) > 1
     scores = [direction_of(config, g.target) for g in gradients.values()]
     halves = [g.target.chosen for g in (gradients.values() if best else [joint])]
     lengths = [norm(direction) for direction in scores]
     layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
-    return DirectionSet(weights, [*scores, *halves], layout, diagnoses, overall, notes)
+    return DirectionSet(weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines)
 
 
 def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Progress) -> None:
@@ -189,6 +201,43 @@ def gradient_of(
         return target_gradient(
             model, weights, (chosen, rejected), config.weighting, config.anchor, observe
         )
+
+
+def uses_pair_curvature(config: Options) -> TypeGuard[ScoreConfig]:
+    return isinstance(config, ScoreConfig) and config.curvature == "pairs"
+
+
+def divided(
+    config: ScoreConfig,
+    model: CausalLM,
+    weights: Parameters,
+    gradients: Mapping[str, TargetGradient],
+) -> tuple[dict[str, TargetGradient], dict[str, float]]:
+    """Each target's gradient divided by the curvature of its own pairs, and the cosine between
+    before and after. Raises NotFinite where the direction is lost."""
+    targets, cosines = dict[str, TargetGradient](), dict[str, float]()
+    for name, gradient in gradients.items():
+        batch_tokens, damping = config.tokens_on(model.device.type), config.dampings[0]
+        chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in gradient.encoded)
+        result = divide_by_pairs(
+            config, model, weights, (chosen, rejected), gradient.target, damping
+        )
+        targets[name], cosines[name] = replace(gradient, target=result.target), result.cosine
+        refuse_not_finite(targets[name])
+    return targets, cosines
+
+
+def target_of(
+    config: ScoreConfig, model: CausalLM, weights: Parameters, encoded: EncodedPairs
+) -> Target:
+    """C and R of some pairs, divided by their curvature where the options say so."""
+    batch_tokens = config.tokens_on(model.device.type)
+    chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
+    sides = chosen, rejected
+    target = target_gradient(model, weights, sides, config.weighting, config.anchor)
+    if not uses_pair_curvature(config):
+        return target
+    return divide_by_pairs(config, model, weights, sides, target, config.dampings[0]).target
 
 
 def as_side(rows: Sequence[Encoded], batch_tokens: int, device: torch.device) -> Side:

@@ -22,7 +22,14 @@ from prism_select.run.config import CurvatureOptions
 from prism_select.run.errors import NotFinite
 from prism_select.run.progress import Progress
 
-__all__ = ["CURVATURE_ROWS", "CurvatureFacts", "Preconditioned", "fit_curvature", "preconditioned"]
+__all__ = [
+    "CURVATURE_ROWS",
+    "CurvatureFacts",
+    "Preconditioned",
+    "fit_curvature",
+    "pair_curvature_facts",
+    "preconditioned",
+]
 
 CURVATURE_ROWS = 256
 
@@ -36,6 +43,19 @@ class CurvatureFacts:
     rows: int
     cosine: Mapping[str, float]  # of each target's direction before and after
     by_number: Sequence[str]  # matrices of which the diagonal alone is known
+
+
+def pair_curvature_facts(config: CurvatureOptions, direction_set: DirectionSet) -> CurvatureFacts:
+    """Of --curvature pairs, which divides where the pairs are read (pair_curvature.py)."""
+    assert direction_set.pair_cosines is not None
+    rows = sum(len(diagnosis.pairs) for diagnosis in direction_set.diagnoses.values())
+    return CurvatureFacts(
+        name=config.curvature,
+        damping=config.dampings[0],
+        rows=rows,
+        cosine=direction_set.pair_cosines,
+        by_number=(),
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ def fit_curvature(
     progress: Progress,
 ) -> Curvature:
     """The curvature that `config` names, on rows drawn from the sample; flat reads none."""
-    if config.curvature == "flat":
+    if config.curvature in ("flat", "pairs"):
         return Flat()
     rows = random.Random(seed).sample(sample, min(len(sample), CURVATURE_ROWS))
     with progress.task(f"curvature of {len(rows)} rows", None):

@@ -24,7 +24,7 @@ Choices made here:
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -37,11 +37,10 @@ from prism_select.core.engines import ENGINES
 from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.statistics import overlap_of_best, rank_correlation
-from prism_select.core.target_gradient import target_gradient
 from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
 from prism_select.directions.direction_set import mean_direction
-from prism_select.directions.from_pairs import EncodedPairs, as_side, direction_of, encode_sides
+from prism_select.directions.from_pairs import EncodedPairs, direction_of, encode_sides, target_of
 from prism_select.directions.preconditioning import fit_curvature
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
@@ -212,12 +211,9 @@ def control_direction(
     weighting: str,
 ) -> Direction:
     """The mean over targets, with the common part and the anchor as in the run."""
-    batch_tokens, directions = config.tokens_on(model.device.type), list[Direction]()
-    for encoded in pairs:
-        chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
-        target = target_gradient(model, weights, (chosen, rejected), weighting, config.anchor)
-        directions.append(direction_of(config, target))
-    return mean_direction(directions)
+    options = replace(config, weighting=weighting)  # type: ignore[arg-type]
+    targets = [target_of(options, model, weights, encoded) for encoded in pairs]
+    return mean_direction([direction_of(config, target) for target in targets])
 
 
 def swapped(pairs: EncodedPairs) -> EncodedPairs:

@@ -249,9 +249,9 @@ class CurvatureOptions(Options):
     group: ClassVar[str] = "Direction"
 
     curvature: Annotated[
-        Literal["flat", "diagonal", "ekfac"],
-        "Hessian approximation to divide the direction by: none, second moments of gradients, or "
-        "EK-FAC (arXiv 1806.03884).",
+        Literal["flat", "pairs", "diagonal", "ekfac"],
+        "Hessian approximation to divide the direction by: none, the second moment of the pairs' "
+        "own gradients, or of the pool second moments of gradients or EK-FAC (arXiv 1806.03884).",
         Mark.IN_DIRECTION,
     ] = "flat"
     damping: Annotated[
@@ -271,6 +271,8 @@ class CurvatureOptions(Options):
             raise BadOption(f"--damping {self.damping}: the same value twice; leave one out")
         if len(self.dampings) > 1 and self.curvature == "flat":
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
+        if len(self.dampings) > 1 and self.curvature == "pairs":
+            raise BadOption(f"--damping {self.damping}: --curvature pairs takes one value; try 0.1")
 
     @property
     def dampings(self) -> tuple[float, ...]:
