@@ -136,8 +136,8 @@ def _all(template: ChatTemplate, text: str) -> set[str]:
 
 
 def _first(template: ChatTemplate, text: str) -> set[str]:
-    found = re.search("|".join(map(re.escape, template.added_tokens)) or "(?!)", text)
-    return {found[0]} if found else set()
+    match = re.search("|".join(map(re.escape, template.added_tokens)) or "(?!)", text)
+    return {match[0]} if match else set()
 
 
 def _last(template: ChatTemplate, text: str) -> set[str]:

@@ -118,7 +118,7 @@ class Conversation:
         """Up to where turn `index` begins."""
         return self._try(self.messages[:index], True) if index else None
 
-    def asked(self, index: int) -> str | None:
+    def before(self, index: int) -> str | None:
         """The turns before turn `index`, without a generation prompt."""
         return self._try(self.messages[:index])
 
@@ -151,10 +151,10 @@ class ChatSpans:
         supervised = example.supervised_turns
         if not tools and not any([turn.beside for turn in turns]):
             shape = self._shape(tuple(turn.role for turn in turns))
-            found = shape.match(turns, text) if shape else None
-            if shape and found and shape.answers.keys() >= set(supervised):
-                answers = {i: shape.answers[i].moved(found[i], text) for i in supervised}
-                return self._spanned(example, text, answers, found.keys())
+            texts = shape.match(turns, text) if shape else None
+            if shape and texts and shape.answers.keys() >= set(supervised):
+                answers = {i: shape.answers[i].moved(texts[i], text) for i in supervised}
+                return self._spanned(example, text, answers, texts.keys())
         answers = {index: self._prove(conversation, index, text, turns) for index in supervised}
         return self._spanned(example, text, answers)
 
@@ -266,8 +266,10 @@ class ChatSpans:
                 answer = self._prove(conversation, index, text, turns)
             except NotProved:
                 continue
-            alone = bounds[2 * position] <= answer.start and answer.stop <= bounds[2 * position + 3]
-            if alone and answer.start <= start and answer.end == end:
+            within = (
+                bounds[2 * position] <= answer.start and answer.stop <= bounds[2 * position + 3]
+            )
+            if within and answer.start <= start and answer.end == end:
                 begins = answer.start - start
                 answers[index] = Answer(begins, 0, answer.stop - end, answer.opening)
         return Shape(literals, order, answers)
@@ -294,8 +296,8 @@ class ChatSpans:
         where it leaves a generation prompt with an empty thought."""
         stand_in = _absent_from(text)
         message = {"role": "assistant", "content": stand_in}
-        head, found, tail = (conversation.with_turn(index, message) or "").partition(stand_in)
-        if not found or stand_in in tail or not text.endswith(tail):
+        head, match, tail = (conversation.with_turn(index, message) or "").partition(stand_in)
+        if not match or stand_in in tail or not text.endswith(tail):
             return None
         end, opening = len(text) - len(tail), ""
         prompt = conversation.prompt(index) if self.closing.has_prompt else None
@@ -304,8 +306,8 @@ class ChatSpans:
         elif text.startswith(prompt):
             head = prompt
         else:  # earlier turns look otherwise once there are later ones
-            alone = conversation.with_turn(index, message, last=True) or ""
-            before = alone.partition(stand_in)[0]
+            ended = conversation.with_turn(index, message, last=True) or ""
+            before = ended.partition(stand_in)[0]
             if before.startswith(prompt):
                 head = head.removesuffix(before[len(prompt) :])
             elif prompt.startswith(head):
@@ -313,8 +315,11 @@ class ChatSpans:
             elif head.endswith(self.closing.header + self.closing.lead):
                 head = head.removesuffix(self.closing.lead)
         if prompt is not None and thinks and not text.startswith(head):
-            asked, head = conversation.asked(index) or prompt, os.path.commonprefix([text, prompt])
-            if len(asked) >= len(head):
+            earlier, head = (
+                conversation.before(index) or prompt,
+                os.path.commonprefix([text, prompt]),
+            )
+            if len(earlier) >= len(head):
                 return None
         if not text.startswith(head) or len(head) > end:
             return None
@@ -328,9 +333,9 @@ class ChatSpans:
         start = self._start_of_call(conversation, index, texts, changed)
         if not all(texts) or start is None:
             return None
-        alone = [conversation.with_turn(index, other, last=True) or "" for other in changed]
+        ended = [conversation.with_turn(index, other, last=True) or "" for other in changed]
         tail = _common_end(texts)
-        end, stop = self.closing.of_call(os.path.commonprefix([tail, _common_end(alone)]))
+        end, stop = self.closing.of_call(os.path.commonprefix([tail, _common_end(ended)]))
         return Answer(start, len(text) - len(tail) + end, len(text) - len(tail) + stop)
 
     def _start_of_call(
@@ -349,8 +354,8 @@ class ChatSpans:
         if prompt and texts[0].startswith(prompt):
             return len(prompt)
         alike = [conversation.messages[index], *changed]
-        alone = [conversation.with_turn(index, other, last=True) or "" for other in alike]
-        head, before = os.path.commonprefix(texts), os.path.commonprefix(alone)
+        ended = [conversation.with_turn(index, other, last=True) or "" for other in alike]
+        head, before = os.path.commonprefix(texts), os.path.commonprefix(ended)
         written = before.removeprefix(prompt)
         if not prompt or not before.startswith(prompt) or not head.endswith(written):
             return None
