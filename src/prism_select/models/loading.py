@@ -50,7 +50,7 @@ __all__ = [
 LIMITS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length")
 WEIGHTS = (".safetensors", ".gguf")
 PRINTED = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken")
-PROBED_ROWS = 4  # that a merged adapter is compared with PEFT's model on
+PROBED_ROWS = 2  # that a merged adapter is compared with PEFT's model on
 
 
 @dataclass(frozen=True)

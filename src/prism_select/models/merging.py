@@ -24,7 +24,7 @@ from prism_select.run.errors import BadModel
 __all__ = ["apart", "merged", "random_tokens"]
 
 FLOAT32 = torch.finfo(torch.float32).eps  # PEFT computes no finer
-PROBE = 32  # tokens that logits are compared on, in each sequence
+PROBE = 16  # tokens of each sequence that logits are compared on: large vocabularies take memory
 APART = "gradients are those of the model's weights, or with --layers adapter of the adapter's"
 
 
