@@ -68,6 +68,7 @@ reselect: $(STAMP)
 
 bench: $(STAMP) bench-cost
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/threads.py
 
 bench-cost: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/cost.py

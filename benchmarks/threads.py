@@ -1,13 +1,13 @@
 """How should threads wait? Scoring alone, and beside a process that keeps one core busy.
 
-    python benchmarks/threads.py             about four minutes on two quiet cores
-    python benchmarks/threads.py --quick     one repetition in place of three
+    python benchmarks/threads.py             about four minutes
+    python benchmarks/threads.py --quick     about two: fewer seconds for each figure
 
 Each setting is a process of its own, since OpenMP reads its environment once: torch's default, in
 which a thread that waits spins 300,000 times before it sleeps; a tenth and a hundredth of that;
 passive waiting, with no spin; one thread. A neighbour is a Python process that counts. A process
-scores rows of random tokens with three random Llamas through `reverse`, and the fastest repetition
-counts.
+scores batches of random tokens with three random Llamas through `reverse`, each for some seconds,
+and the mean time of a row counts.
 
 Choices made here:
 - torch's wheels for Linux bring GNU's OpenMP (libgomp): KMP_BLOCKTIME is of another one, and
@@ -18,7 +18,6 @@ Choices made here:
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -36,11 +35,11 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "3,000 spins": {"GOMP_SPINCOUNT": "3000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-# hidden size, blocks, vocabulary, and how many batches of 4 rows of 64 tokens
-MODELS: Mapping[str, tuple[int, int, int, int]] = {
-    "0.3M": (64, 4, 1024, 24),
-    "5M": (256, 6, 4096, 8),
-    "34M": (512, 8, 8192, 3),
+# hidden size, blocks, vocabulary; a batch is 4 rows of 64 tokens
+MODELS: Mapping[str, tuple[int, int, int]] = {
+    "0.3M": (64, 4, 1024),
+    "5M": (256, 6, 4096),
+    "34M": (512, 8, 8192),
 }
 SCRIPT = """
 import json, sys, time
@@ -51,8 +50,8 @@ from prism_select.core.likelihood import Batch
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 
-models, repetitions = json.loads(sys.argv[1]), int(sys.argv[2])
-for name, (width, blocks, vocabulary, count) in models.items():
+models, seconds = json.loads(sys.argv[1]), float(sys.argv[2])
+for name, (width, blocks, vocabulary) in models.items():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, num_attention_heads=8,
                          intermediate_size=11 * width // 4, num_hidden_layers=blocks)
@@ -63,11 +62,11 @@ for name, (width, blocks, vocabulary, count) in models.items():
     real = torch.ones_like(tokens, dtype=torch.bool)
     batch = Batch(tokens, real, real)
     engine(batch)
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        for _ in range(count):
-            engine(batch)
-        print(json.dumps([name, (time.perf_counter() - start) / (4 * count)]), flush=True)
+    start, rows = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        engine(batch)
+        rows += 4
+    print(json.dumps([name, elapsed / rows]), flush=True)
 """
 
 
@@ -83,29 +82,24 @@ def neighbour(present: bool) -> Iterator[None]:
             process.wait()
 
 
-def measure(setting: str, beside: bool, repetitions: int) -> list[Row]:
+def measure(setting: str, beside: bool, seconds: float) -> list[Row]:
     """Seconds of a row, for each model."""
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("OMP_", "GOMP_", "KMP_"))}
-    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(MODELS), str(repetitions)]
+    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(MODELS), str(seconds)]
     busy = os.getloadavg()[0]
     with neighbour(beside):
         output = subprocess.run(
             words, env={**clean, **SETTINGS[setting]}, capture_output=True, text=True, check=True
         ).stdout
-    times: dict[str, list[float]] = {}
-    for line in output.splitlines():
-        name, seconds = json.loads(line)
-        times.setdefault(name, []).append(seconds)
     return [
         {
             "model": name,
             "setting": setting,
             "beside": "a busy process" if beside else "nothing",
-            "seconds": min(values),
-            "median": statistics.median(values),
+            "seconds": of_a_row,
             "busy": busy,
         }
-        for name, values in times.items()
+        for name, of_a_row in map(json.loads, output.splitlines())
     ]
 
 
@@ -127,12 +121,12 @@ def figures_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How should threads wait?")
-    parser.add_argument("--quick", action="store_true", help="one repetition in place of three")
-    repetitions = 1 if parser.parse_args().quick else 3
+    parser.add_argument("--quick", action="store_true", help="fewer seconds for each figure")
+    seconds = 1.5 if parser.parse_args().quick else 5.0
     rows, started = list[Row](), time.perf_counter()
     for beside in (False, True):
         for setting in SETTINGS:
-            rows += measure(setting, beside, repetitions)
+            rows += measure(setting, beside, seconds)
             where = "beside a busy process" if beside else "alone"
             print(f"{setting}, {where}: after {time.perf_counter() - started:.0f} s")
     write("threads.json", rows, figures_of(rows))
