@@ -445,21 +445,22 @@ def record(found: Mapping[str, Mapping[str, str]], seconds: float) -> int:
 
 
 def compare(found: Mapping[str, Mapping[str, str]]) -> int:
-    """A line for each run."""
+    """A line for each run. A column that the record does not have is no difference."""
     content = json.loads((RESULTS / RECORD).read_text(encoding="utf-8"))
     before = {line["run"]: line["columns"] for line in content["rows"]}
     differing = 0
     for name, columns in found.items():
-        known: Mapping[str, str] = before.get(name, {})
-        apart = sorted(each for each in {*known, *columns} if known.get(each) != columns.get(each))
-        gone, new = set(known) - set(columns), set(columns) - set(known)
-        told = [
-            f"{each} (gone)" if each in gone else f"{each} (new)" if each in new else each
-            for each in apart
+        recorded: Mapping[str, str] = before.get(name, {})
+        changed = [
+            column if column in columns else f"{column} (gone)"
+            for column in sorted(recorded)
+            if recorded[column] != columns.get(column)
         ]
-        why = columns.get("failed") or ", ".join(told) if known else "not in the record"
-        print(f"{name}: {'same' if not apart else 'DIFFERS: ' + why}")
-        differing += bool(apart)
+        new = len(set(columns) - set(recorded))
+        why = "" if recorded else "not in the record"
+        why = columns.get("failed") or why or ", ".join(changed)
+        print(f"{name}: {'DIFFERS: ' + why if why else f'same, {new} columns are new'}")
+        differing += bool(why)
     print(
         f"{len(found) - differing} of {len(found)} are the same, models and inputs counted as one"
     )
