@@ -254,6 +254,23 @@ def test_choosing_again_takes_a_run_or_its_folder_with_the_pool(
         prism_select.select(select_from=str(run.path), budget=3)
 
 
+@pytest.mark.parametrize("as_file", [True, False])
+def test_another_pool_beside_scores_is_refused(
+    as_file: bool, folder: Path, by_files: prism_select.Run
+) -> None:
+    pool: Any = str(folder / "pool.jsonl") if as_file else POOL
+    with pytest.raises(BadOption, match="--select-from takes scores as they are: leave out --pool"):
+        prism_select.select(pool=pool, select_from=by_files, budget=3)
+
+
+@pytest.mark.parametrize("name", ["model", "pool", "target"])
+def test_evaluate_takes_no_other_files_than_those_of_the_run(
+    name: str, folder: Path, by_files: prism_select.Run
+) -> None:
+    with pytest.raises(BadOption, match=f"{name}: evaluate takes that of the run"):
+        prism_select.evaluate(by_files, PAIRS, **{name: str(folder / "other")})
+
+
 def test_a_run_without_a_folder_goes_with_its_object(network: Any, tokenizer: Any) -> None:
     run = prism_select.score(network, POOL, PAIRS, tokenizer=tokenizer, layers="late")
     path = run.path

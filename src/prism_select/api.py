@@ -26,7 +26,7 @@ from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, DiskTrouble
-from prism_select.run.objects import MEMORY, ModelObject, in_reach
+from prism_select.run.objects import MEMORY, ModelObject, in_reach, is_object
 from prism_select.run.options import Options
 from prism_select.run.progress import Progress, Silent
 from prism_select.scoring.processes import is_main_process, is_single_process
@@ -229,7 +229,7 @@ def _run(
         arguments.objects |= earlier.objects
     arguments.add_model(model, tokenizer)
     pools = arguments.add_rows("pool", pool)
-    if pool is not None and not earlier:
+    if pool is not None and not (earlier and _is_scored(arguments.options["select_from"], pools)):
         arguments.options["pool"] = pools
     if target is not None:
         arguments.options["target"] = arguments.add_targets(target)
@@ -241,6 +241,16 @@ def _run(
     if not options.get("out"):
         weakref.finalize(run, shutil.rmtree, out, ignore_errors=True)
     return run
+
+
+def _is_scored(earlier: str | Path, pools: Any) -> bool:
+    """Whether these are the objects that the scores of an earlier run are of."""
+    from prism_select.result import Run
+
+    manifest = Run(earlier).manifest
+    scored = manifest.get("scored_by", manifest["config"])["pool"]
+    given = [pools] if isinstance(pools, str | Path) else pools
+    return all(map(is_object, given)) and list(given) == list(scored)
 
 
 @contextmanager
@@ -313,6 +323,11 @@ def evaluate(
     from prism_select.result import Run
 
     arguments = _Arguments(dict(options), dict(run.objects) if isinstance(run, Run) else {})
+    for name, value in {"model": model, "pool": pool, "target": target}.items():
+        if isinstance(value, str | Path):
+            raise BadOption(
+                f"{name}: evaluate takes that of the run; leave it out, or give an object"
+            )
     arguments.add_model(model, tokenizer)
     arguments.options.pop("model")
     arguments.add_rows("pool", pool)
