@@ -177,16 +177,23 @@ def _piece_products(
     products = torch.zeros(count, count, dtype=torch.float64)
     columns, dtype = weight.shape[1], wide_dtype(weight)
     step = max(1, FORMED // (count * columns))
+    answers = list(_by_pair(factors))
     for start in range(0, piece.stop - piece.start, step):
         stop = min(start + step, piece.stop - piece.start)
         formed = weight.new_zeros(count, stop - start, columns, dtype=dtype)
-        for pairs, left, right in zip(factors.pairs, factors.left, factors.right, strict=True):
-            for pair in pairs.unique().tolist():
-                own = (pairs == pair).to(right.device)
-                _add(formed[pair], left[own], right[own].to(dtype), start, stop)
+        for pair, left, right in answers:
+            _add(formed[pair], left, right.to(dtype), start, stop)
         flat = formed.flatten(1)
         products += (flat @ flat.T).double().cpu()
     return products
+
+
+def _by_pair(factors: Factors) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The factors of each pair's tokens, batch by batch."""
+    for pairs, left, right in zip(factors.pairs, factors.left, factors.right, strict=True):
+        for pair in pairs.unique().tolist():
+            tokens = (pairs == pair).to(right.device)
+            yield pair, left[tokens], right[tokens]
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor, start: int, stop: int) -> None:
