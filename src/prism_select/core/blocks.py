@@ -8,6 +8,7 @@ Choices made here:
 - whether a block passes nothing on but its output cannot be seen from outside, so it is tried once.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "block_of",
     "blocks_below",
     "decoder_of",
     "padding_still",
@@ -51,6 +53,13 @@ def stack_of(network: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     outermost = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
     stack = max(outermost, key=lambda name: len(lists[name]), default="")
     return stack, lists.get(stack, [])
+
+
+def block_of(network: nn.Module) -> Callable[[str], str]:
+    """The number of the block that a parameter is in, by its name; empty for one in no block."""
+    stack, _ = stack_of(network)
+    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+    return lambda name: found[1] if stack and (found := pattern.match(name)) else ""
 
 
 def blocks_below(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -214,7 +214,7 @@ def watching(
         outputs, shape = tree_flatten(output)
         arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for index, tensor in enumerate(outputs):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 continue
             if ready and not any(tangents and tangents[index] is not None for tangents in ready):
                 continue  # no direction moves this output

@@ -11,33 +11,48 @@ gradients; here they count once. It is the method's (H + λI)⁻¹ g with H the 
 the target. λ → ∞ gives the sum of gradients again, divided by μ.
 
 Choices made here:
-- K is exact (pair_products.py): with sketched products scores would differ;
+- K comes from the products of answers (answer_products.py), which are exact;
 - the halves are Σ α ∇mean_loglik(chosen) and Σ α r ∇mean_loglik(rejected): their difference is d;
 - damping λ is relative to m / n, the mean of the n eigenvalues that are not zero.
 """
-
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes, slopes
-from prism_select.core.layers import Parameters
-from prism_select.core.likelihood import LanguageModel
-from prism_select.core.target_gradient import Side, Target, weighted_gradient
-from prism_select.directions.pair_products import pair_products
-from prism_select.run.config import DirectionOptions
 
-__all__ = ["DividedTarget", "divide_by_pairs", "pair_coefficients"]
+__all__ = ["difference_products", "pair_coefficients", "pair_slopes"]
 
 
-@dataclass(frozen=True)
-class DividedTarget:
-    """`cosine` is that between the direction before and after."""
+def pair_slopes(
+    weighting: str,
+    anchor: float,
+    curvature: str,
+    damping: float,
+    products: Float[Tensor, "answers answers"],
+    mean_loglik: Float[Tensor, " answers"],
+) -> Slopes:
+    """What each answer counts in the direction, which is the mean over pairs of
+    slope⁺ ∇mean_loglik(chosen) − slope⁻ ∇mean_loglik(rejected). The chosen answers of all pairs
+    come first, then the rejected ones. A curvature other than `pairs` leaves the slopes of the
+    gain."""
+    count = len(mean_loglik) // 2
+    slope = slopes(weighting, mean_loglik[:count], mean_loglik[count:], anchor)
+    if curvature != "pairs":
+        return slope
+    ratio = torch.where(slope.chosen > 0, slope.rejected / slope.chosen, 0)
+    alpha = pair_coefficients(difference_products(products, ratio), slope.chosen, damping)
+    return Slopes(count * alpha, count * alpha * ratio)
 
-    target: Target
-    cosine: float
+
+def difference_products(
+    products: Float[Tensor, "answers answers"], ratio: Float[Tensor, " pairs"]
+) -> Float[Tensor, "pairs pairs"]:
+    """K, where `ratio` is r of each pair."""
+    count = len(ratio)
+    chosen = products[:count] - ratio[:, None] * products[count:]
+    return chosen[:, :count] - ratio * chosen[:, count:]
 
 
 def pair_coefficients(
@@ -50,28 +65,3 @@ def pair_coefficients(
     identity = torch.eye(len(root), dtype=root.dtype)
     solved: Tensor = torch.linalg.solve(scaled + damping * mean * identity, root)
     return root * solved
-
-
-def divide_by_pairs(
-    config: DirectionOptions,
-    model: LanguageModel,
-    weights: Parameters,
-    sides: tuple[Side, Side],
-    target: Target,
-    damping: float,
-) -> DividedTarget:
-    """`target` is the first-order one of the pairs in `sides`."""
-    means = target.mean_loglik_chosen, target.mean_loglik_rejected
-    slope = slopes(config.weighting, *means, config.anchor)
-    weight = slope.chosen
-    ratio = torch.where(weight > 0, slope.rejected / weight, 0)
-    products = pair_products(model, weights, sides, ratio.tolist())
-    alpha = pair_coefficients(products, weight, damping)
-    scaled = alpha * len(alpha)  # the mean over pairs is taken there
-    divided = weighted_gradient(model, weights, sides, means, Slopes(scaled, scaled * ratio))
-    return DividedTarget(replace(divided, weight=weight), _cosine(products, weight, alpha))
-
-
-def _cosine(products: Tensor, a: Tensor, b: Tensor) -> float:
-    """Between Σ a D and Σ b D."""
-    return float(a @ products @ b / ((a @ products @ a) * (b @ products @ b)).sqrt())
