@@ -50,7 +50,7 @@ from prism_select.data.pool import Pool
 from prism_select.data.records import Example
 from prism_select.data.targets import read_target
 from prism_select.demo.train import IGNORED, Encoded, encode
-from prism_select.directions.from_pairs import as_side, encode_sides
+from prism_select.directions.pair_encoding import as_side, encode_sides
 from prism_select.evaluation.retraining import Point, Retrainer, TrainingJob, mean_logliks_of
 from prism_select.models.loading import LoadedModel, load
 from prism_select.models.lora_training import TrainingSettings

@@ -36,7 +36,7 @@ from prism_select.core.target_gradient import Target, target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
 from prism_select.directions.curvature import CURVATURES, Curvature
-from prism_select.directions.from_pairs import as_side
+from prism_select.directions.pair_encoding import as_side
 from prism_select.models.layer_selection import select_parameters
 
 CPU = torch.device("cpu")

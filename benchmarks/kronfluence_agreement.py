@@ -142,7 +142,7 @@ def ours(work: Path) -> dict[str, list[float]]:
     from prism_select.demo import world
     from prism_select.demo.train import encode
     from prism_select.directions.curvature import ekfac
-    from prism_select.directions.from_pairs import as_side
+    from prism_select.directions.pair_encoding import as_side
     from prism_select.models.layer_selection import select_parameters
     from prism_select.models.loading import load
 

@@ -54,7 +54,7 @@ from prism_select.data.encoding import Encoded
 from prism_select.demo import world
 from prism_select.demo.train import encode, make_tokenizer
 from prism_select.directions.curvature import diagonal, ekfac
-from prism_select.directions.from_pairs import as_side
+from prism_select.directions.pair_encoding import as_side
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 

@@ -35,9 +35,9 @@ from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import change_numbers
 from prism_select.data.records import Example, Turn
 from prism_select.directions.common_part import common_of
-from prism_select.directions.from_pairs import as_side, supervised_tokens
 from prism_select.directions.gradient_sketch import Sketcher
 from prism_select.directions.pair_diagnostics import diagnose
+from prism_select.directions.pair_encoding import as_side, supervised_tokens
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import load
 

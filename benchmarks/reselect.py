@@ -33,7 +33,7 @@ from prism_select.data.encoding import Encoder
 from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, pairs, pool
-from prism_select.directions.from_pairs import as_side, encode_sides
+from prism_select.directions.pair_encoding import as_side, encode_sides
 from prism_select.evaluation.retraining import mean_logliks_of
 from prism_select.models.loading import load
 from prism_select.models.lora_training import QUIET

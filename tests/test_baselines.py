@@ -19,7 +19,7 @@ from torch import Tensor
 from prism_select.core.likelihood import Batch
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
-from prism_select.directions.from_pairs import EncodedPairs
+from prism_select.directions.pair_encoding import EncodedPairs
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.options import Amount

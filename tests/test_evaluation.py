@@ -30,7 +30,7 @@ from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
 from prism_select.directions import preconditioning
-from prism_select.directions.from_pairs import EncodedPairs, as_side
+from prism_select.directions.pair_encoding import EncodedPairs, as_side
 from prism_select.evaluation import controls, past_run, retraining
 from prism_select.evaluation import evaluate as evaluation
 from prism_select.evaluation import price as price_module

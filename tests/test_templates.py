@@ -23,7 +23,7 @@ from prism_select.data.encoding_notes import encoding_notes
 from prism_select.data.formats import Format, to_example, to_pairs
 from prism_select.data.messages import unread_keys
 from prism_select.data.records import Example, Raw
-from prism_select.directions.from_pairs import encode_sides
+from prism_select.directions.pair_encoding import encode_sides
 from prism_select.run.errors import BadRow
 
 TOKENIZERS = {name: tokenizer_of(family) for name, family in FAMILIES.items()}

@@ -1,4 +1,4 @@
-"""Answer products: inner products of the gradients of single answers, block by block of the network.
+"""Answer products: inner products of the gradients of single answers, block by block.
 
     g_a = ∇mean_loglik(answer a)        G_ab = g_a · g_b, for each block and for the rest
 
@@ -42,14 +42,14 @@ from prism_select.core.layers import (
     swapped,
     watching,
 )
-from prism_select.core.likelihood import Batch, LanguageModel, backward
+from prism_select.core.likelihood import LanguageModel, backward
 from prism_select.core.target_gradient import Side
 
 __all__ = ["AnswerProducts", "answer_products"]
 
 EXACT = 1024  # answers up to which products are exact
 FACTORS = 2**30  # bytes of factors that a pass collects, at least
-FORMED = 2**26  # numbers of all answers' gradients that are formed at a time: 256 MB in float32
+FORMED = 2**25  # numbers of all answers' gradients that are formed at a time: 128 MB in float32
 TOKENS = 256  # that are multiplied at a time
 OTHERS = 2**28  # numbers of all answers' gradients in other parameters
 
@@ -99,8 +99,7 @@ def answer_products(model: LanguageModel, weights: Parameters, side: Side) -> An
     order, block = torch.tensor(side.order), block_of(model.network)
     back = order.argsort()
     sums = {
-        block(name): torch.zeros(len(order), len(order), dtype=torch.float64)
-        for name in weights
+        block(name): torch.zeros(len(order), len(order), dtype=torch.float64) for name in weights
     }
     for name, products in collection.products():
         sums[block(name)] += products[back][:, back]
@@ -168,7 +167,9 @@ class Collection:
         names = {piece.name for piece in pieces}
         self._factors = {piece: [] for piece in pieces if piece.stop}
         self._sums = {
-            piece.name: _zeros(self.weights[piece.name], self.count)
+            piece.name: _zeros(
+                self.weights[piece.name], self.count, self.weights[piece.name].numel()
+            )
             for piece in pieces
             if not piece.stop
         }
@@ -221,6 +222,7 @@ class Collection:
             inputs = (inputs[0].flatten(0, -2),)
         for example in examples.unique().tolist():
             rows = examples == example
+            own: Tensor | None
             if has_formula(owner.module):
                 own = gradient[rows].flatten(0, -2).sum(0, dtype=total.dtype)
             else:
@@ -235,14 +237,17 @@ class Collection:
             return self._squared(self._sums.pop(piece.name))
         factors = self._factors.pop(piece)
         rows, columns = piece.stop - piece.start, self.weights[piece.name].shape[1]
-        tokens = sum(entry.right.shape[:2].numel() for entry in factors)
-        if self.exact and few_tokens(tokens, self.count, rows, columns):
+        sizes = [entry.right.shape[:2].numel() for entry in factors]
+        dense = sum(n for n, f in zip(sizes, factors, strict=True) if f.left.ndim == 3)
+        if self.exact and few_tokens(dense, sum(sizes), self.count, rows, columns):
             return _token_products(factors, self.count)
         products = torch.zeros(self.count, self.count, dtype=torch.float64)
         step = max(1, FORMED // (self.count * columns))
+        formed = _zeros(self.weights[piece.name], self.count * min(step, rows) * columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            total = _zeros(self.weights[piece.name], self.count, stop - start, columns)
+            total = formed[: self.count * (stop - start) * columns].zero_()
+            total = total.view(self.count, stop - start, columns)
             for entry in factors:
                 _add(total, entry, start, stop)
             products += self._squared(total.flatten(1))
@@ -251,7 +256,13 @@ class Collection:
     def _squared(self, gradients: Float[Tensor, "answers numbers"]) -> Tensor:
         if not self.exact:
             gradients = _folded(gradients, max(1, FORMED // self.count // 64))
-        return (gradients @ gradients.T).double().cpu()
+        products = gradients.new_zeros(self.count, self.count)
+        step = -(-self.count // 4)
+        for start in range(0, self.count, step):  # the lower triangle is the upper one's
+            products[start : start + step, start:] = (
+                gradients[start : start + step] @ gradients[start:].T
+            )
+        return (products.triu() + products.triu(1).T).double().cpu()
 
     def _row_by_row(self) -> Iterator[tuple[str, Float[Tensor, "answers answers"]]]:
         """By autograd, an answer at a time."""
@@ -262,7 +273,7 @@ class Collection:
             for batch, _ in self.side:
                 for row in range(len(batch)):
                     answer = batch.rows(slice(row, row + 1))
-                    loglik = backward(self.model, answer, 1 / answer.counts.double())
+                    backward(self.model, answer, 1 / answer.counts.double())
                     found = dict(take_gradients(some))
                     for name, weight in some.items():
                         own = found.get(name, torch.zeros_like(weight)).flatten()
@@ -289,19 +300,17 @@ def _by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:
     return {n for n, uses in matrix.items() if all(uses)}, {n for n, u in small.items() if all(u)}
 
 
-def few_tokens(tokens: int, answers: int, rows: int, columns: int) -> bool:
-    """Whether products token by token take less arithmetic than those of gradients formed."""
-    return tokens**2 * (rows + columns) < (tokens + answers**2) * rows * columns
+def few_tokens(dense: int, tokens: int, answers: int, rows: int, columns: int) -> bool:
+    """Whether products token by token take less arithmetic than those of gradients formed; `dense`
+    of the tokens are not those of an embedding."""
+    return dense**2 * rows + tokens**2 * columns < (tokens + answers**2) * rows * columns
 
 
 def _zeros(weight: Tensor, *shape: int) -> Tensor:
-    shape = shape if len(shape) > 1 else (*shape, weight.numel())
     return weight.new_zeros(shape, dtype=wide_dtype(weight))
 
 
-def _factors(
-    owner: Owner, inputs: Inputs, gradient: Tensor, piece: Piece
-) -> tuple[Tensor, Tensor]:
+def _factors(owner: Owner, inputs: Inputs, gradient: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """l, cut to the rows of the piece, and r."""
     if type(owner.module) is nn.Embedding:
         module: Any = owner.module
@@ -325,8 +334,8 @@ def _own_gradient(owner: Owner, key: str, inputs: Tensor, gradient: Tensor) -> T
         output = module.forward(inputs)
     if not isinstance(output, Tensor):
         return None
-    own: Tensor
     (own,) = torch.autograd.grad(output, weight, gradient)
+    assert isinstance(own, Tensor)
     return own
 
 

@@ -10,7 +10,9 @@ With an agreement a between halves, the direction of all pairs has the cosine �
 that of infinitely many.
 
 Choices made here:
-- everything comes from gradient sketches (gradient_sketch.py), so it costs no pass of the model;
+- everything comes from the products of answers (answer_products.py), so it costs no pass of the
+  model;
+- agreement is that of first-order directions, and shares are of the direction in use;
 - where the common part is removed from the direction, each set of pairs loses its own;
 - κ = Σ m (1 − agreement) / Σ agreement over halves, quarters and eighths, since a ratio of sums
   bears one small agreement.
@@ -26,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from prism_select.core.gains import Slopes
 from prism_select.core.target_gradient import Target
 from prism_select.directions.common_part import common_part
 from prism_select.run.polarity import Polarity
@@ -44,8 +47,17 @@ __all__ = ["Diagnosis", "diagnose"]
 SPLITS = 200
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-BothSketches: TypeAlias = tuple[Floats, Floats]  # (pairs, numbers) of chosen and of rejected
 BothTokens: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """Inner products of the gradients of all answers, chosen first, and what each pair counts: by
+    the slopes of the gain, and in the direction in use."""
+
+    products: NDArray[np.float64]
+    first_order: Slopes
+    slopes: Slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +79,6 @@ class Diagnosis:
     token_overlap: float  # Dice coefficient of the two answers' tokens, mean over pairs
     pairs_for_half_of_direction: int | None
     shares: tuple[float, ...]  # of each pair in the direction
-    covered_share: float  # of the selected parameters that sketches cover
     truncated_chosen: int = 0  # answers that lost their end to --max-length
     truncated_rejected: int = 0
 
@@ -90,11 +101,6 @@ class Diagnosis:
             )
         if self.effective_pairs < EFFECTIVE_PAIRS:
             lines.append(f"{self.pairs} pairs count as {self.effective_pairs:.1f}")
-        if self.covered_share == 0:
-            lines.append(
-                "no selected parameter is the matrix of a plain linear layer: whether the pairs "
-                "agree is not known"
-            )
         if self.split_half_agreement < EVEN_AGREEMENT:  # NaN is not below
             lines.append(self._noise())
         half = self.pairs_for_half_of_direction
@@ -131,21 +137,20 @@ class Diagnosis:
 
 def diagnose(
     target: Target,
-    sketches: BothSketches,
+    pairs: PairWeights,
     tokens: BothTokens,
-    covered_share: float,
     without_common: bool,
     seed: int,
 ) -> Diagnosis:
-    """`sketches` and `tokens` are those of the chosen and of the rejected answers; tokens are the
-    supervised ones. `without_common`: the run takes the common part out."""
+    """`tokens` are the supervised ones of the chosen and of the rejected answers.
+    `without_common`: the run takes the common part out."""
     draw = np.random.default_rng(seed)
     gap, weight = target.gap.numpy(), target.weight.numpy()
     sizes = sorted({len(gap) // sets for sets in (2, 4, 8)} - {0}, reverse=True)
-    splits = {m: agreements(m, sketches, without_common, draw) for m in sizes}
+    splits = {m: agreements(m, pairs, without_common, draw) for m in sizes}
     means = {m: float(np.mean(cosines)) for m, cosines in splits.items()}
     halves = splits[sizes[0]] if sizes else np.array([math.nan])
-    shares = shares_of(sketches, without_common)
+    shares = shares_of(pairs, without_common)
     chosen, rejected = tokens
     longer = np.array([len(a) - len(b) for a, b in zip(chosen, rejected, strict=True)])
     overlaps = [overlap(a, b) for a, b in zip(chosen, rejected, strict=True)]
@@ -165,44 +170,51 @@ def diagnose(
         token_overlap=float(np.mean(overlaps)),
         pairs_for_half_of_direction=pairs_for_half(shares),
         shares=tuple(map(float, shares)),
-        covered_share=covered_share,
     )
 
 
 def agreements(
-    m: int, sketches: BothSketches, without_common: bool, draw: np.random.Generator
+    m: int, pairs: PairWeights, without_common: bool, draw: np.random.Generator
 ) -> Floats:
     """Cosines between the directions of `m` pairs and of `m` others, for `SPLITS` draws."""
-    count = len(sketches[0])
-    a, b = np.zeros((2, SPLITS, count), dtype=sketches[0].dtype)
+    count = len(pairs.products) // 2
+    a, b = np.zeros((2, SPLITS, count))
     for split in range(SPLITS):
         order = draw.permutation(count)
         a[split, order[:m]], b[split, order[m : 2 * m]] = 1, 1
-    x, y = (directions_of(sets, sketches, without_common) for sets in (a, b))
-    size = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.asarray((x * y).sum(1) / np.where(size > 0, size, math.nan), dtype=np.float64)
+    x, y = (
+        directions_of(sets, pairs.products, pairs.first_order, without_common) for sets in (a, b)
+    )
+    size = np.sqrt(dots(x, pairs.products, x) * dots(y, pairs.products, y))
+    return np.asarray(dots(x, pairs.products, y) / np.where(size > 0, size, math.nan))
 
 
-def directions_of(sets: Floats, sketches: BothSketches, without_common: bool) -> Floats:
-    """The direction of each set of pairs, up to its length; `sets` is (sets, pairs), 1 where a pair
-    is in the set."""
-    chosen, rejected = (sets @ side for side in sketches)
-    direction = chosen - rejected
+def dots(x: Floats, products: Floats, y: Floats) -> Floats:
+    """Inner products of directions, row by row, that are given as sums over answers."""
+    return np.asarray(((x @ products) * y).sum(1))
+
+
+def directions_of(sets: Floats, products: Floats, slopes: Slopes, without_common: bool) -> Floats:
+    """The direction of each set of pairs as a sum over answers, up to its length; `sets` is
+    (sets, pairs), 1 where a pair is in the set."""
+    chosen, rejected = (sets * slope.numpy() for slope in slopes)
+    direction = np.concatenate([chosen, -rejected], axis=1)
     if without_common:
-        common = chosen + rejected
-        square = np.square(common).sum(1, keepdims=True)
-        product = (direction * common).sum(1, keepdims=True)
-        direction = direction - product / np.where(square > 0, square, 1) * common
+        common = np.concatenate([chosen, rejected], axis=1)
+        square = dots(common, products, common)
+        times = dots(direction, products, common) / np.where(square > 0, square, 1)
+        direction = direction - times[:, None] * common
     return np.asarray(direction)
 
 
-def shares_of(sketches: BothSketches, without_common: bool) -> Floats:
+def shares_of(pairs: PairWeights, without_common: bool) -> Floats:
     """Each pair's share of the direction of all: they add up to 1."""
-    chosen, rejected = sketches
-    everything = np.ones((1, len(chosen)), dtype=chosen.dtype)
-    direction = directions_of(everything, sketches, without_common)[0]
-    products = ((chosen - rejected) @ direction).astype(np.float64)
-    return np.asarray(products / (products.sum() or math.nan))
+    count = len(pairs.products) // 2
+    everything = np.ones((1, count))
+    direction = directions_of(everything, pairs.products, pairs.slopes, without_common)[0]
+    own = direction * (pairs.products @ direction)
+    shares = own[:count] + own[count:]
+    return np.asarray(shares / (shares.sum() or math.nan))
 
 
 def pairs_for_half(shares: Floats) -> int | None:

@@ -40,7 +40,8 @@ from prism_select.core.statistics import overlap_of_best, rank_correlation
 from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
 from prism_select.directions.direction_set import mean_direction
-from prism_select.directions.from_pairs import EncodedPairs, direction_of, encode_sides, target_of
+from prism_select.directions.from_pairs import direction_of, target_of
+from prism_select.directions.pair_encoding import EncodedPairs, encode_sides
 from prism_select.directions.preconditioning import fit_curvature
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters

@@ -33,7 +33,12 @@ from prism_select.data.formats import parse_fields
 from prism_select.data.labels import labels_of
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.targets import read_pairs, survey_targets
-from prism_select.directions.from_pairs import EncodedPairs, as_side, encode_sides, refuse_truncated
+from prism_select.directions.pair_encoding import (
+    EncodedPairs,
+    as_side,
+    encode_sides,
+    refuse_truncated,
+)
 from prism_select.evaluation.controls import Sample, run_controls
 from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
 from prism_select.evaluation.past_run import (

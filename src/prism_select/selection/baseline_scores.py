@@ -29,7 +29,7 @@ from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_lo
 from prism_select.core.target_gradient import target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
-from prism_select.directions.from_pairs import EncodedPairs, as_side
+from prism_select.directions.pair_encoding import EncodedPairs, as_side
 from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
 from prism_select.scoring.gradient_norms import with_norms
 from prism_select.selection.rules import round_robin

@@ -20,7 +20,7 @@ from prism_select.core.layers import Direction
 from prism_select.data.encoding import Encoded
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair
-from prism_select.directions.from_pairs import encode_sides
+from prism_select.directions.pair_encoding import encode_sides
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
