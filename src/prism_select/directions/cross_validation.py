@@ -1,0 +1,162 @@
+"""Cross-validation: how well the direction of some pairs ranks the answers of others.
+
+    fold of pairs held out → direction of the other pairs, of length one → scores of the fold's
+    answers, chosen and rejected → AUROC over the answers of all folds
+
+No label of a pool takes part: the pairs themselves say what ranking to expect.
+
+Choices made here:
+- everything follows from the products of answers, so it costs no pass of the model;
+- weights, curvature and common part are those of the pairs that are not held out;
+- a held-out answer is scored as a row is: over its supervised tokens, per token, or by the cosine;
+- folds pool, since each one's direction has length one;
+- the interval resamples groups of pairs, and takes the directions as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prism_select.directions.answer_products import AnswerProducts
+from prism_select.directions.pair_curvature import pair_slopes
+from prism_select.directions.pair_folds import PairGroups, folds_of
+
+__all__ = ["CrossValidation", "Way", "auroc_interval", "cross_validate", "held_out_scores"]
+
+DRAWS = 1000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How pairs become a direction, and how rows are ranked along it, in the words of the
+    options."""
+
+    weighting: str = "prism"
+    anchor: float = 0.0
+    curvature: str = "pairs"
+    damping: float = 0.1
+    common: str = "keep"
+    normalize: str = "none"
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """AUROC of held-out chosen against rejected answers, with its 95% interval; the share of pairs
+    whose chosen answer ranks first; and the scores of held-out answers, by pair, along directions
+    of length one. `by_answers`: no answer is held out and known at once."""
+
+    auroc: float
+    interval: tuple[float, float]
+    paired: float
+    folds: int
+    by_answers: bool
+    chosen: tuple[float, ...]
+    rejected: tuple[float, ...]
+
+
+def cross_validate(
+    products: AnswerProducts,
+    way: Way,
+    groups: PairGroups,
+    seed: int,
+    targets: Sequence[int] | None = None,
+) -> CrossValidation | None:
+    """None where there are too few groups of pairs. `products` are of the chosen answers of all
+    pairs, then of the rejected ones. With `targets`, the target of each pair, the direction is the
+    mean of those of the targets."""
+    folds = folds_of(groups, seed)
+    if not folds:
+        return None
+    scores = held_out_scores(products, way, folds, targets)
+    return validation_of(scores, groups, len(folds), seed)
+
+
+def validation_of(
+    scores: Float[Tensor, " answers"], groups: PairGroups, folds: int, seed: int
+) -> CrossValidation:
+    """From the scores of held-out answers."""
+    chosen, rejected = scores.numpy().reshape(2, -1)
+    above = (chosen[:, None] > rejected) + (chosen[:, None] == rejected) / 2
+    return CrossValidation(
+        float(above.mean()),
+        auroc_interval(above, groups, seed),
+        float(above.diagonal().mean()),
+        folds,
+        groups.by_answers,
+        tuple(map(float, chosen)),
+        tuple(map(float, rejected)),
+    )
+
+
+def auroc_interval(above: Floats, groups: PairGroups, seed: int) -> tuple[float, float]:
+    """95% percentile interval, over groups drawn with replacement. `above` says of each chosen
+    answer whether it scores above each rejected one."""
+    low, high = np.quantile(resampled_aurocs(above, groups, seed), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def resampled_aurocs(above: Floats, groups: PairGroups, seed: int) -> Floats:
+    drawn = np.random.default_rng(seed).multinomial(
+        groups.count, [1 / groups.count] * groups.count, DRAWS
+    )
+    times = drawn[:, groups.of_pairs].astype(np.float64)
+    return np.asarray(((times @ above) * times).sum(1) / times.sum(1) ** 2)
+
+
+def held_out_scores(
+    products: AnswerProducts,
+    way: Way,
+    folds: Sequence[NDArray[np.int64]],
+    targets: Sequence[int] | None = None,
+) -> Float[Tensor, " answers"]:
+    """Of each answer, along the direction of the pairs outside of its fold. NaN for pairs in no
+    fold."""
+    total, count = products.total, len(products.mean_loglik) // 2
+    of_targets = torch.zeros(count, dtype=torch.long) if targets is None else torch.tensor(targets)
+    scores = torch.full((2 * count,), torch.nan, dtype=torch.float64)
+    for fold in folds:
+        out = torch.zeros(count, dtype=torch.bool)
+        out[fold] = True
+        coefficients = torch.zeros(2 * count, dtype=torch.float64)
+        for target in of_targets.unique():
+            (kept,) = torch.nonzero(~out & (of_targets == target), as_tuple=True)
+            answers = torch.cat([kept, count + kept])
+            if len(kept):
+                coefficients[answers] += direction_coefficients(
+                    way, total[answers][:, answers], products.mean_loglik[answers]
+                )
+        along = total @ coefficients / (coefficients @ total @ coefficients).sqrt()
+        held = torch.cat([out, out])
+        scores[held] = along[held]
+    return scores * row_scale(way, products)
+
+
+def row_scale(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
+    """What makes a score of ∇mean_loglik · d."""
+    if way.normalize == "norm":
+        return 1 / products.total.diagonal().sqrt()
+    tokens = products.tokens.double()
+    return torch.ones_like(tokens) if way.normalize == "tokens" else tokens
+
+
+def direction_coefficients(
+    way: Way, products: Float[Tensor, "answers answers"], mean_loglik: Float[Tensor, " answers"]
+) -> Float[Tensor, " answers"]:
+    """v, where the direction is Σ_a v_a ∇mean_loglik(a)."""
+    slope = pair_slopes(
+        way.weighting, way.anchor, way.curvature, way.damping, products, mean_loglik
+    )
+    direction = torch.cat([slope.chosen, -slope.rejected]) / len(slope.chosen)
+    if way.common == "remove":
+        common = torch.cat([slope.chosen, slope.rejected])
+        square = common @ products @ common
+        if square > 0:
+            direction = direction - (direction @ products @ common) / square * common
+    return direction
