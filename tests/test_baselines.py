@@ -14,6 +14,11 @@ import pytest
 import torch
 from conftest import CHATML, build_network, build_tokenizer
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from prism_select.core.likelihood import Batch
@@ -23,8 +28,10 @@ from prism_select.directions.pair_encoding import EncodedPairs
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.options import Amount
+from prism_select.selection import hidden_state_baselines as states
 from prism_select.selection.baseline_scores import Material, Texts
 from prism_select.selection.baselines import BASELINES, COUNT_BASELINES, count_ranking, rank
+from prism_select.selection.hidden_states import own_answers
 from prism_select.selection.rules import OUTCOMES, Rules, choose
 
 ROWS = [
@@ -291,6 +298,202 @@ def test_rds_lets_the_targets_take_their_nearest_rows_in_turn(chat: bool) -> Non
     assert np.argsort(-ranked("rds", material)).tolist() == order
 
 
+def means_of(material: Material, row: Encoded) -> Tensor:
+    """[layer, width]: mean over the answer, by the network's own list of states; what it lists last
+    is normalised, so the last block is not there."""
+    network: Any = material.model.network
+    found = network(input_ids=torch.tensor([row.tokens]), output_hidden_states=True).hidden_states[
+        1:-1
+    ]
+    counted = torch.tensor([False, *row.supervised[1:]])
+    return torch.stack([state[0][counted].mean(0) for state in found])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_states_of_every_layer_are_those_of_rows_read_one_by_one(chat: bool) -> None:
+    material = material_of(chat)
+    for rows, found in (
+        (material.rows, material.pool_states),
+        (material.pairs.rejected, material.pair_states[1]),
+    ):
+        wanted = torch.stack([means_of(material, row) for row in rows], 1)
+        assert found.dtype == np.float32 and len(found) == len(wanted) + 1
+        assert np.abs(found[:-1] - wanted.numpy()).max() < 1e-5 * np.abs(found).max()
+
+
+def planted(seed: int) -> tuple[NDArray[np.float64], ...]:
+    """Chosen and rejected states of 24 pairs and of 60 rows, the first half of the chosen kind,
+    that differ in the third of four layers."""
+    draw = np.random.default_rng(seed)
+    chosen, rejected, rows = (draw.normal(size=(4, count, 30)) for count in (24, 24, 60))
+    direction = draw.normal(size=30) / 30**0.5
+    chosen[2] += 2 * direction
+    rejected[2] -= 2 * direction
+    rows[2] += 2 * direction * np.where(np.arange(60) < 30, 1, -1)[:, None]
+    scale = np.exp(draw.normal(size=30) * 2)
+    return chosen * scale, rejected * scale, rows * scale
+
+
+def test_the_probe_finds_planted_rows_and_their_layer() -> None:
+    for seed in range(5):
+        chosen, rejected, rows = planted(seed)
+        folds = np.array_split(np.arange(24), 8)
+        found = states.choose_probe(chosen, rejected, folds)
+        numbers = states.probe(chosen, rejected, rows, folds)
+        assert found.layer == 2 and found.auroc > 0.9
+        assert roc_auc_score(np.arange(60) < 30, numbers) > 0.93
+        back = states.probe(rejected, chosen, rows, folds)
+        assert np.abs(back + numbers).max() < 1e-3 * np.abs(numbers).max()
+        scaled = states.probe(chosen * 9, rejected * 9, rows * 9, folds)
+        assert np.abs(scaled - numbers).max() < 1e-3 * np.abs(numbers).max()
+
+
+def test_the_probe_is_scikit_learns_at_the_layer_and_strength_of_its_own_search() -> None:
+    chosen, rejected, rows = planted(7)
+    folds = np.array_split(np.arange(24), 8)
+    labels, groups = np.repeat([1, 0], 24), np.tile(np.repeat(np.arange(8), 3), 2)
+    best, wanted = (-1.0, 0.0), np.empty(0)
+    for strength in states.STRENGTHS:
+        for layer in (1, 2, 0, 3):
+            answers = np.concatenate([chosen[layer], rejected[layer]])
+            model = make_pipeline(
+                StandardScaler(), LogisticRegression(C=strength, tol=1e-8, max_iter=10_000)
+            )
+            held = cross_val_predict(
+                model,
+                answers,
+                labels,
+                groups=groups,
+                cv=LeaveOneGroupOut(),
+                method="decision_function",
+            )
+            if (value := roc_auc_score(labels, held)) > best[0]:
+                best = (value, strength)
+                wanted = model.fit(answers, labels).decision_function(rows[layer])
+    found = states.choose_probe(chosen, rejected, folds)
+    assert (found.auroc, found.strength) == pytest.approx(best)
+    assert states.probe(chosen, rejected, rows, folds) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+
+
+def test_equal_layers_and_strengths_leave_the_strongest_penalty_at_the_middle() -> None:
+    chosen = np.random.default_rng(0).normal(size=(5, 8, 4)) + 50
+    for folds in (np.array_split(np.arange(8), 4), []):
+        found = states.choose_probe(chosen, -chosen, folds)
+        assert (found.layer, found.strength) == (2, states.STRENGTHS[0])
+        assert states.choose_vector(chosen, -chosen, folds).layer == 2
+        assert states.choose_vector(chosen, -chosen, folds, lowest=3).layer == 3
+
+
+def test_pairs_turned_at_random_are_at_chance_when_both_answers_are_held_out() -> None:
+    values = []
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        question = 5 * draw.normal(size=(1, 24, 30))
+        chosen, rejected = question + draw.normal(size=(2, 1, 24, 30))
+        values.append(
+            states.choose_vector(chosen, rejected, np.array_split(np.arange(24), 8)).auroc
+        )
+    assert abs(np.mean(values) - 0.5) < 0.06
+
+
+MIDDLE = 1  # of four layers the first of the two nearest
+
+
+def concept_of(material: Material) -> Tensor:
+    """The vector at the middle of the tiny model's layers, of length one."""
+    chosen, rejected = (
+        torch.stack([means_of(material, row)[MIDDLE] for row in rows]).double().mean(0)
+        for rows in material.pairs
+    )
+    return torch.nn.functional.normalize(chosen - rejected, dim=0)
+
+
+def test_vector_filter_is_the_projection_on_the_difference_of_means() -> None:
+    material = material_of(False)
+    with torch.no_grad():
+        vector = concept_of(material)
+        wanted = [float(means_of(material, row)[MIDDLE].double() @ vector) for row in material.rows]
+    assert close(ranked("vector-filter", material), wanted)
+
+
+def test_projection_difference_takes_off_the_models_own_answer() -> None:
+    material = material_of(False)
+    own = own_answers(material.model, material.rows, [], 100, 0)
+    with torch.no_grad():
+        vector = concept_of(material)
+        wanted = [
+            float((means_of(material, row) - means_of(material, other))[MIDDLE].double() @ vector)
+            for row, other in zip(material.rows, own, strict=True)
+        ]
+    assert close(ranked("projection-difference", material), wanted)
+    other_seed = ranked("projection-difference", replace(material, seed=1))
+    assert not close(other_seed, wanted)
+
+
+def test_own_answers_follow_the_prompts_of_rows_and_stop_at_an_end() -> None:
+    material = material_of()
+    ends = range(0, 200, 3)
+    free = own_answers(material.model, material.rows, [], 100, 0)
+    ended = own_answers(material.model, material.rows, ends, 100, 0)
+    for row, long, short in zip(material.rows, free, ended, strict=True):
+        start = row.supervised.index(True)
+        assert long.targets == row.targets and 1 <= short.targets <= row.targets
+        for own in (long, short):
+            assert own.tokens[:start] == row.tokens[:start]
+            assert [*own.supervised] == [place >= start for place in range(len(own.tokens))]
+        assert not any(token in ends for token in short.tokens[start:-1])
+    assert any(
+        len(short.tokens) < len(long.tokens) for long, short in zip(free, ended, strict=True)
+    )
+
+
+def test_own_answers_are_drawn_as_the_model_says() -> None:
+    material = material_of()
+    row = Encoded([0, 9, 11], [False, False, True], False)
+    drawn = own_answers(material.model, [row] * 4000, [], 600, 0)
+    with torch.no_grad():
+        network: Any = material.model.network
+        chances = network(input_ids=torch.tensor([[0, 9]])).logits[0, -1].softmax(-1)
+    counts = torch.tensor([own.tokens[-1] for own in drawn]).bincount(minlength=len(chances))
+    error = (counts / 4000 - chances).abs() / (chances * (1 - chances) / 4000).sqrt()
+    assert error[chances > 0.002].max() < 5
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+def test_concept_influence_is_an_inner_product_with_autograds_gradient(layers: str) -> None:
+    material = material_of(layers=layers)
+    weights = list(material.weights.values())
+    layer = {"all": MIDDLE, "late": 2}[layers]  # late are the parameters of layers 2 and 3
+    chosen, rejected = (
+        of_side[layer].astype(np.float64).mean(0) for of_side in material.pair_states
+    )
+    vector = torch.tensor((chosen - rejected) / np.linalg.norm(chosen - rejected))
+    total = torch.zeros(())
+    for weight in weights:
+        weight.requires_grad_(True)
+    for row in material.pairs.chosen:
+        network: Any = material.model.network
+        output = list[Tensor]()
+        hook = network.model.layers[layer].register_forward_hook(
+            lambda block, inputs, found, output=output: output.append(found)
+        )
+        network(input_ids=torch.tensor([row.tokens]))
+        hook.remove()
+        counted = torch.tensor([False, *row.supervised[1:]])
+        total = total + output[0][0, counted].mean(0).double() @ vector
+    parts = torch.autograd.grad(total / len(PAIRS), weights, allow_unused=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+    direction = torch.cat(
+        [
+            (torch.zeros_like(weight) if part is None else part).flatten()
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+    ).double()
+    wanted = [float(gradient(material, row) @ direction) for row in material.rows]
+    assert close(ranked("concept-influence", material), wanted)
+
+
 def pair_weights(material: Material, name: str) -> list[tuple[float, float]]:
     """Of the chosen and of the rejected answer of each pair."""
     gaps = [
@@ -395,6 +598,10 @@ def test_baselines_that_only_read_share_one_pass_over_the_pool() -> None:
         "loss-mid": 0,
         "ifd": len(ROWS),
         "rds": len(PAIRS),
+        "probe": len(ROWS) + 2 * len(PAIRS),
+        "vector-filter": 0,
+        "projection-difference": len(ROWS),
+        "concept-influence": 1 + len(PAIRS) + len(ROWS),
     }.items():
         before = model.read
         ranked(name, material)

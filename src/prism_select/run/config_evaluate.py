@@ -34,9 +34,10 @@ class EvaluateConfig(Options):
     against: Annotated[
         str,
         "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, "
-        "loss-mid, ifd, rds, less, uniform, hard, unpaired, contrast. In select each fills the "
-        "same number of supervised tokens, in repair each loses as many rows; everything is the "
-        "whole pool, in as many steps; random-priced trains for as much longer as scoring took.",
+        "loss-mid, ifd, rds, less, probe, vector-filter, projection-difference, "
+        "concept-influence, uniform, hard, unpaired, contrast. In select each fills the same "
+        "number of supervised tokens, in repair each loses as many rows; everything is the whole "
+        "pool, in as many steps; random-priced trains for as much longer as scoring took.",
     ] = "random,length,everything"
     seeds: Annotated[
         int, "Trainings of each method: adapter, order of rows and random rows differ."

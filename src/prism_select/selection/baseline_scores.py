@@ -5,7 +5,8 @@
 
 Choices made here:
 - the rows of the pool and of the target are in memory, encoded: nothing is streamed;
-- one pass over the pool serves every baseline that reads losses or states;
+- one pass over the pool serves every baseline that reads losses or the last states, and another
+  one all that read the states of every layer (hidden_states.py);
 - gradients are exact, of the selected parameters, and come from the engine `reverse`;
 - all pairs are one target.
 """
@@ -30,13 +31,17 @@ from prism_select.core.target_gradient import target_gradient
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
 from prism_select.directions.pair_encoding import EncodedPairs, as_side
+from prism_select.run.errors import BadOption
 from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
 from prism_select.scoring.gradient_norms import with_norms
+from prism_select.selection import hidden_state_baselines as states
+from prism_select.selection.hidden_states import answer_states, layers_of, own_answers
 from prism_select.selection.rules import round_robin
 
 __all__ = ["Floats", "Material", "Texts"]
 
 Floats: TypeAlias = NDArray[np.float64]
+States: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,8 @@ class Material(Texts):
     """The same rows with a model to read them.
 
     `pairs` are the target's chosen and rejected answers, whose numbers may differ for `contrast`
-    alone. `prefix` is what the tokenizer puts before every text (`Encoder.prefix`).
+    alone. `prefix` is what the tokenizer puts before every text (`Encoder.prefix`), `ends` are the
+    tokens that end an answer, and `folds` the pairs that are held out together.
     """
 
     model: LanguageModel
@@ -67,6 +73,8 @@ class Material(Texts):
     rows: Sequence[Encoded]
     pairs: EncodedPairs
     prefix: Sequence[int] = ()
+    ends: Sequence[int] = ()
+    folds: Sequence[NDArray[np.int64]] = ()
     batch_tokens: int = 512
     engine: str = "reverse"
 
@@ -78,6 +86,32 @@ class Material(Texts):
     def pool_pass(self) -> tuple[Floats, Float[Tensor, "rows width"]]:
         """Losses and mean states of the pool, from one pass that all baselines share."""
         return self.forward_pass(self.rows)
+
+    @cached_property
+    def pool_states(self) -> States:
+        return self.states(self.rows)
+
+    @cached_property
+    def pair_states(self) -> tuple[States, States]:
+        return self.states(self.pairs.chosen), self.states(self.pairs.rejected)
+
+    @cached_property
+    def own_states(self) -> States:
+        """Of the model's own answers to the prompts of the pool."""
+        own = own_answers(self.model, self.rows, self.ends, self.batch_tokens, self.seed)
+        return self.states(own)
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[Encoded]) -> States:
+        """[layer, row, width]: mean hidden states over the supervised tokens."""
+        layers, order = layers_of(self.model.network), list[int]()
+        means: list[list[Tensor]] = [[] for _ in layers]
+        for indices, batch in self.batches(rows):
+            order += indices
+            for of_layer, mean in zip(means, answer_states(self.model, batch, layers), strict=True):
+                of_layer.append(mean.float().cpu())
+        back = torch.tensor(order).argsort()
+        return torch.stack([torch.cat(of_layer)[back] for of_layer in means]).numpy()
 
     def forward_pass(self, rows: Sequence[Encoded]) -> tuple[Floats, Float[Tensor, "rows width"]]:
         """Of each row the mean loss per supervised token, and the position-weighted mean of the
@@ -220,6 +254,45 @@ def less(material: Material) -> Floats:
     tokens. Exact, at one checkpoint: without LESS's random projection, its warm-up and its Adam
     moments. The authors' code was not compared. A row without a gradient gets 0."""
     return material.cosines(material.direction("unpaired"))
+
+
+def probe(material: Material) -> Floats:
+    return states.probe(*material.pair_states, material.pool_states, material.folds)
+
+
+def vector_filter(material: Material) -> Floats:
+    return states.vector_filter(*material.pair_states, material.pool_states, material.folds)
+
+
+def projection_difference(material: Material) -> Floats:
+    return states.projection_difference(
+        *material.pair_states, material.pool_states, material.own_states, material.folds
+    )
+
+
+def concept_influence(material: Material) -> Direction:
+    """The gradient of the mean projection of the target's chosen answers on the concept vector, at
+    the best layer of those that the selected parameters reach.
+
+    Concept Influence (arXiv 2602.14869) with flat curvature and the row's summed log-likelihood.
+    Raises BadOption where no parameter reaches a layer.
+    """
+    layers, total = layers_of(material.model.network), zero_sum(material.weights)
+    chosen = material.pairs.chosen
+    with differentiable(material.weights):
+        first = answer_states(material.model, collate(chosen[:1], material.device), layers)
+        reached = [layer for layer, mean in enumerate(first) if mean.requires_grad]
+        if not reached:
+            raise BadOption(
+                "concept-influence: no selected parameter is in a block; widen --layers"
+            )
+        concept = states.choose_vector(*material.pair_states, material.folds, min(reached))
+        vector = torch.tensor(concept.linear.weight, device=material.device)
+        for _, batch in material.batches(chosen):
+            (mean,) = answer_states(material.model, batch, [layers[concept.layer]])
+            (mean @ vector.to(mean)).sum().backward()
+            add_gradients(total, material.weights)
+    return {name: value / len(chosen) for name, value in total.items()}
 
 
 def uniform(material: Material) -> Direction:

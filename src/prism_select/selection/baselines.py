@@ -21,12 +21,14 @@ from prism_select.data.encoding import Encoded
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair
 from prism_select.directions.pair_encoding import encode_sides
+from prism_select.directions.pair_folds import folds_of, groups_of
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.selection import baseline_scores as scores
 from prism_select.selection.baseline_scores import Floats, Material, Texts
+from prism_select.selection.hidden_states import end_tokens
 
 __all__ = [
     "BASELINES",
@@ -108,6 +110,26 @@ BASELINES: Mapping[str, Baseline] = {
         summary="cosine of the row's gradient and that of the target's chosen answers",
         source="Xia et al. 2024, arXiv 2402.04333 (LESS)",
         rank=scores.less,
+    ),
+    "probe": Baseline(
+        summary="logistic regression of chosen against rejected answers on mean hidden states",
+        source="linear probes, Alain and Bengio 2016, arXiv 1610.01644",
+        rank=scores.probe,
+    ),
+    "vector-filter": Baseline(
+        summary="mean hidden state along the mean chosen minus the mean rejected one",
+        source="Kowal et al. 2026, arXiv 2602.14869",
+        rank=scores.vector_filter,
+    ),
+    "projection-difference": Baseline(
+        summary="the same, minus that of the model's own answer to the row's prompt",
+        source="Chen et al. 2025, arXiv 2507.21509, of single samples",
+        rank=scores.projection_difference,
+    ),
+    "concept-influence": Baseline(
+        summary="∇loglik · the gradient of the chosen answers' projection on that vector",
+        source="Kowal et al. 2026, arXiv 2602.14869, with flat curvature",
+        direction=scores.concept_influence,
     ),
     "uniform": Baseline(
         summary="PRISM's score with every pair weighted alike",
@@ -196,6 +218,8 @@ def rankings(
         rows=rows,
         pairs=encode_sides(pairs, encoder),
         prefix=encoder.prefix,
+        ends=end_tokens(loaded.model.network, encoder.tokenizer),
+        folds=folds_of(groups_of(pairs), config.seed),
         batch_tokens=config.tokens_on(loaded.model.device.type),
         engine=config.first_engine,
     )
