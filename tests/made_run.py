@@ -32,7 +32,16 @@ TARGET = {
     "mean_tokens_rejected": 5.0,
     "token_overlap": 0.5,
     "pairs_for_half_of_direction": 5,
-    "covered_share": 1.0,
+    "cross_validation": {
+        "auroc": 0.8,
+        "interval": [0.7, 0.9],
+        "paired": 0.85,
+        "folds": 8,
+        "by_answers": True,
+        "curvature": "pairs",
+        "planted_recall": 0.5,
+        "planted_interval": [0.3, 0.7],
+    },
     "dominant_pairs": [{"pair": 1, "share": 0.2}],
 }
 CONTROLS = [

@@ -348,6 +348,29 @@ def test_the_probe_finds_planted_rows_and_their_layer() -> None:
         assert np.abs(scaled - numbers).max() < 1e-3 * np.abs(numbers).max()
 
 
+@pytest.mark.parametrize("name", ["probe", "vector-filter"])
+def test_rows_of_a_planted_kind_come_first_and_with_exchanged_pairs_last(name: str) -> None:
+    encoder, whole, draw = encoder_of(False), material_of(), np.random.default_rng(0)
+    kinds = ["Rome Paris France Italy capital".split(), "go away no way polite".split()]
+    noise = "two three five water boils and then it".split()
+
+    def answer(kind: int) -> Encoded:
+        words = [*draw.choice(kinds[kind], 2), *draw.choice(noise, 6)]
+        return encoder.encode(example_of("Say it", " ".join(draw.permutation(words))))
+
+    pairs = EncodedPairs([answer(0) for _ in range(24)], [answer(1) for _ in range(24)])
+    material = replace(
+        whole,
+        rows=[answer(row % 2) for row in range(40)],
+        pairs=pairs,
+        folds=np.array_split(np.arange(24), 8),
+    )
+    numbers = ranked(name, material)
+    assert roc_auc_score(np.arange(40) % 2 == 0, numbers) > 0.9
+    back = ranked(name, replace(material, pairs=EncodedPairs(*pairs[::-1])))
+    assert np.abs(back + numbers).max() < 1e-3 * np.abs(numbers).max()
+
+
 def test_the_probe_is_scikit_learns_at_the_layer_and_strength_of_its_own_search() -> None:
     chosen, rejected, rows = planted(7)
     folds = np.array_split(np.arange(24), 8)

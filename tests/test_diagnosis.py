@@ -6,78 +6,24 @@ import math
 import numpy as np
 import pytest
 import torch
-import transformers
 from tiny import Tiny, batch_of, pairs_of
-from torch import Tensor
 
 from prism_select.core.engines import reverse
-from prism_select.core.gradients import differentiable, dot, norm, take_gradients
-from prism_select.core.layers import Parameters
-from prism_select.core.likelihood import Batch, LanguageModel, backward
+from prism_select.core.gains import Slopes, slopes
+from prism_select.core.gradients import dot, norm
+from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import Side, Target, target_gradient
+from prism_select.directions.answer_products import answer_products
 from prism_select.directions.common_part import common_of, common_part, without_common
-from prism_select.directions.gradient_sketch import Sketcher
-from prism_select.directions.pair_diagnostics import Diagnosis, diagnose, overlap, pairs_to_agree
-from prism_select.models.causal_lm import CausalLM
+from prism_select.directions.pair_diagnostics import (
+    Diagnosis,
+    PairWeights,
+    diagnose,
+    overlap,
+    pairs_to_agree,
+)
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.polarity import Polarity
-
-
-def sketched(
-    model: LanguageModel, sides: tuple[Side, Side], layers: str = "all"
-) -> tuple[Sketcher, Target, Parameters]:
-    weights = select_parameters(model.network, layers)
-    sketcher = Sketcher(model.network, weights, len(sides[0].order), 0)
-    with sketcher.open() as observe:
-        target = target_gradient(model, weights, sides, "prism", 0.0, observe)
-    return sketcher, target, weights
-
-
-def pair_gradients(
-    model: LanguageModel, weights: Parameters, side: Side, slope: Tensor, covered: set[str]
-) -> Tensor:
-    """The slow way: each pair's part of one half by itself, over the parameters that sketches
-    cover."""
-    rows: list[Tensor] = [torch.zeros(0)] * len(side.order)
-    order = iter(side.order)
-    for batch in side.batches:
-        for i in range(len(batch)):
-            pair, row = next(order), batch.rows(slice(i, i + 1))
-            with differentiable(weights):
-                backward(model, row, slope[pair : pair + 1] / len(slope) / row.counts)
-                gradient = dict(take_gradients(weights))
-                rows[pair] = torch.cat(
-                    [gradient[n].flatten().double() for n in gradient if n in covered]
-                )
-    return torch.stack(rows)
-
-
-def gpt2() -> CausalLM:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    return CausalLM(transformers.GPT2LMHeadModel(config))
-
-
-@pytest.mark.parametrize("make", [Tiny, gpt2], ids=["linear, tied", "Conv1D"])
-def test_sketches_have_the_inner_products_of_the_gradients(make: type[Tiny]) -> None:
-    """Tied weights are one weight, and a head that runs in chunks is one head."""
-    model, sides = make(), pairs_of(12)
-    sketcher, target, weights = sketched(model, sides)
-    covered = set(sketcher.offsets)
-    for side, name in zip(sides, ("chosen", "rejected"), strict=True):
-        exact = pair_gradients(model, weights, side, target.weight, covered)
-        small = sketcher.sketches[name].double()
-        error = (small @ small.T - exact @ exact.T).norm() / (exact @ exact.T).norm()
-        assert error < 0.1, (name, error)
-    assert 0.5 < sketcher.covered_share <= 1
-    assert all(not module._forward_hooks for module in model.network.modules())
-
-
-def test_the_direction_is_the_same_with_and_without_sketches() -> None:
-    model, sides = Tiny(), pairs_of(6)
-    _, target, weights = sketched(model, sides)
-    plain = target_gradient(model, weights, sides, "prism")
-    assert all(torch.equal(target.direction[name], plain.direction[name]) for name in weights)
 
 
 def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None:
@@ -89,12 +35,14 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
 
     order = list(range(8))
     sides = Side(repeated(chosen, 8), order), Side(repeated(rejected, 8), order)
-    sketcher, target, _ = sketched(model, sides)
-    diagnosis = diagnosed(
-        sketcher.sketches["chosen"].double().numpy(),
-        sketcher.sketches["rejected"].double().numpy(),
-        target=target,
-    )
+    weights = select_parameters(model.network, "all")
+    target = target_gradient(model, weights, sides, "prism")
+    answers = Side([*sides[0].batches, *sides[1].batches], list(range(16)))
+    slope = slopes("prism", target.mean_loglik_chosen, target.mean_loglik_rejected)
+    products = answer_products(model, weights, answers).total.numpy()
+    tokens = [[1, 2, 3]] * 8
+    pairs = PairWeights(products, slope, slope)
+    diagnosis = diagnose(target, pairs, (tokens, tokens), False, 0)
     assert diagnosis.split_half_agreement == pytest.approx(1, abs=1e-6)
     assert np.allclose(diagnosis.shares, 1 / 8, atol=1e-6)
     assert diagnosis.pairs_for_half_agreement == 2
@@ -115,7 +63,13 @@ def diagnosed(
     target = target or Target(
         {"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(count)
     )
-    return diagnose(target, (chosen, rejected), (tokens, tokens), 1.0, without_common, 0)
+    return diagnose(target, weighted(chosen, rejected), (tokens, tokens), without_common, 0)
+
+
+def weighted(chosen: np.ndarray, rejected: np.ndarray) -> PairWeights:
+    """Pairs that count alike, from the gradients of their answers."""
+    answers, ones = np.concatenate([chosen, rejected]), torch.ones(len(chosen)).double()
+    return PairWeights(answers @ answers.T, Slopes(ones, ones), Slopes(ones, ones))
 
 
 @pytest.mark.parametrize("kappa", [3.0, 20.0, 100.0])
@@ -166,12 +120,7 @@ def test_a_pair_of_large_share_is_named() -> None:
     assert any("18 (" in line for line in diagnosis.in_words(Polarity()))
 
 
-def test_a_large_target_is_diagnosed_without_a_table_of_pairs_by_pairs() -> None:
-    pairs = np.random.default_rng(5).normal(size=(3_000, 64)).astype(np.float32)
-    assert -0.1 < diagnosed(pairs, np.zeros_like(pairs)).split_half_agreement < 0.1
-
-
-def test_without_a_matrix_there_is_nothing_to_say() -> None:
+def test_without_a_gradient_there_is_nothing_to_say() -> None:
     diagnosis = diagnosed(np.zeros((20, 0)), np.zeros((20, 0)))
     assert diagnosis.pairs_for_half_of_direction is None and math.isnan(
         diagnosis.split_half_agreement
@@ -182,7 +131,8 @@ def test_without_a_matrix_there_is_nothing_to_say() -> None:
 def test_the_longer_side_is_named_as_the_target_file_names_it() -> None:
     pairs, means = np.ones((12, 4)), torch.zeros(12, dtype=torch.float64)
     target = Target({"w": torch.ones(1)}, {"w": torch.zeros(1)}, means, means, torch.ones(12))
-    diagnosis = diagnose(target, (pairs, 0 * pairs), ([[1, 2, 3]] * 12, [[1]] * 12), 1.0, False, 0)
+    tokens = [[1, 2, 3]] * 12, [[1]] * 12
+    diagnosis = diagnose(target, weighted(pairs, 0 * pairs), tokens, False, 0)
     assert any(
         "the chosen answer is the longer one in 100%" in line
         for line in diagnosis.in_words(Polarity())

@@ -9,8 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import jsonl, prism, save_model
-from test_engines import ARCHITECTURES, network_of
-from test_engines import V as VOCABULARY
 from tiny import Tiny, pairs_of
 from torch import Tensor
 
@@ -18,10 +16,9 @@ from prism_select.core.gains import slopes
 from prism_select.core.gradients import dot, minus, norm
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch
-from prism_select.core.target_gradient import Side, Target, target_gradient
-from prism_select.directions import pair_products as pair_products_module
-from prism_select.directions.pair_curvature import divide_by_pairs, pair_coefficients
-from prism_select.directions.pair_products import pair_products
+from prism_select.core.target_gradient import Side, Target, target_gradient, weighted_gradient
+from prism_select.directions.answer_products import answer_products
+from prism_select.directions.pair_curvature import pair_coefficients, pair_slopes
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.config import DirectionOptions
 
@@ -33,10 +30,23 @@ def options(weighting: str = "prism", anchor: float = 0.0) -> DirectionOptions:
     return DirectionOptions(**settings)
 
 
-def divided(model: Tiny, sides: Sides, config: DirectionOptions, damping: float) -> Target:
-    weights = select_parameters(model.network, "all")
-    target = target_gradient(model, weights, sides, config.weighting, config.anchor)
-    return divide_by_pairs(config, model, weights, sides, target, damping).target
+def divided(
+    model: Tiny,
+    sides: Sides,
+    config: DirectionOptions,
+    damping: float,
+    weights: Parameters | None = None,
+) -> Target:
+    weights = weights or select_parameters(model.network, "all")
+    count = len(sides[0].order)
+    order = [*sides[0].order, *(count + pair for pair in sides[1].order)]
+    answers = Side([*sides[0].batches, *sides[1].batches], order)
+    found = answer_products(model, weights, answers)
+    slope = pair_slopes(
+        config.weighting, config.anchor, "pairs", damping, found.total, found.mean_loglik
+    )
+    means = found.mean_loglik[:count], found.mean_loglik[count:]
+    return weighted_gradient(model, weights, sides, means, slope)
 
 
 def flat(direction: Direction) -> Tensor:
@@ -88,14 +98,10 @@ def test_the_direction_is_that_of_a_dense_solve(
     mu = damping * (pi * differences.square().sum(1)).mean() / count
     exact = torch.linalg.solve(moment + mu * torch.eye(size, dtype=pi.dtype), pi @ differences)
     exact /= count
-    result = divide_by_pairs(config, model, weights, sides, target, damping)
-    found = result.target
+    found = divided(model, sides, config, damping, weights)
     alpha = pair_coefficients(differences @ differences.T, pi, damping)
     assert norm_of(flat(found.direction) - exact) < 1e-9 * norm_of(exact)
     assert norm_of(flat(found.chosen) - alpha @ chosen) < 1e-9 * norm_of(alpha @ chosen)
-    gradient = pi @ differences
-    cosine = float(gradient @ exact / (norm_of(gradient) * norm_of(exact)))
-    assert result.cosine == pytest.approx(cosine, rel=1e-9)
 
 
 def norm_of(values: Tensor) -> float:
@@ -156,36 +162,6 @@ def test_a_pair_without_weight_has_no_coefficient() -> None:
     without = pair_coefficients(three @ three.T, weight[[0, 2, 3]], 0.1 * 3 / 4)
     assert alpha[1] == 0
     assert torch.allclose(alpha[[0, 2, 3]], without, rtol=1e-10)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_products_are_exact_however_few_numbers_are_held_at_once(
-    tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, sides = Tiny(tied=tied), pairs_of(6)
-    weights = select_parameters(model.network, "all")
-    chosen, rejected = (
-        torch.stack([mean_gradient(model, weights, row) for row in rows_of(side)]) for side in sides
-    )
-    ratio = torch.linspace(0, 1.5, 6, dtype=torch.float64)
-    differences = chosen - ratio[:, None] * rejected
-    exact = differences @ differences.T
-    for factors, formed in ((2**30, 2**26), (2**14, 2**9)):
-        monkeypatch.setattr(pair_products_module, "FACTORS", factors)
-        monkeypatch.setattr(pair_products_module, "FORMED", formed)
-        found = pair_products(model, weights, sides, ratio.tolist())
-        assert torch.allclose(found, exact, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_products_are_those_of_autograd_on_other_architectures(name: str) -> None:
-    model = network_of(name)
-    weights = select_parameters(model.network, "all")
-    sides = pairs_of(3, vocabulary=VOCABULARY)
-    found = pair_products(model, weights, sides, [1.0, 0.5, 0.0])
-    differences = pair_products_module._differences(model, weights, sides, [1.0, 0.5, 0.0])
-    exact = (differences @ differences.T).double()
-    assert torch.allclose(found, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
 PAIRS: list[dict[str, object]] = [

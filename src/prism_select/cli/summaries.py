@@ -37,9 +37,12 @@ SHOWN_TARGETS = 8
 def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -> dict[str, str]:
     """The table of score, select and repair: rows, pairs, choice, computation, files."""
     target, engine, choice = manifest["target"], manifest["engine"], manifest["choice"]
-    rows = _counts(manifest["counts"])
+    rows = dict[str, str]()
     if "pairs" in target:
-        rows |= _pairs(target, Polarity.of_manifest(manifest))
+        rows = _pairs(target, Polarity.of_manifest(manifest))
+    rows = {name: rows.pop(name) for name in ["held-out pairs"] if name in rows} | (
+        _counts(manifest["counts"]) | rows
+    )
     if "cosines" in target:
         rows |= _targets(target)
     if manifest["command"] != "score" and len(choice["sources"]) > 1:
@@ -146,9 +149,10 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     """The diagnosis of the pairs: `target` of the manifest."""
     toward, away = polarity.toward, polarity.away
     rows = {
+        "held-out pairs": _held_out(target, toward),
         "pairs": f"{target['pairs']}, mean preference for the {toward} "
         f"{target['mean_preference']:.3f}, above one half in {target['preferred_share']:.0%}, "
-        f"{target['effective_pairs']:.1f} effective"
+        f"{target['effective_pairs']:.1f} effective",
     }
     if target["split_half_agreement"] is not None:
         low, high = target["agreement_spread"]
@@ -167,6 +171,27 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
         f"{toward} longer in {target['chosen_longer_share']:.0%}"
     )
     return rows
+
+
+def _held_out(target: Mapping[str, Any], toward: str) -> str:
+    """What ranking to expect, from cross-validation on the pairs."""
+    found = target.get("cross_validation")
+    if not found:
+        return "too few questions for cross-validation"
+    low, high = found["interval"]
+    words = (
+        f"AUROC {found['auroc']:.2f} [{low:.2f}, {high:.2f}], the {toward} answer first in "
+        f"{found['paired']:.0%}: expect a ranking of about that quality"
+    )
+    if "planted_recall" in found:
+        low, high = found["planted_interval"]
+        words += (
+            f"; the budget would take {found['planted_recall']:.0%} [{low:.0%}, {high:.0%}] of "
+            f"their {toward} answers"
+        )
+    if not found["by_answers"]:
+        words += "; answers repeat, so new ones may rank worse"
+    return words
 
 
 def _targets(target: Mapping[str, Any]) -> dict[str, str]:

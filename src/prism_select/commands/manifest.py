@@ -15,6 +15,8 @@ from importlib.metadata import version
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
 from prism_select.core.check import tolerance
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
@@ -22,11 +24,12 @@ from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.run.polarity import Polarity
-from prism_select.run.thresholds import CONFLICTING_COSINE
+from prism_select.run.thresholds import CHANCE_AUROC, CONFLICTING_COSINE
 from prism_select.scoring.cost_plan import Plan
 from prism_select.scoring.engine_choice import EngineCheck
 from prism_select.selection.cascade import Search
 from prism_select.selection.choice import Chosen
+from prism_select.selection.figures import planted_recall
 
 __all__ = ["RunRecord", "manifest_of", "pair_warnings", "pairs_entry"]
 
@@ -55,6 +58,7 @@ class RunRecord:
 def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set, model = record.directions.direction_set, record.loaded.model
     polarity = Polarity.of_config(config)
+    target = _target_entry(config, record)
     return {
         "prism_version": version("prism-select"),
         "versions": {
@@ -73,7 +77,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
             "counted_weights": list(direction_set.weights),
         },
         "score": _score_entry(config, polarity),
-        "target": pairs_entry(direction_set) or {"direction": config.direction},
+        "target": target,
         **_optional_entries(record),
         "engine": _engine_entry(record),
         "counts": dict(record.chosen.counts),
@@ -90,12 +94,37 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
             *record.input_warnings,
             *record.loaded.warnings,
             *pair_warnings(direction_set, polarity),
+            *planted_warnings(target, record.chosen.counts),
             *_unreached_warnings(direction_set),
             *_repeat_warnings(record.engine),
             *_prediction_warnings(record.scores.search),
             *record.chosen.warnings,
         ],
     }
+
+
+def _target_entry(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
+    direction_set = record.directions.direction_set
+    entry = pairs_entry(direction_set) or {"direction": config.direction}
+    if found := entry.get("cross_validation"):
+        found["curvature"] = "pairs" if config.curvature == "pairs" else "flat"
+    if found and direction_set.overall and direction_set.overall.cross_validation:
+        length = 1.0 if config.normalize == "norm" else direction_set.length
+        scores = length * np.array(direction_set.overall.cross_validation.chosen)
+        found |= planted_recall(scores, record.chosen.cutoff)
+    return entry
+
+
+def planted_warnings(target: Mapping[str, Any], counts: Mapping[str, int]) -> list[str]:
+    """A warning where the budget takes no more of the held-out chosen answers than of any rows."""
+    found = target.get("cross_validation") or {}
+    chance = counts.get("selected", 0) / max(1, counts.get("scored", 1))
+    if found.get("planted_recall", 1.0) > chance:
+        return []
+    return [
+        f"of held-out chosen answers the budget would take {found['planted_recall']:.0%}, no more "
+        f"than of any rows ({chance:.0%}): this direction does not find answers like them"
+    ]
 
 
 def _adapter_state(config: ScoreConfig, loaded: LoadedModel) -> str | None:
@@ -162,6 +191,14 @@ def _diagnosis_entry(pairs: PairDiagnosis) -> dict[str, Any]:
     entry = asdict(pairs.diagnosis)
     shares = entry.pop("shares")
     dominant = pairs.diagnosis.dominant[:SHOWN]
+    found = pairs.cross_validation
+    entry["cross_validation"] = found and {
+        "auroc": found.auroc,
+        "interval": list(found.interval),
+        "paired": found.paired,
+        "folds": found.folds,
+        "by_answers": found.by_answers,
+    }
     entry["dominant_pairs"] = [{"pair": i + 1, "share": shares[i]} for i in dominant]
     return entry
 
@@ -173,7 +210,7 @@ def pair_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
     warnings += [
         f"target {name}: {line}" if several else line
         for name, pairs in direction_set.diagnoses.items()
-        for line in pairs.diagnosis.in_words(polarity)
+        for line in [*chance_warnings(pairs), *pairs.diagnosis.in_words(polarity)]
     ]
     for (a, first), (b, second) in combinations(enumerate(direction_set.diagnoses), 2):
         cosine = direction_set.cosines[a][b]
@@ -183,6 +220,17 @@ def pair_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
                 f"{cosine:.2f}"
             )
     return warnings
+
+
+def chance_warnings(pairs: PairDiagnosis) -> list[str]:
+    found = pairs.cross_validation
+    if not found or found.interval[0] > CHANCE_AUROC:
+        return []
+    low, high = found.interval
+    return [
+        f"held-out pairs are ranked at chance (AUROC {found.auroc:.2f} [{low:.2f}, {high:.2f}]): "
+        "expect no more of the pool; give more or nearer pairs, or another model"
+    ]
 
 
 def _unreached_warnings(direction_set: DirectionSet) -> list[str]:

@@ -29,6 +29,7 @@ from prism_select.run.errors import BadOption, RunMismatch
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
 from prism_select.selection.choice import Chosen, choose_and_write
+from prism_select.selection.figures import planted_recall
 from prism_select.selection.ranking_columns import rank_rows, with_ranking
 from prism_select.selection.rules import budget_limit
 
@@ -61,6 +62,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         if (earlier.path / name).exists():
             store.write(name, (earlier.path / name).read_bytes())
     seconds = time.perf_counter() - start
+    manifest = {**manifest, "target": target_entry(manifest, earlier, chosen)}
     store.write_json("manifest.json", new_manifest(config, manifest, chosen, seconds))
     store.drop_shards()
     return Run(store.path)
@@ -136,6 +138,16 @@ def ranking_without_model(config: SelectConfig, earlier: Run) -> NDArray[np.floa
     sources = [name or "" for name in scores["source"].to_pylist()]
     tokens = np.nan_to_num(scores["tokens"].to_numpy()).astype(np.int64)
     return count_ranking(config.rank_by, sources, tokens, config.seed)
+
+
+def target_entry(manifest: Mapping[str, Any], earlier: Run, chosen: Chosen) -> dict[str, Any]:
+    """That of the earlier run, with the planted recall of this choice."""
+    target = dict(manifest["target"])
+    if found := target.get("cross_validation"):
+        scores = pq.read_table(earlier.path / "pairs.parquet")["held_out_chosen"].to_numpy()
+        kept = {key: value for key, value in found.items() if not key.startswith("planted")}
+        target["cross_validation"] = kept | planted_recall(scores, chosen.cutoff)
+    return target
 
 
 def new_manifest(

@@ -11,10 +11,9 @@ Choices made here:
   the direction to the last bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -25,11 +24,7 @@ from prism_select.core.gradients import add_gradients, differentiable, minus, ze
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
-__all__ = ["Observe", "Side", "Target", "pair_logliks", "target_gradient", "weighted_gradient"]
-
-Observe: TypeAlias = Callable[[str, Sequence[int]], Callable[[Tensor], None]]
-"""`observe(side, pairs)` runs before a backward pass and gets the pairs of its rows. It returns the
-`on_rows` of core/likelihood.py, which gets the row that each gradient belongs to."""
+__all__ = ["Side", "Target", "pair_logliks", "target_gradient", "weighted_gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +73,12 @@ def target_gradient(
     sides: tuple[Side, Side],
     weighting: str,
     anchor: float = 0.0,
-    observe: Observe = lambda side, pairs: lambda rows: None,
 ) -> Target:
     """`sides` are the chosen and the rejected answers of the pairs. Memory: two copies of the
     selected parameters in float32."""
     means = pair_logliks(model, sides[0]), pair_logliks(model, sides[1])
     slope = slopes(weighting, *means, anchor)
-    return weighted_gradient(model, weights, sides, means, slope, observe)
+    return weighted_gradient(model, weights, sides, means, slope)
 
 
 def weighted_gradient(
@@ -93,17 +87,16 @@ def weighted_gradient(
     sides: tuple[Side, Side],
     means: tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]],
     slope: Slopes,
-    observe: Observe = lambda side, pairs: lambda rows: None,
 ) -> Target:
     """The halves for any weights of the two answers, whose mean log-likelihoods are `means`."""
     halves = zero_sum(weights), zero_sum(weights)
     with differentiable(weights):
-        for name, side, weight, total in zip(slope._fields, sides, slope, halves, strict=True):
+        for side, weight, total in zip(sides, slope, halves, strict=True):
             if not weight.any():
                 continue
             mean_weight = weight / len(weight)
             for batch, pairs in side:
                 scale = mean_weight[pairs].to(batch.tokens.device) / batch.counts
-                backward(model, batch, scale, observe(name, pairs))
+                backward(model, batch, scale)
                 add_gradients(total, weights)
     return Target(halves[0], halves[1], means[0], means[1], slope.chosen)

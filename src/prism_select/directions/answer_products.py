@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prism_select.core.blocks import block_of
 from prism_select.core.gradients import differentiable, take_gradients, wide_dtype
@@ -56,9 +57,9 @@ OTHERS = 2**28  # numbers of all answers' gradients in other parameters
 
 @dataclass(frozen=True)
 class AnswerProducts:
-    """`blocks` are by the number of the block in the stack, "" for parameters outside of it;
-    `mean_loglik` in nats per token; `tokens` counts supervised tokens. All in float64 on the CPU.
-    """
+    """`blocks` are by the number of the block in the stack, "" for parameters outside of it (and for
+    all, where products are not exact); `mean_loglik` in nats per token; `tokens` counts supervised
+    tokens. All in float64 on the CPU."""
 
     blocks: Mapping[str, Float[Tensor, "answers answers"]]
     mean_loglik: Float[Tensor, " answers"]
@@ -96,7 +97,8 @@ class Factors(NamedTuple):
 def answer_products(model: LanguageModel, weights: Parameters, side: Side) -> AnswerProducts:
     """`side` holds the answers of both sides of the pairs; its order numbers them."""
     collection = Collection(model, weights, side)
-    order, block = torch.tensor(side.order), block_of(model.network)
+    order = torch.tensor(side.order)
+    block = block_of(model.network) if collection.exact else lambda name: ""
     back = order.argsort()
     sums = {
         block(name): torch.zeros(len(order), len(order), dtype=torch.float64) for name in weights
@@ -104,7 +106,7 @@ def answer_products(model: LanguageModel, weights: Parameters, side: Side) -> An
     for name, products in collection.products():
         sums[block(name)] += products[back][:, back]
     counts = torch.cat([batch.counts.cpu() for batch in side.batches])
-    means = collection.logliks.double() / counts
+    means = collection.logliks / counts
     return AnswerProducts(sums, means[back], counts[back].long(), collection.exact)
 
 
@@ -118,7 +120,7 @@ class Collection:
         self.model, self.weights, self.side = model, weights, side
         self.owners = owners(model.network, weights)
         self.count = len(side.order)
-        self.logliks = torch.zeros(self.count)
+        self.logliks = torch.zeros(self.count, dtype=torch.float64)
         self.exact = self.count <= EXACT
         self._matrices, self._small = _by_kind(self.owners)
         self._lost = {name for name in weights if name not in self._matrices | self._small}
@@ -287,12 +289,30 @@ class Collection:
             yield name, (flat @ flat.T).double()
 
 
+def embedding_scale(module: nn.Module) -> float:
+    """c, where the module's output is c times the rows of its matrix: 1 of an Embedding, more of
+    those that scale them; 0 where it is no such module."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    if not isinstance(module, nn.Embedding):
+        return 0.0
+    tokens = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+    with torch.no_grad():
+        plain = functional.embedding(tokens, module.weight).double()
+        try:
+            output = module.forward(tokens).double()
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # it takes no tokens
+            return 0.0
+    scale = (output * plain).sum() / plain.square().sum()
+    return float(scale) if torch.allclose(output, scale * plain, rtol=0.01) else 0.0
+
+
 def _by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:
     """The matrices whose gradient is Σ l rᵀ in all their uses, and the parameters whose gradient is
     one of a small module, all of whose input is one tensor."""
     matrix, small = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
     for owner in selected:
-        formula = has_formula(owner.module)
+        formula = has_formula(owner.module) or embedding_scale(owner.module) != 0
         leaf = not any(True for _ in owner.module.children())
         for key, name in owner.weights.items():
             matrix[name].append(formula and key == "weight")
@@ -312,14 +332,14 @@ def _zeros(weight: Tensor, *shape: int) -> Tensor:
 
 def _factors(owner: Owner, inputs: Inputs, gradient: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """l, cut to the rows of the piece, and r."""
-    if type(owner.module) is nn.Embedding:
+    if scale := embedding_scale(owner.module):
         module: Any = owner.module
         rows = inputs[0]
         outside = (rows < piece.start) | (rows >= piece.stop)
         if module.padding_idx is not None:
             outside |= rows == module.padding_idx
         rows = torch.where(outside, -1, rows - piece.start)
-        return rows.expand(gradient.shape[:-1]), gradient
+        return rows.expand(gradient.shape[:-1]), gradient * scale
     left, right = outer_factors(owner, inputs, gradient)
     whole = left.shape[-1] == piece.stop - piece.start
     return left if whole else left[..., piece.start : piece.stop].clone(), right

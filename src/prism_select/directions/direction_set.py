@@ -17,6 +17,7 @@ from prism_select.core.gradients import dot, norm
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.target_gradient import Target
 from prism_select.data.records import Pair
+from prism_select.directions.cross_validation import CrossValidation
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.pair_diagnostics import Diagnosis
 
@@ -25,14 +26,16 @@ __all__ = ["DirectionSet", "PairDiagnosis", "mean_direction"]
 
 @dataclass(frozen=True)
 class PairDiagnosis:
-    """Some pairs, their gradient, and how far they agree on it. `truncated_chosen` and
-    `truncated_rejected` say which answers lost their end to --max-length."""
+    """Some pairs, their gradient, how far they agree on it, and how it ranks those of them that are
+    held out. `truncated_chosen` and `truncated_rejected` say which answers lost their end to
+    --max-length."""
 
     pairs: Sequence[Pair]
     target: Target
     diagnosis: Diagnosis
     truncated_chosen: Sequence[bool]
     truncated_rejected: Sequence[bool]
+    cross_validation: CrossValidation | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class DirectionSet:
             return directions[0]
         names = directions[0].keys()
         return {name: torch.stack([d[name] for d in directions]).mean(0) for name in names}
+
+    @cached_property
+    def length(self) -> float:
+        return norm(self.direction)
 
     @cached_property
     def without_gradient(self) -> list[str]:

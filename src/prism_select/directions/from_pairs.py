@@ -27,6 +27,7 @@ from prism_select.core.target_gradient import Target, target_gradient, weighted_
 from prism_select.data.records import Pair
 from prism_select.directions.answer_products import AnswerProducts, answer_products
 from prism_select.directions.common_part import without_common
+from prism_select.directions.cross_validation import Way, cross_validate
 from prism_select.directions.direction_set import (
     DirectionSet,
     PairDiagnosis,
@@ -43,6 +44,7 @@ from prism_select.directions.pair_encoding import (
     refuse_truncated,
     supervised_tokens,
 )
+from prism_select.directions.pair_folds import groups_of
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
@@ -108,7 +110,8 @@ def directions_from_pairs(
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
         joint = mean_target([*gradients.values()])
-        overall = diagnosed(config, joined([*parts.values()], products), joint)
+        of_targets = [k for k, pairs in enumerate(targets.values()) for _ in pairs]
+        overall = diagnosed(config, joined([*parts.values()], products), joint, of_targets)
     cosines = None
     if uses_pair_curvature(config):
         cosines = {name: parts[name].cosine for name in targets}
@@ -266,8 +269,15 @@ def joined(parts: Sequence[WeighedPairs], products: AnswerProducts) -> WeighedPa
 
 
 def diagnosed(
-    config: ScoreConfig | PairsConfig, part: WeighedPairs, target: Target
+    config: ScoreConfig | PairsConfig,
+    part: WeighedPairs,
+    target: Target,
+    of_targets: Sequence[int] | None = None,
 ) -> PairDiagnosis:
+    """`of_targets` is the target of each pair, where there are several."""
+    validation = cross_validate(
+        part.products, way_of(config), groups_of(part.pairs), config.seed, of_targets
+    )
     diagnosis = diagnose(
         target,
         PairWeights(part.products.total.numpy(), part.first_order, part.slopes),
@@ -277,7 +287,19 @@ def diagnosed(
     )
     cut = [[row.truncated for row in rows] for rows in part.encoded]
     diagnosis = replace(diagnosis, truncated_chosen=sum(cut[0]), truncated_rejected=sum(cut[1]))
-    return PairDiagnosis(part.pairs, target, diagnosis, *cut)
+    return PairDiagnosis(part.pairs, target, diagnosis, cut[0], cut[1], validation)
+
+
+def way_of(config: ScoreConfig | PairsConfig) -> Way:
+    """Curvatures of the pool take no part in cross-validation."""
+    way = Way(
+        weighting=config.weighting, anchor=config.anchor, curvature="flat", common=config.common
+    )
+    if isinstance(config, ScoreConfig):
+        way = replace(way, normalize=config.normalize)
+    if uses_pair_curvature(config):
+        way = replace(way, curvature="pairs", damping=config.dampings[0])
+    return way
 
 
 def direction_of(config: DirectionOptions, target: Target) -> Direction:

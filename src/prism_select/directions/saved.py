@@ -55,7 +55,23 @@ def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSe
     store.write_tensors("direction.safetensors", tensors, metadata)
     if direction_set.diagnoses:
         tables = [table_of(name, pairs) for name, pairs in direction_set.diagnoses.items()]
-        store.write_table("pairs.parquet", pa.concat_tables(tables))
+        table = pa.concat_tables(tables)
+        length = 1.0 if config.normalize == "norm" else direction_set.length
+        for name, values in held_out(direction_set, length).items():
+            table = table.append_column(name, pa.array(values, pa.float64()))
+        store.write_table("pairs.parquet", table)
+
+
+def held_out(direction_set: DirectionSet, length: float) -> dict[str, list[float | None]]:
+    """Scores of both answers of each pair along the direction of pairs that it is held out of, for
+    directions of this length."""
+    assert direction_set.overall
+    found = direction_set.overall.cross_validation
+    nothing: list[float | None] = [None] * len(direction_set.overall.pairs)
+    return {
+        "held_out_chosen": [length * score for score in found.chosen] if found else nothing,
+        "held_out_rejected": [length * score for score in found.rejected] if found else nothing,
+    }
 
 
 def table_of(name: str, diagnosis: PairDiagnosis) -> pa.Table:

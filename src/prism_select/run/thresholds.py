@@ -10,6 +10,7 @@ Choices made here:
 """
 
 __all__ = [
+    "CHANCE_AUROC",
     "CHANCE_CORRELATION",
     "CONFLICTING_COSINE",
     "CONTROL_SHARE_OF_OVERLAP",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 # Pairs
+CHANCE_AUROC = 0.5  # in the interval of held-out pairs, or above it: they are ranked at chance
 NOISE_AGREEMENT = 0.1  # below: the direction is mostly noise
 EVEN_AGREEMENT = 1 / 3  # below: a direction of all pairs is more noise than signal
 STRONG_AGREEMENT = 0.7  # from here on: mostly signal

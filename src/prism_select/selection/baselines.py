@@ -219,7 +219,7 @@ def rankings(
         pairs=encode_sides(pairs, encoder),
         prefix=encoder.prefix,
         ends=end_tokens(loaded.model.network, encoder.tokenizer),
-        folds=folds_of(groups_of(pairs), config.seed),
+        folds=folds_of(groups_of(pairs), config.seed) if pairs else [],
         batch_tokens=config.tokens_on(loaded.model.device.type),
         engine=config.first_engine,
     )

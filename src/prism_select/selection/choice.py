@@ -41,11 +41,12 @@ __all__ = ["Chosen", "choose_and_write", "early_refusals", "refuse_budget"]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a choice adds to the manifest."""
+    """What a choice adds to the manifest. `cutoff` is the lowest score that `select` has taken."""
 
     counts: Mapping[str, int]
     figures: Mapping[str, Any]
     warnings: Sequence[str]
+    cutoff: float | None = None
 
 
 def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
@@ -101,7 +102,16 @@ def choose_and_write(
     }
     counts["scored"] = counts["read"] - counts["quarantined"]
     warnings = [] if config.command == "repair" else hidden_source_warnings(config, rows)
-    return Chosen(counts, figures, [*warnings, *unsearched_warnings(searched, rows, verdicts)])
+    warnings = [*warnings, *unsearched_warnings(searched, rows, verdicts)]
+    return Chosen(counts, figures, warnings, cutoff_of(config, rows, verdicts))
+
+
+def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> float | None:
+    """None where rows are not chosen by one score."""
+    if not isinstance(config, SelectConfig) or config.rank_by or config.combine != "mean":
+        return None
+    taken = verdicts.among("selected")
+    return float(rows.ranking[taken].min()) if taken.any() else None
 
 
 def decide(config: ScoreConfig, rows: RankedRows, pool: Pool) -> Verdicts:

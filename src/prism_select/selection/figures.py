@@ -31,7 +31,13 @@ from prism_select.run.thresholds import ROWS_OF_SOURCE, UNSEARCHED_SHARE
 from prism_select.selection.ranking_columns import RankedRows
 from prism_select.selection.verdicts import SLICE, Verdicts, count_codes, slices
 
-__all__ = ["hidden_source_warnings", "label_figures", "summary_figures", "unsearched_warnings"]
+__all__ = [
+    "hidden_source_warnings",
+    "label_figures",
+    "planted_recall",
+    "summary_figures",
+    "unsearched_warnings",
+]
 
 CHOSEN = ("selected", "removed")
 BEST = 0.05  # of the rows: the share whose overlap is compared
@@ -156,3 +162,18 @@ def _length_figures(seed: int, rows: RankedRows, scored: NDArray[np.bool_]) -> M
     if "score_cosine" in rows.extra:
         scores["norm"] = rows.extra["score_cosine"][sample]
     return {name: rank_correlation(values, tokens) for name, values in scores.items()}
+
+
+def planted_recall(held_out: NDArray[np.float64], cutoff: float | None) -> dict[str, Any]:
+    """Which share of held-out chosen answers the budget would take if they stood in the pool, with
+    its 95% interval (Wilson 1927). Empty without a cutoff."""
+    if cutoff is None:
+        return {}
+    taken = int((held_out >= cutoff).sum())
+    from scipy.stats import binomtest
+
+    low, high = binomtest(taken, len(held_out)).proportion_ci(method="wilson")
+    return {
+        "planted_recall": taken / len(held_out),
+        "planted_interval": [float(low), float(high)],
+    }

@@ -88,6 +88,8 @@ class TargetFacts:
     pairs_for_half_agreement: int | None
     targets: tuple[NamedTarget, ...]
     cosines: tuple[tuple[float | None, ...], ...]
+    held_out: tuple[tuple[float, ...], tuple[float, ...]]
+    other: str
 
 
 def read(run: RunFacts) -> TargetFacts | None:
@@ -115,7 +117,18 @@ def read(run: RunFacts) -> TargetFacts | None:
         pairs_for_half_agreement=target["pairs_for_half_agreement"],
         targets=tuple(_named_target(name, t) for name, t in target.get("targets", {}).items()),
         cosines=tuple(map(tuple, target.get("cosines", ()))),
+        held_out=_held_out(records),
+        other=run.polarity.away,
     )
+
+
+def _held_out(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scores of held-out answers of both sides; empty without cross-validation."""
+    names = ("held_out_chosen", "held_out_rejected")
+    chosen, rejected = (
+        tuple(float(r[name]) for r in records if r.get(name) is not None) for name in names
+    )
+    return chosen, rejected
 
 
 def _named_target(name: str, target: Mapping[str, Any]) -> NamedTarget:
@@ -167,7 +180,7 @@ def _key(pair: Pair) -> tuple[int, str]:
 
 def _words(run: RunFacts) -> str:
     target, side, other = run.manifest["target"], run.polarity.toward, run.polarity.away
-    words = (
+    words = _expectation(target) + (
         f"{target['pairs']} pairs, worth {significant(target['effective_pairs'])} of equal weight. "
         f"Before training the model prefers the {side} answer in "
         f"{percent(target['preferred_share'])} of them, and its mean preference is "
@@ -182,6 +195,22 @@ def _words(run: RunFacts) -> str:
     if run.polarity.swapped:
         words += f" This is a repair: it looks for rows that teach the {side} answers instead of "
         words += f"the {other} ones."
+    return words
+
+
+def _expectation(target: Mapping[str, Any]) -> str:
+    found = target.get("cross_validation")
+    if not found:
+        return ""
+    low, high = found["interval"]
+    words = (
+        f"Held-out pairs are ranked with an AUROC of {found['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
+        "expect a ranking of about that quality. "
+    )
+    if "planted_recall" in found:
+        words += (
+            f"The budget would take {percent(found['planted_recall'])} of their wanted answers. "
+        )
     return words
 
 
@@ -201,11 +230,50 @@ def _pair_words(target: Mapping[str, Any], shown: int, count: int, why: str) -> 
 
 def charts(facts: TargetFacts) -> list[Chart]:
     drawn = [preference_chart(facts)]
+    if facts.held_out[0]:
+        drawn.insert(0, held_out_chart(facts))
     if len(facts.agreements) > 1:
         drawn.append(agreement_chart(facts))
     if facts.cosines:
         drawn.append(cosine_chart(facts))
     return drawn
+
+
+def held_out_chart(facts: TargetFacts) -> Chart:
+    """Number of held-out answers of each side by their score, in 24 steps."""
+    sides = dict(zip((facts.side, facts.other), facts.held_out, strict=True))
+    edges = np.histogram_bin_edges([*facts.held_out[0], *facts.held_out[1]], 24)
+    rows = [
+        {"from": float(edges[i]), "to": float(edges[i + 1]), "answers": count, "side": side}
+        for side, scores in sides.items()
+        for i, count in enumerate(np.histogram(scores, edges)[0].tolist())
+    ]
+    colours = alt.Scale(domain=[*sides], range=[SELECTED, NEGATIVE])
+    bars = (
+        alt.Chart(inline_data(rows))
+        .mark_bar(opacity=0.6, binSpacing=1)
+        .encode(
+            alt.X("from:Q", bin="binned", title="score of a held-out answer"),
+            alt.X2("to:Q"),
+            alt.Y("answers:Q", stack=None, title="answers", axis=alt.Axis(tickMinStep=1)),
+            alt.Color("side:N", scale=colours),
+            tooltip=[
+                alt.Tooltip("side:N"),
+                *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("from", "to")),
+                alt.Tooltip("answers:Q"),
+            ],
+        )
+    )
+    means = [float(np.mean(scores)) for scores in facts.held_out]
+    return chart_of(
+        "held-out",
+        "Does the direction rank answers that it has not seen?",
+        "Each pair's answers, scored along the direction of other pairs. The further apart the two "
+        "colours, the better the ranking of the pool.",
+        f"Histogram of held-out scores: {facts.side} answers have a mean of {means[0]:.3g}, "
+        f"{facts.other} ones of {means[1]:.3g}.",
+        bars + rule_at(0.0, "x", "no influence"),
+    )
 
 
 def preference_chart(facts: TargetFacts) -> Chart:
