@@ -348,25 +348,28 @@ def test_the_probe_finds_planted_rows_and_their_layer() -> None:
         assert np.abs(scaled - numbers).max() < 1e-3 * np.abs(numbers).max()
 
 
-@pytest.mark.parametrize("name", ["probe", "vector-filter"])
-def test_rows_of_a_planted_kind_come_first_and_with_exchanged_pairs_last(name: str) -> None:
-    encoder, whole, draw = encoder_of(False), material_of(), np.random.default_rng(0)
-    kinds = ["Rome Paris France Italy capital".split(), "go away no way polite".split()]
-    noise = "two three five water boils and then it".split()
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "least"), [("probe", 0.95), ("vector-filter", 0.9)])
+def test_rows_of_a_planted_kind_come_first_and_with_exchanged_pairs_last(
+    name: str, least: float, seed: int
+) -> None:
+    encoder, draw = encoder_of(False), np.random.default_rng(seed)
+    kinds = [["Rome", "Paris", "France", "Italy", "capital"], ["go", "away", "no", "way", "polite"]]
+    noise = ["two", "three", "five", "water", "boils", "and", "then", "it"]
 
     def answer(kind: int) -> Encoded:
-        words = [*draw.choice(kinds[kind], 2), *draw.choice(noise, 6)]
+        words = [*draw.choice(kinds[kind], 4), *draw.choice(noise, 4)]
         return encoder.encode(example_of("Say it", " ".join(draw.permutation(words))))
 
     pairs = EncodedPairs([answer(0) for _ in range(24)], [answer(1) for _ in range(24)])
     material = replace(
-        whole,
-        rows=[answer(row % 2) for row in range(40)],
+        material_of(),
+        rows=[answer(row % 2) for row in range(200)],
         pairs=pairs,
         folds=np.array_split(np.arange(24), 8),
     )
     numbers = ranked(name, material)
-    assert roc_auc_score(np.arange(40) % 2 == 0, numbers) > 0.9
+    assert roc_auc_score(np.arange(200) % 2 == 0, numbers) > least
     back = ranked(name, replace(material, pairs=EncodedPairs(*pairs[::-1])))
     assert np.abs(back + numbers).max() < 1e-3 * np.abs(numbers).max()
 
