@@ -34,9 +34,10 @@ from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import change_numbers
 from prism_select.data.records import Example, Turn
+from prism_select.directions.answer_products import answer_products
 from prism_select.directions.common_part import common_of
-from prism_select.directions.gradient_sketch import Sketcher
-from prism_select.directions.pair_diagnostics import diagnose
+from prism_select.directions.pair_curvature import pair_slopes
+from prism_select.directions.pair_diagnostics import PairWeights, diagnose
 from prism_select.directions.pair_encoding import as_side, supervised_tokens
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import load
@@ -63,7 +64,6 @@ class Study:
         own, so the halves of many are sums of those of few."""
         found: list[tuple[Target, Row]] = []
         total: Target | None = None
-        sketches: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
         coded = [
             [self.encode(row["prompt"], row[side]) for row in pairs]
             for side in ("chosen", "rejected")
@@ -72,19 +72,19 @@ class Study:
         for size in sizes:
             part = slice(start, size)
             sides = tuple(as_side(side[part], BATCH_TOKENS, torch.device("cpu")) for side in coded)
-            sketcher = Sketcher(self.model.network, self.weights, max(sizes), 0)
-            with sketcher.open() as observe:
-                more = target_gradient(self.model, self.weights, sides, "prism", 0.0, observe)  # type: ignore[arg-type]
-            for name, kept in sketches.items():
-                kept.append(sketcher.sketches[name][: size - start] * (size - start))
+            more = target_gradient(self.model, self.weights, sides, "prism")  # type: ignore[arg-type]
             total = more if total is None else together(total, more)
-            chosen, rejected = (torch.cat(s).double().numpy() / size for s in sketches.values())
+            answers = as_side(
+                [*coded[0][:size], *coded[1][:size]], BATCH_TOKENS, torch.device("cpu")
+            )
+            products = answer_products(self.model, self.weights, answers)
+            slope = pair_slopes("prism", 0.0, "flat", 1.0, products.total, products.mean_loglik)
+            weights = PairWeights(products.total.numpy(), slope, slope)
             right, wrong = (supervised_tokens(side[:size]) for side in coded)
-            share = sketcher.covered_share
             told = {}
             for remedy in REMEDIES[:2]:
                 removed = remedy == "common removed"
-                diagnosis = diagnose(total, (chosen, rejected), (right, wrong), share, removed, 0)
+                diagnosis = diagnose(total, weights, (right, wrong), removed, 0)
                 told[remedy] = asdict(diagnosis)
             found.append((low(total), told))
             start = size
