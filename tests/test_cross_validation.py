@@ -184,6 +184,31 @@ def test_where_every_pair_has_the_same_refusal_questions_make_the_groups() -> No
     assert groups.of_pairs[3] == groups.of_pairs[9]
 
 
+def test_answers_that_leave_too_few_groups_are_not_held_out_together() -> None:
+    pairs = [pair(f"Question {n}?", f"A {n // 2}", f"B {n // 2}") for n in range(6)]
+    groups = groups_of(pairs)
+    assert not groups.by_answers and groups.count == 6
+
+
+def test_directions_are_of_the_upper_blocks_that_layers_mean() -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn(5, 80, 9, generator=draw, dtype=torch.float64)
+    names = ["", "0", "1", "2", "3"]
+    _, like = made_pairs(0, 1.0)
+
+    def products(kept: list[str]) -> AnswerProducts:
+        blocks = {name: gradients[k] @ gradients[k].T for k, name in enumerate(names)}
+        return AnswerProducts({name: blocks[name] for name in kept}, like.mean_loglik, like.tokens)
+
+    every = products(names)
+    for layers, kept in {"all": names, "late": names[3:], "last:3": names[2:]}.items():
+        way = Way(layers=layers, normalize="norm")
+        found, expected = validated(every, way), validated(products(kept), Way(normalize="norm"))
+        assert np.allclose(found.chosen, expected.chosen, rtol=1e-12)
+        again = validated(products(kept), way)
+        assert again.chosen == found.chosen
+
+
 def test_folds_do_not_depend_on_the_order_of_the_pairs() -> None:
     pairs = [pair(f"Question {n}?", f"yes {n}", f"no {n}") for n in range(20)]
     order = np.random.default_rng(0).permutation(20)

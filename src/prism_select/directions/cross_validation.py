@@ -13,8 +13,9 @@ Choices made here:
 - the interval resamples groups of pairs, and takes the directions as they are.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Way:
     """How pairs become a direction, and how rows are ranked along it, in the words of the
     options."""
 
+    layers: str = "all"
     weighting: str = "prism"
     anchor: float = 0.0
     curvature: str = "pairs"
@@ -118,24 +120,49 @@ def held_out_scores(
 ) -> Float[Tensor, " answers"]:
     """Of each answer, along the direction of the pairs outside of its fold. NaN for pairs in no
     fold."""
-    total, count = products.total, len(products.mean_loglik) // 2
-    of_targets = torch.zeros(count, dtype=torch.long) if targets is None else torch.tensor(targets)
+    own, count = in_layers(products, way.layers), len(products.tokens) // 2
     scores = torch.full((2 * count,), torch.nan, dtype=torch.float64)
     for fold in folds:
-        out = torch.zeros(count, dtype=torch.bool)
-        out[fold] = True
-        coefficients = torch.zeros(2 * count, dtype=torch.float64)
-        for target in of_targets.unique():
-            (kept,) = torch.nonzero(~out & (of_targets == target), as_tuple=True)
-            answers = torch.cat([kept, count + kept])
-            if len(kept):
-                coefficients[answers] += direction_coefficients(
-                    way, total[answers][:, answers], products.mean_loglik[answers]
-                )
-        along = total @ coefficients / (coefficients @ total @ coefficients).sqrt()
-        held = torch.cat([out, out])
-        scores[held] = along[held]
-    return scores * row_scale(way, products)
+        held = [*fold, *(count + fold)]
+        scores[held] = along_others(own, way, fold, targets)[held]
+    return scores * row_scale(way, own)
+
+
+def in_layers(products: AnswerProducts, layers: str) -> AnswerProducts:
+    """Those in the upper blocks that `layers`, late or last:N, means (models/layer_selection.py),
+    as one block; any other text means all that there is."""
+    kept, count = (
+        products.blocks,
+        1 + max((int(name) for name in products.blocks if name), default=0),
+    )
+    if layers == "late" or re.fullmatch(r"last:\d+", layers):
+        upper = (count + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
+        kept = {name: own for name, own in kept.items() if name and int(name) >= count - upper}
+    return replace(products, blocks={"": torch.stack([*kept.values()]).sum(0)})
+
+
+def along_others(
+    products: AnswerProducts,
+    way: Way,
+    held_out: NDArray[np.int64],
+    targets: Sequence[int] | None = None,
+) -> Float[Tensor, " answers"]:
+    """∇mean_loglik(a) · d of each answer, where d, of length one, is the direction of the pairs
+    that are not held out, in all blocks of `products`."""
+    total, count = products.total, len(products.tokens) // 2
+    of_targets = torch.zeros(count, dtype=torch.long) if targets is None else torch.tensor(targets)
+    is_kept = torch.ones(count, dtype=torch.bool)
+    is_kept[held_out] = False
+    coefficients = torch.zeros(2 * count, dtype=torch.float64)
+    for target in of_targets.unique():
+        (kept,) = torch.nonzero(is_kept & (of_targets == target), as_tuple=True)
+        answers = torch.cat([kept, count + kept])
+        if len(kept):
+            coefficients[answers] += direction_coefficients(
+                way, total[answers][:, answers], products.mean_loglik[answers]
+            )
+    along = total @ coefficients
+    return along / (coefficients @ along).sqrt()
 
 
 def row_scale(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:

@@ -4,8 +4,9 @@
 
 Choices made here:
 - texts are compared without case and spacing, and answers of both sides with each other;
-- where answers repeat so often that fewer than half of the questions stand apart (the same refusal
-  in every pair, or one letter as the answer), questions alone make the groups;
+- where answers repeat so often that fewer than half of the questions stand apart, or too few to
+  hold any out (the same refusal in every pair, or one letter as the answer), questions alone make
+  the groups;
 - folds follow from the texts and the seed, and not from the order of the pairs.
 """
 
@@ -47,9 +48,10 @@ def groups_of(pairs: Sequence[Pair]) -> PairGroups:
             for question, answers in zip(questions, sides, strict=True)
         ]
     )
-    if 2 * (together.max() + 1) < alone.max() + 1:
-        return PairGroups(alone, by_answers=False)
-    return PairGroups(together)
+    by_question = PairGroups(alone, by_answers=False)
+    by_both = PairGroups(together)
+    enough = max(FEWEST_GROUPS, by_question.count / 2)
+    return by_both if by_both.count >= enough else by_question
 
 
 def folds_of(groups: PairGroups, seed: int) -> list[NDArray[np.int64]]:
