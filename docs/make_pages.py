@@ -229,11 +229,11 @@ def tree() -> str:
 COMMANDS = (
     (
         "prism pairs --check pairs.jsonl --model MODEL",
-        ("pairs", "agreement", "common part", "warning"),
+        ("held-out pairs", "pairs", "agreement", "common part", "warning"),
     ),
     (
         "prism select --model MODEL --pool pool.jsonl --target pairs.jsonl --out run --budget 5%",
-        ("read", "verdicts", "chosen of", "report"),
+        ("held-out pairs", "read", "verdicts", "chosen of", "report"),
     ),
     (
         "prism evaluate run --holdout held_out.jsonl --against random --seeds 1",
