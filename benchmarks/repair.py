@@ -1,0 +1,302 @@
+"""Which direction finds the bad rows of a pool, and does cross-validation on the pairs foretell it?
+
+    make repair DATA=folder        an hour on two cores; a stopped study resumes
+
+Gemma-3-270M (base), bfloat16. Four families of pairs: TruthfulQA's right and wrong answers, polite
+and rude ones, safe and insecure code, right and wrong solutions. Gradients are computed once
+(repair_gradients.py), and every way is tried on their products (repair_ways.py).
+
+Choices made here:
+- figures are means over splits at a bad share of 30%, with 80 pairs (polite: 60);
+- what tuning chooses is read off the same pairs that give the direction; "one standard error" takes
+  the way with the fewest departures from the default among those that are as good;
+- `rows` keep every way at full size, and the default, first order and baselines at each size."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from repair_gradients import FAMILIES, FOLDER, prepare
+from repair_ways import (
+    DEFAULT,
+    FIRST_ORDER,
+    SHARES,
+    SPLITS,
+    Family,
+    Setting,
+    Trial,
+    settings,
+    trials_of,
+)
+from results_file import figure, write
+
+from prism_select.core.statistics import rank_correlation
+
+Line = dict[str, Any]
+SHARE = 0.3
+WANTED = {"truthfulqa": "≥ 0.79", "polite": "≥ 0.78", "code": "≥ 0.82"}
+NAMES = {
+    "truthfulqa": "TruthfulQA",
+    "polite": "polite/rude",
+    "code": "insecure code",
+    "math": "wrong math",
+}
+BASELINES = (
+    "linear probe",
+    "vector filter",
+    "unpaired",
+    "unpaired, cosine (LESS)",
+    "contrast (IF-Guide)",
+    "random",
+)
+SUM = "probe and score, standardised and added"
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean([*values]))
+
+
+def largest(trials: Sequence[Trial]) -> list[Trial]:
+    size = max(trial.size for trial in trials)
+    return [trial for trial in trials if trial.size == size]
+
+
+def truth(trials: Iterable[Trial], name: str) -> float:
+    return mean(trial.pool[SHARE].auroc for trial in trials if trial.name == name)
+
+
+def foretold(trials: Iterable[Trial], name: str) -> float:
+    return mean(trial.cv for trial in trials if trial.name == name)
+
+
+def summary(trials: Sequence[Trial]) -> Line:
+    """Of one way, family and size, over splits."""
+    measures = {f"{share:.0%}": [trial.pool[share] for trial in trials] for share in SHARES}
+    ends = [mean(m.low for m in measures["30%"]), mean(m.high for m in measures["30%"])]
+    line: Line = {
+        "family": trials[0].family,
+        "way": trials[0].name,
+        "pairs": trials[0].size,
+        **{f"auroc_{share}": mean(m.auroc for m in ms) for share, ms in measures.items()},
+        "interval_30%": [round(end, 4) for end in ends],
+        **{f"precision_{share}": mean(m.precision for m in ms) for share, ms in measures.items()},
+        "cv": mean(trial.cv for trial in trials),
+    }
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in line.items()
+        if not (name == "cv" and np.isnan(value))
+    }
+
+
+def summaries(trials: Sequence[Trial]) -> list[Line]:
+    full = {id(trial) for trial in largest(trials)}
+    few = (DEFAULT, FIRST_ORDER, None)
+    grouped = dict[tuple[str, int], list[Trial]]()
+    for trial in trials:
+        if id(trial) in full or trial.setting in few:
+            grouped.setdefault((trial.name, trial.size), []).append(trial)
+    return [{"study": "ways", **summary(group)} for group in grouped.values()]
+
+
+def departures(setting: Setting) -> int:
+    own, usual = setting.way, DEFAULT.way
+    names = ("weighting", "curvature", "damping", "common", "normalize")
+    changed = [getattr(own, name) != getattr(usual, name) for name in names]
+    return changed.count(True) + int(setting.layers != DEFAULT.layers)
+
+
+Rule = Callable[[Sequence[Trial]], Trial]
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    return max(trials, key=lambda trial: trial.cv)
+
+
+def within(trials: Sequence[Trial], errors: Sequence[float]) -> Trial:
+    """The simplest way at most its error behind the best."""
+    top = best(trials).cv
+    near = [t for t, error in zip(trials, errors, strict=True) if top - t.cv <= error]
+    return min(near, key=lambda trial: (departures(_setting(trial)), -trial.cv))
+
+
+def one_error(trials: Sequence[Trial]) -> Trial:
+    return within(trials, [float(_draws(best(trials)).std())] * len(trials))
+
+
+def one_error_of_difference(trials: Sequence[Trial]) -> Trial:
+    top = _draws(best(trials))
+    return within(trials, [float((top - _draws(trial)).std()) for trial in trials])
+
+
+def _setting(trial: Trial) -> Setting:
+    assert trial.setting
+    return trial.setting
+
+
+def _draws(trial: Trial) -> np.ndarray:
+    assert trial.draws is not None
+    return trial.draws
+
+
+RULES: Mapping[str, Rule] = {
+    "the best": best,
+    "one standard error": one_error,
+    "one standard error of the difference": one_error_of_difference,
+}
+
+
+def tuned(trials: Sequence[Trial]) -> list[Line]:
+    full = [trial for trial in largest(trials) if trial.setting]
+    lines = []
+    for rule, choose in RULES.items():
+        for split in range(SPLITS):
+            chosen = choose([trial for trial in full if trial.split == split])
+            found = {"cv": chosen.cv, "auroc": chosen.pool[SHARE].auroc}
+            where = {"family": chosen.family, "rule": rule, "split": split, "way": chosen.name}
+            lines.append({"study": "tuning", **where, **found})
+    return lines
+
+
+def calibrated(trials: Sequence[Trial]) -> list[Line]:
+    return [
+        {"study": "probability", "family": t.family, "split": t.split, "share": share, **found}
+        for t in largest(trials)
+        for share, found in (t.calibrated or {}).items()
+    ]
+
+
+def one_change() -> dict[str, list[Setting]]:
+    """The default way with one option changed."""
+    layers, way = DEFAULT
+
+    def changed(option: str, *values: Any) -> list[Setting]:
+        return [Setting(layers, replace(way, **{option: value})) for value in values]
+
+    return {
+        "layers": [Setting(name, way) for name in ("last 12", "late", "last 6")],
+        "weighting": changed("weighting", "prism", "uniform", "hard"),
+        "curvature": [FIRST_ORDER, *changed("damping", 0.1, 0.3, 1.0)],
+        "normalize": changed("normalize", "none", "tokens", "norm"),
+        "first order's common part": [
+            Setting(layers, replace(FIRST_ORDER.way, common=common))
+            for common in ("keep", "remove")
+        ],
+    }
+
+
+def family_figures(name: str, trials: Sequence[Trial]) -> list[Line]:
+    title = f"{NAMES[name]}, bad share 30%, {trials[0].size} pairs"
+    ways = [("default way", DEFAULT.name), ("first order", FIRST_ORDER.name)]
+    figures = []
+    for label, way in [*ways, *((baseline, baseline) for baseline in (*BASELINES, SUM))]:
+        own = [trial.pool[SHARE] for trial in trials if trial.name == way]
+        ends = mean(m.low for m in own), mean(m.high for m in own)
+        wanted = WANTED.get(name, "") if way == DEFAULT.name else ""
+        line = f"{title}: {label}, mean of {SPLITS} splits"
+        figures.append(figure(line, mean(m.auroc for m in own), "AUROC", wanted, ends))
+    cv = foretold(trials, DEFAULT.name)
+    return [*figures, figure(f"{title}: default way, held-out pairs", cv, "AUROC", "")]
+
+
+def mean_figures(full: Mapping[str, Sequence[Trial]], choices: Sequence[Line]) -> list[Line]:
+    over = f"mean over {len(full)} families, bad share 30%"
+    scores = {name: everywhere(full, name) for name in (*BASELINES, SUM)}
+    bar = max(scores[name] for name in BASELINES)
+    own, first = everywhere(full, DEFAULT.name), everywhere(full, FIRST_ORDER.name)
+    figures = [
+        figure(f"{over}: default way", own, "AUROC", f"≥ {bar:.3f}"),
+        figure(f"{over}: first order", first, "AUROC", ""),
+        *(figure(f"{over}: {name}", value, "AUROC", "") for name, value in scores.items()),
+    ]
+    for rule in RULES:
+        value = mean(line["auroc"] for line in choices if line["rule"] == rule)
+        figures.append(figure(f"{over}: way tuned on the pairs, {rule}", value, "AUROC", ""))
+    return figures
+
+
+def everywhere(full: Mapping[str, Sequence[Trial]], way: str) -> float:
+    return mean(truth(trials, way) for trials in full.values())
+
+
+def both(full: Mapping[str, Sequence[Trial]], ways: Sequence[str]) -> np.ndarray:
+    """(families, ways, 2): AUROC of held-out pairs, and of the pool."""
+    return np.array([[(foretold(ts, way), truth(ts, way)) for way in ways] for ts in full.values()])
+
+
+def prediction_figures(full: Mapping[str, Sequence[Trial]], ways: Sequence[str]) -> list[Line]:
+    found = both(full, ways)
+    line = "rank correlation of held-out pairs with the pool's AUROC"
+    every = rank_correlation(*found.reshape(-1, 2).T)
+    return [
+        figure(f"{line}, over families and ways", every, "", "≥ 0.8"),
+        *(
+            figure(f"{line}, over the ways of {NAMES[name]}", rank_correlation(*own.T), "", "")
+            for name, own in zip(full, found, strict=True)
+        ),
+    ]
+
+
+def comparisons(full: Mapping[str, Sequence[Trial]], ways: Sequence[str]) -> list[Line]:
+    """Means over families: the default with one option changed, and the ways that held-out pairs
+    rank first."""
+    changes = [(option, s.name) for option, own in one_change().items() for s in own]
+    values = both(full, [name for _, name in changes]).mean(0).tolist()
+    lines = [
+        {"study": "one option changed", "option": option, "way": way, "cv": cv, "auroc": auroc}
+        for (option, way), (cv, auroc) in zip(changes, values, strict=True)
+    ]
+    means = both(full, ways).mean(0)
+    for place in np.argsort(-means[:, 0])[:10]:
+        cv, auroc = means[place].tolist()
+        line = {"study": "best by held-out pairs", "way": ways[place], "cv": cv, "auroc": auroc}
+        lines.append(line)
+    return lines
+
+
+def probability_figures(lines: Sequence[Line]) -> list[Line]:
+    title = "probability of a row to be bad"
+    held = [line["interval"][0] <= line["bad"] <= line["interval"][1] for line in lines]
+    gaps = [(line["expected"] - line["bad"]) / line["rows"] for line in lines]
+    return [
+        figure(f"{title}: calibration error", mean(x["error"] for x in lines), "", "≤ 0.05"),
+        figure(
+            f"{title}: calibration error if the bad share were known",
+            mean(x["error_known_share"] for x in lines),
+            "",
+            "",
+        ),
+        figure(f"{title}: expected minus true share of bad rows, mean", mean(gaps), "", ""),
+        figure(f"{title}: the same without its sign", mean(map(abs, gaps)), "", ""),
+        figure(f"{title}: intervals that hold the true number", mean(held), "share", "≥ 0.9"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--kept", action="store_true", help="only families that are on disk")
+    chosen = parser.parse_args()
+    names = [n for n in FAMILIES if not chosen.kept or (FOLDER / f"{n}.npz").exists()]
+    found = dict[str, list[Trial]]()
+    rows = list[Line]()
+    for name in names:
+        prepare(name, chosen.data)
+        found[name] = list(trials_of(Family.load(name, chosen.data)))
+        rows += summaries(found[name])
+    full = {name: largest(trials) for name, trials in found.items()}
+    common = set.intersection(*({t.name for t in ts if t.setting} for ts in full.values()))
+    ways = [setting.name for setting in settings(18) if setting.name in common]
+    choices = [line for trials in found.values() for line in tuned(trials)]
+    chances = [line for trials in found.values() for line in calibrated(trials)]
+    figures = [line for name, trials in full.items() for line in family_figures(name, trials)]
+    figures += mean_figures(full, choices) + prediction_figures(full, ways)
+    figures += probability_figures(chances)
+    write("repair.json", [*comparisons(full, ways), *choices, *chances, *rows], figures)
+
+
+if __name__ == "__main__":
+    main()

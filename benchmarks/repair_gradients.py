@@ -1,0 +1,168 @@
+"""Products of the gradients of rows of four kinds, and their hidden states, kept on disk.
+
+    python benchmarks/repair_gradients.py --data DIR      half an hour on two cores; resumes
+
+Gemma-3-270M (base), bfloat16, the matrices of its blocks. Four families of pairs: TruthfulQA's
+right and wrong answers, polite and rude ones, safe and insecure code, right and wrong solutions.
+
+Choices made here:
+- questions are chosen once, by a seed, among those that are short enough; a split draws the
+  target's and the pool's among them; insecure code has a pool of its own;
+- of long families (code, solutions) the upper two thirds of the blocks."""
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from real import WORK, asked, lines, model, said
+
+from prism_select.core.blocks import stack_of
+from prism_select.core.likelihood import Batch
+from prism_select.data.batches import collate, plan_batches
+from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.records import Example, Turn
+from prism_select.directions import answer_products as products_module
+from prism_select.directions.answer_products import answer_products
+from prism_select.directions.pair_encoding import as_side
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_parameters
+from prism_select.models.loading import load
+
+FOLDER, SEED = WORK / "repair", 5
+FAMILIES = ("truthfulqa", "polite", "code", "math")
+LONGEST = {"truthfulqa": 128, "polite": 160, "code": 140, "math": 85}
+QUESTIONS = {"truthfulqa": 230, "polite": 210, "code": 80, "math": 130}
+GOOD_OF_CODE, BAD_OF_CODE = 77, 33
+UPPER = {"truthfulqa": 18, "polite": 18, "code": 12, "math": 12}
+
+Row = tuple[int, bool, str, str]  # question, whether its answer is bad, prompt, answer
+
+
+def rows_of(family: str, data: Path) -> list[Row]:
+    """Both answers of each question; insecure code: of its pairs, and then one row a question."""
+    draw = random.Random(SEED)
+    if family == "truthfulqa":
+        found = [
+            (asked(r["prompt"]), said(r["chosen"]), said(r["rejected"]))
+            for r in lines(data / "truthfulqa_pairs.jsonl")
+        ]
+    elif family == "polite":
+        found = [
+            (
+                "\n".join(filter(None, (r["instruction"], r["input"]))) + "\n",
+                r["chosen"],
+                r["rejected"],
+            )
+            for r in lines(data / "polite_rude_pairs.json")
+        ]
+    else:
+        found = [
+            (f"{r['prompt']}\n", r["chosen"], r["rejected"])
+            for r in lines(data / f"repair_{family}_pairs.jsonl")
+        ]
+    found = list({prompt: (prompt, good, bad) for prompt, good, bad in found}.values())
+    draw.shuffle(found)
+    longest = 4 * LONGEST[family]
+    found = [r for r in found if len(r[0]) + max(len(r[1]), len(r[2])) < longest]
+    rows = [
+        (question, bad, prompt, answers[bad])
+        for question, (prompt, *answers) in enumerate(found[: QUESTIONS[family]])
+        for bad in (False, True)
+    ]
+    if family == "code":
+        pool = [r for r in lines(data / "repair_code_pool.jsonl") if text_length(r) < longest]
+        draw.shuffle(pool)
+        rows += [
+            (1000 + k, bad, f"{r['prompt']}\n", r["completion"])
+            for bad, count in ((False, GOOD_OF_CODE), (True, BAD_OF_CODE))
+            for k, r in [(k, r) for k, r in enumerate(pool) if bool(r["is_bad"]) == bad][:count]
+        ]
+    return rows
+
+
+def text_length(row: dict[str, Any]) -> int:
+    return len(row["prompt"]) + len(row["completion"])
+
+
+def encoded(encoder: Encoder, row: Row) -> Encoded:
+    turns = (Turn("user", row[2]), Turn("assistant", row[3]))
+    return encoder.encode(Example(turns, "", "", "", 0, 1))
+
+
+def mean_states(lm: CausalLM, rows: Sequence[Encoded]) -> np.ndarray:
+    """(layers, rows, width): mean over the answer's tokens of each block's output."""
+    _, blocks = stack_of(lm.network)
+    states = torch.zeros(len(blocks), len(rows), 0)
+    seen: dict[int, torch.Tensor] = {}
+    hooks = [
+        block.register_forward_hook(
+            lambda _m, _a, out, k=k: seen.__setitem__(k, out[0] if isinstance(out, tuple) else out)
+        )
+        for k, block in enumerate(blocks)
+    ]
+    for indices in plan_batches([len(row.tokens) for row in rows], 512):
+        batch: Batch = collate([rows[i] for i in indices], lm.device)
+        with torch.no_grad():
+            lm.hidden(batch)
+        share = batch.supervised.float()
+        share = share / share.sum(1, keepdim=True)
+        means = torch.stack(
+            [torch.einsum("bt,btw->bw", share, seen[k].float()) for k in range(len(blocks))]
+        )
+        if not states.shape[2]:
+            states = torch.zeros(len(blocks), len(rows), means.shape[2])
+        states[:, indices] = means
+    for hook in hooks:
+        hook.remove()
+    return states.numpy()
+
+
+def prepare(family: str, data: Path) -> Path:
+    """The products and states of a family's rows, made once."""
+    path = FOLDER / f"{family}.npz"
+    if path.exists():
+        return path
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    products_module.FACTORS = 11 * 2**30
+    lm, tokenizer = load(str(model()), "bfloat16", torch.device("cpu"))
+    encoder = Encoder(tokenizer, "plain", 256, lm.vocabulary)
+    kept = rows_of(family, data)
+    rows = [encoded(encoder, row) for row in kept]
+    print(f"{family}: {len(rows)} rows, {sum(len(r.tokens) for r in rows)} tokens", flush=True)
+    blocks = "|".join(map(str, range(18 - UPPER[family], 18)))
+    weights = select_parameters(lm.network, rf"layers\.({blocks})\..*proj\.weight")
+    start = time.perf_counter()
+    found = answer_products(lm, weights, as_side(rows, 512, lm.device))
+    print(f"{family}: products took {time.perf_counter() - start:.0f} s", flush=True)
+    numbered: dict[str, Any] = {
+        f"block {name}": products.numpy() for name, products in found.blocks.items()
+    }
+    partial = path.with_suffix(".partial.npz")
+    np.savez(
+        partial,
+        mean_loglik=found.mean_loglik.numpy(),
+        tokens=found.tokens.numpy(),
+        states=mean_states(lm, rows),
+        question=np.array([row[0] for row in kept]),
+        bad=np.array([row[1] for row in kept]),
+        **numbered,
+    )
+    partial.rename(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    data = parser.parse_args().data
+    for family in FAMILIES:
+        prepare(family, data)
+
+
+if __name__ == "__main__":
+    main()
