@@ -38,7 +38,6 @@ TARGET = {
         "paired": 0.85,
         "folds": 8,
         "by_answers": True,
-        "curvature": "pairs",
         "planted_recall": 0.5,
         "planted_interval": [0.3, 0.7],
     },

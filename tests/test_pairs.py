@@ -465,11 +465,7 @@ def test_one_pair_has_no_agreement_and_says_so_without_a_number(
     assert outcome.code == 0 and "nan" not in outcome.out and "agree at" not in outcome.out
     assert prism_select.check_pairs(file, str(plain_model))["split_half_agreement"] is None
     norms = prism("pairs", "--check", file, "--model", plain_model, "--layers", "norm")
-    assert (
-        norms.code == 0
-        and "nan" not in norms.out
-        and "no selected parameter is the matrix of a plain linear layer" in norms.out
-    )
+    assert norms.code == 0 and "nan" not in norms.out
 
 
 def test_a_saved_direction_comes_with_its_own_settings(tmp_path: Path, plain_model: Path) -> None:

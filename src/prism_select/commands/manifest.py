@@ -106,8 +106,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
 def _target_entry(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set = record.directions.direction_set
     entry = pairs_entry(direction_set) or {"direction": config.direction}
-    if found := entry.get("cross_validation"):
-        found["curvature"] = "pairs" if config.curvature == "pairs" else "flat"
+    found = entry.get("cross_validation")
     if found and direction_set.overall and direction_set.overall.cross_validation:
         length = 1.0 if config.normalize == "norm" else direction_set.length
         scores = length * np.array(direction_set.overall.cross_validation.chosen)
@@ -119,7 +118,7 @@ def planted_warnings(target: Mapping[str, Any], counts: Mapping[str, int]) -> li
     """A warning where the budget takes no more of the held-out chosen answers than of any rows."""
     found = target.get("cross_validation") or {}
     chance = counts.get("selected", 0) / max(1, counts.get("scored", 1))
-    if found.get("planted_recall", 1.0) > chance:
+    if "planted_recall" not in found or found["planted_recall"] > chance or chance == 1:
         return []
     return [
         f"of held-out chosen answers the budget would take {found['planted_recall']:.0%}, no more "
