@@ -129,16 +129,19 @@ def held_out_scores(
 
 
 def in_layers(products: AnswerProducts, layers: str) -> AnswerProducts:
-    """Those in the upper blocks that `layers`, late or last:N, means (models/layer_selection.py),
-    as one block; any other text means all that there is."""
-    kept, count = (
-        products.blocks,
-        1 + max((int(name) for name in products.blocks if name), default=0),
-    )
-    if layers == "late" or re.fullmatch(r"last:\d+", layers):
-        upper = (count + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
-        kept = {name: own for name, own in kept.items() if name and int(name) >= count - upper}
-    return replace(products, blocks={"": torch.stack([*kept.values()]).sum(0)})
+    """Those in the blocks that `layers` means, as one block."""
+    kept = [products.blocks[name] for name in blocks_in(products, layers)]
+    return replace(products, blocks={"": torch.stack(kept).sum(0)})
+
+
+def blocks_in(products: AnswerProducts, layers: str) -> list[str]:
+    """The upper blocks that `layers`, late or last:N, means (models/layer_selection.py); any other
+    text means all that there is."""
+    if layers != "late" and not re.fullmatch(r"last:\d+", layers):
+        return [*products.blocks]
+    count = 1 + max((int(name) for name in products.blocks if name), default=-1)
+    upper = (count + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
+    return [name for name in products.blocks if name and int(name) >= count - upper]
 
 
 def along_others(
