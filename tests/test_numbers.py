@@ -259,7 +259,7 @@ def test_no_room_for_the_direction_is_one_line_with_what_to_do(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(targeting, "target_gradient", full)
+    monkeypatch.setattr(targeting, "answer_products", full)
     outcome = desk.call()
     assert (outcome.code, len(outcome.err.strip().splitlines())) == (2, 1)
     assert (
