@@ -44,7 +44,7 @@ def test_a_run_ends_with_its_page_and_names_it(desk: Desk, command: str) -> None
     done = desk.call(command, *more)
     assert done.code == 0, done.err
     page = desk.folder / "run" / "report.html"
-    assert f"report       {page}" in done.out.splitlines()
+    assert f"report          {page}" in done.out.splitlines()
     assert "<!doctype html>" in page.read_text() and "thank you" in page.read_text()
 
 

@@ -181,3 +181,11 @@ def test_folds_do_not_depend_on_the_order_of_the_pairs() -> None:
 def test_too_few_groups_say_nothing() -> None:
     _, products = made_pairs(0, 1.0, pairs=8)
     assert cross_validate(products, Way(), PairGroups(np.arange(8) % 3), 0) is None
+
+
+def test_answers_without_a_gradient_are_ranked_at_chance() -> None:
+    _, products = made_pairs(0, 1.0)
+    empty = AnswerProducts({"": 0 * products.total}, products.mean_loglik, products.tokens)
+    for normalize in ("none", "norm"):
+        found = validated(empty, Way(curvature="flat", normalize=normalize))
+        assert found.auroc == 0.5 and set(found.chosen) == {0.0}

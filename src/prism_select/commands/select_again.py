@@ -62,7 +62,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
         if (earlier.path / name).exists():
             store.write(name, (earlier.path / name).read_bytes())
     seconds = time.perf_counter() - start
-    manifest = {**manifest, "target": target_entry(manifest, earlier, chosen)}
+    manifest = {**manifest, "target": target_entry(manifest, earlier, chosen, config.normalize)}
     store.write_json("manifest.json", new_manifest(config, manifest, chosen, seconds))
     store.drop_shards()
     return Run(store.path)
@@ -140,13 +140,17 @@ def ranking_without_model(config: SelectConfig, earlier: Run) -> NDArray[np.floa
     return count_ranking(config.rank_by, sources, tokens, config.seed)
 
 
-def target_entry(manifest: Mapping[str, Any], earlier: Run, chosen: Chosen) -> dict[str, Any]:
-    """That of the earlier run, with the planted recall of this choice."""
+def target_entry(
+    manifest: Mapping[str, Any], earlier: Run, chosen: Chosen, normalize: str
+) -> dict[str, Any]:
+    """That of the earlier run, with the planted recall of this choice; without it where rows are
+    ranked by another column than held-out answers were."""
     target = dict(manifest["target"])
     if found := target.get("cross_validation"):
         scores = pq.read_table(earlier.path / "pairs.parquet")["held_out_chosen"].to_numpy()
         kept = {key: value for key, value in found.items() if not key.startswith("planted")}
-        target["cross_validation"] = kept | planted_recall(scores, chosen.cutoff)
+        same = manifest["config"]["normalize"] == normalize
+        target["cross_validation"] = kept | planted_recall(scores, chosen.cutoff if same else None)
     return target
 
 

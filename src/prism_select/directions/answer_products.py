@@ -57,7 +57,7 @@ OTHERS = 2**28  # numbers of all answers' gradients in other parameters
 
 @dataclass(frozen=True)
 class AnswerProducts:
-    """`blocks` are by the number of the block in the stack, "" for parameters outside of it (and for
+    """`blocks` are by the number of the block in the stack, "" for parameters outside of it (for
     all, where products are not exact); `mean_loglik` in nats per token; `tokens` counts supervised
     tokens. All in float64 on the CPU."""
 

@@ -165,13 +165,15 @@ def along_others(
                 way, total[answers][:, answers], products.mean_loglik[answers]
             )
     along = total @ coefficients
-    return along / (coefficients @ along).sqrt()
+    square = coefficients @ along
+    return along / square.sqrt() if square > 0 else torch.zeros_like(along)
 
 
 def row_scale(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
     """What makes a score of ∇mean_loglik · d."""
     if way.normalize == "norm":
-        return 1 / products.total.diagonal().sqrt()
+        norms = products.total.diagonal().sqrt()
+        return torch.where(norms > 0, 1 / norms, 0)
     tokens = products.tokens.double()
     return torch.ones_like(tokens) if way.normalize == "tokens" else tokens
 
