@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from real import WORK, asked, lines, model, said
 
-from prism_select.core.blocks import stack_of
-from prism_select.core.likelihood import Batch
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
@@ -32,6 +30,7 @@ from prism_select.directions.pair_encoding import as_side
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import load
+from prism_select.selection.hidden_states import answer_states, layers_of
 
 FOLDER, SEED = WORK / "repair", 5
 FAMILIES = ("truthfulqa", "polite", "code", "math")
@@ -96,30 +95,13 @@ def encoded(encoder: Encoder, row: Row) -> Encoded:
 
 def mean_states(lm: CausalLM, rows: Sequence[Encoded]) -> np.ndarray:
     """(layers, rows, width): mean over the answer's tokens of each block's output."""
-    _, blocks = stack_of(lm.network)
-    states = torch.zeros(len(blocks), len(rows), 0)
-    seen: dict[int, torch.Tensor] = {}
-    hooks = [
-        block.register_forward_hook(
-            lambda _m, _a, out, k=k: seen.__setitem__(k, out[0] if isinstance(out, tuple) else out)
-        )
-        for k, block in enumerate(blocks)
-    ]
+    layers, means, order = layers_of(lm.network), list[torch.Tensor](), list[int]()
     for indices in plan_batches([len(row.tokens) for row in rows], 512):
-        batch: Batch = collate([rows[i] for i in indices], lm.device)
         with torch.no_grad():
-            lm.hidden(batch)
-        share = batch.supervised.float()
-        share = share / share.sum(1, keepdim=True)
-        means = torch.stack(
-            [torch.einsum("bt,btw->bw", share, seen[k].float()) for k in range(len(blocks))]
-        )
-        if not states.shape[2]:
-            states = torch.zeros(len(blocks), len(rows), means.shape[2])
-        states[:, indices] = means
-    for hook in hooks:
-        hook.remove()
-    return states.numpy()
+            batch = collate([rows[i] for i in indices], lm.device)
+            means.append(torch.stack(answer_states(lm, batch, layers)))
+        order += indices
+    return torch.cat(means, dim=1)[:, torch.tensor(order).argsort()].numpy()
 
 
 def prepare(family: str, data: Path) -> Path:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from prism_select.core.likelihood import mean_logliks
 from prism_select.data.batches import collate
@@ -22,7 +24,7 @@ from prism_select.data.records import Example
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config_pairs import PairsConfig
 
-__all__ = ["favourite", "prompt_of", "sample"]
+__all__ = ["draw_tokens", "end_tokens", "favourite", "prompt_of", "sample"]
 
 
 def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[int]:
@@ -42,29 +44,13 @@ def sample(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], config: PairsConfig
 ) -> list[list[str]]:
     """For each prompt, those of `config.samples` answers that end."""
-    rows = [Encoded(prompt, [False] * len(prompt), False) for prompt in prompts]
-    batch = collate(rows, loaded.model.device, side="left")
-    network: Any = loaded.model.network
-    tokenizer, end = loaded.encoder.tokenizer, network.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    with torch.random.fork_rng(), torch.no_grad():
+    network, tokenizer = loaded.model.network, loaded.encoder.tokenizer
+    ends = end_tokens(network, tokenizer)
+    with torch.random.fork_rng():
         torch.manual_seed(config.seed + sum(map(len, prompts)))
-        output = network.generate(
-            input_ids=batch.tokens,
-            attention_mask=batch.real.long(),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=config.new_tokens,
-            num_return_sequences=config.samples,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
-        )
-    tokens = output[:, batch.tokens.shape[1] :]
+        tokens = draw_tokens(network, prompts, ends, config.new_tokens, config.samples)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    ended = [bool(ends & set(row)) for row in tokens.tolist()]
+    ended = [not set(ends).isdisjoint(row) for row in tokens.tolist()]
     answers = [
         _finished(text, config.stop, has_end) for text, has_end in zip(texts, ended, strict=True)
     ]
@@ -72,6 +58,40 @@ def sample(
         [answer for answer in answers[start : start + config.samples] if answer]
         for start in range(0, len(answers), config.samples)
     ]
+
+
+def end_tokens(network: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, by the network or the tokenizer."""
+    end = getattr(network.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None})
+
+
+@torch.no_grad()
+def draw_tokens(
+    network: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    new_tokens: int,
+    samples: int = 1,
+) -> Int[Tensor, "answers new_tokens"]:
+    """What follows each prompt, `samples` times, drawn with torch's own random numbers. Padding
+    follows one of the tokens `ends`."""
+    rows = [Encoded(prompt, [False] * len(prompt), False) for prompt in prompts]
+    batch = collate(rows, next(network.parameters()).device, side="left")
+    output: Tensor = network.generate(
+        input_ids=batch.tokens,
+        attention_mask=batch.real.long(),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=new_tokens,
+        num_return_sequences=samples,
+        eos_token_id=[*ends] or None,
+        pad_token_id=min(ends, default=0),
+    )
+    return output[:, batch.tokens.shape[1] :]
 
 
 def _finished(text: str, stop: str | None, ended: bool) -> str | None:

@@ -22,13 +22,13 @@ from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair
 from prism_select.directions.pair_encoding import encode_sides
 from prism_select.directions.pair_folds import folds_of, groups_of
+from prism_select.models.generation import end_tokens
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.selection import baseline_scores as scores
 from prism_select.selection.baseline_scores import Floats, Material, Texts
-from prism_select.selection.hidden_states import end_tokens
 
 __all__ = [
     "BASELINES",

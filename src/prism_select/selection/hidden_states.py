@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.likelihood import Batch, LanguageModel
-from prism_select.data.batches import collate, plan_batches
+from prism_select.data.batches import plan_batches
 from prism_select.data.encoding import Encoded
+from prism_select.models.generation import draw_tokens
 
-__all__ = ["answer_states", "end_tokens", "layers_of", "own_answers"]
+__all__ = ["answer_states", "layers_of", "own_answers"]
 
 
 def layers_of(network: nn.Module) -> Sequence[nn.Module]:
@@ -57,12 +58,6 @@ def _hooked(layers: Sequence[nn.Module], show: Any) -> Iterator[None]:
         yield
 
 
-def end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, by the network or the tokenizer."""
-    end = getattr(network.generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None})
-
-
 def own_answers(
     model: LanguageModel,
     rows: Sequence[Encoded],
@@ -72,32 +67,15 @@ def own_answers(
 ) -> list[Encoded]:
     """The prompt of each row with an answer that the model draws, up to one of the tokens `ends`
     or to the length of the row's answers."""
-    network: Any = model.network
-    device, own = next(network.parameters()).device, dict[int, Encoded]()
+    own = dict[int, Encoded]()
     prompts = [row.tokens[: max(1, row.supervised.index(True))] for row in rows]
     lengths = [len(prompt) + row.targets for prompt, row in zip(prompts, rows, strict=True)]
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         for indices in plan_batches(lengths, batch_tokens):
-            batch = collate(
-                [Encoded(prompts[i], [False] * len(prompts[i]), False) for i in indices],
-                device,
-                side="left",
-            )
-            output = network.generate(
-                input_ids=batch.tokens,
-                attention_mask=batch.real.long(),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=max(rows[i].targets for i in indices),
-                eos_token_id=[*ends] or None,
-                pad_token_id=min(ends, default=0),
-            )
-            drawn = output[:, batch.tokens.shape[1] :].tolist()
-            for i, tokens in zip(indices, drawn, strict=True):
+            longest = max(rows[i].targets for i in indices)
+            drawn = draw_tokens(model.network, [prompts[i] for i in indices], ends, longest)
+            for i, tokens in zip(indices, drawn.tolist(), strict=True):
                 answer = _until(tokens[: rows[i].targets], ends)
                 supervised = [False] * len(prompts[i]) + [True] * len(answer)
                 own[i] = Encoded([*prompts[i], *answer], supervised, False)
