@@ -15,14 +15,15 @@ products with any answer, and its length, follow from G.
 Choices made here:
 - factors of as many matrices are collected in one pass as take the memory of the direction;
 - products are formed in float32 or better and add up in float64;
-- above `EXACT` answers, gradients are multiplied with random signs and folded into `FORMED` numbers
-  of all answers before they are multiplied: without bias, with an error of one over the root of the
-  numbers of an answer. So are other parameters that take more than `OTHERS` numbers.
+- above `EXACT` answers, gradients are multiplied with random signs and `FOLDED` numbers added up to
+  one, before they are multiplied: without bias, with an error of one over the root of the numbers
+  that remain. Other parameters are folded as far as `OTHERS` asks for.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ __all__ = ["AnswerProducts", "answer_products"]
 EXACT = 1024  # answers up to which products are exact
 FACTORS = 2**30  # bytes of factors that a pass collects, at least
 FORMED = 2**25  # numbers of all answers' gradients that are formed at a time: 128 MB in float32
+FOLDED = 64  # numbers of a gradient that become one
 TOKENS = 256  # that are multiplied at a time
 OTHERS = 2**28  # numbers of all answers' gradients in other parameters
 
@@ -66,7 +68,7 @@ class AnswerProducts:
     tokens: Int[Tensor, " answers"]
     exact: bool = True
 
-    @property
+    @cached_property
     def total(self) -> Float[Tensor, "answers answers"]:
         return torch.stack([*self.blocks.values()]).sum(0)
 
@@ -122,7 +124,8 @@ class Collection:
         self.count = len(side.order)
         self.logliks = torch.zeros(self.count, dtype=torch.float64)
         self.exact = self.count <= EXACT
-        self._matrices, self._small = _by_kind(self.owners)
+        self._scales = {owner.name: embedding_scale(owner.module) for owner in self.owners}
+        self._matrices, self._small = _by_kind(self.owners, self._scales)
         self._lost = {name for name in weights if name not in self._matrices | self._small}
         self._factors = dict[Piece, list[Factors]]()
         self._sums = dict[str, Tensor]()
@@ -201,7 +204,7 @@ class Collection:
     def _new_factors(
         self, piece: Piece, owner: Owner, inputs: Inputs, gradient: Tensor, examples: Tensor
     ) -> Iterator[Factors]:
-        left, right = _factors(owner, inputs, gradient, piece)
+        left, right = _factors(owner, self._scales[owner.name], inputs, gradient, piece)
         if gradient.ndim == 3 and len(gradient) == self._size:
             yield Factors(self._first, left, right)
             return
@@ -257,7 +260,7 @@ class Collection:
 
     def _squared(self, gradients: Float[Tensor, "answers numbers"]) -> Tensor:
         if not self.exact:
-            gradients = _folded(gradients, max(1, FORMED // self.count // 64))
+            gradients = _folded(gradients, max(1, FORMED // self.count // FOLDED))
         products = gradients.new_zeros(self.count, self.count)
         step = -(-self.count // 4)
         for start in range(0, self.count, step):  # the lower triangle is the upper one's
@@ -307,12 +310,12 @@ def embedding_scale(module: nn.Module) -> float:
     return float(scale) if torch.allclose(output, scale * plain, rtol=0.01) else 0.0
 
 
-def _by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:
+def _by_kind(selected: Sequence[Owner], scales: Mapping[str, float]) -> tuple[set[str], set[str]]:
     """The matrices whose gradient is Σ l rᵀ in all their uses, and the parameters whose gradient is
     one of a small module, all of whose input is one tensor."""
     matrix, small = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
     for owner in selected:
-        formula = has_formula(owner.module) or embedding_scale(owner.module) != 0
+        formula = has_formula(owner.module) or scales[owner.name] != 0
         leaf = not any(True for _ in owner.module.children())
         for key, name in owner.weights.items():
             matrix[name].append(formula and key == "weight")
@@ -330,9 +333,11 @@ def _zeros(weight: Tensor, *shape: int) -> Tensor:
     return weight.new_zeros(shape, dtype=wide_dtype(weight))
 
 
-def _factors(owner: Owner, inputs: Inputs, gradient: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-    """l, cut to the rows of the piece, and r."""
-    if scale := embedding_scale(owner.module):
+def _factors(
+    owner: Owner, scale: float, inputs: Inputs, gradient: Tensor, piece: Piece
+) -> tuple[Tensor, Tensor]:
+    """l, cut to the rows of the piece, and r; `scale` is that of an embedding."""
+    if scale:
         module: Any = owner.module
         rows = inputs[0]
         outside = (rows < piece.start) | (rows >= piece.stop)

@@ -13,7 +13,6 @@ Choices made here:
 - the interval resamples groups of pairs, and takes the directions as they are.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.pair_curvature import pair_slopes
 from prism_select.directions.pair_folds import PairGroups, folds_of
+from prism_select.models.layer_selection import upper_blocks
 
 __all__ = ["CrossValidation", "Way", "auroc_interval", "cross_validate", "held_out_scores"]
 
@@ -135,12 +135,12 @@ def in_layers(products: AnswerProducts, layers: str) -> AnswerProducts:
 
 
 def blocks_in(products: AnswerProducts, layers: str) -> list[str]:
-    """The upper blocks that `layers`, late or last:N, means (models/layer_selection.py); any other
-    text means all that there is."""
-    if layers != "late" and not re.fullmatch(r"last:\d+", layers):
-        return [*products.blocks]
+    """The upper blocks that `layers`, late or last:N, means; any other text means all that there
+    is."""
     count = 1 + max((int(name) for name in products.blocks if name), default=-1)
-    upper = (count + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
+    upper = upper_blocks(layers, count)
+    if upper is None:
+        return [*products.blocks]
     return [name for name in products.blocks if name and int(name) >= count - upper]
 
 

@@ -21,7 +21,7 @@ from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.layers import Parameters
 from prism_select.run.errors import UnknownLayers
 
-__all__ = ["adapter_names", "beside_text", "select_parameters"]
+__all__ = ["adapter_names", "beside_text", "select_parameters", "upper_blocks"]
 
 _INSIDE = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.\w+)(?=\.)")
 
@@ -111,15 +111,22 @@ def _matches(network: nn.Module, layers: str) -> Callable[[str], object]:
 
 
 def _by_block(layers: str) -> bool:
-    return layers == "late" or bool(re.fullmatch(r"last:[1-9]\d*", layers))
+    return upper_blocks(layers, 0) is not None
+
+
+def upper_blocks(layers: str, count: int) -> int | None:
+    """How many of `count` blocks, from the top, late or last:N means; None for any other text."""
+    if layers == "late":
+        return (count + 1) // 2
+    return int(layers[5:]) if re.fullmatch(r"last:[1-9]\d*", layers) else None
 
 
 def _in_upper_blocks(network: nn.Module, layers: str) -> Callable[[str], object]:
     """Whether a parameter is in a block that `layers`, late or last:N, selects."""
     stack, blocks = stack_of(network)
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    count = (len(blocks) + 1) // 2 if layers == "late" else int(layers.removeprefix("last:"))
-    return lambda name: (match := pattern.match(name)) and int(match[1]) >= len(blocks) - count
+    lowest = len(blocks) - (upper_blocks(layers, len(blocks)) or 0)
+    return lambda name: (match := pattern.match(name)) and int(match[1]) >= lowest
 
 
 def beside_text(network: nn.Module) -> Callable[[str], bool]:
