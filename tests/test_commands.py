@@ -692,6 +692,28 @@ def test_choosing_again_gives_the_verdicts_of_a_fresh_run(
     assert manifest(again).keys() >= manifest(fresh).keys() and "shards" not in os.listdir(again)
 
 
+def test_planted_answers_are_told_where_rows_are_ranked_as_they_were(
+    place: Place, scored: Path
+) -> None:
+    def planted(run: Path) -> Any:
+        return manifest(run)["target"]["cross_validation"].get("planted_recall")
+
+    fresh = place.run("select", "planted", "--budget", "7")
+    assert 0 <= planted(fresh) <= 1
+    assert (
+        planted(place.run("select", "planted-curved", "--budget", "7", "--curvature", "ekfac"))
+        is None
+    )
+    earlier, found = scored, []
+    for number, normalize in enumerate(("tokens", "none")):
+        again = place.folder / f"planted-again{number}"
+        words = ["--out", again, "--budget", "7", "--normalize", normalize]
+        assert prism("select", "--select-from", earlier, *words).code == 0
+        earlier = again
+        found.append(planted(again))
+    assert found == [None, planted(fresh)]
+
+
 def test_choosing_again_needs_no_model_and_no_torch(place: Place, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(place.model, model)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.polarity import Polarity
-from prism_select.run.thresholds import TARGET_AGREEMENT
+from prism_select.run.thresholds import TARGET_AGREEMENT, auroc_in_words
 
 if TYPE_CHECKING:
     from prism_select.commands.pairs import MadePairs
@@ -37,12 +37,12 @@ SHOWN_TARGETS = 8
 def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -> dict[str, str]:
     """The table of score, select and repair: rows, pairs, choice, computation, files."""
     target, engine, choice = manifest["target"], manifest["engine"], manifest["choice"]
-    rows = dict[str, str]()
+    rows, polarity = dict[str, str](), Polarity.of_manifest(manifest)
     if "pairs" in target:
-        rows = _pairs(target, Polarity.of_manifest(manifest))
-    rows = {name: rows.pop(name) for name in ["held-out pairs"] if name in rows} | (
-        _counts(manifest["counts"]) | rows
-    )
+        rows |= _held_out(target, polarity)
+    rows |= _counts(manifest["counts"])
+    if "pairs" in target:
+        rows |= _pairs(target, polarity)
     if "cosines" in target:
         rows |= _targets(target)
     if manifest["command"] != "score" and len(choice["sources"]) > 1:
@@ -84,7 +84,8 @@ def pairs_summary(config: PairsConfig, result: "MadePairs | Mapping[str, Any]") 
         largest = ", ".join(
             f"{pair['pair']} ({_figure(pair['share'], '.0%')})" for pair in result["dominant_pairs"]
         )
-        rows = _pairs(result, Polarity()) | {"largest shares": f"pairs {largest}"}
+        rows = _held_out(result, Polarity()) | _pairs(result, Polarity())
+        rows |= {"largest shares": f"pairs {largest}"}
         return rows | _numbered("warning", result["warnings"])
     rows = {"read": f"{result.rows:,} rows", "pairs": f"{result.pairs:,} by {config.how}"}
     skipped = sorted(result.skipped.items(), key=lambda item: -item[1])
@@ -149,7 +150,6 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     """The diagnosis of the pairs: `target` of the manifest."""
     toward, away = polarity.toward, polarity.away
     rows = {
-        "held-out pairs": _held_out(target, toward),
         "pairs": f"{target['pairs']}, mean preference for the {toward} "
         f"{target['mean_preference']:.3f}, above one half in {target['preferred_share']:.0%}, "
         f"{target['effective_pairs']:.1f} effective",
@@ -173,14 +173,13 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     return rows
 
 
-def _held_out(target: Mapping[str, Any], toward: str) -> str:
+def _held_out(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     """What ranking to expect, from cross-validation on the pairs."""
-    found = target.get("cross_validation")
+    found, toward = target.get("cross_validation"), polarity.toward
     if not found:
-        return "too few questions for cross-validation"
-    low, high = found["interval"]
+        return {"held-out pairs": "too few questions for cross-validation"}
     words = (
-        f"AUROC {found['auroc']:.2f} [{low:.2f}, {high:.2f}], the {toward} answer first in "
+        f"AUROC {auroc_in_words(found['auroc'], found['interval'])}, the {toward} answer first in "
         f"{found['paired']:.0%}: expect a ranking of about that quality"
     )
     if "planted_recall" in found:
@@ -191,7 +190,7 @@ def _held_out(target: Mapping[str, Any], toward: str) -> str:
         )
     if not found["by_answers"]:
         words += "; answers repeat, so new ones may rank worse"
-    return words
+    return {"held-out pairs": words}
 
 
 def _targets(target: Mapping[str, Any]) -> dict[str, str]:

@@ -20,11 +20,12 @@ import numpy as np
 from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
 from prism_select.core.check import tolerance
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
+from prism_select.directions.saved import held_out
 from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import ScoreConfig
+from prism_select.run.config import OF_POOL, ScoreConfig
 from prism_select.run.polarity import Polarity
-from prism_select.run.thresholds import CHANCE_AUROC, CONFLICTING_COSINE
+from prism_select.run.thresholds import CHANCE_AUROC, CONFLICTING_COSINE, auroc_in_words
 from prism_select.scoring.cost_plan import Plan
 from prism_select.scoring.engine_choice import EngineCheck
 from prism_select.selection.cascade import Search
@@ -107,9 +108,8 @@ def _target_entry(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set = record.directions.direction_set
     entry = pairs_entry(direction_set) or {"direction": config.direction}
     found = entry.get("cross_validation")
-    if found and direction_set.overall and direction_set.overall.cross_validation:
-        length = 1.0 if config.normalize == "norm" else direction_set.length
-        scores = length * np.array(direction_set.overall.cross_validation.chosen)
+    if found and config.curvature not in OF_POOL:
+        scores = np.array(held_out(config, direction_set)["held_out_chosen"], dtype=np.float64)
         found |= planted_recall(scores, record.chosen.cutoff)
     return entry
 
@@ -225,10 +225,9 @@ def chance_warnings(pairs: PairDiagnosis) -> list[str]:
     found = pairs.cross_validation
     if not found or found.interval[0] > CHANCE_AUROC:
         return []
-    low, high = found.interval
     return [
-        f"held-out pairs are ranked at chance (AUROC {found.auroc:.2f} [{low:.2f}, {high:.2f}]): "
-        "expect no more of the pool; give more or nearer pairs, or another model"
+        f"held-out pairs are ranked at chance (AUROC {auroc_in_words(found.auroc, found.interval)})"
+        ": expect no more of the pool; give more or nearer pairs, or another model"
     ]
 
 

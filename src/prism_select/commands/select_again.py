@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
-from prism_select.run.config import OutputOptions, ScoreConfig, SelectConfig
+from prism_select.run.config import OF_POOL, OutputOptions, ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption, RunMismatch
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
@@ -144,12 +144,13 @@ def target_entry(
     manifest: Mapping[str, Any], earlier: Run, chosen: Chosen, normalize: str
 ) -> dict[str, Any]:
     """That of the earlier run, with the planted recall of this choice; without it where rows are
-    ranked by another column than held-out answers were."""
+    not ranked as held-out answers were."""
     target = dict(manifest["target"])
     if found := target.get("cross_validation"):
         scores = pq.read_table(earlier.path / "pairs.parquet")["held_out_chosen"].to_numpy()
         kept = {key: value for key, value in found.items() if not key.startswith("planted")}
-        same = manifest["config"]["normalize"] == normalize
+        scored = manifest.get("scored_by", manifest["config"])
+        same = scored["normalize"] == normalize and scored["curvature"] not in OF_POOL
         target["cross_validation"] = kept | planted_recall(scores, chosen.cutoff if same else None)
     return target
 

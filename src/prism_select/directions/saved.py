@@ -31,7 +31,7 @@ from prism_select.run.folder import Store
 from prism_select.run.polarity import Polarity
 from prism_select.run.tensor_files import read_tensors
 
-__all__ = ["load_direction", "save_direction"]
+__all__ = ["held_out", "load_direction", "save_direction"]
 
 WARMED = ", after a warm-up"
 
@@ -56,16 +56,16 @@ def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSe
     if direction_set.diagnoses:
         tables = [table_of(name, pairs) for name, pairs in direction_set.diagnoses.items()]
         table = pa.concat_tables(tables)
-        length = 1.0 if config.normalize == "norm" else direction_set.length
-        for name, values in held_out(direction_set, length).items():
+        for name, values in held_out(config, direction_set).items():
             table = table.append_column(name, pa.array(values, pa.float64()))
         store.write_table("pairs.parquet", table)
 
 
-def held_out(direction_set: DirectionSet, length: float) -> dict[str, list[float | None]]:
-    """Scores of both answers of each pair along the direction of pairs that it is held out of, for
-    directions of this length."""
+def held_out(config: ScoreConfig, direction_set: DirectionSet) -> dict[str, list[float | None]]:
+    """Scores of both answers of each pair along the direction of pairs that it is held out of, in
+    the unit of the run's own."""
     assert direction_set.overall
+    length = 1.0 if config.normalize == "norm" else direction_set.length
     found = direction_set.overall.cross_validation
     nothing: list[float | None] = [None] * len(direction_set.overall.pairs)
     return {

@@ -246,6 +246,9 @@ class TargetOptions(Options):
     ] = None
 
 
+OF_POOL = ("diagonal", "ekfac")  # curvatures that are taken of rows of the pool
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions(Options):
     """The Hessian approximation: its inverse multiplies the gradient."""

@@ -9,6 +9,8 @@ Choices made here:
   at ⅓ all 2m pairs together have as much signal as noise.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "CHANCE_AUROC",
     "CHANCE_CORRELATION",
@@ -30,6 +32,7 @@ __all__ = [
     "TRUNCATED_SHARE",
     "UNSEARCHED_SHARE",
     "agreement_in_words",
+    "auroc_in_words",
 ]
 
 # Pairs
@@ -56,6 +59,12 @@ REPEATED_CORRELATION = 0.9  # the same pairs scored again: at least
 SWAPPED_CORRELATION = -0.5  # chosen and rejected exchanged: at most
 CHANCE_CORRELATION = 0.4  # shuffled pairs and random directions, either sign: at most
 CONTROL_SHARE_OF_OVERLAP = 1 / 3  # of the way from chance to the same rows, for resampled pairs
+
+
+def auroc_in_words(auroc: float, interval: Sequence[float]) -> str:
+    """0.82 [0.67, 0.92]"""
+    low, high = interval
+    return f"{auroc:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def agreement_in_words(agreement: float) -> str:

@@ -32,7 +32,7 @@ from prism_select.report.run_facts import RunFacts, scoring_options
 from prism_select.report.sections.section import Section
 from prism_select.report.tables import PREVIEW, Column, Table
 from prism_select.run.errors import PrismError
-from prism_select.run.thresholds import TARGET_AGREEMENT, agreement_in_words
+from prism_select.run.thresholds import TARGET_AGREEMENT, agreement_in_words, auroc_in_words
 
 __all__ = ["PAIRS", "SECTION", "NamedTarget", "ShownPair", "TargetFacts", "read"]
 
@@ -202,10 +202,10 @@ def _expectation(target: Mapping[str, Any]) -> str:
     found = target.get("cross_validation")
     if not found:
         return ""
-    low, high = found["interval"]
     words = (
-        f"Held-out pairs are ranked with an AUROC of {found['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
-        "expect a ranking of about that quality. "
+        "Held-out pairs are ranked with an AUROC of "
+        f"{auroc_in_words(found['auroc'], found['interval'])}: expect a ranking of about that "
+        "quality. "
     )
     if "planted_recall" in found:
         words += (
