@@ -30,13 +30,13 @@ from torch import Tensor
 from prism_select.data.records import Example, Pair, Turn
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.cross_validation import (
-    Way,
     direction_coefficients,
     held_out_scores,
     resampled_aurocs,
     row_scale,
 )
 from prism_select.directions.pair_folds import PairGroups, folds_of, groups_of
+from prism_select.directions.way import Way
 from prism_select.selection.hidden_state_baselines import choose_probe, choose_vector
 
 SIZES, SHARES, SPLITS, DRAWS = (20, 40, 80), (0.1, 0.3, 0.5), 3, 1000

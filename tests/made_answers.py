@@ -5,7 +5,7 @@ from torch import Tensor
 
 from prism_select.core.gains import slopes
 from prism_select.directions.answer_products import AnswerProducts
-from prism_select.directions.cross_validation import Way
+from prism_select.directions.way import Way
 
 
 def made_pairs(

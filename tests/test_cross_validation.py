@@ -11,8 +11,9 @@ from torch import Tensor
 from prism_select.core.statistics import auroc
 from prism_select.data.records import Example, Pair, Turn
 from prism_select.directions.answer_products import AnswerProducts
-from prism_select.directions.cross_validation import CrossValidation, Way, cross_validate
+from prism_select.directions.cross_validation import CrossValidation, cross_validate
 from prism_select.directions.pair_folds import FOLDS, PairGroups, folds_of, groups_of
+from prism_select.directions.way import Way
 
 APART = PairGroups(np.arange(40))
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from prism_select.core.statistics import auroc
 from prism_select.directions.answer_products import AnswerProducts
-from prism_select.directions.cross_validation import Way, cross_validate
+from prism_select.directions.cross_validation import cross_validate
 from prism_select.directions.pair_folds import PairGroups, folds_of
 from prism_select.directions.tuning import Tuning, auroc_parts, tune, ways_to_try
+from prism_select.directions.way import Way
 
 FIRST_ORDER = Way(curvature="flat")
 APART = PairGroups(np.arange(40))
@@ -60,7 +61,7 @@ def test_what_is_tried_has_the_figures_of_cross_validation() -> None:
             validation = cross_validate(products, trial.way, APART, 3, of_targets)
             assert validation and trial.auroc == pytest.approx(validation.auroc)
         best = max(found.tried, key=lambda trial: trial.auroc)
-        assert found.best == best.way and best.standard_error == 0
+        assert found.best == best and best.standard_error == 0
 
 
 def test_the_simplest_ways_come_first() -> None:
@@ -90,7 +91,7 @@ def test_what_the_user_has_set_stays() -> None:
     every = {"weighting", "damping", "layers", "curvature", "common", "normalize"}
     found = tune(products, start, every, APART, 0)
     alone = cross_validate(products, start, APART, 0)
-    assert found and alone and found.chosen == start and len(found.tried) == 1
+    assert found and alone and found.chosen.way == start and len(found.tried) == 1
     assert found.nested.chosen == pytest.approx(alone.chosen)
     assert found.nested.auroc == alone.auroc
 
@@ -127,7 +128,7 @@ def test_noise_moves_nothing() -> None:
     for seed in range(20):
         gradients, like = made_pairs(seed, 0.0)
         found = tuned(products_of(gradients, like), seed=seed)
-        stays += found.chosen == FIRST_ORDER
+        stays += found.chosen.way == FIRST_ORDER
         nested.append(found.nested.auroc)
         best.append(max(trial.auroc for trial in found.tried))
     assert stays >= 17
@@ -139,7 +140,7 @@ def test_a_planted_gain_is_found_and_holds_on_new_answers() -> None:
     for seed in range(20):
         gradients, products = with_loud_directions(seed)
         found = tuned(products, seed=seed)
-        moves += found.chosen.curvature == "pairs"
+        moves += found.chosen.way.curvature == "pairs"
         rows, fresh = with_loud_directions(1000 + seed, pairs=500)
         truth = [
             auroc(
@@ -147,7 +148,7 @@ def test_a_planted_gain_is_found_and_holds_on_new_answers() -> None:
                 * (fresh.tokens.numpy() if way.normalize == "none" else 1),
                 np.arange(1000) < 500,
             )
-            for way in (FIRST_ORDER, found.chosen)
+            for way in (FIRST_ORDER, found.chosen.way)
         ]
         gains.append(truth[1] - truth[0])
         nested.append(found.nested.auroc - truth[1])
@@ -158,7 +159,7 @@ def test_a_planted_gain_is_found_and_holds_on_new_answers() -> None:
 def test_first_order_wins_where_curvature_loses() -> None:
     for start, at_least in ((FIRST_ORDER, 9), (Way(damping=0.1), 7)):
         found = [tuned(with_a_loud_signal(seed)[1], start, seed) for seed in range(10)]
-        assert sum(each.chosen.curvature == "flat" for each in found) >= at_least
+        assert sum(each.chosen.way.curvature == "flat" for each in found) >= at_least
 
 
 def test_layers_without_signal_are_left_out() -> None:
@@ -166,7 +167,7 @@ def test_layers_without_signal_are_left_out() -> None:
     for seed in range(5):
         gradients, like = made_pairs(seed, 2.0)
         noise = 6 * made_pairs(50 + seed, 0.0)[0]
-        chosen.add(tuned(products_of(torch.cat([noise, gradients], 1), like)).chosen.layers)
+        chosen.add(tuned(products_of(torch.cat([noise, gradients], 1), like)).chosen.way.layers)
     assert chosen == {"last:1"}
 
 
@@ -187,7 +188,7 @@ def test_the_order_of_the_pairs_does_not_matter() -> None:
         products.of([*order, *(40 + order)]), FIRST_ORDER, (), PairGroups(APART.of_pairs[order]), 0
     )
     found = tuned(products)
-    assert moved and moved.chosen == found.chosen
+    assert moved and moved.chosen.way == found.chosen.way
     assert [trial.auroc for trial in moved.tried] == pytest.approx([t.auroc for t in found.tried])
     assert moved.nested.chosen == pytest.approx(np.array(found.nested.chosen)[order])
 

@@ -22,7 +22,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from prism_select.data.object_rows import is_rows, refuse_object
-from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig, keeping_given
 from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, DiskTrouble
@@ -268,7 +268,8 @@ def _folder(out: str | Path | None) -> Iterator[str]:
 
 
 def _config(kind: type[Config], options: Mapping[str, Any]) -> Config:
-    return kind(**{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    return kind(**keeping_given(kind, given, given))
 
 
 def score(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import click
 from click.shell_completion import CompletionItem
 
+from prism_select.run.config import keeping_given
 from prism_select.run.options import Config, Mark, Option, flag_of, from_toml, options_of
 
 __all__ = ["ConfigCommand"]
@@ -48,7 +49,7 @@ class ConfigCommand(click.Command):
         def call(context: click.Context, /, config: str | None, **values: object) -> None:
             in_file = from_toml(kind, config) if config else {}
             on_line = {k: v for k, v in values.items() if v is not None and v != ()}
-            run(kind(**{**in_file, **on_line}), context)
+            run(kind(**keeping_given(kind, {**in_file, **on_line}, on_line)), context)
 
         super().__init__(
             kind.command,

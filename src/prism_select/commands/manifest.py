@@ -21,6 +21,7 @@ from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirectio
 from prism_select.core.check import tolerance
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
 from prism_select.directions.saved import held_out
+from prism_select.directions.tuning import Trial, Tuning
 from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import OF_POOL, ScoreConfig
@@ -183,7 +184,24 @@ def pairs_entry(direction_set: DirectionSet) -> dict[str, Any]:
     if len(direction_set.diagnoses) > 1:
         entry["targets"] = {n: _diagnosis_entry(d) for n, d in direction_set.diagnoses.items()}
         entry["cosines"] = direction_set.cosines
+    if direction_set.tuning:
+        entry["tuning"] = _tuning_entry(direction_set.tuning)
     return entry
+
+
+def _tuning_entry(tuning: Tuning) -> dict[str, Any]:
+    """What was tried, simplest first, and what was chosen: the values of the tuned options, and the
+    AUROC of held-out pairs that they were chosen by."""
+
+    def line(trial: Trial) -> dict[str, Any]:
+        values = {name: getattr(trial.way, name) for name in tuning.options}
+        return values | {"auroc": trial.auroc, "standard_error": trial.standard_error}
+
+    return {
+        "chosen": line(tuning.chosen),
+        "best": line(tuning.best),
+        "tried": [line(trial) for trial in tuning.tried],
+    }
 
 
 def _diagnosis_entry(pairs: PairDiagnosis) -> dict[str, Any]:

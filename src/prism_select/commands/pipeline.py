@@ -83,15 +83,16 @@ def run_main(
     loaded = checkpoint.loaded
     config = with_day(config, store, inputs, loaded)
     directions = find_directions(config, checkpoint, inputs, timer, progress)
+    given, config = config, directions.config
     engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     size = actors.size if actors else processes.size
     plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
 
-    begin_run(config, store, inputs, checkpoint, directions)
+    begin_run(given, store, inputs, checkpoint, directions)
     finished = finished_shards(store, progress)
-    job = scoring_job(inputs, directions, check.engine, finished, config.template_date)
+    job = scoring_job(inputs, directions, check.engine, finished)
     processes.broadcast(job)
     adapter = export_adapter(config, loaded, directions.direction_set, progress)
     scorer = Scorer(loaded, engine, job.layout, config)

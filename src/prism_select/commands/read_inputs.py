@@ -31,7 +31,7 @@ from prism_select.data.targets import (
 )
 from prism_select.directions.preconditioning import CURVATURE_ROWS
 from prism_select.models.loading import fingerprint_of, weights_of
-from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config import OF_POOL, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress
@@ -63,7 +63,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
         refuse_baselines("--rank-by", [config.rank_by], bool(config.target))
     pool = Pool.of(config)
     with progress.task("reading the pool", None) as task:
-        rows = CURVATURE_ROWS if config.curvature != "flat" else 0
+        rows = CURVATURE_ROWS if config.curvature in OF_POOL else 0
         survey = pool.survey(config.seed, rows, task.advance)
     targeted = list(survey_targets(config.target, mapping, config.target_by))
     warnings = _say_columns(config, survey, targeted, progress)

@@ -39,6 +39,7 @@ from prism_select.directions.preconditioning import (
     preconditioned,
 )
 from prism_select.directions.saved import load_direction, save_direction
+from prism_select.directions.way import with_way
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import LoadedModel, load_model
 from prism_select.models.lora_training import (
@@ -48,7 +49,7 @@ from prism_select.models.lora_training import (
     warm_up,
     with_adapter,
 )
-from prism_select.run.config import ScoreConfig, SelectConfig
+from prism_select.run.config import TUNABLE, ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -122,8 +123,9 @@ class Checkpoint:
 @dataclass(frozen=True)
 class RunDirections:
     """`factored` are the directions that rows are scored along: those of the set, cut to a rank
-    where the options say so."""
+    where the options say so. `config` has the options that --tune has chosen."""
 
+    config: ScoreConfig
     direction_set: DirectionSet
     factored: Sequence[Factored]
     curvature: CurvatureFacts | None
@@ -187,6 +189,9 @@ def find_directions(
             direction_set = directions_from_pairs(
                 config, checkpoint.loaded, inputs.targets, progress
             )
+            if direction_set.tuning:
+                tuning = direction_set.tuning
+                config = with_way(config, tuning.chosen.way, tuning.options)
     if config.curvature == "pairs":
         curvature = pair_curvature_facts(config, direction_set)
     elif config.curvature != "flat":
@@ -203,10 +208,10 @@ def find_directions(
                 "before and after"
             )
     if config.rank is None:
-        return RunDirections(direction_set, direction_set.directions, curvature, None)
+        return RunDirections(config, direction_set, direction_set.directions, curvature, None)
     sample = checkpoint.sample.rows
     factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
-    return RunDirections(direction_set, factored, curvature, check)
+    return RunDirections(config, direction_set, factored, curvature, check)
 
 
 def check_engine(
@@ -265,7 +270,7 @@ def begin_run(
     store.begin(config, inputs.fingerprints)
     if checkpoint.new_adapter:
         store.move_in(ADAPTER, checkpoint.new_adapter)
-    save_direction(store, config, directions.direction_set)
+    save_direction(store, directions.config, directions.direction_set)
 
 
 def scoring_job(
@@ -273,14 +278,14 @@ def scoring_job(
     directions: RunDirections,
     engine: str,
     finished: Mapping[int, Path],
-    template_date: str | None,
 ) -> ScoringJob:
     """The job in a form that other processes can receive: its directions are on the CPU."""
+    settled = {n: getattr(directions.config, n) for n in ("template_date", *TUNABLE)}
     factored, layout = (
         on_device(directions.factored, torch.device("cpu")),
         directions.direction_set.layout,
     )
-    return ScoringJob(inputs, factored, layout, engine, finished, template_date=template_date)
+    return ScoringJob(inputs, factored, layout, engine, finished, settled=settled)
 
 
 def export_adapter(
@@ -298,7 +303,7 @@ def export_adapter(
 
 def make_scorer(config: ScoreConfig, job: ScoringJob) -> Scorer:
     """The scorer of the main process once more, in another process."""
-    config = replace(config, template_date=job.template_date)
+    config = replace(config, **job.settled)
     loaded = load_model(config, config.layers, Silent(), job.inputs.survey.sample)
     if config.warmup:
         loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)

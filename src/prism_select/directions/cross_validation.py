@@ -25,27 +25,14 @@ from torch import Tensor
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.pair_curvature import pair_slopes
 from prism_select.directions.pair_folds import PairGroups, folds_of
+from prism_select.directions.way import Way
 from prism_select.models.layer_selection import upper_blocks
 
-__all__ = ["CrossValidation", "Way", "auroc_interval", "cross_validate", "held_out_scores"]
+__all__ = ["CrossValidation", "auroc_interval", "cross_validate", "held_out_scores"]
 
 DRAWS = 1000
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How pairs become a direction, and how rows are ranked along it, in the words of the
-    options."""
-
-    layers: str = "all"
-    weighting: str = "prism"
-    anchor: float = 0.0
-    curvature: str = "pairs"
-    damping: float = 0.1
-    common: str = "keep"
-    normalize: str = "none"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from prism_select.data.records import Pair
 from prism_select.directions.cross_validation import CrossValidation
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.pair_diagnostics import Diagnosis
+from prism_select.directions.tuning import Tuning
 
 __all__ = ["DirectionSet", "PairDiagnosis", "mean_direction"]
 
@@ -50,6 +51,7 @@ class DirectionSet:
     overall: PairDiagnosis | None = None
     warnings: Sequence[str] = ()
     pair_cosines: Mapping[str, float] | None = None  # of --curvature pairs: before and after
+    tuning: Tuning | None = None
 
     @property
     def of_targets(self) -> Sequence[Direction]:

@@ -15,7 +15,7 @@ Choices made here:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from prism_select.core.target_gradient import Target, target_gradient, weighted_
 from prism_select.data.records import Pair
 from prism_select.directions.answer_products import AnswerProducts, answer_products
 from prism_select.directions.common_part import without_common
-from prism_select.directions.cross_validation import Way, cross_validate
+from prism_select.directions.cross_validation import cross_validate, in_layers
 from prism_select.directions.direction_set import (
     DirectionSet,
     PairDiagnosis,
@@ -45,13 +45,14 @@ from prism_select.directions.pair_encoding import (
     supervised_tokens,
 )
 from prism_select.directions.pair_folds import groups_of
+from prism_select.directions.tuning import Tuning, tune
+from prism_select.directions.way import way_of, with_way
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import DirectionOptions, ScoreConfig
+from prism_select.run.config import TUNABLE, DirectionOptions, ScoreConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
-from prism_select.run.options import Options
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
@@ -101,26 +102,43 @@ def directions_from_pairs(
     ]
     for note in notes:
         progress.say(note)
-    count = sum(map(len, targets.values()))
-    with progress.task(f"direction from {count} pairs", None):
+    every = [pair for pairs in targets.values() for pair in pairs]
+    of_targets = [k for k, pairs in enumerate(targets.values()) for _ in pairs]
+    with progress.task(f"direction from {len(every)} pairs", None):
         products = products_of(config, model, weights, [*encoded.values()])
+        refuse_not_finite(every, products)
+        tuning = None
+        if config.tuned:
+            fixed = set(TUNABLE) - {*config.tuned}
+            start, groups = way_of(config), groups_of(every)
+            tuning = tune(products, start, fixed, groups, config.seed, of_targets)
+            line = tuned_in_words(config, tuning)
+            progress.say(line)
+            notes += [] if tuning else [line]
+        if tuning:
+            config = with_way(config, tuning.chosen.way, tuning.options)
+            weights = select_parameters(model.network, config.layers)
+            products = in_layers(products, config.layers)
         parts = weighed(config, targets, encoded, products)
         gradients = {name: gradient_of(config, model, weights, parts[name]) for name in targets}
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
         joint = mean_target([*gradients.values()])
-        of_targets = [k for k, pairs in enumerate(targets.values()) for _ in pairs]
         overall = diagnosed(config, joined([*parts.values()], products), joint, of_targets)
+    if tuning:
+        overall = replace(overall, cross_validation=tuning.nested)
     cosines = None
-    if uses_pair_curvature(config):
+    if config.curvature == "pairs":
         cosines = {name: parts[name].cosine for name in targets}
     best = isinstance(config, ScoreConfig) and config.combine == "max" and len(gradients) > 1
     scores = [direction_of(config, gradient) for gradient in gradients.values()]
     halves = [gradient.chosen for gradient in (gradients.values() if best else [joint])]
     lengths = [norm(direction) for direction in scores]
     layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
-    return DirectionSet(weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines)
+    return DirectionSet(
+        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning
+    )
 
 
 def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Progress) -> None:
@@ -133,6 +151,17 @@ def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Pr
         )
     if apart := len(adapter_names(model.network) - weights.keys()):
         progress.say(f"not selected: {apart} parameters of the adapter that is kept apart")
+
+
+def tuned_in_words(config: ScoreConfig | PairsConfig, tuning: Tuning | None) -> str:
+    if tuning is None:
+        return f"--tune {config.tune}: too few questions for cross-validation; nothing was tuned"
+    chosen, first = tuning.chosen, tuning.tried[0]
+    values = ", ".join(f"{name} {getattr(chosen.way, name)}" for name in tuning.options)
+    return (
+        f"tuned on the pairs, {len(tuning.tried)} ways: {values} (AUROC of held-out pairs "
+        f"{chosen.auroc:.2f}, with the defaults {first.auroc:.2f}, at best {tuning.best.auroc:.2f})"
+    )
 
 
 def products_of(
@@ -154,16 +183,14 @@ def weighed(
     encoded: Mapping[str, EncodedPairs],
     products: AnswerProducts,
 ) -> dict[str, WeighedPairs]:
-    """Each target's pairs with their own curvature. Raises NotFinite for a pair whose gradient is
-    lost."""
+    """Each target's pairs with their own curvature."""
     parts, start, count = dict[str, WeighedPairs](), 0, sum(map(len, targets.values()))
     for name, pairs in targets.items():
         chosen = range(start, start := start + len(pairs))
         own = products.of([*chosen, *(count + pair for pair in chosen)])
-        refuse_not_finite(pairs, own)
         first_order = slopes_of(config, "flat", own)
         slopes = first_order
-        if uses_pair_curvature(config):
+        if config.curvature == "pairs":
             slopes = slopes_of(config, "pairs", own, config.dampings[0])
         parts[name] = WeighedPairs(pairs, encoded[name], own, first_order, slopes)
     return parts
@@ -201,17 +228,13 @@ def gradient_of(
     return replace(target, weight=part.first_order.chosen)
 
 
-def uses_pair_curvature(config: Options) -> TypeGuard[ScoreConfig]:
-    return isinstance(config, ScoreConfig) and config.curvature == "pairs"
-
-
 def target_of(
     config: ScoreConfig, model: CausalLM, weights: Parameters, encoded: EncodedPairs
 ) -> Target:
     """C and R of some pairs, divided by their curvature where the options say so."""
     batch_tokens = config.tokens_on(model.device.type)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
-    if not uses_pair_curvature(config):
+    if config.curvature != "pairs":
         return target_gradient(model, weights, (chosen, rejected), config.weighting, config.anchor)
     products = products_of(config, model, weights, [encoded])
     slopes = slopes_of(config, "pairs", products, config.dampings[0])
@@ -288,18 +311,6 @@ def diagnosed(
     cut = [[row.truncated for row in rows] for rows in part.encoded]
     diagnosis = replace(diagnosis, truncated_chosen=sum(cut[0]), truncated_rejected=sum(cut[1]))
     return PairDiagnosis(part.pairs, target, diagnosis, cut[0], cut[1], validation)
-
-
-def way_of(config: ScoreConfig | PairsConfig) -> Way:
-    """Curvatures of the pool take no part in cross-validation."""
-    way = Way(
-        weighting=config.weighting, anchor=config.anchor, curvature="flat", common=config.common
-    )
-    if isinstance(config, ScoreConfig):
-        way = replace(way, normalize=config.normalize)
-    if uses_pair_curvature(config):
-        way = replace(way, curvature="pairs", damping=config.dampings[0])
-    return way
 
 
 def direction_of(config: DirectionOptions, target: Target) -> Direction:

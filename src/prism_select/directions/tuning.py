@@ -38,7 +38,6 @@ from scipy.stats import rankdata
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.cross_validation import (
     CrossValidation,
-    Way,
     along_others,
     blocks_in,
     in_layers,
@@ -46,6 +45,8 @@ from prism_select.directions.cross_validation import (
     validation_of,
 )
 from prism_select.directions.pair_folds import PairGroups, folds_of
+from prism_select.directions.way import Way
+from prism_select.run.config import TUNABLE
 
 __all__ = ["Trial", "Tuning", "tune", "ways_to_try"]
 
@@ -72,11 +73,13 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """`tried` has the simplest way first. The AUROC of the chosen way is too good, since it was
-    chosen by it; `nested` is not, and has its scores in the chosen way's unit."""
+    """`options` are the names of what was tuned; `tried` has the simplest way first. The AUROC of
+    the chosen way is too good, since it was chosen by it; `nested` is not, and has its scores in
+    the chosen way's unit."""
 
-    chosen: Way
-    best: Way
+    options: tuple[str, ...]
+    chosen: Trial
+    best: Trial
     tried: tuple[Trial, ...]
     nested: CrossValidation
 
@@ -103,10 +106,11 @@ def tune(
     aurocs, parts = auroc_parts(plain, groups.of_pairs)
     chosen, best = choice(aurocs, parts, seed), int(aurocs.argmax())
     errors = np.linalg.norm(parts - parts[best], axis=1)
-    trials = map(Trial, ways, aurocs.tolist(), errors.tolist())
+    trials = [*map(Trial, ways, aurocs.tolist(), errors.tolist())]
     nested = nested_scores(scores, folds, groups.of_pairs, chosen, seed)
     validation = validation_of(torch.from_numpy(nested), groups, len(folds), seed)
-    return Tuning(ways[chosen], ways[best], tuple(trials), validation)
+    options = tuple(name for name in TUNABLE if name not in fixed)
+    return Tuning(options, trials[chosen], trials[best], tuple(trials), validation)
 
 
 def ways_to_try(products: AnswerProducts, start: Way, fixed: Collection[str]) -> list[Way]:

@@ -16,15 +16,14 @@ from prism_select.report.formatting import join_words
 from prism_select.report.run_facts import RunFacts
 from prism_select.run.polarity import Polarity
 from prism_select.run.thresholds import (
+    CHANCE_AUROC,
     DOMINANT_SHARE,
     EFFECTIVE_PAIRS,
-    EVEN_AGREEMENT,
     LENGTH_CORRELATION,
     LONGER_SHARE,
     PAIRS_FOR_LENGTH,
-    TARGET_AGREEMENT,
     TRUNCATED_SHARE,
-    agreement_in_words,
+    auroc_in_words,
 )
 
 __all__ = ["Check", "State", "checks_of", "headline", "interval_state"]
@@ -93,7 +92,7 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> Iterator[Check]:
         words = "the direction was a saved one: its pairs are not known here"
         yield Check("pairs", "not judged yet", words)
         return
-    yield _agreement(target)
+    yield _held_out(target)
     yield _effective_pairs(target)
     if target["pairs"] >= PAIRS_FOR_LENGTH:
         longer = target["chosen_longer_share"]
@@ -103,15 +102,14 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> Iterator[Check]:
         yield Check("length of the answers", state, words)
 
 
-def _agreement(target: Mapping[str, Any]) -> Check:
-    name, agreement = "split-half agreement", target["split_half_agreement"]
-    if agreement is None:
-        return Check(name, "not judged yet", f"{target['pairs']} pairs: too few to split")
-    words = f"two halves of the pairs agree at {agreement:.2f}: {agreement_in_words(agreement)}"
-    pairs = target["pairs_for_half_agreement"]
-    if pairs and agreement < TARGET_AGREEMENT:
-        words += f"; about {pairs:,} pairs like these would bring that to {TARGET_AGREEMENT:.2f}"
-    return Check(name, "holds" if agreement >= EVEN_AGREEMENT else "review", words)
+def _held_out(target: Mapping[str, Any]) -> Check:
+    name, found = "held-out pairs", target.get("cross_validation")
+    if not found:
+        return Check(name, "not judged yet", "too few questions for cross-validation")
+    at_chance = found["interval"][0] <= CHANCE_AUROC
+    words = f"ranked with an AUROC of {auroc_in_words(found['auroc'], found['interval'])}"
+    words += ": no better than chance" if at_chance else ": expect about that of the pool"
+    return Check(name, "review" if at_chance else "holds", words)
 
 
 def _effective_pairs(target: Mapping[str, Any]) -> Check:

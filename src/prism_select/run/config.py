@@ -17,10 +17,10 @@ Choices made here:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from prism_select.run.adapter_base import base_of_adapter
 from prism_select.run.errors import BadOption
@@ -30,6 +30,7 @@ from prism_select.run.options import (
     Options,
     flag_of,
     marked,
+    options_of,
     parse_number,
     parse_share,
     split_names,
@@ -37,6 +38,8 @@ from prism_select.run.options import (
 
 __all__ = [
     "BATCH_TOKENS",
+    "OF_POOL",
+    "TUNABLE",
     "CurvatureOptions",
     "DirectionOptions",
     "FolderOptions",
@@ -49,6 +52,7 @@ __all__ = [
     "ScoringOptions",
     "SelectConfig",
     "TargetOptions",
+    "keeping_given",
 ]
 
 BATCH_TOKENS = {"gpu": 4096, "cpu": 512, "cpu without a graph": 2048}
@@ -178,6 +182,19 @@ class RowOptions(Options):
         return parse_share(self.max_bad)
 
 
+TUNABLE = ("layers", "weighting", "curvature", "damping", "common", "normalize")
+
+
+def keeping_given(kind: type[Options], values: Mapping[str, Any], given: Collection[str]) -> Any:
+    """The values of a config, where `--tune pairs` names what is left to choose: an option that is
+    `given` as its default stays, too."""
+    if values.get("tune") != "pairs" or not set(TUNABLE) & set(given):
+        return values
+    left = [option for option in options_of(kind) if option.name in TUNABLE]
+    names = [o.name for o in left if values.get(o.name, o.default) == o.default]
+    return {**values, "tune": ",".join(name for name in names if name not in given) or "off"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DirectionOptions(Options):
     """How pairs become a gradient."""
@@ -208,14 +225,40 @@ class DirectionOptions(Options):
         "it out.",
         Mark.IN_DIRECTION | Mark.RARE,
     ] = "keep"
+    tune: Annotated[
+        str,
+        "pairs: choose by cross-validation on the pairs what is not given of layers, weighting, "
+        "curvature, damping, common and normalize; or the names of some of them, as in "
+        "layers,damping.",
+        Mark.IN_DIRECTION,
+    ] = "off"
 
     def validate(self) -> None:
+        if unknown := [name for name in self._to_tune if name not in TUNABLE]:
+            raise BadOption(
+                f"--tune {self.tune}: {unknown[0]} is unknown; try pairs, off, or some of "
+                f"{', '.join(TUNABLE)}"
+            )
         if not 0 <= self.anchor < math.inf:
             raise BadOption(f"--anchor {self.anchor}: must be 0 or more; try 0.1")
         if self.weighting == "unpaired" and self.common == "remove":
             raise BadOption(
                 "--common remove: unpaired answers have nothing in common with others; leave it out"
             )
+
+    @property
+    def _to_tune(self) -> Sequence[str]:
+        named = {"off": (), "pairs": TUNABLE}
+        return named.get(self.tune, split_names(self.tune))
+
+    @property
+    def tuned(self) -> list[str]:
+        """Names of the options to choose by cross-validation: those at their defaults."""
+        return [
+            option.name
+            for option in options_of(type(self))
+            if option.name in self._to_tune and getattr(self, option.name) == option.default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +323,11 @@ class CurvatureOptions(Options):
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
         if len(self.dampings) > 1 and self.curvature == "pairs":
             raise BadOption(f"--damping {self.damping}: --curvature pairs takes one value; try 0.1")
+        if isinstance(self, DirectionOptions) and self.tuned and self.curvature in OF_POOL:
+            raise BadOption(
+                f"--tune {self.tune}: the pairs alone do not say how --curvature {self.curvature} "
+                "ranks; leave one of both out"
+            )
 
     @property
     def dampings(self) -> tuple[float, ...]:
@@ -463,6 +511,12 @@ class ScoreConfig(
         "Files, folders or globs of rows to score; repeat the option for more.",
         Mark.REQUIRED | Mark.PATH,
     ] = ()
+
+    @property
+    def tuned(self) -> list[str]:
+        """Without `normalize` where the norms of gradients cannot be had."""
+        has_norms = self.engine in ("auto", "reverse") and not (self.tokens or self.cascade)
+        return [name for name in super().tuned if has_norms or name != "normalize"]
 
     @property
     def amount(self) -> Amount:

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from prism_select.run.config import DirectionOptions, FolderOptions, ModelOptions, RowOptions
+from prism_select.run.config import (
+    OF_POOL,
+    CurvatureOptions,
+    DirectionOptions,
+    FolderOptions,
+    ModelOptions,
+    RowOptions,
+)
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Mark, flag_of
 
@@ -11,7 +18,7 @@ __all__ = ["PairsConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(FolderOptions, DirectionOptions, RowOptions, ModelOptions):
+class PairsConfig(FolderOptions, CurvatureOptions, DirectionOptions, RowOptions, ModelOptions):
     """Make pairs from rows with answers, or check a file of pairs (--check)."""
 
     command: ClassVar[str] = "pairs"
@@ -56,6 +63,8 @@ class PairsConfig(FolderOptions, DirectionOptions, RowOptions, ModelOptions):
             raise BadOption(
                 "give either FILE with --how, or --check PAIRS" + ", not both" * bool(self.file)
             )
+        if self.curvature in OF_POOL:
+            raise BadOption(f"--curvature {self.curvature}: is taken of a pool; try pairs or flat")
         required = {
             "how": self.check or self.how,
             "out": self.check or self.out,

@@ -9,9 +9,10 @@ Choices made here:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,8 @@ class RunInputs:
 class ScoringJob:
     """All that scoring needs besides the model. `finished` are shards of an earlier start. A `mask`
     over the pool (None: every row) scores some rows only, in shards of their own `kind`. `bad_rows`
-    were met before, under another kind. `template_date` is the day that chat templates show."""
+    were met before, under another kind. `settled` are options that the
+    main process has found: the day that chat templates show, and what --tune has chosen."""
 
     inputs: RunInputs
     directions: Sequence[Factored]
@@ -60,7 +62,7 @@ class ScoringJob:
     kind: str = ""
     mask: NDArray[np.bool_] | None = None
     bad_rows: int = 0
-    template_date: str | None = None
+    settled: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ Choices made here: chosen rows come first among the verdicts.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prism_select.report.checks import Check, State, checks_of, headline
 from prism_select.report.formatting import percent, significant
 from prism_select.report.run_facts import RunFacts
 from prism_select.report.sections.section import Section
-from prism_select.run.thresholds import agreement_in_words
 
 __all__ = ["SECTION", "ChoiceFacts", "Tile", "VerdictShare", "newer_than", "read"]
 
@@ -79,12 +79,20 @@ def _tiles(run: RunFacts) -> Iterator[Tile]:
     if run.verdict:
         yield from _tiles_of_choice(run)
     if "pairs" in target:
-        agreement = target["split_half_agreement"]
-        note = "" if agreement is None else agreement_in_words(agreement)
-        yield Tile("split-half agreement", significant(agreement, 2), note)
+        yield _held_out(target)
     if labels := run.manifest["choice"].get("labels"):
         note = f"{labels['bad']:,} of {labels['rows']:,} rows are known to be bad"
         yield Tile("AUROC of the ranking", significant(labels["auroc"]), note)
+
+
+def _held_out(target: Mapping[str, Any]) -> Tile:
+    found = target.get("cross_validation")
+    if not found:
+        return Tile("held-out pairs", "–", "too few questions for cross-validation")
+    low, high = found["interval"]
+    return Tile(
+        "held-out pairs", f"{found['auroc']:.2f}", f"AUROC, between {low:.2f} and {high:.2f}"
+    )
 
 
 def _tiles_of_choice(run: RunFacts) -> Iterator[Tile]:
