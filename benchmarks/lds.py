@@ -53,10 +53,14 @@ from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded
 from prism_select.demo import world
 from prism_select.demo.train import encode, make_tokenizer
+from prism_select.directions.cross_validation import direction_coefficients
 from prism_select.directions.curvature import diagonal, ekfac
-from prism_select.directions.pair_encoding import as_side
+from prism_select.directions.from_pairs import direction_by_products, products_of
+from prism_select.directions.pair_encoding import EncodedPairs, as_side
+from prism_select.directions.way import way_of
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
+from prism_select.run.config import ScoreConfig
 
 HERE = Path(__file__).parent
 WORK, PYTHON = HERE / "work" / "lds", HERE / "work" / "peers" / "bin" / "python"
@@ -68,6 +72,7 @@ DRAWS, MANY = 4, 8  # of labels: in fits of their own, and in one
 FITTED = ("diagonal", "ekfac", "ekfac, empirical")
 WAYS: Sequence[Way] = [
     ("flat", 0.0),
+    *(("pairs", damping) for damping in (0.1, 0.3, 1.0, 10.0)),
     *((name, damping) for name in FITTED for damping in (0.01, 0.1, 1.0, 10.0)),
     *((f"ekfac, {MANY} draws", damping) for damping in (0.1, 1.0)),
 ]
@@ -201,8 +206,22 @@ def directions(here: ProcessGroup, batches: Sequence[Batch]) -> Iterator[list[Di
     for (name, damping), draw in COLUMNS:
         if name == "flat":
             yield raw
+        elif name == "pairs":
+            yield [divided(here, pairs, damping) for pairs in zip(*here.answers, strict=True)]
         else:
             yield [blocks[name, draw].solve(gradient, damping) for gradient in raw]
+
+
+def divided(
+    here: ProcessGroup, pairs: tuple[Sequence[Encoded], Sequence[Encoded]], damping: float
+) -> Direction:
+    """By the curvature of the pairs themselves."""
+    named: dict[str, Any] = {"model": "-", "pool": ("-",), "target": ("-",), "out": "-"}
+    config = ScoreConfig(**named, curvature="pairs", damping=f"{damping}", batch_tokens=4096)
+    encoded = EncodedPairs(*pairs)
+    products = products_of(config, here.model, here.weights, [encoded])
+    coefficients = direction_coefficients(way_of(config), products.total, products.mean_loglik)
+    return direction_by_products(config, here.model, here.weights, encoded, coefficients)
 
 
 def scores(here: ProcessGroup, run: str) -> Mapping[str, np.ndarray]:

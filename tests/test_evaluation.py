@@ -22,15 +22,22 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import prism_select
 from prism_select.core.engines import ENGINES
+from prism_select.core.gradients import dot, norm
 from prism_select.core.statistics import paired_interval
-from prism_select.data.encoding import Encoded, Encoder
+from prism_select.data.encoding import Encoder
 from prism_select.data.pool import Pool
-from prism_select.data.records import Example, Turn
+from prism_select.data.records import Example, Pair, Turn
 from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
 from prism_select.directions import preconditioning
-from prism_select.directions.pair_encoding import EncodedPairs, as_side
+from prism_select.directions.from_pairs import (
+    direction_by_products,
+    directions_from_pairs,
+    products_of,
+)
+from prism_select.directions.pair_encoding import as_side, encode_sides
+from prism_select.directions.way import way_of
 from prism_select.evaluation import controls, past_run, retraining
 from prism_select.evaluation import evaluate as evaluation
 from prism_select.evaluation import price as price_module
@@ -42,6 +49,7 @@ from prism_select.evaluation.retraining import Point, Retrainer, TrainedResult, 
 from prism_select.evaluation.training_results import Difference, forecast_correlation, in_words
 from prism_select.evaluation.trainings import rows_for_tokens
 from prism_select.models import lora_training as warmup
+from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import LoadedModel, load, load_model
 from prism_select.models.lora_training import TrainingSettings, refuse_many_gpus, train
 from prism_select.run.config import ScoreConfig
@@ -788,11 +796,34 @@ def test_controls_are_the_same_however_many_directions_are_held_at_once(
 
 
 def test_half_of_the_pairs_is_swapped() -> None:
-    sides = [[Encoded([side, pair], [False, True], False) for pair in range(6)] for side in (0, 1)]
-    changed = controls.half_swapped(EncodedPairs(sides[0], sides[1]), random.Random(0))
-    assert sum(row.tokens[0] for row in changed[0]) == 3
-    for pair, (one, other) in enumerate(zip(*changed, strict=True)):
-        assert {tuple(one.tokens), tuple(other.tokens)} == {(0, pair), (1, pair)}
+    answers = np.arange(12).reshape(2, 6)
+    changed = controls.half_swapped(random.Random(0), answers)
+    assert (changed[0] >= 6).sum() == 3
+    assert np.array_equal(np.sort(changed, axis=0), answers)
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "pairs"}, {"common": "remove"}])
+def test_the_direction_of_changed_pairs_is_that_of_a_run_with_them(
+    options: dict[str, Any], place: Path
+) -> None:
+    named: dict[str, Any] = {"model": MODEL, "pool": "-", "target": "-", "out": "-"}
+    config = ScoreConfig(**named, layers="late", **options)
+    loaded = load_model(config, "late", Silent())
+    own = read_target(str(place / "target.jsonl"), {})[:5]
+    encoded = encode_sides(own, loaded.encoder)
+    weights = select_parameters(loaded.model.network, "late")
+    products = products_of(config, loaded.model, weights, [encoded])
+    for moved in (
+        controls.swapped(np.arange(10).reshape(2, 5)),
+        np.array([[1, 1, 4, 3, 0], [6, 6, 9, 8, 5]]),
+    ):
+        sides = [*(pair.chosen for pair in own), *(pair.rejected for pair in own)]
+        pairs = [Pair(sides[a], sides[b]) for a, b in moved.T.tolist()]
+        expected = directions_from_pairs(config, loaded, {"": pairs}, Silent()).directions[0]
+        counts = controls.changed(way_of(config), products, lambda _, moved=moved: moved)
+        found = direction_by_products(config, loaded.model, weights, encoded, counts)
+        assert dot(found, expected) == pytest.approx(norm(found) * norm(expected), rel=1e-5)
+        assert norm(found) == pytest.approx(norm(expected), rel=1e-4)
 
 
 def test_scores_of_the_best_of_opposed_targets_are_found_again(place: Path, tmp_path: Path) -> None:

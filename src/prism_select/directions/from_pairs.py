@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes
 from prism_select.core.gradients import norm
 from prism_select.core.layers import Direction, Parameters
-from prism_select.core.target_gradient import Target, target_gradient, weighted_gradient
+from prism_select.core.target_gradient import Target, weighted_gradient
 from prism_select.data.records import Pair
 from prism_select.directions.answer_products import AnswerProducts, answer_products
 from prism_select.directions.common_part import without_common
@@ -56,7 +57,7 @@ from prism_select.run.errors import NotFinite
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
-__all__ = ["directions_from_pairs", "target_of"]
+__all__ = ["direction_by_products", "directions_from_pairs", "products_of"]
 
 Targets: TypeAlias = Mapping[str, Sequence[Pair]]
 
@@ -228,18 +229,22 @@ def gradient_of(
     return replace(target, weight=part.first_order.chosen)
 
 
-def target_of(
-    config: ScoreConfig, model: CausalLM, weights: Parameters, encoded: EncodedPairs
-) -> Target:
-    """C and R of some pairs, divided by their curvature where the options say so."""
+def direction_by_products(
+    config: ScoreConfig,
+    model: CausalLM,
+    weights: Parameters,
+    encoded: EncodedPairs,
+    coefficients: Float[Tensor, " answers"],
+) -> Direction:
+    """Σ_a coefficient_a ∇mean_loglik(a); the chosen answers come first."""
     batch_tokens = config.tokens_on(model.device.type)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
-    if config.curvature != "pairs":
-        return target_gradient(model, weights, (chosen, rejected), config.weighting, config.anchor)
-    products = products_of(config, model, weights, [encoded])
-    slopes = slopes_of(config, "pairs", products, config.dampings[0])
-    means = products.mean_loglik.split(len(slopes.chosen))
-    return weighted_gradient(model, weights, (chosen, rejected), (means[0], means[1]), slopes)
+    scaled = coefficients * len(encoded.chosen)  # it takes means over pairs
+    halves = scaled.split(len(encoded.chosen))
+    nothing = torch.zeros(0)
+    slopes = Slopes(halves[0], -halves[1])
+    target = weighted_gradient(model, weights, (chosen, rejected), (nothing, nothing), slopes)
+    return target.direction
 
 
 def refuse_not_finite(pairs: Sequence[Pair], products: AnswerProducts) -> None:

@@ -25,6 +25,7 @@ Choices made here:
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from prism_select.core.engines import ENGINES
 from prism_select.core.gradients import norm
@@ -39,10 +41,13 @@ from prism_select.core.layers import Direction, Parameters
 from prism_select.core.statistics import overlap_of_best, rank_correlation
 from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
+from prism_select.directions.answer_products import AnswerProducts
+from prism_select.directions.cross_validation import direction_coefficients
 from prism_select.directions.direction_set import mean_direction
-from prism_select.directions.from_pairs import direction_of, target_of
+from prism_select.directions.from_pairs import direction_by_products, products_of
 from prism_select.directions.pair_encoding import EncodedPairs, encode_sides
 from prism_select.directions.preconditioning import fit_curvature
+from prism_select.directions.way import Way, way_of
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import LoadedModel
@@ -180,21 +185,31 @@ def directions_of(
 ) -> Iterator[tuple[str, Direction]]:
     """Each direction with the name of its control; drawn ones come `DRAWS` times."""
     draw = random.Random(config.seed)
+    targets = [
+        (encoded, products_of(config, model, weights, [encoded])) for encoded in pairs.values()
+    ]
 
     def along(
-        change: Callable[[EncodedPairs], EncodedPairs], weighting: str = config.weighting
+        change: Callable[[NDArray[np.int64]], NDArray[np.int64]], weighting: str = config.weighting
     ) -> Direction:
-        changed = [change(of_target) for of_target in pairs.values()]
-        return control_direction(config, model, weights, changed, weighting)
+        way = replace(way_of(config), weighting=weighting)
+        return mean_direction(
+            [
+                direction_by_products(
+                    config, model, weights, encoded, changed(way, products, change)
+                )
+                for encoded, products in targets
+            ]
+        )
 
-    again = along(lambda encoded: encoded)
+    again = along(lambda answers: answers)
     yield "again", again
     yield "swapped", along(swapped)
     yield "swapped alike", along(swapped, "uniform")
     length = norm(again)
     for seed in range(DRAWS):
-        yield "shuffled", along(lambda encoded: half_swapped(encoded, draw), "uniform")
-        yield "resampled", along(lambda encoded: resampled(encoded, draw))
+        yield "shuffled", along(partial(half_swapped, draw), "uniform")
+        yield "resampled", along(partial(resampled, draw))
         noise = torch.Generator().manual_seed(config.seed + seed)
         drawn = {
             name: torch.randn(value.shape, generator=noise).to(value)
@@ -204,32 +219,33 @@ def directions_of(
         yield "random", {name: value * scale for name, value in drawn.items()}
 
 
-def control_direction(
-    config: ScoreConfig,
-    model: CausalLM,
-    weights: Parameters,
-    pairs: Sequence[EncodedPairs],
-    weighting: str,
-) -> Direction:
-    """The mean over targets, with the common part and the anchor as in the run."""
-    options = replace(config, weighting=weighting)  # type: ignore[arg-type]
-    targets = [target_of(options, model, weights, encoded) for encoded in pairs]
-    return mean_direction([direction_of(config, target) for target in targets])
+def changed(
+    way: Way,
+    products: AnswerProducts,
+    change: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+) -> Float[Tensor, " answers"]:
+    """What each answer counts in the direction of changed pairs. A change maps the numbers of both
+    answers of the pairs, (2, pairs), to those that take their places."""
+    count = len(products.tokens)
+    answers = torch.from_numpy(change(np.arange(count).reshape(2, -1)).ravel())
+    own = products.of(answers.tolist())
+    coefficients = direction_coefficients(way, own.total, own.mean_loglik)
+    return coefficients.new_zeros(count).index_add(0, answers, coefficients)
 
 
-def swapped(pairs: EncodedPairs) -> EncodedPairs:
-    return EncodedPairs(pairs.rejected, pairs.chosen)
+def swapped(answers: NDArray[np.int64]) -> NDArray[np.int64]:
+    return answers[::-1]
 
 
-def half_swapped(pairs: EncodedPairs, draw: random.Random) -> EncodedPairs:
+def half_swapped(draw: random.Random, answers: NDArray[np.int64]) -> NDArray[np.int64]:
     """A random half of the pairs with their answers exchanged."""
-    chosen, rejected = list(pairs.chosen), list(pairs.rejected)
-    for i in draw.sample(range(len(chosen)), len(chosen) // 2):
-        chosen[i], rejected[i] = rejected[i], chosen[i]
-    return EncodedPairs(chosen, rejected)
+    count = answers.shape[1]
+    own, found = draw.sample(range(count), count // 2), answers.copy()
+    found[:, own] = answers[::-1, own]
+    return found
 
 
-def resampled(pairs: EncodedPairs, draw: random.Random) -> EncodedPairs:
+def resampled(draw: random.Random, answers: NDArray[np.int64]) -> NDArray[np.int64]:
     """As many pairs, drawn with replacement."""
-    indices = draw.choices(range(len(pairs.chosen)), k=len(pairs.chosen))
-    return EncodedPairs([pairs.chosen[i] for i in indices], [pairs.rejected[i] for i in indices])
+    count = answers.shape[1]
+    return answers[:, draw.choices(range(count), k=count)]
