@@ -525,13 +525,14 @@ def pair_weights(material: Material, name: str) -> list[tuple[float, float]]:
     gaps = [
         loss(material, no) - loss(material, yes) for yes, no in zip(*material.pairs, strict=True)
     ]
-    if name == "hard":
-        return [(1 / (1 + math.exp(gap)),) * 2 for gap in gaps]
+    if name in ("hard", "first-order"):
+        sign = 1 if name == "hard" else -1
+        return [(1 / (1 + math.exp(sign * gap)),) * 2 for gap in gaps]
     return [(1.0, 1.0 if name == "uniform" else 0.0)] * len(gaps)
 
 
 @pytest.mark.parametrize("layers", ["all", "late"])
-@pytest.mark.parametrize("name", ["uniform", "hard", "unpaired"])
+@pytest.mark.parametrize("name", ["first-order", "uniform", "hard", "unpaired"])
 def test_other_weightings_are_inner_products_with_autograds_direction(
     name: str, layers: str
 ) -> None:

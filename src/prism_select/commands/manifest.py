@@ -136,14 +136,15 @@ def _adapter_state(config: ScoreConfig, loaded: LoadedModel) -> str | None:
 
 def _score_entry(config: ScoreConfig, polarity: Polarity) -> dict[str, Any]:
     common = ", without the common part" if config.common == "remove" else ""
-    flat = config.curvature == "flat"
-    divided = "" if flat else f", divided by the curvature ({config.curvature})"
+    is_divided = config.curvature != "flat" and not config.direction
+    divided = f", divided by the curvature ({config.curvature})" if is_divided else ""
+    target = "a saved direction" if config.direction else f"the gradient of the mean gain{common}"
+    step = "step, divided by the curvature, too," if is_divided else "SGD step"
     return {
-        "definition": "gradient of loglik (summed over supervised tokens) times the gradient of "
-        f"the mean gain{common}{divided}",
+        "definition": f"gradient of loglik (summed over supervised tokens) times {target}{divided}",
         "sign": "positive: training on the row moves the model towards the "
         f"{polarity.toward} answers of the target file",
-        "unit": "change of the gain (nats per token) per unit of learning rate, for one SGD step "
+        "unit": f"change of the gain (nats per token) per unit of learning rate, for one {step} "
         "on the row",
         "swapped": polarity.swapped,
     }
@@ -152,8 +153,9 @@ def _score_entry(config: ScoreConfig, polarity: Polarity) -> dict[str, Any]:
 def _optional_entries(record: RunRecord) -> dict[str, Any]:
     curvature, rank = record.directions.curvature, record.directions.rank_check
     search = record.scores.search
+    plain = "flat" if record.directions.direction_set.diagnoses else "as saved"
     entries = {
-        "curvature": asdict(curvature) if curvature else {"name": "flat"},
+        "curvature": asdict(curvature) if curvature else {"name": plain},
         "rank": rank and asdict(rank),
         "adapter": record.adapter and asdict(record.adapter),
         "cascade": search and search.describe(),

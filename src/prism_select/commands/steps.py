@@ -49,7 +49,7 @@ from prism_select.models.lora_training import (
     warm_up,
     with_adapter,
 )
-from prism_select.run.config import TUNABLE, ScoreConfig, SelectConfig
+from prism_select.run.config import OF_POOL, TUNABLE, ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -192,9 +192,9 @@ def find_directions(
             if direction_set.tuning:
                 tuning = direction_set.tuning
                 config = with_way(config, tuning.chosen.way, tuning.options)
-    if config.curvature == "pairs":
-        curvature = pair_curvature_facts(config, direction_set)
-    elif config.curvature != "flat":
+            if config.curvature == "pairs":
+                curvature = pair_curvature_facts(config, direction_set)
+    if config.curvature in OF_POOL:
         with timer.step("curvature"):
             parameters, rows = direction_set.weights, checkpoint.sample.rows
             fitted = fit_curvature(config, model, parameters, rows, config.seed, progress)

@@ -70,6 +70,7 @@ Ranking = Literal[
     "vector-filter",
     "projection-difference",
     "concept-influence",
+    "first-order",
     "uniform",
     "hard",
     "unpaired",
@@ -299,11 +300,11 @@ class CurvatureOptions(Options):
     group: ClassVar[str] = "Direction"
 
     curvature: Annotated[
-        Literal["flat", "pairs", "diagonal", "ekfac"],
-        "Hessian approximation to divide the direction by: none, the second moment of the pairs' "
-        "own gradients, or of the pool second moments of gradients or EK-FAC (arXiv 1806.03884).",
+        Literal["pairs", "flat", "diagonal", "ekfac"],
+        "Hessian approximation to divide the direction by: the second moment of the pairs' own "
+        "gradients, none, or of the pool second moments of gradients or EK-FAC (arXiv 1806.03884).",
         Mark.IN_DIRECTION,
-    ] = "flat"
+    ] = "pairs"
     damping: Annotated[
         str,
         "Share of each layer's mean eigenvalue added to the curvature; with several, as in 0.1,1, "

@@ -295,6 +295,10 @@ def concept_influence(material: Material) -> Direction:
     return {name: value / len(chosen) for name, value in total.items()}
 
 
+def first_order(material: Material) -> Direction:
+    return material.direction("prism")
+
+
 def uniform(material: Material) -> Direction:
     return material.direction("uniform")
 

@@ -131,17 +131,22 @@ BASELINES: Mapping[str, Baseline] = {
         source="Kowal et al. 2026, arXiv 2602.14869, with flat curvature",
         direction=scores.concept_influence,
     ),
+    "first-order": Baseline(
+        summary="PRISM's score with flat curvature: the sum of the pairs' weighted gradients",
+        source="arXiv 2605.21422",
+        direction=scores.first_order,
+    ),
     "uniform": Baseline(
-        summary="PRISM's score with every pair weighted alike",
+        summary="PRISM's first-order score with every pair weighted alike",
         direction=scores.uniform,
     ),
     "hard": Baseline(
-        summary="PRISM's score with pairs weighted as in DPO, those not yet learned most",
+        summary="PRISM's first-order score, pairs weighted as in DPO: those not yet learned most",
         source="Rafailov et al. 2023, arXiv 2305.18290",
         direction=scores.hard,
     ),
     "unpaired": Baseline(
-        summary="PRISM's score with chosen answers alone: the first-order influence on their loss",
+        summary="PRISM's first-order score with chosen answers alone: the influence on their loss",
         direction=scores.unpaired,
     ),
     "contrast": Baseline(
