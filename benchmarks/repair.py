@@ -1,6 +1,6 @@
 """Which direction finds the bad rows of a pool, and does cross-validation on the pairs foretell it?
 
-    make repair DATA=folder        an hour on two cores; a stopped study resumes
+    make repair DATA=folder        forty minutes on two cores; a stopped study resumes
 
 Gemma-3-270M (base), bfloat16. Four families of pairs: TruthfulQA's right and wrong answers, polite
 and rude ones, safe and insecure code, right and wrong solutions. Gradients are computed once
@@ -177,7 +177,7 @@ def one_change() -> dict[str, list[Setting]]:
         return [Setting(layers, replace(way, **{option: value})) for value in values]
 
     return {
-        "layers": [Setting(name, way) for name in ("last 12", "late", "last 6")],
+        "layers": [Setting(name, way) for name in ("all", "last 12", "late", "last 6")],
         "weighting": changed("weighting", "prism", "uniform", "hard"),
         "curvature": [FIRST_ORDER, *changed("damping", 0.1, 0.3, 1.0)],
         "normalize": changed("normalize", "none", "tokens", "norm"),

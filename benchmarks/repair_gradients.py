@@ -8,7 +8,9 @@ right and wrong answers, polite and rude ones, safe and insecure code, right and
 Choices made here:
 - questions are chosen once, by a seed, among those that are short enough; a split draws the
   target's and the pool's among them; insecure code has a pool of its own;
-- of long families (code, solutions) the upper two thirds of the blocks."""
+- matrices of the blocks alone: not the embeddings, which are the head, nor the norms;
+- long families (code, solutions) have fewer rows, of fewer tokens, since products are of all
+  rows with each other: that a pool is small shows in its intervals."""
 
 import argparse
 import random
@@ -37,7 +39,6 @@ FAMILIES = ("truthfulqa", "polite", "code", "math")
 LONGEST = {"truthfulqa": 128, "polite": 160, "code": 140, "math": 85}
 QUESTIONS = {"truthfulqa": 230, "polite": 210, "code": 80, "math": 130}
 GOOD_OF_CODE, BAD_OF_CODE = 77, 33
-UPPER = {"truthfulqa": 18, "polite": 18, "code": 12, "math": 12}
 
 Row = tuple[int, bool, str, str]  # question, whether its answer is bad, prompt, answer
 
@@ -116,8 +117,7 @@ def prepare(family: str, data: Path) -> Path:
     kept = rows_of(family, data)
     rows = [encoded(encoder, row) for row in kept]
     print(f"{family}: {len(rows)} rows, {sum(len(r.tokens) for r in rows)} tokens", flush=True)
-    blocks = "|".join(map(str, range(18 - UPPER[family], 18)))
-    weights = select_parameters(lm.network, rf"layers\.({blocks})\..*proj\.weight")
+    weights = select_parameters(lm.network, r"layers\..*proj\.weight")
     start = time.perf_counter()
     found = answer_products(lm, weights, as_side(rows, 512, lm.device))
     print(f"{family}: products took {time.perf_counter() - start:.0f} s", flush=True)

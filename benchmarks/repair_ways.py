@@ -57,8 +57,8 @@ class Setting(NamedTuple):
         return f"{way.weighting}, {curvature}{removed}, {self.layers}, {way.normalize}"
 
 
-DEFAULT = Setting("late", Way())
-FIRST_ORDER = Setting("late", Way(curvature="flat"))
+DEFAULT = Setting("all", Way())
+FIRST_ORDER = Setting("all", Way(curvature="flat"))
 
 
 def settings(blocks: int) -> list[Setting]:
@@ -211,7 +211,7 @@ def baselines(
     yield "probe and score, standardised and added", standardised(of_probe) + standardised(own), nan
     for name, way in (("unpaired", Way()), ("unpaired, cosine (LESS)", Way(normalize="norm"))):
         way = replace(way, weighting="unpaired", curvature="flat")
-        yield name, ranking_of(family, Setting("late", way), answers, folds).rows, nan
+        yield name, ranking_of(family, Setting(DEFAULT.layers, way), answers, folds).rows, nan
     yield "contrast (IF-Guide)", contrast(family, FIRST_ORDER, answers), nan
     yield "random", np.random.default_rng(seed).random(len(family.rows)), nan
     yield "tokens of the answer", family.data["tokens"].astype(float), nan

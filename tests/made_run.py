@@ -17,7 +17,7 @@ PAIRS: list[Row] = [
     {"prompt": f"Question {place}?", "chosen": f"Right {place}.", "rejected": f"Wrong {place}."}
     for place in range(12)
 ]
-TARGET = {
+TARGET: dict[str, Any] = {
     "pairs": 12,
     "mean_preference": 0.6,
     "effective_pairs": 11.0,

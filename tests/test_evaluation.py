@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -820,10 +821,14 @@ def test_the_direction_of_changed_pairs_is_that_of_a_run_with_them(
         sides = [*(pair.chosen for pair in own), *(pair.rejected for pair in own)]
         pairs = [Pair(sides[a], sides[b]) for a, b in moved.T.tolist()]
         expected = directions_from_pairs(config, loaded, {"": pairs}, Silent()).directions[0]
-        counts = controls.changed(way_of(config), products, lambda _, moved=moved: moved)
+        counts = controls.changed(way_of(config), products, partial(put, moved))
         found = direction_by_products(config, loaded.model, weights, encoded, counts)
         assert dot(found, expected) == pytest.approx(norm(found) * norm(expected), rel=1e-5)
         assert norm(found) == pytest.approx(norm(expected), rel=1e-4)
+
+
+def put(moved: NDArray[np.int64], _: object) -> NDArray[np.int64]:
+    return moved
 
 
 def test_scores_of_the_best_of_opposed_targets_are_found_again(place: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from prism_select.selection.cascade import Search
 from prism_select.selection.choice import Chosen
 from prism_select.selection.figures import planted_recall
 
-__all__ = ["RunRecord", "manifest_of", "pair_warnings", "pairs_entry"]
+__all__ = ["RunRecord", "diagnosis_warnings", "manifest_of", "pair_warnings", "pairs_entry"]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 SHOWN = 5  # pairs with the largest shares of the direction
@@ -224,9 +224,13 @@ def _diagnosis_entry(pairs: PairDiagnosis) -> dict[str, Any]:
 
 def pair_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
     """What is wrong with the pairs, with the target file's own names for their answers."""
+    return [*direction_set.warnings, *diagnosis_warnings(direction_set, polarity)]
+
+
+def diagnosis_warnings(direction_set: DirectionSet, polarity: Polarity) -> list[str]:
+    """Without what encoding does to the pairs."""
     several = len(direction_set.diagnoses) > 1
-    warnings = [*direction_set.warnings]
-    warnings += [
+    warnings = [
         f"target {name}: {line}" if several else line
         for name, pairs in direction_set.diagnoses.items()
         for line in [*chance_warnings(pairs), *pairs.diagnosis.in_words(polarity)]

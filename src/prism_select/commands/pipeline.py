@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 
-from prism_select.commands.manifest import RunRecord, manifest_of
+from prism_select.commands.manifest import RunRecord, diagnosis_warnings, manifest_of
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
 from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
@@ -43,6 +43,7 @@ from prism_select.models.lora_training import ADAPTER, has_adapter
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
+from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
 from prism_select.scoring.cost_plan import Plan, peak_memory
 from prism_select.scoring.processes import ProcessGroup, process_group
@@ -84,6 +85,8 @@ def run_main(
     config = with_day(config, store, inputs, loaded)
     directions = find_directions(config, checkpoint, inputs, timer, progress)
     given, config = config, directions.config
+    for line in diagnosis_warnings(directions.direction_set, Polarity.of_config(config)):
+        progress.say(line)
     engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     size = actors.size if actors else processes.size
     plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
