@@ -8,12 +8,11 @@ and rude ones, safe and insecure code, right and wrong solutions. Gradients are 
 
 Choices made here:
 - figures are means over splits at a bad share of 30%, with 80 pairs (polite: 60);
-- what tuning chooses is read off the same pairs that give the direction; "one standard error" takes
-  the way with the fewest departures from the default among those that are as good;
+- tuning (directions/tuning.py) reads the pairs that give the direction, and nothing else;
 - `rows` keep every way at full size, and the default, first order and baselines at each size."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from repair_ways import (
     Trial,
     settings,
     trials_of,
+    tuned,
 )
 from results_file import figure, write
 
@@ -102,65 +102,6 @@ def summaries(trials: Sequence[Trial]) -> list[Line]:
     return [{"study": "ways", **summary(group)} for group in grouped.values()]
 
 
-def departures(setting: Setting) -> int:
-    own, usual = setting.way, DEFAULT.way
-    names = ("weighting", "curvature", "damping", "common", "normalize")
-    changed = [getattr(own, name) != getattr(usual, name) for name in names]
-    return changed.count(True) + int(setting.layers != DEFAULT.layers)
-
-
-Rule = Callable[[Sequence[Trial]], Trial]
-
-
-def best(trials: Sequence[Trial]) -> Trial:
-    return max(trials, key=lambda trial: trial.cv)
-
-
-def within(trials: Sequence[Trial], errors: Sequence[float]) -> Trial:
-    """The simplest way at most its error behind the best."""
-    top = best(trials).cv
-    near = [t for t, error in zip(trials, errors, strict=True) if top - t.cv <= error]
-    return min(near, key=lambda trial: (departures(_setting(trial)), -trial.cv))
-
-
-def one_error(trials: Sequence[Trial]) -> Trial:
-    return within(trials, [float(_draws(best(trials)).std())] * len(trials))
-
-
-def one_error_of_difference(trials: Sequence[Trial]) -> Trial:
-    top = _draws(best(trials))
-    return within(trials, [float((top - _draws(trial)).std()) for trial in trials])
-
-
-def _setting(trial: Trial) -> Setting:
-    assert trial.setting
-    return trial.setting
-
-
-def _draws(trial: Trial) -> np.ndarray:
-    assert trial.draws is not None
-    return trial.draws
-
-
-RULES: Mapping[str, Rule] = {
-    "the best": best,
-    "one standard error": one_error,
-    "one standard error of the difference": one_error_of_difference,
-}
-
-
-def tuned(trials: Sequence[Trial]) -> list[Line]:
-    full = [trial for trial in largest(trials) if trial.setting]
-    lines = []
-    for rule, choose in RULES.items():
-        for split in range(SPLITS):
-            chosen = choose([trial for trial in full if trial.split == split])
-            found = {"cv": chosen.cv, "auroc": chosen.pool[SHARE].auroc}
-            where = {"family": chosen.family, "rule": rule, "split": split, "way": chosen.name}
-            lines.append({"study": "tuning", **where, **found})
-    return lines
-
-
 def calibrated(trials: Sequence[Trial]) -> list[Line]:
     return [
         {"study": "probability", "family": t.family, "split": t.split, "share": share, **found}
@@ -188,7 +129,7 @@ def one_change() -> dict[str, list[Setting]]:
     }
 
 
-def family_figures(name: str, trials: Sequence[Trial]) -> list[Line]:
+def family_figures(name: str, trials: Sequence[Trial], choices: Sequence[Line]) -> list[Line]:
     title = f"{NAMES[name]}, bad share 30%, {trials[0].size} pairs"
     ways = [("default way", DEFAULT.name), ("first order", FIRST_ORDER.name)]
     figures = []
@@ -198,6 +139,10 @@ def family_figures(name: str, trials: Sequence[Trial]) -> list[Line]:
         wanted = WANTED.get(name, "") if way == DEFAULT.name else ""
         line = f"{title}: {label}, mean of {SPLITS} splits"
         figures.append(figure(line, mean(m.auroc for m in own), "AUROC", wanted, ends))
+    for rule, label in (("chosen", "--tune pairs"), ("best", "the best way on held-out pairs")):
+        aurocs = [line[f"auroc of the {rule}"] for line in choices if line["family"] == name]
+        line = f"{title}: {label}, mean of {SPLITS} splits"
+        figures.append(figure(line, mean(aurocs), "AUROC", ""))
     cv = foretold(trials, DEFAULT.name)
     return [*figures, figure(f"{title}: default way, held-out pairs", cv, "AUROC", "")]
 
@@ -212,10 +157,12 @@ def mean_figures(full: Mapping[str, Sequence[Trial]], choices: Sequence[Line]) -
         figure(f"{over}: first order", first, "AUROC", ""),
         *(figure(f"{over}: {name}", value, "AUROC", "") for name, value in scores.items()),
     ]
-    for rule in RULES:
-        value = mean(line["auroc"] for line in choices if line["rule"] == rule)
-        figures.append(figure(f"{over}: way tuned on the pairs, {rule}", value, "AUROC", ""))
-    return figures
+    for rule, title in (("chosen", "--tune pairs"), ("best", "the best way on held-out pairs")):
+        value = mean(line[f"auroc of the {rule}"] for line in choices)
+        figures.append(figure(f"{over}: {title}", value, "AUROC", ""))
+    gaps = [line["nested"] - line["auroc of the chosen"] for line in choices]
+    line = f"{over}: held-out pairs in nested folds minus the pool, after tuning"
+    return [*figures, figure(line, mean(gaps), "AUROC", "")]
 
 
 def everywhere(full: Mapping[str, Sequence[Trial]], way: str) -> float:
@@ -282,17 +229,20 @@ def main() -> None:
     chosen = parser.parse_args()
     names = [n for n in FAMILIES if not chosen.kept or (FOLDER / f"{n}.npz").exists()]
     found = dict[str, list[Trial]]()
-    rows = list[Line]()
+    rows, choices = list[Line](), list[Line]()
     for name in names:
         prepare(name, chosen.data)
-        found[name] = list(trials_of(Family.load(name, chosen.data)))
+        family = Family.load(name, chosen.data)
+        found[name] = list(trials_of(family))
+        choices += [{"study": "tuning", **line} for line in tuned(family)]
         rows += summaries(found[name])
     full = {name: largest(trials) for name, trials in found.items()}
     common = set.intersection(*({t.name for t in ts if t.setting} for ts in full.values()))
     ways = [setting.name for setting in settings(18) if setting.name in common]
-    choices = [line for trials in found.values() for line in tuned(trials)]
     chances = [line for trials in found.values() for line in calibrated(trials)]
-    figures = [line for name, trials in full.items() for line in family_figures(name, trials)]
+    figures = [
+        line for name, trials in full.items() for line in family_figures(name, trials, choices)
+    ]
     figures += mean_figures(full, choices) + prediction_figures(full, ways)
     figures += probability_figures(chances)
     write("repair.json", [*comparisons(full, ways), *choices, *chances, *rows], figures)

@@ -32,10 +32,10 @@ from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.cross_validation import (
     direction_coefficients,
     held_out_scores,
-    resampled_aurocs,
     row_scale,
 )
 from prism_select.directions.pair_folds import PairGroups, folds_of, groups_of
+from prism_select.directions.tuning import tune
 from prism_select.directions.way import Way
 from prism_select.selection.hidden_state_baselines import choose_probe, choose_vector
 
@@ -122,6 +122,14 @@ class Family:
             {"": self.products[layers][kept][:, kept]},
             torch.from_numpy(self.data["mean_loglik"])[kept],
             torch.from_numpy(self.data["tokens"])[kept],
+        )
+
+    def by_block(self, rows: NDArray[np.int64]) -> AnswerProducts:
+        own = np.ix_(rows, rows)
+        return AnswerProducts(
+            {str(k): torch.from_numpy(self.data[f"block {k}"][own]) for k in self.blocks},
+            torch.from_numpy(self.data["mean_loglik"][rows]),
+            torch.from_numpy(self.data["tokens"][rows]),
         )
 
     def groups(self, questions: NDArray[np.int64]) -> PairGroups:
@@ -235,11 +243,9 @@ def measured(scores: Floats, bad: NDArray[np.bool_], times: Floats) -> Measure:
     return Measure(float(above.mean()), float(low), float(high), float(bad[order].mean()))
 
 
-def cross_validated(held: Floats, groups: PairGroups, seed: int) -> tuple[float, Floats]:
-    """AUROC of held-out answers, and its values over draws of groups of pairs."""
+def held_out_auroc(held: Floats) -> float:
     bad, good = held.reshape(2, -1)
-    above = (bad[:, None] > good) + (bad[:, None] == good) / 2
-    return float(above.mean()), resampled_aurocs(above, groups, seed)
+    return float(((bad[:, None] > good) + (bad[:, None] == good) / 2).mean())
 
 
 def calibration(held: Floats, scores: Floats, bad: NDArray[np.bool_]) -> dict[str, Any]:
@@ -296,8 +302,7 @@ def fifths_error(probability: Floats, bad: NDArray[np.bool_]) -> float:
 
 
 class Trial(NamedTuple):
-    """One ranking of one split with pairs of one size. `draws` are values of `cv` over draws of
-    pairs; `calibrated` is by the bad share, of the default way."""
+    """One ranking of one split with pairs of one size. `calibrated` is by the bad share, of the default way."""
 
     family: str
     name: str
@@ -306,7 +311,6 @@ class Trial(NamedTuple):
     split: int
     pool: dict[float, Measure]
     cv: float
-    draws: Floats | None = None
     calibrated: Mapping[float, Mapping[str, Any]] | None = None
 
 
@@ -337,7 +341,7 @@ def trials_of(family: Family, splits: int = SPLITS) -> Iterator[Trial]:
             for setting in settings(len(family.blocks)):
                 rows, held = ranking_of(family, setting, answers, folds)
                 assert held is not None
-                cv, draws = cross_validated(held, groups, seed)
+                cv = held_out_auroc(held)
                 calibrated = None
                 if setting == DEFAULT:
                     calibrated = {
@@ -352,8 +356,32 @@ def trials_of(family: Family, splits: int = SPLITS) -> Iterator[Trial]:
                     seed,
                     pools(rows),
                     cv,
-                    draws,
                     calibrated,
                 )
             for name, scores, cv in baselines(family, answers, folds, seed):
                 yield Trial(family.name, name, None, size, seed, pools(scores), cv)
+
+
+def tuned(family: Family, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
+    """What --tune pairs chooses from all options, with the most pairs, and how it ranks."""
+    bad = family.data["bad"]
+    for seed in range(splits):
+        split = split_of(family, seed)
+        groups = family.groups(split.pairs)
+        answers = np.concatenate([split.pairs[:, 1], split.pairs[:, 0]])
+        found = tune(family.by_block(answers), DEFAULT.way, (), groups, seed)
+        assert found
+        line: dict[str, Any] = {"family": family.name, "split": seed, "tried": len(found.tried)}
+        rows = split.pools[0.3]
+        for name, trial in (("chosen", found.chosen), ("best", found.best)):
+            layers = trial.way.layers.replace("last:", "last ")
+            setting = Setting(layers, replace(trial.way, layers="all"))
+            scores = ranking_of(family, setting, answers, []).rows[rows]
+            times = np.ones((1, len(rows)))
+            auroc = measured(scores, bad[rows], times).auroc
+            line |= {
+                name: setting.name,
+                f"auroc of the {name}": auroc,
+                f"cv of the {name}": trial.auroc,
+            }
+        yield line | {"nested": found.nested.auroc}

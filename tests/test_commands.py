@@ -12,7 +12,7 @@ import signal
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from io import StringIO
 from itertools import cycle
@@ -129,6 +129,20 @@ def chatml(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> Coded:
     return tokens, learned
 
 
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor
+) -> torch.Tensor:
+    found, rest = torch.zeros_like(right), right.clone()
+    step = rest.clone()
+    while rest.norm() > 1e-12 * right.norm():
+        moved = product(step)
+        length = rest.square().sum() / (step @ moved)
+        found, before = found + length * step, rest.square().sum()
+        rest = rest - length * moved
+        step = rest + rest.square().sum() / before * step
+    return found
+
+
 class Loop:
     """Every number by a whole forward pass, cross-entropy and autograd on all parameters, one
     example at a time."""
@@ -153,9 +167,10 @@ class Loop:
         return [part.double() for part in torch.autograd.grad(value, self.weights)]
 
     def direction(
-        self, pairs: Sequence[tuple[Coded, Coded]], weighting: str
+        self, pairs: Sequence[tuple[Coded, Coded]], weighting: str, damping: float = 0.1
     ) -> tuple[list[torch.Tensor], ...]:
-        """The gradient of the mean gain, and the part of it that comes from the chosen answers."""
+        """The gradient of the mean gain, divided by the pairs' curvature unless damping is 0, and
+        the part of it that comes from the chosen answers."""
         with torch.no_grad():
             gap = torch.stack(
                 [self.mean(chosen) - self.mean(rejected) for chosen, rejected in pairs]
@@ -167,16 +182,26 @@ class Loop:
             "hard": 1 - gap.sigmoid(),
             "unpaired": one,
         }[weighting]
-        whole, half = (
-            [torch.zeros_like(w, dtype=torch.float64) for w in self.weights] for _ in range(2)
+        slope, is_paired = slopes[:, None], weighting != "unpaired"
+        chosen = torch.stack([self.flat(self.mean(pair[0])) for pair in pairs])
+        rejected = torch.stack([self.flat(self.mean(pair[1])) for pair in pairs]) * is_paired
+        own = chosen - rejected
+        mean = (slope * own).mean(0)
+        if not damping:
+            return self.parts(mean), self.parts((slope * chosen).mean(0))
+        ridge = damping * (slopes * own.square().sum(1)).mean() / len(pairs)
+        whole = conjugate_gradients(
+            lambda d: ridge * d + own.T @ (slopes * (own @ d)) / len(pairs), mean
         )
-        for slope, (chosen, rejected) in zip(slopes / len(pairs), pairs, strict=True):
-            for place, part in enumerate(self.gradient(self.mean(chosen))):
-                whole[place] += slope * part
-                half[place] += slope * part
-            for place, part in enumerate(self.gradient(self.mean(rejected))):
-                whole[place] -= slope * part * (weighting != "unpaired")
-        return whole, half
+        weight = slopes * (1 - own @ whole) / len(pairs) / ridge
+        return self.parts(whole), self.parts(weight @ chosen)
+
+    def flat(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in self.gradient(value)])
+
+    def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        pieces = flat.split([weight.numel() for weight in self.weights])
+        return [p.view(w.shape) for p, w in zip(pieces, self.weights, strict=True)]
 
     def score(self, coded: Coded, direction: Iterable[torch.Tensor]) -> float:
         return float(
@@ -298,11 +323,12 @@ def test_scores_have_the_columns_types_and_order_of_the_contract(
     assert set(column(scored, "verdict")) == {"scored"} and not any(column(scored, "truncated"))
 
 
+@pytest.mark.parametrize("damping", [0.1, 0.0])
 @pytest.mark.parametrize("weighting", ["prism", "uniform", "hard", "unpaired"])
-def test_scores_are_those_of_a_naive_loop(place: Place, scored: Path, weighting: str) -> None:
-    run = (
-        scored if weighting == "prism" else place.run("score", weighting, "--weighting", weighting)
-    )
+def test_scores_are_those_of_a_naive_loop(place: Place, weighting: str, damping: float) -> None:
+    curvature = "pairs" if damping else "flat"
+    words = ("--weighting", weighting, "--curvature", curvature)
+    run = place.run("score", f"{weighting}-{curvature}", *words)
     naive = loop(place.model)
     pairs = [
         tuple(
@@ -311,7 +337,7 @@ def test_scores_are_those_of_a_naive_loop(place: Place, scored: Path, weighting:
         )
         for pair in PAIRS
     ]
-    whole, half = naive.direction(pairs, weighting)  # type: ignore[arg-type]
+    whole, half = naive.direction(pairs, weighting, damping)  # type: ignore[arg-type]
     rows = [plain(naive.tokenizer, str(row["prompt"]), str(row["completion"])) for row in POOL]
     expected = np.array([naive.score(row, whole) for row in rows])
     assert apart(scores(run), expected) < 1e-4
@@ -384,11 +410,12 @@ def test_every_engine_gives_the_same_scores(place: Place, scored: Path, engine: 
     assert told["name"] == engine and told["check"]["disagreement"] <= told["check"]["tolerance"]
 
 
-def test_only_the_layers_asked_for_count(place: Place, scored: Path) -> None:
-    late = place.run("score", "late", "--layers", "late")
-    first = place.run(
-        "score", "first", "--layers", r"model\.layers\.[01]\.|embed|norm\.weight$|lm_head"
-    )
+def test_only_the_layers_asked_for_count(place: Place) -> None:
+    def scored_in(name: str, layers: str) -> Path:
+        return place.run("score", name, "--curvature", "flat", "--layers", layers)
+
+    scored, late = scored_in("every", "all"), scored_in("late", "late")
+    first = scored_in("first", r"model\.layers\.[01]\.|embed|norm\.weight$|lm_head")
     assert manifest(late)["model"]["counted_weights"] == [
         name
         for name, _ in loop(place.model).network.named_parameters()
@@ -401,7 +428,7 @@ def test_only_the_layers_asked_for_count(place: Place, scored: Path) -> None:
         manifest(first)["model"]["counted_weights"]
     )
     assert both == set(manifest(scored)["model"]["counted_weights"]) and not twice - both
-    rest = place.run("score", "rest", "--layers", r"^(?!model\.layers\.[23]\.)")
+    rest = scored_in("rest", r"^(?!model\.layers\.[23]\.)")
     assert apart(scores(late) + scores(rest), scores(scored)) < 1e-5
 
 
@@ -472,7 +499,7 @@ def test_the_manifest_holds_the_keys_of_the_contract_and_counts_that_add_up(
             {**verdicts} if run != scored else {}
         )
         assert "quarantined" in counts and told["warnings"] == [
-            line for line in told["warnings"] if "pairs" in line
+            line for line in told["warnings"] if "pairs" in line or "held-out" in line
         ]
 
 
@@ -1073,12 +1100,13 @@ def test_output_is_plain_lines_where_there_is_no_terminal(place: Place) -> None:
     )  # whole, on one line
     names = [line.split()[0] for line in told if not line.startswith("warning")]
     target = ["pairs", "agreement", "common", "answers"]
-    assert names[-12:] == [
+    assert names[-13:] == [
         "read",
         "verdicts",
         *target,
         "chosen",
         "length",
+        "curvature",
         "engine",
         "time",
         "report",

@@ -54,7 +54,7 @@ def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -
     rows["length"] = "rank correlation with tokens " + ", ".join(
         f"{_figure(value, '+.2f')} ({column})" for column, value in correlations
     )
-    if manifest["curvature"]["name"] != "flat":
+    if "cosine" in manifest["curvature"]:
         rows["curvature"] = _curvature(manifest["curvature"], choice)
     if "rank" in manifest:
         rows["rank"] = _rank(manifest["rank"])
