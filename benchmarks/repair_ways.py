@@ -302,7 +302,8 @@ def fifths_error(probability: Floats, bad: NDArray[np.bool_]) -> float:
 
 
 class Trial(NamedTuple):
-    """One ranking of one split with pairs of one size. `calibrated` is by the bad share, of the default way."""
+    """One ranking of one split with pairs of one size. `calibrated` is by the bad share, of the
+    default way."""
 
     family: str
     name: str

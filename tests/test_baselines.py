@@ -558,6 +558,16 @@ def test_less_is_the_cosine_of_autograds_gradients(layers: str) -> None:
     assert np.abs(numbers).max() <= 1
 
 
+def test_probe_and_score_weigh_alike() -> None:
+    scores = np.square(np.arange(len(ROWS), dtype=np.float64))
+    material = replace(material_of(), scores=scores)
+    parts = [ranked("probe", material), scores]
+    wanted = sum((part - part.mean()) / part.std() for part in parts)
+    assert close(ranked("probe-and-score", material), np.asarray(wanted).tolist())
+    moved = replace(material, scores=7 + 3 * scores)
+    assert close(ranked("probe-and-score", moved), np.asarray(wanted).tolist())
+
+
 def test_contrast_is_between_the_means_of_two_groups_of_any_size() -> None:
     whole = material_of()
     material = replace(whole, pairs=EncodedPairs(whole.pairs[0], whole.pairs[1][:2]))

@@ -51,6 +51,22 @@ def test_the_highest_of_a_baseline_are_chosen(
         assert ranking[:60].tolist() == [float(n) for n in run.scores["tokens"].to_pylist()[:60]]
 
 
+def test_a_repair_removes_what_a_baseline_ranks_first(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{**row, "bad": k % 3 == 0} for k, row in enumerate(pool(60, 0))]
+    labelled = jsonl(tmp_path / "pool.jsonl", rows)
+    given = {**files, "pool": labelled, "label_field": "bad", "remove": "6"}
+    run = prism_select.repair(**given, out=str(tmp_path / "run"), rank_by="probe-and-score")
+    ranking = run.scores["rank_by"].to_numpy(zero_copy_only=False)
+    best = set(np.argsort(-ranking, kind="stable")[:6].tolist())
+    assert {row["row"] for row in run.scores.to_pylist() if row["verdict"] == "removed"} == best
+    bad = ranking[::3]
+    above = bad[:, None] > np.delete(ranking, np.arange(0, 60, 3))
+    found = run.manifest["choice"]["labels"]["auroc_rank_by"]
+    assert found == pytest.approx(above.mean(), abs=1e-9)
+
+
 def test_every_baseline_is_a_value_of_the_option() -> None:
     option = next(o for o in options_of(SelectConfig) if o.name == "rank_by")
     assert option.choices == list(BASELINES)

@@ -221,13 +221,18 @@ def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
 def _labels(labels: Mapping[str, Any]) -> dict[str, str]:
     """How well a repair finds the rows marked by `--label-field`."""
     return {
-        "ranking": f"AUROC {_figure(labels['auroc'])} ({_figure(labels['auroc_per_token'])} per "
-        f"token), average precision {_figure(labels['average_precision'])} "
-        f"({_figure(labels['average_precision_per_token'])})",
+        "ranking": f"{_by_baseline(labels)}AUROC {_figure(labels['auroc'])} "
+        f"({_figure(labels['auroc_per_token'])} per token), average precision "
+        f"{_figure(labels['average_precision'])} ({_figure(labels['average_precision_per_token'])})",
         "precision": f"{_figure(labels['precision_at_removed'])} of the {labels['removed']:,} "
         f"removed rows with a label are bad, as are {labels['bad']:,} of all {labels['rows']:,} "
         "with one",
     }
+
+
+def _by_baseline(labels: Mapping[str, Any]) -> str:
+    found = labels.get("auroc_rank_by")
+    return "" if found is None else f"by --rank-by AUROC {_figure(found)}, by score "
 
 
 def _curvature(curvature: Mapping[str, Any], choice: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from prism_select.data.targets import (
 )
 from prism_select.directions.preconditioning import CURVATURE_ROWS
 from prism_select.models.loading import fingerprint_of, weights_of
-from prism_select.run.config import OF_POOL, RepairConfig, ScoreConfig, SelectConfig
+from prism_select.run.config import OF_POOL, OutputOptions, RepairConfig, ScoreConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress
@@ -59,7 +59,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     weights_of(str(config.model))  # raises where there are none
     mapping = parse_fields(config.fields)
     targets = read_pairs(config)
-    if isinstance(config, SelectConfig) and config.rank_by:
+    if isinstance(config, OutputOptions) and config.rank_by:
         refuse_baselines("--rank-by", [config.rank_by], bool(config.target))
     pool = Pool.of(config)
     with progress.task("reading the pool", None) as task:

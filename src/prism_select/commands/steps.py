@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ from prism_select.models.lora_training import (
     warm_up,
     with_adapter,
 )
-from prism_select.run.config import OF_POOL, TUNABLE, ScoreConfig, SelectConfig
+from prism_select.run.config import OF_POOL, TUNABLE, OutputOptions, ScoreConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -366,10 +367,12 @@ def choose(
 ) -> Chosen:
     """Verdicts for all rows, and the files of the choice; by a baseline with --rank-by."""
     ranking: NDArray[np.float64] | None = None
-    if isinstance(config, SelectConfig) and config.rank_by:
-        name = config.rank_by
+    if isinstance(config, OutputOptions) and config.rank_by:
+        name, columns = config.rank_by, [config.ranking]
+        shards = [pq.read_table(shard, columns=columns)[columns[0]] for shard in scores.shards]
+        own = pa.chunked_array(shards, pa.float64()).to_numpy()
         with progress.task(f"ranking by {name}", None):
-            ranking = rankings([name], config, loaded, inputs.pool, inputs.targets)[name]
+            ranking = rankings([name], config, loaded, inputs.pool, inputs.targets, own)[name]
     tables = partial(with_ranking, lambda: map(pq.read_table, scores.shards), ranking)
     best = scores.search.best if scores.search else None
     return choose_and_write(config, store, tables, inputs.pool, searched=best)

@@ -80,7 +80,7 @@ def baseline_rankings(
     if costly := [name for name in missing if name not in COUNT_BASELINES]:
         with progress.task(f"rankings of {len(costly)} baselines", None):
             pool, targets = Pool.of(past.config), read_pairs(past.config)
-            by_name |= rankings(costly, past.reachable, loaded, pool, targets)
+            by_name |= rankings(costly, past.reachable, loaded, pool, targets, past.ranking)
     if missing:
         table = pa.table(by_name).replace_schema_metadata({"of": mark})
         store.write_table("rankings.parquet", table)

@@ -70,6 +70,7 @@ Ranking = Literal[
     "vector-filter",
     "projection-difference",
     "concept-influence",
+    "probe-and-score",
     "first-order",
     "uniform",
     "hard",
@@ -569,6 +570,9 @@ class ScoreConfig(
             raise BadOption(
                 "--combine round-robin takes rows in turn and knows no positive ones; give a share"
             )
+        rank_by = getattr(self, "rank_by", None)
+        if rank_by and amount.kind == "positive":
+            raise BadOption(f"--rank-by {rank_by}: only scores have a sign; give a share, 5% say")
         if self.combine != "mean" and len(self.dampings) > 1:
             raise BadOption("several values of --damping: only with --combine mean")
 
@@ -609,6 +613,12 @@ class OutputOptions(Options):
         "Chosen rows as JSON lines, as they came; or as Parquet, with the pool's own types.",
         Mark.IN_CHOICE | Mark.MENDABLE | Mark.RARE,
     ] = "jsonl"
+    rank_by: Annotated[
+        Ranking | None,
+        "Choose by a baseline's ranking instead of the score; with --select-from only random, "
+        "random-by-source and length.",
+        Mark.IN_CHOICE | Mark.RARE,
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -631,12 +641,6 @@ class SelectConfig(OutputOptions, ScoreConfig):
         "MinHash similarity (0 to 1) from which on only the best-scored row stays, as in 0.8.",
         Mark.IN_CHOICE,
     ] = None
-    rank_by: Annotated[
-        Ranking | None,
-        "Choose by a baseline's ranking instead of the score; with --select-from only random, "
-        "random-by-source and length.",
-        Mark.IN_CHOICE | Mark.RARE,
-    ] = None
     select_from: Annotated[
         str | None,
         "Choose again from the scores of this run folder, without a model.",
@@ -650,11 +654,6 @@ class SelectConfig(OutputOptions, ScoreConfig):
     def validate(self) -> None:
         if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
             raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
-        if self.rank_by and self.amount.kind == "positive":
-            raise BadOption(
-                f"--rank-by {self.rank_by}: only scores have a sign; give --budget as a share, 5% "
-                "say"
-            )
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise BadOption(
                 f"--near-duplicates {self.near_duplicates}: not between 0 and 1; try 0.8"

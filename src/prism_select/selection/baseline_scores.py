@@ -65,7 +65,8 @@ class Material(Texts):
 
     `pairs` are the target's chosen and rejected answers, whose numbers may differ for `contrast`
     alone. `prefix` is what the tokenizer puts before every text (`Encoder.prefix`), `ends` are the
-    tokens that end an answer, and `folds` the pairs that are held out together.
+    tokens that end an answer, `folds` the pairs that are held out together, and `scores` PRISM's
+    own of the rows.
     """
 
     model: LanguageModel
@@ -75,6 +76,7 @@ class Material(Texts):
     prefix: Sequence[int] = ()
     ends: Sequence[int] = ()
     folds: Sequence[NDArray[np.int64]] = ()
+    scores: Floats | None = None
     batch_tokens: int = 512
     engine: str = "reverse"
 
@@ -258,6 +260,17 @@ def less(material: Material) -> Floats:
 
 def probe(material: Material) -> Floats:
     return states.probe(*material.pair_states, material.pool_states, material.folds)
+
+
+def probe_and_score(material: Material) -> Floats:
+    assert material.scores is not None
+    return standardised(probe(material)) + standardised(material.scores)
+
+
+def standardised(values: Floats) -> Floats:
+    """0 for all where they are equal."""
+    centred = values - values.mean()
+    return np.asarray(centred / (centred.std() or 1))
 
 
 def vector_filter(material: Material) -> Floats:

@@ -131,6 +131,10 @@ BASELINES: Mapping[str, Baseline] = {
         source="Kowal et al. 2026, arXiv 2602.14869, with flat curvature",
         direction=scores.concept_influence,
     ),
+    "probe-and-score": Baseline(
+        summary="the probe's number and PRISM's score, each standardised over the pool, added",
+        rank=scores.probe_and_score,
+    ),
     "first-order": Baseline(
         summary="PRISM's score with flat curvature: the sum of the pairs' weighted gradients",
         source="arXiv 2605.21422",
@@ -197,10 +201,12 @@ def rankings(
     loaded: LoadedModel,
     pool: Pool,
     targets: Mapping[str, Sequence[Pair]],
+    own_scores: Floats,
 ) -> dict[str, Floats]:
     """Of each baseline a number for every row of the pool, NaN for a bad row.
 
-    `targets` are the pairs as the run has them, in repair exchanged already.
+    `targets` are the pairs as the run has them, in repair exchanged already; `own_scores`
+    are what the run ranks its rows by.
     """
     encoder, rows, indices = loaded.encoder, list[Encoded](), list[int]()
     texts, sources, count = list[str](), list[str](), 0
@@ -225,6 +231,7 @@ def rankings(
         prefix=encoder.prefix,
         ends=end_tokens(loaded.model.network, encoder.tokenizer),
         folds=folds_of(groups_of(pairs), config.seed) if pairs else [],
+        scores=own_scores[indices],
         batch_tokens=config.tokens_on(loaded.model.device.type),
         engine=config.first_engine,
     )

@@ -80,6 +80,7 @@ def label_figures(field: str, rows: RankedRows, verdicts: Verdicts, pool: Pool) 
         "precision_at_removed": precision_at(removed, truth),
         "removed": int(removed.sum()),
         **({"auroc_cosine": auroc(cosine[usable], truth)} if cosine is not None else {}),
+        **({"auroc_rank_by": auroc(rows.ranking[usable], truth)} if rows.by_baseline else {}),
     }
 
 

@@ -41,6 +41,7 @@ class RankedRows:
     extra: Mapping[str, NDArray[np.float64]]  # cosines, and scores with further dampings
     reasons: Mapping[int, str]  # by row: why it has no score
     truncated: int
+    by_baseline: bool = False  # ranked by --rank-by
 
 
 def with_ranking(
@@ -96,6 +97,7 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
         extra,
         reasons,
         truncated,
+        "rank_by" in columns,
     )
 
 
