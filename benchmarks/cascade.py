@@ -153,7 +153,11 @@ def exact_run(folder: Path) -> prism_select.Run:
 
 def shared(folder: Path) -> Row:
     files = {"model": "model", "pool": "pool.jsonl", "target": "pairs.jsonl"}
-    return {**{option: str(folder / name) for option, name in files.items()}, "max_length": LENGTH}
+    return {
+        **{option: str(folder / name) for option, name in files.items()},
+        "max_length": LENGTH,
+        "curvature": "flat",
+    }
 
 
 def forward_seconds(folder: Path) -> float:

@@ -62,11 +62,12 @@ def chosen(scenario: Scenario, budget: str) -> Path:
     """A complete run at this budget, from the scores of the first budget where that can be."""
     out, first = folder(scenario, budget), folder(scenario, BUDGETS[0])
     shared: Row = {"model": str(scenario.model), "pool": scenario.pool, "target": scenario.target}
+    scoring = {"curvature": "flat", **scenario.scoring}
     if scenario.command == "repair":
         options: Row = {"label_field": scenario.truth, "remove": budget}
-        prism_select.repair(**shared, **scenario.scoring, **options, out=str(out))
+        prism_select.repair(**shared, **scoring, **options, out=str(out))
     elif out == first:
-        prism_select.select(**shared, **scenario.scoring, budget=budget, out=str(out))
+        prism_select.select(**shared, **scoring, budget=budget, out=str(out))
     else:
         prism_select.select(select_from=str(first), budget=budget, out=str(out))
         (out / "evaluation").mkdir(exist_ok=True)

@@ -86,6 +86,7 @@ def run(command: str, name: str, **options: Any) -> prism_select.Run:
     shared: Row = dict(
         model=str(model()), out=str(WORK / name), layers="late", dtype="bfloat16", max_length=256
     )
+    shared["curvature"] = "flat"
     verb = prism_select.repair if command == "repair" else prism_select.score
     return verb(**{**shared, **options})
 
