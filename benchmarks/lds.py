@@ -220,7 +220,7 @@ def divided(
     config = ScoreConfig(**named, curvature="pairs", damping=f"{damping}", batch_tokens=4096)
     encoded = EncodedPairs(*pairs)
     products = products_of(config, here.model, here.weights, [encoded])
-    coefficients = direction_coefficients(way_of(config), products.total, products.mean_loglik)
+    coefficients = direction_coefficients(way_of(config), products)
     return direction_by_products(config, here.model, here.weights, encoded, coefficients)
 
 

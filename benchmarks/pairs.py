@@ -39,6 +39,7 @@ from prism_select.directions.common_part import common_of
 from prism_select.directions.pair_curvature import pair_slopes
 from prism_select.directions.pair_diagnostics import PairWeights, diagnose
 from prism_select.directions.pair_encoding import as_side, supervised_tokens
+from prism_select.directions.way import Way
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import load
 
@@ -78,7 +79,7 @@ class Study:
                 [*coded[0][:size], *coded[1][:size]], BATCH_TOKENS, torch.device("cpu")
             )
             products = answer_products(self.model, self.weights, answers)
-            slope = pair_slopes("prism", 0.0, "flat", 1.0, products.total, products.mean_loglik)
+            slope = pair_slopes(Way(curvature="flat"), products)
             weights = PairWeights(products.total.numpy(), slope, slope)
             right, wrong = (supervised_tokens(side[:size]) for side in coded)
             told = {}
@@ -112,8 +113,8 @@ def together(a: Target, b: Target) -> Target:
     return Target(
         mean(a.chosen, b.chosen),
         mean(a.rejected, b.rejected),
-        torch.cat([a.mean_loglik_chosen, b.mean_loglik_chosen]),
-        torch.cat([a.mean_loglik_rejected, b.mean_loglik_rejected]),
+        torch.cat([a.loglik_chosen, b.loglik_chosen]),
+        torch.cat([a.loglik_rejected, b.loglik_rejected]),
         torch.cat([a.weight, b.weight]),
     )
 
@@ -124,9 +125,7 @@ def low(target: Target) -> Target:
         {name: value.bfloat16() for name, value in half.items()}
         for half in (target.chosen, target.rejected)
     ]
-    return Target(
-        halves[0], halves[1], target.mean_loglik_chosen, target.mean_loglik_rejected, target.weight
-    )
+    return Target(halves[0], halves[1], target.loglik_chosen, target.loglik_rejected, target.weight)
 
 
 def under(remedy: str, target: Target, along: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def ranking_of(
 ) -> Ranking:
     products = family.of(setting.layers, answers)
     held = held_out_scores(products, setting.way, folds)
-    coefficients = direction_coefficients(setting.way, products.total, products.mean_loglik)
+    coefficients = direction_coefficients(setting.way, products)
     return Ranking(_along(family, setting, answers, coefficients), held.numpy())
 
 

@@ -167,13 +167,18 @@ class Loop:
         return [part.double() for part in torch.autograd.grad(value, self.weights)]
 
     def direction(
-        self, pairs: Sequence[tuple[Coded, Coded]], weighting: str, damping: float = 0.1
+        self,
+        pairs: Sequence[tuple[Coded, Coded]],
+        weighting: str,
+        damping: float = 0.1,
+        likelihood: str = "token",
     ) -> tuple[list[torch.Tensor], ...]:
         """The gradient of the mean gain, divided by the pairs' curvature unless damping is 0, and
         the part of it that comes from the chosen answers."""
+        of_answer = self.loglik if likelihood == "sequence" else self.mean
         with torch.no_grad():
             gap = torch.stack(
-                [self.mean(chosen) - self.mean(rejected) for chosen, rejected in pairs]
+                [of_answer(chosen) - of_answer(rejected) for chosen, rejected in pairs]
             ).double()
         one = torch.ones_like(gap)
         slopes = {
@@ -183,8 +188,8 @@ class Loop:
             "unpaired": one,
         }[weighting]
         slope, is_paired = slopes[:, None], weighting != "unpaired"
-        chosen = torch.stack([self.flat(self.mean(pair[0])) for pair in pairs])
-        rejected = torch.stack([self.flat(self.mean(pair[1])) for pair in pairs]) * is_paired
+        chosen = torch.stack([self.flat(of_answer(pair[0])) for pair in pairs])
+        rejected = torch.stack([self.flat(of_answer(pair[1])) for pair in pairs]) * is_paired
         own = chosen - rejected
         mean = (slope * own).mean(0)
         if not damping:
@@ -323,12 +328,15 @@ def test_scores_have_the_columns_types_and_order_of_the_contract(
     assert set(column(scored, "verdict")) == {"scored"} and not any(column(scored, "truncated"))
 
 
+@pytest.mark.parametrize("likelihood", ["token", "sequence"])
 @pytest.mark.parametrize("damping", [0.1, 0.0])
 @pytest.mark.parametrize("weighting", ["prism", "uniform", "hard", "unpaired"])
-def test_scores_are_those_of_a_naive_loop(place: Place, weighting: str, damping: float) -> None:
+def test_scores_are_those_of_a_naive_loop(
+    place: Place, weighting: str, damping: float, likelihood: str
+) -> None:
     curvature = "pairs" if damping else "flat"
-    words = ("--weighting", weighting, "--curvature", curvature)
-    run = place.run("score", f"{weighting}-{curvature}", *words)
+    words = ("--weighting", weighting, "--curvature", curvature, "--likelihood", likelihood)
+    run = place.run("score", "-".join(words[1::2]), *words)
     naive = loop(place.model)
     pairs = [
         tuple(
@@ -337,7 +345,7 @@ def test_scores_are_those_of_a_naive_loop(place: Place, weighting: str, damping:
         )
         for pair in PAIRS
     ]
-    whole, half = naive.direction(pairs, weighting, damping)  # type: ignore[arg-type]
+    whole, half = naive.direction(pairs, weighting, damping, likelihood)  # type: ignore[arg-type]
     rows = [plain(naive.tokenizer, str(row["prompt"]), str(row["completion"])) for row in POOL]
     expected = np.array([naive.score(row, whole) for row in rows])
     assert apart(scores(run), expected) < 1e-4

@@ -38,7 +38,7 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
     weights = select_parameters(model.network, "all")
     target = target_gradient(model, weights, sides, "prism")
     answers = Side([*sides[0].batches, *sides[1].batches], list(range(16)))
-    slope = slopes("prism", target.mean_loglik_chosen, target.mean_loglik_rejected)
+    slope = slopes("prism", target.loglik_chosen, target.loglik_rejected)
     products = answer_products(model, weights, answers).total.numpy()
     tokens = [[1, 2, 3]] * 8
     pairs = PairWeights(products, slope, slope)

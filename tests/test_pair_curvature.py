@@ -19,14 +19,21 @@ from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import Side, Target, target_gradient, weighted_gradient
 from prism_select.directions.answer_products import answer_products
 from prism_select.directions.pair_curvature import pair_coefficients, pair_slopes
+from prism_select.directions.way import Way
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.config import DirectionOptions
 
 Sides = tuple[Side, Side]
 
 
-def options(weighting: str = "prism", anchor: float = 0.0) -> DirectionOptions:
-    settings: dict[str, Any] = {"weighting": weighting, "anchor": anchor}
+def options(
+    weighting: str = "prism", anchor: float = 0.0, likelihood: str = "token"
+) -> DirectionOptions:
+    settings: dict[str, Any] = {
+        "weighting": weighting,
+        "anchor": anchor,
+        "likelihood": likelihood,
+    }
     return DirectionOptions(**settings)
 
 
@@ -42,9 +49,13 @@ def divided(
     order = [*sides[0].order, *(count + pair for pair in sides[1].order)]
     answers = Side([*sides[0].batches, *sides[1].batches], order)
     found = answer_products(model, weights, answers)
-    slope = pair_slopes(
-        config.weighting, config.anchor, "pairs", damping, found.total, found.mean_loglik
+    way = Way(
+        likelihood=config.likelihood,
+        weighting=config.weighting,
+        anchor=config.anchor,
+        damping=damping,
     )
+    slope = pair_slopes(way, found)
     means = found.mean_loglik[:count], found.mean_loglik[count:]
     return weighted_gradient(model, weights, sides, means, slope)
 
@@ -74,23 +85,34 @@ def rows_of(side: Side) -> list[Batch]:
     return [rows[pair] for pair in sorted(rows)]
 
 
+@pytest.mark.parametrize("likelihood", ["token", "sequence"])
 @pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize(
     ("weighting", "anchor"),
     [("prism", 0.0), ("uniform", 0.0), ("hard", 0.0), ("unpaired", 0.0), ("prism", 0.4)],
 )
 def test_the_direction_is_that_of_a_dense_solve(
-    weighting: str, anchor: float, damping: float
+    weighting: str, anchor: float, damping: float, likelihood: str
 ) -> None:
     model, sides = Tiny(), pairs_of(6)
     weights = select_parameters(model.network, "last")
     weights = {**weights, **select_parameters(model.network, r"blocks\.3\.(out|before)")}
-    config = options(weighting, anchor)
-    target = target_gradient(model, weights, sides, weighting, anchor)
-    slope = slopes(weighting, target.mean_loglik_chosen, target.mean_loglik_rejected, anchor)
+    config = options(weighting, anchor, likelihood)
+    target = target_gradient(model, weights, sides, weighting, anchor, likelihood)
+    slope = slopes(weighting, target.loglik_chosen, target.loglik_rejected, anchor)
     chosen, rejected = (
-        torch.stack([mean_gradient(model, weights, row) for row in rows_of(side)]) for side in sides
+        torch.stack(
+            [
+                mean_gradient(model, weights, row)
+                * (row.counts[0] if likelihood == "sequence" else 1)
+                for row in rows_of(side)
+            ]
+        )
+        for side in sides
     )
+    plain = (slope.chosen @ chosen - slope.rejected @ rejected) / len(chosen)
+    assert norm_of(flat(target.direction) - plain) < 1e-9 * norm_of(plain)
+    assert torch.equal(target.weight, slope.chosen)
     pi = slope.chosen
     differences = chosen - (slope.rejected / pi)[:, None] * rejected
     count, size = differences.shape

@@ -223,7 +223,8 @@ def _labels(labels: Mapping[str, Any]) -> dict[str, str]:
     return {
         "ranking": f"{_by_baseline(labels)}AUROC {_figure(labels['auroc'])} "
         f"({_figure(labels['auroc_per_token'])} per token), average precision "
-        f"{_figure(labels['average_precision'])} ({_figure(labels['average_precision_per_token'])})",
+        f"{_figure(labels['average_precision'])} "
+        f"({_figure(labels['average_precision_per_token'])})",
         "precision": f"{_figure(labels['precision_at_removed'])} of the {labels['removed']:,} "
         f"removed rows with a label are bad, as are {labels['bad']:,} of all {labels['rows']:,} "
         "with one",

@@ -12,7 +12,7 @@ Choices made here:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -43,18 +43,18 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The halves C and R. Mean log-likelihoods are in nats per token, in the order of the pairs;
-    `weight` is the slope of each pair's chosen answer."""
+    """The halves C and R. Log-likelihoods are in nats per token, or of the whole sequence, in the
+    order of the pairs; `weight` is the slope of each pair's chosen answer, by that likelihood."""
 
     chosen: Direction
     rejected: Direction
-    mean_loglik_chosen: Float[Tensor, " pairs"]
-    mean_loglik_rejected: Float[Tensor, " pairs"]
+    loglik_chosen: Float[Tensor, " pairs"]
+    loglik_rejected: Float[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"]
 
     @property
     def gap(self) -> Float[Tensor, " pairs"]:
-        return self.mean_loglik_chosen - self.mean_loglik_rejected
+        return self.loglik_chosen - self.loglik_rejected
 
     @property
     def direction(self) -> Direction:
@@ -73,22 +73,35 @@ def target_gradient(
     sides: tuple[Side, Side],
     weighting: str,
     anchor: float = 0.0,
+    likelihood: str = "token",
 ) -> Target:
-    """`sides` are the chosen and the rejected answers of the pairs. Memory: two copies of the
-    selected parameters in float32."""
-    means = pair_logliks(model, sides[0]), pair_logliks(model, sides[1])
-    slope = slopes(weighting, *means, anchor)
-    return weighted_gradient(model, weights, sides, means, slope)
+    """`sides` are the chosen and the rejected answers of the pairs; `likelihood` is the mean over
+    the tokens of an answer, or that of the whole sequence. Memory: two copies of the selected
+    parameters in float32."""
+    long, short = (_lengths(side, likelihood) for side in sides)
+    logliks = long * pair_logliks(model, sides[0]), short * pair_logliks(model, sides[1])
+    up, down = slopes(weighting, *logliks, anchor)
+    target = weighted_gradient(model, weights, sides, logliks, Slopes(long * up, short * down))
+    return replace(target, weight=up)
+
+
+def _lengths(side: Side, likelihood: str) -> Float[Tensor, " pairs"]:
+    """What turns the mean log-likelihood of a token into `likelihood`."""
+    counts = torch.cat([batch.counts.double().cpu() for batch in side.batches])
+    if likelihood == "token":
+        counts = torch.ones_like(counts)
+    return torch.empty_like(counts).index_copy_(0, torch.tensor(side.order), counts)
 
 
 def weighted_gradient(
     model: LanguageModel,
     weights: Parameters,
     sides: tuple[Side, Side],
-    means: tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]],
+    logliks: tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]],
     slope: Slopes,
 ) -> Target:
-    """The halves for any weights of the two answers, whose mean log-likelihoods are `means`."""
+    """The halves for any weights of the two answers, which are slopes by the mean log-likelihood of
+    a token."""
     halves = zero_sum(weights), zero_sum(weights)
     with differentiable(weights):
         for side, weight, total in zip(sides, slope, halves, strict=True):
@@ -99,4 +112,4 @@ def weighted_gradient(
                 scale = mean_weight[pairs].to(batch.tokens.device) / batch.counts
                 backward(model, batch, scale)
                 add_gradients(total, weights)
-    return Target(halves[0], halves[1], means[0], means[1], slope.chosen)
+    return Target(halves[0], halves[1], *logliks, slope.chosen)

@@ -72,6 +72,11 @@ class AnswerProducts:
     def total(self) -> Float[Tensor, "answers answers"]:
         return torch.stack([*self.blocks.values()]).sum(0)
 
+    def lengths(self, likelihood: str) -> Float[Tensor, " answers"]:
+        """What turns the mean log-likelihood of a token into `likelihood`: token or sequence."""
+        counts = self.tokens.double()
+        return counts if likelihood == "sequence" else torch.ones_like(counts)
+
     def of(self, answers: Sequence[int]) -> "AnswerProducts":
         """Those of some answers."""
         kept = torch.tensor(answers, dtype=torch.long)

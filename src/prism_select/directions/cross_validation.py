@@ -148,9 +148,7 @@ def along_others(
         (kept,) = torch.nonzero(is_kept & (of_targets == target), as_tuple=True)
         answers = torch.cat([kept, count + kept])
         if len(kept):
-            coefficients[answers] += direction_coefficients(
-                way, total[answers][:, answers], products.mean_loglik[answers]
-            )
+            coefficients[answers] += direction_coefficients(way, products.of(answers.tolist()))
     along = total @ coefficients
     square = coefficients @ along
     return along / square.sqrt() if square > 0 else torch.zeros_like(along)
@@ -165,17 +163,13 @@ def row_scale(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
     return torch.ones_like(tokens) if way.normalize == "tokens" else tokens
 
 
-def direction_coefficients(
-    way: Way, products: Float[Tensor, "answers answers"], mean_loglik: Float[Tensor, " answers"]
-) -> Float[Tensor, " answers"]:
+def direction_coefficients(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
     """v, where the direction is Σ_a v_a ∇mean_loglik(a)."""
-    slope = pair_slopes(
-        way.weighting, way.anchor, way.curvature, way.damping, products, mean_loglik
-    )
+    total, slope = products.total, pair_slopes(way, products)
     direction = torch.cat([slope.chosen, -slope.rejected]) / len(slope.chosen)
     if way.common == "remove":
         common = torch.cat([slope.chosen, slope.rejected])
-        square = common @ products @ common
+        square = common @ total @ common
         if square > 0:
-            direction = direction - (direction @ products @ common) / square * common
+            direction = direction - (direction @ total @ common) / square * common
     return direction

@@ -72,12 +72,18 @@ class WeighedPairs:
     products: AnswerProducts
     first_order: Slopes
     slopes: Slopes
+    lengths: Float[Tensor, " answers"]  # of the likelihood, over the mean of a token
 
     @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Mean log-likelihoods of the chosen and of the rejected answers."""
-        chosen, rejected = self.products.mean_loglik.split(len(self.pairs))
+    def logliks(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen and of the rejected answers, by the likelihood of the options."""
+        chosen, rejected = (self.lengths * self.products.mean_loglik).split(len(self.pairs))
         return chosen, rejected
+
+    @property
+    def weight(self) -> Float[Tensor, " pairs"]:
+        """Slope of the gain, by the log-likelihood of the chosen answer."""
+        return self.first_order.chosen / self.lengths[: len(self.pairs)]
 
     @property
     def cosine(self) -> float:
@@ -189,25 +195,11 @@ def weighed(
     for name, pairs in targets.items():
         chosen = range(start, start := start + len(pairs))
         own = products.of([*chosen, *(count + pair for pair in chosen)])
-        first_order = slopes_of(config, "flat", own)
-        slopes = first_order
-        if config.curvature == "pairs":
-            slopes = slopes_of(config, "pairs", own, config.dampings[0])
-        parts[name] = WeighedPairs(pairs, encoded[name], own, first_order, slopes)
+        way = replace(way_of(config), curvature="flat")
+        first_order, slopes = pair_slopes(way, own), pair_slopes(way_of(config), own)
+        lengths = own.lengths(config.likelihood)
+        parts[name] = WeighedPairs(pairs, encoded[name], own, first_order, slopes, lengths)
     return parts
-
-
-def slopes_of(
-    config: DirectionOptions, curvature: str, products: AnswerProducts, damping: float = 1.0
-) -> Slopes:
-    return pair_slopes(
-        config.weighting,
-        config.anchor,
-        curvature,
-        damping,
-        products.total,
-        products.mean_loglik,
-    )
 
 
 def gradient_of(
@@ -219,14 +211,14 @@ def gradient_of(
     """C and R of all pairs. Raises NotFinite where the direction is lost."""
     batch_tokens = config.tokens_on(model.device.type)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in part.encoded)
-    target = weighted_gradient(model, weights, (chosen, rejected), part.means, part.slopes)
+    target = weighted_gradient(model, weights, (chosen, rejected), part.logliks, part.slopes)
     length = norm(target.direction)
     if not math.isfinite(length) or length == 0:
         raise NotFinite(
             f"the direction of the pairs has length {length}; try --dtype float32, other pairs or "
             "other --layers"
         )
-    return replace(target, weight=part.first_order.chosen)
+    return replace(target, weight=part.weight)
 
 
 def direction_by_products(
@@ -269,8 +261,8 @@ def mean_target(targets: Sequence[Target]) -> Target:
     return Target(
         mean_direction([target.chosen for target in targets]),
         mean_direction([target.rejected for target in targets]),
-        torch.cat([target.mean_loglik_chosen for target in targets]),
-        torch.cat([target.mean_loglik_rejected for target in targets]),
+        torch.cat([target.loglik_chosen for target in targets]),
+        torch.cat([target.loglik_rejected for target in targets]),
         torch.cat([target.weight for target in targets]),
     )
 
@@ -293,7 +285,10 @@ def joined(parts: Sequence[WeighedPairs], products: AnswerProducts) -> WeighedPa
         together([p.first_order for p in parts]),
         together([p.slopes for p in parts]),
     )
-    return WeighedPairs(pairs, encoded, products, first_order, slopes)
+    lengths = torch.cat([p.lengths[: len(p.pairs)] for p in parts])
+    rejected = torch.cat([p.lengths[len(p.pairs) :] for p in parts])
+    lengths = torch.cat([lengths, rejected])
+    return WeighedPairs(pairs, encoded, products, first_order, slopes, lengths)
 
 
 def diagnosed(

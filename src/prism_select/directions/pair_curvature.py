@@ -11,6 +11,7 @@ gradients; here they count once. It is the method's (H + λI)⁻¹ g with H the 
 the target. λ → ∞ gives the sum of gradients again, divided by μ.
 
 Choices made here:
+- with the likelihood of whole answers, loglik takes the place of mean_loglik above;
 - K comes from the products of answers (answer_products.py), which are exact;
 - the halves are Σ α ∇mean_loglik(chosen) and Σ α r ∇mean_loglik(rejected): their difference is d;
 - damping λ is relative to m / n, the mean of the n eigenvalues that are not zero.
@@ -21,29 +22,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes, slopes
+from prism_select.directions.answer_products import AnswerProducts
+from prism_select.directions.way import Way
 
 __all__ = ["difference_products", "pair_coefficients", "pair_slopes"]
 
 
-def pair_slopes(
-    weighting: str,
-    anchor: float,
-    curvature: str,
-    damping: float,
-    products: Float[Tensor, "answers answers"],
-    mean_loglik: Float[Tensor, " answers"],
-) -> Slopes:
+def pair_slopes(way: Way, answers: AnswerProducts) -> Slopes:
     """What each answer counts in the direction, which is the mean over pairs of
     slope⁺ ∇mean_loglik(chosen) − slope⁻ ∇mean_loglik(rejected). The chosen answers of all pairs
-    come first, then the rejected ones. A curvature other than `pairs` leaves the slopes of the
-    gain."""
-    count = len(mean_loglik) // 2
-    slope = slopes(weighting, mean_loglik[:count], mean_loglik[count:], anchor)
-    if curvature != "pairs":
-        return slope
-    ratio = torch.where(slope.chosen > 0, slope.rejected / slope.chosen, 0)
-    alpha = pair_coefficients(difference_products(products, ratio), slope.chosen, damping)
-    return Slopes(count * alpha, count * alpha * ratio)
+    come first, then the rejected ones. Without the pairs' curvature it is the slope of the gain."""
+    count, lengths = len(answers.tokens) // 2, answers.lengths(way.likelihood)
+    loglik = lengths * answers.mean_loglik
+    slope = slopes(way.weighting, loglik[:count], loglik[count:], way.anchor)
+    if way.curvature == "pairs":
+        ratio = torch.where(slope.chosen > 0, slope.rejected / slope.chosen, 0)
+        differences = difference_products(lengths[:, None] * answers.total * lengths, ratio)
+        alpha = pair_coefficients(differences, slope.chosen, way.damping)
+        slope = Slopes(count * alpha, count * alpha * ratio)
+    return Slopes(slope.chosen * lengths[:count], slope.rejected * lengths[count:])
 
 
 def difference_products(

@@ -84,8 +84,8 @@ def table_of(name: str, diagnosis: PairDiagnosis) -> pa.Table:
         {
             "target": [name or Path(row.file).name.partition(".")[0] for row in chosen],
             "prompt": ["\n".join(texts) for texts in prompts],
-            "loglik_chosen": target.mean_loglik_chosen.tolist(),
-            "loglik_rejected": target.mean_loglik_rejected.tolist(),
+            "loglik_chosen": target.loglik_chosen.tolist(),
+            "loglik_rejected": target.loglik_rejected.tolist(),
             "gap": target.gap.tolist(),
             "weight": target.weight.tolist(),
             "share": list(diagnosis.diagnosis.shares),

@@ -24,6 +24,7 @@ class Way:
     """In the words of the options."""
 
     layers: str = "all"
+    likelihood: str = "token"
     weighting: str = "prism"
     anchor: float = 0.0
     curvature: str = "pairs"
@@ -34,6 +35,7 @@ class Way:
 
 def way_of(config: ScoreConfig | PairsConfig) -> Way:
     return Way(
+        likelihood=config.likelihood,
         weighting=config.weighting,
         anchor=config.anchor,
         curvature="flat" if config.curvature in OF_POOL else config.curvature,

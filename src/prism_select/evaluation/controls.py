@@ -229,7 +229,7 @@ def changed(
     count = len(products.tokens)
     answers = torch.from_numpy(change(np.arange(count).reshape(2, -1)).ravel())
     own = products.of(answers.tolist())
-    coefficients = direction_coefficients(way, own.total, own.mean_loglik)
+    coefficients = direction_coefficients(way, own)
     return coefficients.new_zeros(count).index_add(0, answers, coefficients)
 
 

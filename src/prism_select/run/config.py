@@ -209,6 +209,12 @@ class DirectionOptions(Options):
         "2605.21422).",
         Mark.IN_DIRECTION,
     ] = "prism"
+    likelihood: Annotated[
+        Literal["token", "sequence"],
+        "What answers of pairs are compared by: the mean log-likelihood of a token, or that of the "
+        "whole answer (arXiv 2605.21422).",
+        Mark.IN_DIRECTION,
+    ] = "token"
     layers: Annotated[
         str,
         "Parameters to differentiate: all, late (upper half of the blocks), last:N, adapter, or a "

@@ -77,6 +77,7 @@ class Material(Texts):
     ends: Sequence[int] = ()
     folds: Sequence[NDArray[np.int64]] = ()
     scores: Floats | None = None
+    likelihood: str = "token"
     batch_tokens: int = 512
     engine: str = "reverse"
 
@@ -135,7 +136,9 @@ class Material(Texts):
     def direction(self, weighting: str) -> Direction:
         """The gradient of the gain of the pairs under a weighting (core/gains.py)."""
         chosen, rejected = (as_side(rows, self.batch_tokens, self.device) for rows in self.pairs)
-        return target_gradient(self.model, self.weights, (chosen, rejected), weighting).direction
+        return target_gradient(
+            self.model, self.weights, (chosen, rejected), weighting, likelihood=self.likelihood
+        ).direction
 
     def along(self, directions: Sequence[Direction]) -> Floats:
         """[row, direction]: ∇loglik · direction."""

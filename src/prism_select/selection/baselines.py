@@ -232,6 +232,7 @@ def rankings(
         ends=end_tokens(loaded.model.network, encoder.tokenizer),
         folds=folds_of(groups_of(pairs), config.seed) if pairs else [],
         scores=own_scores[indices],
+        likelihood=config.likelihood,
         batch_tokens=config.tokens_on(loaded.model.device.type),
         engine=config.first_engine,
     )
