@@ -119,6 +119,11 @@ def one_change() -> dict[str, list[Setting]]:
 
     return {
         "layers": [Setting(name, way) for name in ("all", "last 12", "late", "last 6")],
+        "likelihood": changed("likelihood", "token", "sequence"),
+        "first order's likelihood": [
+            Setting(layers, replace(FIRST_ORDER.way, likelihood=likelihood))
+            for likelihood in ("token", "sequence")
+        ],
         "weighting": changed("weighting", "prism", "uniform", "hard"),
         "curvature": [FIRST_ORDER, *changed("damping", 0.1, 0.3, 1.0)],
         "normalize": changed("normalize", "none", "tokens", "norm"),
@@ -162,7 +167,12 @@ def mean_figures(full: Mapping[str, Sequence[Trial]], choices: Sequence[Line]) -
         figures.append(figure(f"{over}: {title}", value, "AUROC", ""))
     gaps = [line["nested"] - line["auroc of the chosen"] for line in choices]
     line = f"{over}: held-out pairs in nested folds minus the pool, after tuning"
-    return [*figures, figure(line, mean(gaps), "AUROC", "")]
+    figures.append(figure(line, mean(gaps), "AUROC", ""))
+    for way, title in ((DEFAULT, "default way"), (FIRST_ORDER, "first order")):
+        name = Setting(way.layers, replace(way.way, likelihood="sequence")).name
+        line = f"{over}: {title}, likelihood of whole answers"
+        figures.append(figure(line, everywhere(full, name), "AUROC", ""))
+    return figures
 
 
 def everywhere(full: Mapping[str, Sequence[Trial]], way: str) -> float:

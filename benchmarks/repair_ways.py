@@ -54,7 +54,8 @@ class Setting(NamedTuple):
         way = self.way
         curvature = f"pairs {way.damping:g}" if way.curvature == "pairs" else "flat"
         removed = ", common removed" if way.common == "remove" else ""
-        return f"{way.weighting}, {curvature}{removed}, {self.layers}, {way.normalize}"
+        whole = ", whole answers" if way.likelihood == "sequence" else ""
+        return f"{way.weighting}{whole}, {curvature}{removed}, {self.layers}, {way.normalize}"
 
 
 DEFAULT = Setting("all", Way())
@@ -76,6 +77,12 @@ def settings(blocks: int) -> list[Setting]:
     return [
         Setting(layers, Way(weighting=weighting, normalize=normalize, **kind))
         for layers, weighting, kind, normalize in product
+    ] + [
+        Setting(
+            DEFAULT.layers, Way(likelihood="sequence", weighting=weighting, curvature=curvature)
+        )
+        for weighting in ("prism", "uniform", "hard")
+        for curvature in ("flat", "pairs")
     ]
 
 
