@@ -92,6 +92,12 @@ def test_the_first_filter_counts_unless_another_is_named() -> None:
         log_of(SUMS, "exact_match,none")
 
 
+def test_a_row_that_comes_twice_is_no_other_filter(tmp_path: Path) -> None:
+    rows = [*rows_in(SUMS), rows_in(SUMS)[1]]
+    with pytest.raises(BadRow, match=r"twice.jsonl:7: the same question as at 2"):
+        read_answer_log(jsonl(tmp_path / "twice.jsonl", rows))
+
+
 def test_the_favourite_choice_agrees_with_the_metric() -> None:
     assert said(log_of(CHOICES)) == [("0", "apple", 1.0), ("1", "copper", 1.0)]
     per_letter = log_of(CHOICES, "acc_norm")  # -4 / 5 letters lose against -6 / 15
@@ -301,6 +307,9 @@ def test_damaged_logs_of_inspect_are_refused(
         broken.write_bytes(damaged[: len(data)])
         with pytest.raises(BadFile, match=r"broken.eval: cannot be read"):
             read_answer_log(str(broken))
+    broken.write_bytes((LOGS / EVAL).read_bytes().replace(info.CRC.to_bytes(4, "little"), b"----"))
+    with pytest.raises(BadFile, match="Bad CRC-32"):
+        read_answer_log(str(broken))
     with zipfile.ZipFile(broken, "w") as written:
         written.writestr("samples/1_epoch_1.json", b'{"id": "\xff"}')
     with pytest.raises(BadRow, match=r"broken.eval:1: sample 1: invalid UTF-8 at byte 9"):
@@ -349,7 +358,7 @@ def test_the_score_may_have_another_name(tmp_path: Path) -> None:
 
 def test_logs_of_two_tools_match_but_for_white_space(tmp_path: Path) -> None:
     rows = [
-        {"id": 7, "prompt": "Only here", "response": "x"},
+        {"id": 2, "prompt": "Only here", "response": "x"},
         {"id": "sum", "prompt": " What is\n2 + 2? ", "response": "5", "score": 0},
     ]
     pairs = matched(log_of(EVAL), read_answer_log(jsonl(tmp_path / "log.jsonl", rows)))
