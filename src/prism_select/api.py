@@ -144,6 +144,10 @@ def execute(config: ScoreConfig, progress: Progress | None = None) -> "Run | Pla
         from prism_select.commands.select_again import choose_again
 
         result: RunFiles | Plan = choose_again(config, progress)
+    elif config.checkpoint:
+        from prism_select.commands.checkpoints import run_checkpoints
+
+        result = run_checkpoints(config, progress)
     else:
         from prism_select.commands.pipeline import run
 
@@ -187,6 +191,10 @@ def execute_pairs(
 
     if config.check:
         return pairs.check_pairs(config, progress or Silent())
+    if config.how == "before-after":
+        from prism_select.commands.before_after import pairs_before_after
+
+        return pairs_before_after(config, progress or Silent(), accepts)
     return pairs.make_pairs(config, progress or Silent(), accepts)
 
 

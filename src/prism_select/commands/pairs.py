@@ -15,7 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -56,6 +56,7 @@ from prism_select.run.progress import Progress
 __all__ = ["MadePairs", "check_pairs", "make_pairs"]
 
 CHUNK = 16  # rows that the model answers at a time
+SAMPLES = 8  # answers of each row
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class MadePairs:
     pairs: int
     rows: int
     skipped: Mapping[str, int]
+    compared: Mapping[str, int] = field(default_factory=dict)  # before-after: worse, same, better
+    warnings: Sequence[str] = ()
 
     def read(self) -> list[dict[str, Any]]:
         """The pairs, as rows with prompt, chosen and rejected."""
@@ -244,11 +247,12 @@ def by_choices(maker: PairMaker, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iter
 def by_answers(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
     """The nearest of the model's own answers that are wrong."""
     loaded = maker.load_model()
+    config = replace(maker.config, samples=maker.config.samples or SAMPLES)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         prompts = [prompt_tokens(maker.config, loaded.encoder, example) for _, example in chunk]
         answered = [prompt for prompt in prompts if not isinstance(prompt, NoPair)]
-        sampled = iter(sample(loaded, answered, maker.config) if answered else [])
+        sampled = iter(sample(loaded, answered, config) if answered else [])
         for (raw, example), prompt in zip(chunk, prompts, strict=True):
             if isinstance(prompt, NoPair):
                 yield RowResult(raw, example, prompt)

@@ -27,6 +27,9 @@ from prism_select.run.config_pairs import PairsConfig
 __all__ = ["draw_tokens", "end_tokens", "favourite", "prompt_of", "sample"]
 
 
+DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
 def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[int]:
     """The tokens before the last answer. Raises NoPair where `new_tokens` more do not fit, BadRow
     where the row cannot be encoded."""
@@ -43,20 +46,24 @@ def prompt_of(encoder: Encoder, example: Example, new_tokens: int) -> Sequence[i
 def sample(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], config: PairsConfig
 ) -> list[list[str]]:
-    """For each prompt, those of `config.samples` answers that end."""
-    network, tokenizer = loaded.model.network, loaded.encoder.tokenizer
+    """For each prompt, those of its answers that end: `config.samples` drawn ones, or the greedy
+    one without a number."""
+    network, count = loaded.model.network, config.samples or 1
+    tokenizer = loaded.encoder.tokenizer
     ends = end_tokens(network, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed + sum(map(len, prompts)))
-        tokens = draw_tokens(network, prompts, ends, config.new_tokens, config.samples)
+        tokens = draw_tokens(
+            network, prompts, ends, config.new_tokens, count, greedy=config.samples is None
+        )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     ended = [not set(ends).isdisjoint(row) for row in tokens.tolist()]
     answers = [
         _finished(text, config.stop, has_end) for text, has_end in zip(texts, ended, strict=True)
     ]
     return [
-        [answer for answer in answers[start : start + config.samples] if answer]
-        for start in range(0, len(answers), config.samples)
+        [answer for answer in answers[start : start + count] if answer]
+        for start in range(0, len(answers), count)
     ]
 
 
@@ -73,18 +80,16 @@ def draw_tokens(
     ends: Sequence[int],
     new_tokens: int,
     samples: int = 1,
+    greedy: bool = False,
 ) -> Int[Tensor, "answers new_tokens"]:
-    """What follows each prompt, `samples` times, drawn with torch's own random numbers. Padding
-    follows one of the tokens `ends`."""
+    """What follows each prompt, `samples` times, drawn with torch's own random numbers unless
+    `greedy`. Padding follows one of the tokens `ends`."""
     rows = [Encoded(prompt, [False] * len(prompt), False) for prompt in prompts]
     batch = collate(rows, next(network.parameters()).device, side="left")
     output: Tensor = network.generate(
         input_ids=batch.tokens,
         attention_mask=batch.real.long(),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **({"do_sample": False} if greedy else DRAWN),
         repetition_penalty=1.0,
         max_new_tokens=new_tokens,
         num_return_sequences=samples,

@@ -375,6 +375,12 @@ class ScoringOptions(Options):
         "merged.",
         Mark.IN_DIRECTION | Mark.RARE,
     ] = None
+    checkpoint: Annotated[
+        Sequence[str],
+        "A checkpoint of one training (model or adapter), PATH or PATH=WEIGHT, repeated: scores at "
+        "each add up. A Trainer's output folder gives all of its own, weighted by learning rate.",
+        Mark.PATH | Mark.RARE,
+    ] = ()
     cascade: Annotated[
         bool,
         "Score exactly only where the best rows may be, and predict the other scores from the "
@@ -536,9 +542,26 @@ class ScoreConfig(
         self._check_adapter()
         self._check_combination(self.amount)
         self._check_cascade(self.amount)
+        self._check_checkpoints()
+
+    def _check_checkpoints(self) -> None:
+        refused = {
+            "--direction": self.direction,
+            "--adapter": self.adapter,
+            "--warmup": self.warmup,
+            "--cascade": self.cascade,
+            "--tokens": self.tokens,
+            "--save-adapter": self.save_adapter,
+            "--dry-run": self.dry_run,
+            "--rank-by": getattr(self, "rank_by", None),
+        }
+        for option, value in refused.items():
+            if self.checkpoint and value:
+                raise BadOption(f"--checkpoint and {option}: of one model alone; leave one out")
 
     def _check_required(self) -> None:
-        required = {"model": self.model, "pool": self.pool, "out": self.out or self.dry_run}
+        model = self.model or self.checkpoint
+        required = {"model": model, "pool": self.pool, "out": self.out or self.dry_run}
         for name, value in required.items():
             if not value:
                 raise BadOption(

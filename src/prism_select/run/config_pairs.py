@@ -30,11 +30,12 @@ class PairsConfig(FolderOptions, CurvatureOptions, DirectionOptions, RowOptions,
         Mark.REQUIRED | Mark.ARGUMENT | Mark.PATH,
     ] = None
     how: Annotated[
-        Literal["numbers", "choices", "answers", "weak", "swap"] | None,
+        Literal["numbers", "choices", "answers", "weak", "swap", "before-after"] | None,
         "What the rejected answer is: the same with its numbers changed (numbers), each wrong "
         "choice, or with --model only the one that the model likes best (choices), an answer of "
         "the model that --accept refuses (answers), the column that --fields weak=COLUMN names "
-        "(weak), or another row's answer (swap, for control).",
+        "(weak), another row's answer (swap, for control), or the answer after a fine-tuning to a "
+        "question that got worse (before-after).",
         Mark.REQUIRED,
     ] = None
     check: Annotated[
@@ -47,19 +48,40 @@ class PairsConfig(FolderOptions, CurvatureOptions, DirectionOptions, RowOptions,
     ] = None
     accept: Annotated[
         str,
-        "answers: which of the model's answers are right: number, choice (as the row's own), or "
-        "regex:PATTERN.",
+        "answers, before-after: which of the model's answers are right: number, choice (as the "
+        "row's own), or regex:PATTERN.",
     ] = "number"
-    samples: Annotated[int, "answers: sampled for each row."] = 8
-    new_tokens: Annotated[int, "answers: at most so many tokens each."] = 256
+    before: Annotated[
+        str | None,
+        "before-after: the model before fine-tuning (folder, hub id, or an adapter on --model), or "
+        "its log of answers (lm-eval's samples, Inspect's, or JSONL with prompt, response, score).",
+        Mark.PATH,
+    ] = None
+    after: Annotated[
+        str | None, "before-after: the model after fine-tuning, or its log.", Mark.PATH
+    ] = None
+    judge_url: Annotated[
+        str | None,
+        "before-after: an OpenAI-compatible endpoint that scores answers (with the extra [judge]; "
+        "its key from PRISM_JUDGE_KEY or OPENAI_API_KEY).",
+        Mark.RARE,
+    ] = None
+    judge_model: Annotated[str | None, "before-after: the judge's name there.", Mark.RARE] = None
+    samples: Annotated[
+        int | None,
+        "answers, before-after: sampled for each row  [default: 8; before-after: one, greedily].",
+    ] = None
+    new_tokens: Annotated[int, "answers, before-after: at most so many tokens each."] = 256
     stop: Annotated[
         str | None,
-        "answers: text at which an answer ends, for models that do not stop by themselves.",
+        "answers, before-after: text at which an answer ends, for models that do not stop by "
+        "themselves.",
         Mark.RARE,
     ] = None
 
     def validate(self) -> None:
-        if bool(self.check) == bool(self.file):
+        self._check_sides()
+        if bool(self.check) == bool(self.file) and not (self.before and not self.check):
             raise BadOption(
                 "give either FILE with --how, or --check PAIRS" + ", not both" * bool(self.file)
             )
@@ -79,6 +101,21 @@ class PairsConfig(FolderOptions, CurvatureOptions, DirectionOptions, RowOptions,
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 1")
+
+    def _check_sides(self) -> None:
+        sides = {name: getattr(self, name) for name in ("before", "after")}
+        judge = {name: getattr(self, name) for name in ("judge_url", "judge_model")}
+        if self.how != "before-after":
+            for name, value in {**sides, **judge}.items():
+                if value:
+                    raise BadOption(f"{flag_of(name)}: only with --how before-after")
+            return
+        for name, value in sides.items():
+            if not value:
+                raise BadOption(f"{flag_of(name)} is missing: --how before-after compares two")
+        for name, value in judge.items():
+            if not value and any(judge.values()):
+                raise BadOption(f"{flag_of(name)} is missing: a judge needs its URL and its name")
 
     @property
     def favourite(self) -> bool:

@@ -68,6 +68,7 @@ REMOVED = (
     "comparison.html",
     "shards",
     "adapter",
+    "checkpoints",
     "evaluation",
     "config.toml",
 )
