@@ -83,6 +83,7 @@ def material_of(chat: bool = False, layers: str = "all") -> Material:
             [encoder.encode(example_of(prompt, rejected)) for prompt, _, rejected in PAIRS],
         ),
         prefix=encoder.prefix,
+        scores=np.square(np.arange(len(rows), dtype=np.float64)),
         batch_tokens=100,
     )
 
@@ -560,7 +561,7 @@ def test_less_is_the_cosine_of_autograds_gradients(layers: str) -> None:
 
 def test_probe_and_score_weigh_alike() -> None:
     scores = np.square(np.arange(len(ROWS), dtype=np.float64))
-    material = replace(material_of(), scores=scores)
+    material = material_of()
     parts = [ranked("probe", material), scores]
     wanted = sum((part - part.mean()) / part.std() for part in parts)
     assert close(ranked("probe-and-score", material), np.asarray(wanted).tolist())

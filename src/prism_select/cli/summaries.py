@@ -88,18 +88,25 @@ def pairs_summary(config: PairsConfig, result: "MadePairs | Mapping[str, Any]") 
         rows |= {"largest shares": f"pairs {largest}"}
         return rows | _numbered("warning", result["warnings"])
     rows = {"read": f"{result.rows:,} rows", "pairs": f"{result.pairs:,} by {config.how}"}
+    if result.compared:
+        counts = (f"{count:,} {name}" for name, count in result.compared.items())
+        rows["questions"] = ", ".join(counts)
     skipped = sorted(result.skipped.items(), key=lambda item: -item[1])
     rows |= _numbered("no pair", (f"{count:,} rows: {reason}" for reason, count in skipped))
+    rows |= _numbered("warning", result.warnings)
     return rows | {"files": f"{result.path}, {result.path}.skipped.jsonl"}
 
 
 def evaluation_summary(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, str]:
-    """The table of `prism evaluate`: methods, verdicts, forecast, compute, labels, controls."""
+    """The table of `prism evaluate`: methods, verdicts, shares removed, forecast, compute, labels,
+    controls."""
     rows = _training(config, result)
     questions = result["questions"] < result["pairs"]
     for name, method in result["methods"].items():
         rows[name] = _method(method, questions)
     rows |= _numbered("verdict", map(_verdict, result["against"].values()))
+    if result["curve"]:
+        rows |= _removals(result)
     rows["forecast"] = _forecast(result["forecast"])
     if result["compute"]:
         rows["compute"] = result["compute"]["words"]
@@ -300,6 +307,31 @@ def _mean(values: Sequence[float]) -> float:
 def _verdict(comparison: Mapping[str, Any]) -> str:
     words = str(comparison["words"])
     return words if "no gain" in words else f"prism is {words}"
+
+
+def _removals(result: Mapping[str, Any]) -> dict[str, str]:
+    """What each share of removed rows gives, and each task before and after training on everything
+    and after training on the rest."""
+    after, *points = [
+        point for point in result["curve"] if point["method"] in ("everything", "prism")
+    ]
+    words = [
+        f"{100 * point['removed']:.4g}% {_over(point['over_random']['gain'])}" for point in points
+    ]
+    rows = {"curve": f"removed rows, gain over random removal: {'; '.join(words)}"}
+    for task, values in result["methods"]["none"].get("tasks", {}).items():
+        repaired = ", ".join(
+            f"{point['tasks'][task]:.4f} ({100 * point['removed']:.4g}%)" for point in points
+        )
+        rows[f"curve, {task}"] = (
+            f"{_mean(values):.4f} before, {after['tasks'][task]:.4f} after everything, without "
+            f"removed rows {repaired}"
+        )
+    return rows
+
+
+def _over(gain: Mapping[str, float]) -> str:
+    return f"{gain['difference']:+.2g} [{gain['low']:.2g}, {gain['high']:.2g}]"
 
 
 def _forecast(forecast: Mapping[str, Any]) -> str:

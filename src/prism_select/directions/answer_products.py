@@ -132,6 +132,7 @@ class Collection:
         self._scales = {owner.name: embedding_scale(owner.module) for owner in self.owners}
         self._matrices, self._small = _by_kind(self.owners, self._scales)
         self._lost = {name for name in weights if name not in self._matrices | self._small}
+        self._visited = set[str]()
         self._factors = dict[Piece, list[Factors]]()
         self._sums = dict[str, Tensor]()
         self._first, self._size, self._examples = 0, 0, torch.zeros(0).long()
@@ -140,6 +141,7 @@ class Collection:
         """Products in a part of a parameter, by its name."""
         for pieces in self._passes():
             self._collect(pieces)
+            self._lost |= self._used_elsewhere({piece.name for piece in pieces} - self._visited)
             for piece in pieces:
                 if piece.name not in self._lost:
                     yield piece.name, self._piece_products(piece)
@@ -192,11 +194,22 @@ class Collection:
                 self.logliks[self._first : self._first + self._size] = logliks.cpu()
                 self._first += self._size
 
+    def _used_elsewhere(self, names: set[str]) -> set[str]:
+        """Those of some parameters that have a gradient, though their modules are not called."""
+        some = {name: self.weights[name] for name in names}
+        if not some:
+            return set()
+        with differentiable(some):
+            batch = self.side.batches[0]
+            backward(self.model, batch, 1 / batch.counts.double())
+            return {name for name, gradient in take_gradients(some) if gradient.any()}
+
     def _set_examples(self, examples: Tensor) -> None:
         self._examples = examples
 
     def _visit(self, owner: Owner, inputs: Inputs, _: object, gradient: Tensor) -> None:
         examples = slice_examples(self._examples, self._size, gradient)
+        self._visited |= {*owner.weights.values()}
         for key, name in owner.weights.items():
             if examples is None:
                 self._lost.add(name)

@@ -56,6 +56,7 @@ from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
+from prism_select.run.thresholds import UNCOVERED
 
 __all__ = ["direction_by_products", "directions_from_pairs", "products_of"]
 
@@ -84,6 +85,12 @@ class WeighedPairs:
     def weight(self) -> Float[Tensor, " pairs"]:
         """Slope of the gain, by the log-likelihood of the chosen answer."""
         return self.first_order.chosen / self.lengths[: len(self.pairs)]
+
+    @property
+    def length(self) -> float:
+        """Of the direction, by the products."""
+        direction = torch.cat([self.slopes.chosen, -self.slopes.rejected]) / len(self.pairs)
+        return float((direction @ self.products.total @ direction).sqrt())
 
     @property
     def cosine(self) -> float:
@@ -128,6 +135,7 @@ def directions_from_pairs(
             products = in_layers(products, config.layers)
         parts = weighed(config, targets, encoded, products)
         gradients = {name: gradient_of(config, model, weights, parts[name]) for name in targets}
+        notes += [note for name, g in gradients.items() for note in uncovered(parts[name], g)]
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
@@ -237,6 +245,18 @@ def direction_by_products(
     slopes = Slopes(halves[0], -halves[1])
     target = weighted_gradient(model, weights, (chosen, rejected), (nothing, nothing), slopes)
     return target.direction
+
+
+def uncovered(part: WeighedPairs, target: Target) -> list[str]:
+    """A warning where the direction's length is not what the products say."""
+    length = norm(target.direction)
+    share = 1 - part.length / length if part.products.exact else 0.0
+    if abs(share) < UNCOVERED:
+        return []
+    return [
+        f"cross-validation and shares miss {abs(share):.0%} of the direction's length: some "
+        "selected parameters are used in a way that they do not follow"
+    ]
 
 
 def refuse_not_finite(pairs: Sequence[Pair], products: AnswerProducts) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "SWAPPED_CORRELATION",
     "TARGET_AGREEMENT",
     "TRUNCATED_SHARE",
+    "UNCOVERED",
     "UNSEARCHED_SHARE",
     "WORSE_QUESTIONS",
     "agreement_in_words",
@@ -47,6 +48,7 @@ DOMINANT_SHARE = 0.25  # of the direction: more than one pair should make
 HALF_OF_DIRECTION = 0.05  # so small a share of the pairs makes half of the direction: a warning
 LONGER_SHARE = 0.8  # of the pairs with the same side longer: length may be what they teach
 PAIRS_FOR_LENGTH = 10  # fewer pairs say nothing about length
+UNCOVERED = 0.05  # of a direction's length, missing in products of gradients: a warning
 WORSE_QUESTIONS = 10  # fewer, and a fine-tuning has hardly gone wrong, or too little was asked
 CONFLICTING_COSINE = -0.1  # below: the directions of two targets conflict
 
