@@ -12,14 +12,16 @@ Choices made here:
 - a loss is a mean over tokens, so the forecast of a training is a score per token; at equal tokens
   it orders methods as the sum of scores does;
 - in repair, scores point to the unwanted answers, so forecasts have their sign turned;
-- held-out pairs share no prompt with the target;
-- which rows a method trains on stands in trainings.py, what is measured in retraining.py.
+- held-out pairs share no prompt with the target, nor do the questions of tasks;
+- which rows a method trains on stands in trainings.py, what is measured in retraining.py, and what
+  other shares of removed rows give in removal_curve.py;
+- trainings of the same rows and settings are one training.
 """
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -30,8 +32,7 @@ from prism_select.data.columns import format_line
 from prism_select.data.encoding import Encoded
 from prism_select.data.files import find_files
 from prism_select.data.formats import parse_fields
-from prism_select.data.labels import labels_of
-from prism_select.data.pool import Pool, fingerprint
+from prism_select.data.pool import fingerprint
 from prism_select.data.targets import read_pairs, survey_targets
 from prism_select.directions.pair_encoding import (
     EncodedPairs,
@@ -40,15 +41,27 @@ from prism_select.directions.pair_encoding import (
     refuse_truncated,
 )
 from prism_select.evaluation.controls import Sample, run_controls
-from prism_select.evaluation.lm_eval_tasks import fingerprints_of, task_names
+from prism_select.evaluation.lm_eval_tasks import (
+    TaskQuestions,
+    fingerprints_of,
+    questions_of,
+    task_names,
+)
 from prism_select.evaluation.past_run import (
     FinishedRun,
     HeldOutPairs,
     held_out_pairs,
     open_run,
+    seen_questions,
 )
 from prism_select.evaluation.price import break_even_of, price_of
-from prism_select.evaluation.retraining import Retrainer, TrainedResult, digest
+from prism_select.evaluation.removal_curve import (
+    Bools,
+    bad_rows,
+    removal_curve,
+    removal_jobs,
+)
+from prism_select.evaluation.retraining import Retrainer, TrainedResult, TrainingJob, digest
 from prism_select.evaluation.training_results import PRICED, results_of, write_tables
 from prism_select.evaluation.trainings import (
     Rankings,
@@ -60,8 +73,8 @@ from prism_select.evaluation.trainings import (
 )
 from prism_select.models.loading import LoadedModel, resolve_device
 from prism_select.models.lora_training import refuse_apart, refuse_many_gpus
-from prism_select.run.config import RepairConfig
 from prism_select.run.config_evaluate import EvaluateConfig
+from prism_select.run.errors import BadOption
 from prism_select.run.folder import TOKEN_LIBRARIES, Store, finite
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
@@ -85,6 +98,8 @@ def evaluate(
     for holdout in survey_targets([str(config.holdout)], parse_fields(past.config.fields)):
         if holdout.unread:
             progress.say(format_line(holdout.file, holdout.format, holdout.unread))
+    tasks = tuple(config.task_names)
+    questions = questions_of(tasks, seen_questions(past)) if tasks else TaskQuestions({}, {}, {})
     store = Store(str(past.run.path / "evaluation"))
     for folder in (store, Store(str(store.path / "retrained"))):
         folder.make()
@@ -95,24 +110,23 @@ def evaluate(
     encoded_pairs = encode_holdout(held_out, loaded, progress)
     by_name = {**baseline_rankings(config, past, loaded, store, progress), **baselines}
     price = price_of(past, loaded, store, progress) if PRICED in config.baselines else None
-    jobs = training_jobs(config, past, by_name, price)
-    rows = encoded_rows(past, [sampled(past), *(job.rows for job in jobs)], loaded.encoder)
+    jobs, labels = training_jobs(config, past, by_name, price), bad_rows(past)
+    removals = removal_jobs(config, past, by_name, labels[1] if labels else None)
+    every_job = [*jobs, *(removal.job for removal in removals)]
+    rows = encoded_rows(past, [sampled(past), *(job.rows for job in every_job)], loaded.encoder)
     controls = controls_of(past, store, loaded, rows, progress)
     if past.config.layers == "adapter":
         loaded = load_checkpoint(past, config.full, "all", progress)
     device = loaded.model.device
     sides = [as_side(s, past.config.tokens_on(device.type), device) for s in encoded_pairs]
-    tasks = tuple(config.task_names)
-    retrainer = Retrainer(loaded, rows, sides, store, made_of(config, past), tasks)
+    parts = made_of(config, past)
+    retrainer = Retrainer(loaded, rows, sides, store, parts, tasks, questions.asked)
+    say_plan(questions, every_job, len(jobs), progress)
     before = retrainer.measure(0, math.nan, last=True)
-    trained: list[TrainedResult] = []
-    with progress.task(f"{len(jobs)} trainings", len(jobs)) as task:
-        for job in jobs:
-            trained.append(retrainer.result(job))
-            task.advance(1)
-    question = held_out.question
+    results = train_all(retrainer, every_job, progress)
+    trained, question = results[: len(jobs)], held_out.question
     write_tables(store, before, trained, question)
-    results = results_of(past.forecast, past.tokens, before, trained, question)
+    figures = results_of(past.forecast, past.tokens, before, trained, question)
     compute = break_even_of(past.cost, price, trained, question) if price else None
     content: dict[str, Any] = finite(
         {
@@ -122,9 +136,11 @@ def evaluate(
             "steps": jobs[0].settings.steps,
             "rate": jobs[0].settings.rate,
             **held_out.as_json(),
-            **results.as_json(),
+            "questions_left_out": questions.left_out,
+            **figures.as_json(),
+            "curve": removal_curve(removals, results[len(jobs) :], question),
             "compute": asdict(compute) if compute else None,
-            "labels": label_aurocs(past, by_name),
+            "labels": label_aurocs(past, by_name, *labels) if labels else None,
             "controls": controls,
             "seconds": time.perf_counter() - started,
         }
@@ -137,6 +153,11 @@ def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> No
     """Raises BadOption, before a model is loaded, for what the run or this machine cannot do."""
     choices = ("everything", PRICED, *BASELINES, *baselines)
     refuse_baselines("--against", config.baselines, bool(past.config.target), choices)
+    if config.removals not in (None, "off") and not past.repair:
+        raise BadOption(
+            f"--removals {config.removals}: {past.run.path} is a run of select, which removes no "
+            "rows; leave it out, or give a repair run"
+        )
     if config.task_names:
         task_names(tuple(config.task_names))
     refuse_many_gpus(resolve_device(past.config.device))
@@ -151,6 +172,49 @@ def say_libraries(past: FinishedRun, progress: Progress) -> None:
                 f"the run was made with {name} {before}, and here is {here}: see that "
                 "tokens are the same"
             )
+
+
+def say_plan(
+    questions: TaskQuestions, jobs: Sequence[TrainingJob], first: int, progress: Progress
+) -> None:
+    """Questions that are left out, and how many trainings there are: the jobs after the `first`
+    are those of the removal curve."""
+    for task, count in questions.left_out.items():
+        if count:
+            progress.say(
+                f"of the {questions.total[task]} questions of {task}, {count} are left out: "
+                "the run's target has them"
+            )
+    count = len(distinct(jobs))
+    if for_curve := count - len(distinct(jobs[:first])):
+        progress.say(
+            f"{count} trainings, {for_curve} of them for the curve over shares of removed rows: "
+            "--removals off leaves those out"
+        )
+
+
+def distinct(jobs: Sequence[TrainingJob]) -> dict[Any, TrainingJob]:
+    """The first job of all with the same rows and settings, by these."""
+    by_content = dict[Any, TrainingJob]()
+    for job in jobs:
+        by_content.setdefault(content_of(job), job)
+    return by_content
+
+
+def content_of(job: TrainingJob) -> tuple[Any, ...]:
+    return job.rows.tobytes(), job.settings
+
+
+def train_all(
+    retrainer: Retrainer, jobs: Sequence[TrainingJob], progress: Progress
+) -> list[TrainedResult]:
+    """The result of each job; jobs of the same rows and settings are trained once."""
+    found, to_train = dict[Any, TrainedResult](), distinct(jobs)
+    with progress.task(f"{len(to_train)} trainings", len(to_train)) as task:
+        for content, job in to_train.items():
+            found[content] = retrainer.result(job)
+            task.advance(1)
+    return [replace(found[content_of(job)], job=job) for job in jobs]
 
 
 def encode_holdout(held_out: HeldOutPairs, loaded: LoadedModel, progress: Progress) -> EncodedPairs:
@@ -198,14 +262,12 @@ def controls_of(
     return controls
 
 
-def label_aurocs(past: FinishedRun, by_name: Rankings) -> dict[str, float] | None:
+def label_aurocs(
+    past: FinishedRun, by_name: Rankings, labelled: Bools, bad: Bools
+) -> dict[str, float]:
     """How well each ranking detects the rows that are labelled bad: AUROC, of the scored rows with
-    a label; None without a column of labels."""
-    if not (isinstance(past.config, RepairConfig) and past.config.label_field):
-        return None
-    labels = labels_of(past.config.label_field, Pool.of(past.config))
-    labelled = np.array([label is not None for label in labels]) & np.isfinite(past.score)
-    bad = np.array([bool(label) for label in labels])
+    a label."""
+    labelled = labelled & np.isfinite(past.score)
     aurocs = dict[str, float]()
     for name, ranking in {"prism": past.ranking, **by_name}.items():
         usable = labelled & np.isfinite(ranking)

@@ -4,13 +4,17 @@
 
 Choices made here:
 - nothing of a benchmark is ours;
+- a question that a pair of the run's target asks is left out: its text stands in the pair's prompt
+  or the other way round, word by word;
 - a path among the tasks is a folder where the user's own tasks are defined, as --include_path of
   lm-eval;
 - the network is given as it is in memory, so no checkpoint is written.
 """
 
 import io
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +24,20 @@ from prism_select.data.pool import fingerprint
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.errors import BadOption
 
-__all__ = ["fingerprints_of", "task_figures", "task_names"]
+__all__ = ["TaskQuestions", "fingerprints_of", "questions_of", "task_figures", "task_names"]
 
 ROWS = 8  # in a batch
 INSTALL = "--tasks needs lm-eval; install PRISM with its extra [tasks]"
+
+
+@dataclass(frozen=True)
+class TaskQuestions:
+    """`asked` numbers the questions of each task with some left out; `left_out` and `total` count
+    those of every task."""
+
+    asked: Mapping[str, Sequence[int]]
+    left_out: Mapping[str, int]
+    total: Mapping[str, int]
 
 
 @cache
@@ -61,8 +75,67 @@ def fingerprints_of(tasks: tuple[str, ...]) -> list[str]:
     return [version("lm_eval"), fingerprint(files)] if tasks else []
 
 
-def task_figures(model: CausalLM, tokenizer: Any, tasks: tuple[str, ...]) -> dict[str, float]:
-    """Every metric of every task, without standard errors."""
+def questions_of(tasks: tuple[str, ...], seen: frozenset[str]) -> TaskQuestions:
+    """Which questions of each task are not among those `seen`, whose words have one space between.
+
+    Raises BadOption where a task has no other.
+    """
+    asked, left_out, total = dict[str, list[int]](), dict[str, int](), dict[str, int]()
+    names, manager = task_names(tasks)
+    with redirect_stderr(io.StringIO()):
+        by_name = loaded_tasks(manager, names)
+    for name, task in by_name.items():
+        texts = [text_of(task, document) for document in task.eval_docs]
+        rest = [number for number, text in enumerate(texts) if not is_seen(text, seen)]
+        total[name], left_out[name] = len(texts), len(texts) - len(rest)
+        if texts and not rest:
+            raise BadOption(
+                f"--tasks {name}: all of its {len(texts)} questions are in the run's target; make "
+                "pairs of some of them, and leave the others for the evaluation"
+            )
+        if left_out[name]:
+            asked[name] = rest
+    return TaskQuestions(asked, left_out, total)
+
+
+def loaded_tasks(manager: Any, names: Sequence[str]) -> dict[str, Any]:
+    """lm-eval's tasks by name, those of groups too."""
+    if hasattr(manager, "load"):
+        return dict(manager.load(names)["tasks"])
+    return dict(leaves_of(manager.load_task_or_group(names)))  # older lm-eval
+
+
+def leaves_of(loaded: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, task in loaded.items():
+        if isinstance(task, Mapping):
+            yield from leaves_of(task)
+        else:
+            yield str(name), task
+
+
+def text_of(task: Any, document: Any) -> str:
+    """What the task asks; all texts of the document where it asks by the choices."""
+    text = task.doc_to_text(document)
+    if not isinstance(text, str):
+        text = " ".join(value for value in document.values() if isinstance(value, str))
+    return " ".join(text.split())
+
+
+def is_seen(text: str, seen: frozenset[str]) -> bool:
+    padded = f" {text} "
+    return bool(text) and any(
+        f" {question} " in padded or f" {question}".endswith(f" {text}") for question in seen
+    )
+
+
+def task_figures(
+    model: CausalLM,
+    tokenizer: Any,
+    tasks: tuple[str, ...],
+    questions: Mapping[str, Sequence[int]],
+) -> dict[str, float]:
+    """Every metric of every task, without standard errors, over the numbered questions of the tasks
+    in `questions` and all of the others."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -73,6 +146,7 @@ def task_figures(model: CausalLM, tokenizer: Any, tasks: tuple[str, ...]) -> dic
             model=harness,
             tasks=names,
             task_manager=manager,
+            samples={name: list(numbers) for name, numbers in questions.items()} or None,
             log_samples=False,
             bootstrap_iters=0,
             verbosity=None,

@@ -39,6 +39,7 @@ __all__ = [
     "Rows",
     "held_out_pairs",
     "open_run",
+    "seen_questions",
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -82,6 +83,11 @@ class FinishedRun:
     def reachable(self) -> ScoreConfig:
         """The config with the engine that reached every parameter."""
         return replace(self.config, engine=self.manifest["engine"]["name"])
+
+    @property
+    def removed(self) -> int:
+        """How many scored rows a repair has removed."""
+        return int(len(self.scored) - self.chosen.sum())
 
     @property
     def scored(self) -> Rows:
@@ -214,5 +220,14 @@ def held_out_pairs(config: EvaluateConfig, past: FinishedRun) -> HeldOutPairs:
     return HeldOutPairs(held_out, question, len(pairs) - len(held_out))
 
 
-def prompt_of(pair: Pair) -> tuple[Any, ...]:
-    return pair.chosen.turns[: pair.chosen.prompt_turns or -1]
+def prompt_of(pair: Pair) -> tuple[tuple[str, ...], ...]:
+    """What each turn says, whatever the answers are and however words are spaced."""
+    turns = pair.chosen.turns[: pair.chosen.prompt_turns or -1]
+    return tuple((turn.role, " ".join(turn.text.split()), turn.beside) for turn in turns)
+
+
+def seen_questions(past: FinishedRun) -> frozenset[str]:
+    """Texts of the last turn of each prompt in the run's target."""
+    pairs = (pair for of_target in read_pairs(past.config).values() for pair in of_target)
+    prompts = (prompt_of(pair) for pair in pairs)
+    return frozenset(prompt[-1][1] for prompt in prompts if prompt and prompt[-1][1])

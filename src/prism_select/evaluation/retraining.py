@@ -127,7 +127,8 @@ class Retrainer:
     """Makes trainings of one model.
 
     `rows` are encoded rows of the pool, by index; `sides` are both answers of the held-out pairs.
-    `made_of` is everything beside the job that decides the result; `tasks` are names of lm-eval.
+    `made_of` is everything beside the job that decides the result; `tasks` are names of lm-eval,
+    and `questions` numbers those that a task may ask, where it may not ask all.
     """
 
     loaded: LoadedModel
@@ -136,11 +137,13 @@ class Retrainer:
     store: Store
     made_of: Sequence[Any]
     tasks: tuple[str, ...] = ()
+    questions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def result(self, job: TrainingJob) -> TrainedResult:
         """The training, read from its file where it was made before."""
         settings = asdict(job.settings)
-        mark = digest([self.made_of, POINTS, settings, job.rows.tolist(), *self.tasks])
+        asked = [dict(self.questions)] if self.questions else []
+        mark = digest([self.made_of, POINTS, settings, job.rows.tolist(), *self.tasks, *asked])
         if (table := self.store.table_of(job.name, mark)) is not None:
             return TrainedResult(job, points_of(table))
         points = self.train(job)
@@ -152,7 +155,8 @@ class Retrainer:
         """The model as it is at this step."""
         tasks: Mapping[str, float] = {}
         if last and self.tasks:
-            tasks = task_figures(self.loaded.model, self.loaded.encoder.tokenizer, self.tasks)
+            tokenizer = self.loaded.encoder.tokenizer
+            tasks = task_figures(self.loaded.model, tokenizer, self.tasks, self.questions)
         return Point(step, loss, *mean_logliks_of(self.loaded.model, self.sides), tasks)
 
     def train(self, job: TrainingJob) -> list[Point]:

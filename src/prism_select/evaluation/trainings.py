@@ -45,13 +45,17 @@ from prism_select.run.progress import Progress
 from prism_select.selection.baselines import BASELINES, COUNT_BASELINES, count_ranking, rankings
 
 __all__ = [
+    "DRAWN",
     "Rankings",
     "baseline_rankings",
     "encoded_rows",
+    "kept_rows",
     "load_checkpoint",
+    "ranking_by_counts",
     "rows_for_tokens",
     "rows_of",
     "sampled",
+    "settings_of",
     "training_jobs",
 ]
 
@@ -92,14 +96,19 @@ def ranking_by_counts(past: FinishedRun, name: str, seed: int) -> Floats:
     return count_ranking(name, past.source, past.tokens, seed)
 
 
+def settings_of(config: EvaluateConfig, past: FinishedRun) -> list[TrainingSettings]:
+    """For each seed, what all its trainings have in common."""
+    steps = config.steps_for(int(past.chosen.sum()), ROWS_A_STEP)
+    rate = config.rate or (FULL_RATE if config.full else RATE)
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [TrainingSettings(seed, steps, rate, config.full) for seed in seeds]
+
+
 def training_jobs(
     config: EvaluateConfig, past: FinishedRun, by_name: Rankings, price: float | None
 ) -> list[TrainingJob]:
     """Every method and seed, prism first. `price` is that of scoring, None where it is unknown."""
-    steps = config.steps_for(int(past.chosen.sum()), ROWS_A_STEP)
-    rate = config.rate or (FULL_RATE if config.full else RATE)
-    seeds = range(config.seed, config.seed + config.seeds)
-    settings = [TrainingSettings(seed, steps, rate, config.full) for seed in seeds]
+    settings = settings_of(config, past)
     jobs = [TrainingJob("prism", np.flatnonzero(past.chosen), by_seed) for by_seed in settings]
     ours = jobs[:]
     for name in config.baselines:
@@ -133,12 +142,21 @@ def priced_job(past: FinishedRun, job: TrainingJob, price: float) -> TrainingJob
 def rows_of(past: FinishedRun, ranking: Floats, times: float = 1.0) -> Rows:
     """What a baseline trains on, in the order of the pool: as much as the choice, or `times` as
     much, as far as the pool goes."""
-    usable = past.scored[np.isfinite(ranking[past.scored])]
-    order = usable[np.argsort(-ranking[usable], kind="stable")]
     if past.repair:
-        return np.setdiff1d(past.scored, order[: len(past.scored) - past.chosen.sum()])
+        return kept_rows(past, ranking, past.removed)
+    order = best_first(past, ranking)
     budget = int(times * past.tokens[past.chosen].sum())
     return np.sort(order[: rows_for_tokens(past.tokens[order], budget)])
+
+
+def best_first(past: FinishedRun, ranking: Floats) -> Rows:
+    usable = past.scored[np.isfinite(ranking[past.scored])]
+    return usable[np.argsort(-ranking[usable], kind="stable")]
+
+
+def kept_rows(past: FinishedRun, ranking: Floats, count: int) -> Rows:
+    """All scored rows but the `count` at the top of the ranking."""
+    return np.setdiff1d(past.scored, best_first(past, ranking)[:count])
 
 
 def rows_for_tokens(tokens: Rows, budget: int) -> int:

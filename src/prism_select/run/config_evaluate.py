@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from prism_select.run.errors import BadOption
-from prism_select.run.options import Mark, Options, split_names
+from prism_select.run.options import Mark, Options, parse_share, split_names
 
 __all__ = ["EvaluateConfig", "ReportConfig"]
+
+REMOVALS = "5%,10%,20%,35%,50%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,16 @@ class EvaluateConfig(Options):
         str,
         "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, "
         "loss-mid, ifd, rds, less, probe, vector-filter, projection-difference, "
-        "concept-influence, uniform, hard, unpaired, contrast. In select each fills the same "
-        "number of supervised tokens, in repair each loses as many rows; everything is the whole "
-        "pool, in as many steps; random-priced trains for as much longer as scoring took.",
+        "concept-influence, probe-and-score, first-order, uniform, hard, unpaired, contrast. In "
+        "select each fills the same number of supervised tokens, in repair each loses as many "
+        "rows; everything is the whole pool, in as many steps; random-priced trains for as much "
+        "longer as scoring took.",
     ] = "random,length,everything"
+    removals: Annotated[
+        str | None,
+        "After repair: a curve over these shares of the scored rows, removed by each ranking; "
+        f"each point is a training on the rest, and off makes none  [default: {REMOVALS}].",
+    ] = None
     seeds: Annotated[
         int, "Trainings of each method: adapter, order of rows and random rows differ."
     ] = 3
@@ -67,6 +75,9 @@ class EvaluateConfig(Options):
                 raise BadOption(f"{name} is missing; prism evaluate --help shows what it needs")
         if not self.baselines:
             raise BadOption("--against is empty; try random,length,everything")
+        shares = self.removal_shares
+        if not all(0 < share < 1 for share in shares) or (self.removals != "off" and not shares):
+            raise BadOption(f"--removals {self.removals}: not shares below 100%; try 5%,10%")
         if self.seeds < 1:
             raise BadOption(f"--seeds {self.seeds}: must be at least 1")
         if not self._amount > 0:
@@ -82,6 +93,12 @@ class EvaluateConfig(Options):
     def baselines(self) -> list[str]:
         """Each name once."""
         return split_names(self.against)
+
+    @property
+    def removal_shares(self) -> list[float]:
+        """Each share once, the smallest first; none where they are off."""
+        names = [] if self.removals == "off" else split_names(self.removals or REMOVALS)
+        return sorted({round(parse_share(name), 12) for name in names})
 
     @property
     def task_names(self) -> list[str]:
