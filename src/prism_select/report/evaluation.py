@@ -9,7 +9,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-__all__ = ["Baseline", "ControlResult", "CurvePoint", "Evaluation", "Method", "read_evaluation"]
+__all__ = [
+    "Baseline",
+    "ControlResult",
+    "CurvePoint",
+    "Evaluation",
+    "Method",
+    "RemovalPoint",
+    "read_evaluation",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,21 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class RemovalPoint:
+    """Trainings without a share of the rows, by one ranking; means over seeds. `over_random` is the
+    gain over random removal of as many rows with its 95% interval, None for that itself."""
+
+    removed: float
+    rows: int
+    method: str
+    gain: float
+    win_rate: float
+    accuracy: float
+    tasks: Mapping[str, float]
+    over_random: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """`forecast` is the rank correlation of predicted and realised change of the gain;
     `label_aurocs` tell how well each ranking finds rows with a label "bad"."""
@@ -73,6 +96,7 @@ class Evaluation:
     break_even: str
     label_aurocs: Mapping[str, float | None]
     curves: tuple[CurvePoint, ...]
+    removals: tuple[RemovalPoint, ...] = ()
 
     @property
     def several_answers(self) -> bool:
@@ -104,6 +128,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
         break_even=content["compute"]["words"] if content["compute"] else "",
         label_aurocs=content["labels"] or {},
         curves=tuple(CurvePoint(p["method"], int(p["step"]), float(p["gain"])) for p in points),
+        removals=tuple(map(_removal_point, content.get("curve", ()))),
     )
 
 
@@ -119,6 +144,15 @@ def _method(name: str, values: Mapping[str, Any]) -> Method:
         predicted=tuple(values.get("predicted", ())),
         realised=tuple(values.get("realised", ())),
         tasks={task: tuple(results) for task, results in values.get("tasks", {}).items()},
+    )
+
+
+def _removal_point(values: Mapping[str, Any]) -> RemovalPoint:
+    over = (values["over_random"] or {}).get("gain")
+    copied = ("removed", "rows", "method", "gain", "win_rate", "accuracy", "tasks")
+    return RemovalPoint(
+        **{name: values[name] for name in copied},
+        over_random=(over["difference"], over["low"], over["high"]) if over else None,
     )
 
 

@@ -24,6 +24,7 @@ from prism_select.report.checks import State, interval_state
 from prism_select.report.evaluation import Baseline, ControlResult, Evaluation, Method
 from prism_select.report.formatting import significant
 from prism_select.report.run_facts import RunFacts
+from prism_select.report.sections.removals import RemovalFacts, read_removals, removal_charts
 from prism_select.report.sections.section import Section
 
 __all__ = ["SECTION", "MethodRow", "TrainingFacts", "Verdict", "read"]
@@ -54,6 +55,7 @@ class TrainingFacts:
     evaluation: Evaluation
     methods: tuple[MethodRow, ...]
     verdicts: tuple[Verdict, ...]
+    removals: RemovalFacts | None
     controls: tuple[ControlResult, ...]
     figures: tuple[tuple[str, str], ...]
 
@@ -68,6 +70,7 @@ def read(run: RunFacts) -> TrainingFacts | None:
         evaluation=evaluation,
         methods=tuple(map(_method_row, evaluation.methods)),
         verdicts=tuple(map(_verdict, evaluation.baselines)),
+        removals=read_removals(evaluation),
         controls=tuple(
             ControlResult(control.name, control.holds, control.words.partition(": ")[2])
             for control in evaluation.controls
@@ -115,7 +118,7 @@ def charts(facts: TrainingFacts) -> list[Chart]:
     drawn = [interval_chart(facts.evaluation), forecast_chart(facts.evaluation)]
     if facts.evaluation.curves:
         drawn.append(curve_chart(facts.evaluation))
-    return drawn
+    return [*drawn, *removal_charts(facts.evaluation)]
 
 
 def interval_chart(evaluation: Evaluation) -> Chart:
