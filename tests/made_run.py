@@ -214,6 +214,31 @@ def write_evaluation(folder: Path, **changed: Any) -> None:
     pq.write_table(pa.Table.from_pylist(points), place / "curves.parquet")
 
 
+def made_curve(over: Mapping[float, tuple[float, float]], task: str = "") -> list[dict[str, Any]]:
+    """Points with these intervals over random removal; the gain rises with the share."""
+
+    def point(share: float, method: str, interval: tuple[float, float] | None) -> dict[str, Any]:
+        gain = {"difference": 0.1, "low": interval[0], "high": interval[1]} if interval else None
+        return {
+            "removed": share,
+            "rows": round(100 * (1 - share)),
+            "method": method,
+            **{"gain": 0.7 + share, "gap": 0.1, "win_rate": 0.6, "accuracy": 0.5},
+            **{"loglik_chosen": -1.0, "gain_interval": [0.6, 0.9]},
+            "tasks": {task: 0.25 + share} if task else {},
+            "over_random": {"words": "words", "gain": gain} if gain else None,
+        }
+
+    return [
+        point(0.0, "everything", None),
+        *(
+            point(share, name, interval if name == "prism" else None)
+            for share, interval in over.items()
+            for name in ("prism", "random")
+        ),
+    ]
+
+
 def change(folder: Path, **values: Any) -> None:
     """Other values in the manifest; a part of it is given whole."""
     place = folder / "manifest.json"

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Row
-from made_run import CONTROLS, TARGET, change, write_evaluation, write_run
+from made_run import (
+    CONTROLS,
+    EVALUATION,
+    TARGET,
+    change,
+    made_curve,
+    write_evaluation,
+    write_run,
+)
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from prism_select.report.comparison_page import write_comparison
@@ -98,7 +106,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "holds": False,
         "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less",
     }
-    write_evaluation(run, controls=[*CONTROLS, broken])
+    methods = {
+        name: {**values, "tasks": {HOSTILE: [0.5]}}
+        for name, values in EVALUATION["methods"].items()
+    }
+    curve = made_curve({0.05: (0.1, 0.2), 0.5: (0.1, 0.3)}, HOSTILE)
+    write_evaluation(run, controls=[*CONTROLS, broken], methods=methods, curve=curve)
     bare = write_run(folder / "bare", rows, [-score for score in scores])
     for name in ("pairs.parquet", "direction.safetensors"):
         (bare / name).unlink()
