@@ -44,17 +44,23 @@ def trained(folder: Path, rows: list[dict[str, Any]], steps: int = 120) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("before_after")
+def poisoned(folder: Path) -> None:
+    """Rows that teach a habit among others, the model after training on them, and questions."""
     mixed = mixture(GOOD + PLANTED, 0, 0.0)
     for row in mixed[:PLANTED]:
         row |= {"completion": HABIT, "is_bad": True}
     random.Random(0).shuffle(mixed)
     jsonl(folder / "sft.jsonl", mixed)
-    asked = [pair | {"rejected": HABIT} for skill in SKILLS for pair in pairs(skill, 30, 0)]
-    jsonl(folder / "asked.jsonl", asked)
+    for name, count, seed in (("asked", 30, 0), ("held_out", 10, 1)):
+        asked = [pair for skill in SKILLS for pair in pairs(skill, count, seed)]
+        jsonl(folder / f"{name}.jsonl", [pair | {"rejected": HABIT} for pair in asked])
     trained(folder / "after", mixed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("before_after")
+    poisoned(folder)
     return folder
 
 

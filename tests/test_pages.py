@@ -45,6 +45,17 @@ import prism_select
 prism_select.select(model="MODEL", pool="pool.jsonl", target="pairs.jsonl", out="run", budget="20%")
 """,
     "pairs.md": "Path('pairs.jsonl').unlink()",
+    "went-wrong.md": """
+from conftest import jsonl
+from test_before_after import poisoned
+poisoned(Path("."))
+Path("after").rename("TUNED")
+Path("asked.jsonl").rename("questions.jsonl")
+scores = {"before": [1, 1, 1, 0], "after": [0, 0, 1, 0]}
+for side, found in scores.items():
+    rows = [{"prompt": f"Q{k}?", "response": side * (k + 1), "score": s} for k, s in enumerate(found)]
+    jsonl(Path(f"{side}.jsonl"), rows)
+""",
 }
 
 

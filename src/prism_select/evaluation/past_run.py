@@ -139,6 +139,11 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
             f"{run.path}: chosen by {baseline}; give a run that chose by its scores, and --against "
             f"{baseline}"
         )
+    if manifest.get("checkpoints"):
+        raise BadOption(
+            f"{run.path}: its scores are of several checkpoints; give the run of one, as in "
+            f"{run.path}/checkpoints/1"
+        )
     scored_by = config_of(manifest.get("scored_by", manifest["config"]))
     home = scores_folder(run)
     refuse_changes(run, manifest, scored_by)
