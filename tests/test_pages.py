@@ -53,7 +53,8 @@ Path("after").rename("TUNED")
 Path("asked.jsonl").rename("questions.jsonl")
 scores = {"before": [1, 1, 1, 0], "after": [0, 0, 1, 0]}
 for side, found in scores.items():
-    rows = [{"prompt": f"Q{k}?", "response": side * (k + 1), "score": s} for k, s in enumerate(found)]
+    rows = enumerate(found)
+    rows = [{"prompt": f"Q{k}?", "response": side * (k + 1), "score": s} for k, s in rows]
     jsonl(Path(f"{side}.jsonl"), rows)
 """,
 }
