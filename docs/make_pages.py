@@ -202,6 +202,7 @@ def marked_pages() -> list[Path]:
 
 def remade(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     """A page with its figures, and those of `blocks` that it has, written anew."""
+    assert len(BLOCK.findall(text)) == text.count("<!-- made: "), "a block without a line in it"
     assert not re.search(r"^ *<!--\{\{", text, re.MULTILINE), (
         "a line that starts so is a block of HTML"
     )
