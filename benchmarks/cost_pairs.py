@@ -2,9 +2,10 @@
 cross-validation, and tuning, as shares of scoring 10,000 rows along one direction.
 
     make bench-cost        alone: python benchmarks/cost_pairs.py, ten minutes on two quiet cores
+                           --long: answers as long as the rows, forty minutes more
 
 The random Llama of cost.py, float32; 80 pairs and rows whose every token is supervised. Choices
-made here: answers are as long as rows, of 127 tokens, or a third of that; a round times each step
+made here: rows have 127 tokens, and answers a third of that; a round times each step
 once and, before and after, sixteen rows; figures are medians over rounds."""
 
 import argparse
@@ -74,7 +75,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--long", action="store_true", help="answers as long as the rows, too")
+    chosen = parser.parse_args()
+    rounds, lengths = chosen.rounds, [LENGTH // 3, *[LENGTH] * chosen.long]
     model, rows, figures = model_of(), list[dict[str, Any]](), list[dict[str, Any]]()
     for layers in ("all", "late"):
         weights = select_parameters(model.network, layers)
@@ -86,7 +89,7 @@ def main() -> None:
                 engine(batch)
 
         scoring()  # what is made once
-        for length in (LENGTH, LENGTH // 3):
+        for length in lengths:
             shares = dict[str, list[float]]()
             for _ in range(rounds):
                 before, _ = taken(scoring)
@@ -94,6 +97,7 @@ def main() -> None:
                 after, _ = taken(scoring)
                 pool = (before + after) / 2 / ROWS * POOL
                 rows.append({"layers": layers, "tokens": length, "pool": pool, **found})
+                print(rows[-1], flush=True)
                 for name, seconds in found.items():
                     shares.setdefault(name, []).append(seconds / pool)
             added = np.array(shares["products"]) + shares["cross-validation"]
