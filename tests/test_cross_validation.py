@@ -1,15 +1,20 @@
 """Cross-validation on the pairs, against a slow definition and against labelled pools."""
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from made_answers import made_pairs, slow_direction
+from scipy.stats import binomtest
 from torch import Tensor
 
+import prism_select
 from prism_select.core.statistics import auroc
 from prism_select.data.records import Example, Pair, Turn
+from prism_select.demo.story import MODEL
+from prism_select.demo.world import SKILLS, pairs
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.cross_validation import CrossValidation, cross_validate
 from prism_select.directions.pair_folds import FOLDS, PairGroups, folds_of, groups_of
@@ -190,3 +195,28 @@ def test_answers_without_a_gradient_are_ranked_at_chance() -> None:
     for normalize in ("none", "norm"):
         found = validated(empty, Way(curvature="flat", normalize=normalize))
         assert found.auroc == 0.5 and set(found.chosen) == {0.0}
+
+
+def test_planted_answers_are_taken_as_often_as_new_ones_in_the_pool() -> None:
+    """Of facts that no pair mentions, as held-out answers are."""
+    shares, overlaps = [], 0
+    for seed in range(5):
+        of_facts: dict[tuple[str, str], dict[str, str]] = {}
+        for skill in SKILLS:
+            for each in pairs(skill, 20, seed):
+                of_facts.setdefault((skill, each["chosen"].split()[-1]), each)
+        dealt = [*of_facts.values()]
+        random.Random(seed).shuffle(dealt)
+        target, planted, others = dealt[:50], dealt[50:80], dealt[80:110]
+        answers = [(each, "chosen", True) for each in planted]
+        answers += [(each, side, False) for each in others for side in ("chosen", "rejected")]
+        rows = [{"prompt": e["prompt"], "completion": e[s], "new": n} for e, s, n in answers]
+        run = prism_select.select(str(MODEL), rows, target, budget="30%", layers="late")
+        taken = sum(row["new"] for row in run.selected)
+        found = run.manifest["target"]["cross_validation"]
+        low, high = binomtest(taken, len(planted)).proportion_ci(method="wilson")
+        overlaps += found["planted_interval"][0] <= high and low <= found["planted_interval"][1]
+        shares.append((found["planted_recall"], taken / len(planted)))
+    assert overlaps >= 4
+    foretold, real = np.mean(shares, axis=0)
+    assert abs(foretold - real) < 0.1 and 0.2 < real < 0.8

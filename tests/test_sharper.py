@@ -134,6 +134,21 @@ def test_several_targets_in_one_pass_score_as_each_does_alone(desk: Desk) -> Non
     assert mean.pairs["target"].to_pylist() == [k for k in "xyz" for _ in range(4)]
 
 
+def test_a_target_with_a_minus_points_away_from_what_is_chosen(desk: Desk) -> None:
+    turned = [
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+        for pair in PAIRS
+        if pair["kind"] == "y"
+    ]
+    file, x, y = jsonl(desk.folder / "turned.jsonl", turned), desk.targets["x"], desk.targets["y"]
+    signed = desk.done("signed", "--target", f"x={x}", "--target", f"-y={y}")
+    plain = desk.done("plain", "--target", f"x={x}", "--target", f"y={file}")
+    alone = desk.done("alone", "--target", f"-y={y}")
+    assert apart(column(signed, "score"), column(plain, "score")) < 1e-5
+    for run, name in ((signed, "score:-y"), (alone, "score")):
+        assert apart(column(run, name), column(plain, "score:y")) < 1e-5
+
+
 def test_targets_that_pull_against_each_other_are_told(desk: Desk) -> None:
     turned = jsonl(
         desk.folder / "turned.jsonl",

@@ -57,7 +57,7 @@ def test_a_tuned_run_is_the_run_with_what_was_chosen(
     monkeypatch.setattr(tuning, "choice", lambda aurocs, *_: range(len(aurocs))[place])
     files = [str(folder / name) for name in ("model", "pool.jsonl", "pairs.jsonl")]
     tuned = prism_select.score(*files, tune="pairs", out=tmp_path / "tuned")
-    entry = tuned.manifest["target"]["tuning"]
+    entry = tuned.manifest["tuning"]
     assert entry["chosen"] == entry["tried"][place] and options_of(entry["chosen"]) == {*TUNABLE}
     given = {name: tuned.manifest["config"][name] for name in TUNABLE}
     assert given | {"damping": float(given["damping"])} == {
@@ -79,7 +79,7 @@ def defaults() -> dict[str, Any]:
 def test_what_is_given_stays_even_as_the_default(folder: Path, tmp_path: Path) -> None:
     given = ["--layers", "all", "--normalize", "tokens", "--weighting", "uniform"]
     manifest = run(folder, tmp_path / "run", "--tune", "pairs", *given)
-    assert options_of(manifest["target"]["tuning"]["chosen"]) == {"curvature", "damping", "common"}
+    assert options_of(manifest["tuning"]["chosen"]) == {"curvature", "damping", "common"}
     config = manifest["config"]
     assert (config["layers"], config["normalize"]) == ("all", "tokens")
     again = prism(
@@ -97,7 +97,7 @@ def test_what_is_given_stays_even_as_the_default(folder: Path, tmp_path: Path) -
 
 def test_names_say_what_is_tuned(folder: Path, tmp_path: Path) -> None:
     words = ["--tune", "layers, damping", "--curvature", "pairs"]
-    tried = run(folder, tmp_path / "run", *words)["target"]["tuning"]["tried"]
+    tried = run(folder, tmp_path / "run", *words)["tuning"]["tried"]
     assert all(options_of(line) == {"layers", "damping"} for line in tried)
     assert {line["damping"] for line in tried} == {0.1, 0.3, 1.0}
 
@@ -133,7 +133,7 @@ def test_too_few_questions_leave_all_as_it_is(folder: Path, tmp_path: Path) -> N
     few = jsonl(tmp_path / "few.jsonl", PAIRS[:3])
     files = [str(folder / "model"), str(folder / "pool.jsonl"), few]
     manifest = prism_select.score(*files, tune="pairs", out=tmp_path / "run").manifest
-    assert "tuning" not in manifest["target"]
+    assert "tuning" not in manifest
     assert any("nothing was tuned" in line for line in manifest["warnings"])
 
 

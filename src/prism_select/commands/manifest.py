@@ -61,6 +61,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set, model = record.directions.direction_set, record.loaded.model
     polarity = Polarity.of_config(config)
     target = _target_entry(config, record)
+    tuning = {name: target.pop(name) for name in ("tuning",) if name in target}
     return {
         "prism_version": version("prism-select"),
         "versions": {
@@ -80,6 +81,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         },
         "score": _score_entry(config, polarity),
         "target": target,
+        **tuning,
         **_optional_entries(record),
         "engine": _engine_entry(record),
         "counts": dict(record.chosen.counts),

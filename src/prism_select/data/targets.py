@@ -3,6 +3,7 @@
     --target polite.jsonl --target math=sums.csv      → {"polite": pairs, "math": pairs}
     --target all.jsonl --target-by topic              → a target for each value of `topic`
     --target pairs.jsonl                              → {"": pairs}
+    --target good=a.jsonl --target -bad=b.jsonl       → "-bad": away from what is chosen in b
 
 Choices made here:
 - a bad row always stops: a pair that is lost unnoticed changes the direction unnoticed;
@@ -78,7 +79,7 @@ def read_targets(
             f"NAME={files[-1][1]}"
         )
     if not by:
-        return {name: read_target(file, mapping) for name, file in files}
+        return {name: _signed(name, read_target(file, mapping)) for name, file in files}
     if len(files) > 1:
         raise BadOption(f"--target-by {by}: it takes one target file, and here are {len(files)}")
     pairs: dict[str, list[Pair]] = {}
@@ -90,6 +91,11 @@ def read_targets(
             raise BadRow(raw.file, raw.line, what, advice)
         pairs.setdefault(name, []).append(pair)
     return pairs
+
+
+def _signed(name: str, pairs: list[Pair]) -> list[Pair]:
+    """With their answers exchanged where the target's name begins with a minus."""
+    return [pair.swapped for pair in pairs] if name.startswith("-") else pairs
 
 
 def target_files(targets: Sequence[str]) -> list[str]:

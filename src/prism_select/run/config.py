@@ -278,7 +278,7 @@ class TargetOptions(Options):
     target: Annotated[
         Sequence[str],
         "File of pairs: chosen is what you want, rejected what you don't; NAME=FILE, repeated, for "
-        "several targets.",
+        "several targets; -NAME=FILE for what you don't want.",
         Mark.REQUIRED | Mark.PATH,
     ] = ()
     target_by: Annotated[

@@ -130,8 +130,8 @@ def read(run: RunFacts) -> TargetFacts | None:
         cosines=tuple(map(tuple, target.get("cosines", ()))),
         held_out=_held_out(records),
         other=run.polarity.away,
-        tuning=tuple(_tuned_options(target.get("tuning"))),
-        tuning_words=_tuning_words(target.get("tuning")),
+        tuning=tuple(_tuned_options(run.manifest.get("tuning"))),
+        tuning_words=_tuning_words(run.manifest.get("tuning")),
     )
 
 
