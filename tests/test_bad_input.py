@@ -435,7 +435,16 @@ CHOICES = [
 
 def test_every_option_with_listed_values_is_among_those_tested() -> None:
     names = {name for _, name, _ in CHOICES}
-    assert {"weighting", "engine", "normalize", "dtype", "template", "bad_rows", "common"} | {
+    assert {
+        "weighting",
+        "likelihood",
+        "engine",
+        "normalize",
+        "dtype",
+        "template",
+        "bad_rows",
+        "common",
+    } | {
         "curvature",
         "combine",
         "rank_by",

@@ -22,6 +22,8 @@ THEIRS = {
     "--check",
     "--fix",
     "--no-isolation",
+    "--log",  # --log_samples and --apply_chat_template of lm-eval
+    "--apply",
     "--strict",
     "--enable-lora",
     "--max-lora-rank",
