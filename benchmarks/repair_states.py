@@ -37,6 +37,7 @@ def files_of(family: Family) -> dict[str, Any]:
                 "rejected": family.rows[b][3],
             }
             for g, b in split.pairs.tolist()
+            if family.rows[g][3] != family.rows[b][3]
         ],
     }
     for name, rows in lines.items():
