@@ -168,6 +168,30 @@ def test_prompts_alone_need_a_check_of_their_own(place: Path, tmp_path: Path) ->
     refused(prism("pairs", file, "--how", "before-after", *sides), "--accept number", "regex:")
 
 
+def test_a_callable_judges_prompts_without_an_answer(place: Path, tmp_path: Path) -> None:
+    given = rows(place / "asked.jsonl")[:80]
+    asked, right = [{"prompt": row["prompt"]} for row in given], {row["chosen"] for row in given}
+    options: dict[str, Any] = {"before": str(MODEL), "after": str(place / "after")}
+    made = prism_select.make_pairs(
+        jsonl(tmp_path / "prompts.jsonl", asked),
+        "before-after",
+        accepts=lambda answer, own: answer in right and not own,
+        new_tokens=12,
+        **options,
+    )
+    assert made.pairs and sum(made.compared.values()) == 80
+
+
+def test_questions_without_an_answer_are_counted(place: Path, tmp_path: Path) -> None:
+    asked = [
+        {"prompt": r["prompt"], "completion": r["chosen"]} for r in rows(place / "asked.jsonl")
+    ]
+    file = jsonl(tmp_path / "prompts.jsonl", asked[:5])
+    options: dict[str, Any] = {"before": str(MODEL), "after": str(place / "after")}
+    with pytest.raises(EmptyInput, match="no question got worse: 5 unanswered"):
+        prism_select.make_pairs(file, "before-after", accept="choice", new_tokens=1, **options)
+
+
 def test_an_adapter_on_the_model_is_a_side(place: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -225,6 +249,7 @@ def test_logs_give_pairs_without_a_model(tmp_path: Path) -> None:
         (["--before", "{before}", "--after", str(MODEL)], "two models, or two logs"),
         (["{before}", "--before", "{before}", "--after", "{after}"], "leave the file out"),
         (["--before", str(MODEL), "--after", str(MODEL)], "FILE is missing"),
+        (["--before", "{before}", "--after", "gone.jsonl"], "--after gone.jsonl: no such file"),
         (
             ["--before", "{before}", "--after", "{after}", "--judge-url", "http://localhost:1/v1"],
             "--judge-model is missing",

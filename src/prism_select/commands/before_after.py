@@ -64,6 +64,7 @@ ASKED_WITH = (
     *("dtype", "template", "template_date", "max_length", "skip_end"),
     *("fields", "seed", "samples", "new_tokens", "stop"),
 )
+LOGS = (".jsonl", ".json", ".eval")
 UNWRITTEN = "…"  # stands for the answer of a row that has none
 
 
@@ -106,7 +107,7 @@ def pairs_before_after(
     """Raises EmptyInput where no question got worse."""
     source = str(config.file or config.before)
     path = output_path(config, source, ".jsonl")
-    by_logs = [is_answer_log(str(getattr(config, side))) for side in SIDES]
+    by_logs = [is_log(config, side) for side in SIDES]
     if by_logs[0] != by_logs[1]:
         raise BadOption("--before and --after: give two models, or two logs of answers")
     if by_logs[0] and config.file:
@@ -118,7 +119,7 @@ def pairs_before_after(
     counts, written = Counter[str](alone), list[tuple[Raw, Mapping[str, Any]]]()
     for each in compared:
         change, row = outcome(each)
-        counts[change] += change in ("worse", "same", "better")
+        counts[change] += 1
         if isinstance(row, NoPair):
             skipped.append((each.raw, str(row)))
         else:
@@ -135,6 +136,16 @@ def pairs_before_after(
     reasons = Counter(reason for _, reason in skipped)
     warnings = few_warnings(counts["worse"])
     return MadePairs(path, len(written), len(compared) + len(skipped), reasons, counts, warnings)
+
+
+def is_log(config: PairsConfig, side: str) -> bool:
+    """Raises BadOption for a log that is not there."""
+    name = str(getattr(config, side))
+    if is_answer_log(name):
+        return True
+    if Path(name).suffix in LOGS and not Path(name).exists():
+        raise BadOption(f"--{side} {name}: no such file; check the path")
+    return False
 
 
 def in_words(counts: Mapping[str, int]) -> str:
@@ -184,12 +195,11 @@ def compare_logs(
     for side, log in zip(SIDES, logs, strict=True):
         progress.say(f"{side}: {len(log.answers):,} answers, format {log.format}")
     found = matched(*logs)
-    both = [(pair[0], pair[1]) for pair in found.pairs]
-    questions = [question_of(after) for _, after in both]
+    questions = [question_of(after) for _, after in found.pairs]
     sides = [
         [Answered([a.answer], None if a.score is None else [a.score]) for a in answers]
-        for answers in zip(*both, strict=True)
-    ] or [[], []]
+        for answers in zip(*found.pairs, strict=True)
+    ]
     if any(answered.scores is None for side in sides for answered in side) or judged(config):
         sides = [scored(config, path, questions, side, accepts, progress) for side in sides]
     alone = {
@@ -219,9 +229,8 @@ def compare_models(
     questions, skipped = read_questions(config)
     writes = [not question.choices for question in questions]
     if any(writes) and not judged(config):
-        accepts = accepts or accepts_by(config.accept)
-        compares = config.accept in ("number", "choice")
-        if compares and not any(q.right for q in questions if not q.choices):
+        accepts_by(config.accept)  # raises for a rule that is none
+        if compares(config, accepts) and not any(q.right for q in questions if not q.choices):
             raise BadOption(
                 f"--accept {config.accept}: compares with the rows' own answers, and they have "
                 "none; give --accept regex:PATTERN or --judge-url"
@@ -323,12 +332,11 @@ def answers_in(file: Path, mark: str) -> list[Answered]:
     """Those of an earlier start; without the last line where that was not written to its end."""
     if not file.exists():
         return []
-    lines = file.read_bytes().split(b"\n")[:-1]
-    records = [json.loads(line) for line in lines]
-    if not records or records[0] != {"of": mark}:
+    head, *lines = file.read_bytes().split(b"\n")[:-1] or [b""]
+    if head + b"\n" != json_line({"of": mark}):
         return []
-    file.write_bytes(b"".join(line + b"\n" for line in lines))
-    return [Answered(**record) for record in records[1:]]
+    file.write_bytes(b"".join(line + b"\n" for line in (head, *lines)))
+    return [Answered(**json.loads(line)) for line in lines]
 
 
 def answers_of(
@@ -376,6 +384,11 @@ def judged(config: PairsConfig) -> bool:
     return bool(config.judge_url)
 
 
+def compares(config: PairsConfig, accepts: Accepts | None) -> bool:
+    """Whether answers are compared with the row's own."""
+    return accepts is None and config.accept in ("number", "choice")
+
+
 def scored(
     config: PairsConfig,
     path: Path,
@@ -389,11 +402,10 @@ def scored(
     if judged(config):
         return by_judge(config, path, questions, answered, progress)
     check = accepts or accepts_by(config.accept)
-    compares = accepts is None and config.accept in ("number", "choice")
     found = []
     for question, each in zip(questions, answered, strict=True):
         if each.scores is None and each.answers:
-            if compares and question.right is None:
+            if compares(config, accepts) and question.right is None:
                 reason = f"no answer of its own for --accept {config.accept}"
                 each = replace(each, reason=reason)
             else:
