@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import prism_select
 from prism_select.commands import checkpoints, pipeline
-from prism_select.commands.checkpoints import Checkpoint, checkpoints_of
+from prism_select.commands.checkpoints import WeightedCheckpoint, checkpoints_of
 from prism_select.run.errors import BadOption, RunMismatch
 
 PAIRS: list[dict[str, object]] = [
@@ -84,7 +84,10 @@ def test_a_trainers_folder_gives_its_checkpoints_with_their_learning_rates(place
     found = checkpoints_of([str(place / "trainer")])
     assert [point.path for point in found] == [first, second]
     assert [point.weight for point in found] == pytest.approx(rates)
-    assert checkpoints_of([f"{first}=2", second]) == [Checkpoint(first, 2.0), Checkpoint(second)]
+    assert checkpoints_of([f"{first}=2", second]) == [
+        WeightedCheckpoint(first, 2.0),
+        WeightedCheckpoint(second),
+    ]
     with pytest.raises(BadOption, match="give each its weight"):
         checkpoints_of([f"{place / 'trainer'}=2"])
     with pytest.raises(BadOption, match="all weights are 0"):

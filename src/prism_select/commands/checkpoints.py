@@ -27,7 +27,6 @@ import pyarrow as pa
 
 from prism_select.commands import pipeline
 from prism_select.commands.select_again import score_tables
-from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.targets import target_files
 from prism_select.models.loading import fingerprint_of
@@ -38,19 +37,19 @@ from prism_select.run.options import parse_number
 from prism_select.run.progress import Progress
 from prism_select.selection.choice import Chosen, choose_and_write
 
-__all__ = ["Checkpoint", "checkpoints_of", "run_checkpoints"]
+__all__ = ["WeightedCheckpoint", "checkpoints_of", "run_checkpoints"]
 
 SUMS = re.compile(r"score($|[:_])")
 FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightedCheckpoint:
     path: str
     weight: float = 1.0
 
 
-def checkpoints_of(texts: Sequence[str]) -> list[Checkpoint]:
+def checkpoints_of(texts: Sequence[str]) -> list[WeightedCheckpoint]:
     """Raises BadOption for a folder without checkpoints, and for weights that are all 0."""
     found = [point for text in texts for point in _expanded(*_split(text))]
     if not any(point.weight for point in found):
@@ -64,15 +63,15 @@ def _split(text: str) -> tuple[str, float | None]:
     return (path, weight) if mark and not math.isnan(weight) else (text, None)
 
 
-def _expanded(path: str, weight: float | None) -> Iterator[Checkpoint]:
+def _expanded(path: str, weight: float | None) -> Iterator[WeightedCheckpoint]:
     inside = sorted(Path(path).glob("checkpoint-*"), key=_step)
     if not inside or any(Path(path).glob("*.safetensors")):
-        yield Checkpoint(path, 1.0 if weight is None else weight)
+        yield WeightedCheckpoint(path, 1.0 if weight is None else weight)
         return
     if weight is not None:
         raise BadOption(f"--checkpoint {path}={weight:g}: holds several; give each its weight")
     for folder in inside:
-        yield Checkpoint(str(folder), _learning_rate(folder))
+        yield WeightedCheckpoint(str(folder), _learning_rate(folder))
 
 
 def _step(folder: Path) -> int:
@@ -123,7 +122,7 @@ def run_checkpoints(config: ScoreConfig, progress: Progress) -> Run:
     def tables() -> Iterator[pa.Table]:
         return summed(runs, [point.weight for point in points])
 
-    chosen = choose_and_write(config, store, tables, Pool(config.pool, parse_fields(config.fields)))
+    chosen = choose_and_write(config, store, tables, pool)
     if (runs[-1].path / "pairs.parquet").exists():
         store.write("pairs.parquet", (runs[-1].path / "pairs.parquet").read_bytes())
     manifest = manifest_of_sum(config, points, [run.manifest for run in runs], chosen)
@@ -132,7 +131,7 @@ def run_checkpoints(config: ScoreConfig, progress: Progress) -> Run:
     return Run(store.path)
 
 
-def at_checkpoint(config: ScoreConfig, point: Checkpoint, number: int) -> ScoreConfig:
+def at_checkpoint(config: ScoreConfig, point: WeightedCheckpoint, number: int) -> ScoreConfig:
     """The run of one checkpoint: a model, or an adapter on --model or on the base that it names."""
     out = str(Path(str(config.out)) / FOLDER / str(number))
     if config.model and (Path(point.path) / "adapter_config.json").is_file():
@@ -154,7 +153,7 @@ def summed(runs: Sequence[Run], weights: Sequence[float]) -> Iterator[pa.Table]:
 
 def manifest_of_sum(
     config: ScoreConfig,
-    points: Sequence[Checkpoint],
+    points: Sequence[WeightedCheckpoint],
     manifests: Sequence[Mapping[str, Any]],
     chosen: Chosen,
 ) -> dict[str, Any]:

@@ -33,7 +33,14 @@ from prism_select.selection.cascade import Search
 from prism_select.selection.choice import Chosen
 from prism_select.selection.figures import planted_recall
 
-__all__ = ["RunRecord", "diagnosis_warnings", "manifest_of", "pair_warnings", "pairs_entry"]
+__all__ = [
+    "RunRecord",
+    "diagnosis_warnings",
+    "manifest_of",
+    "pair_warnings",
+    "pairs_entry",
+    "tuning_entry",
+]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 SHOWN = 5  # pairs with the largest shares of the direction
@@ -61,7 +68,6 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set, model = record.directions.direction_set, record.loaded.model
     polarity = Polarity.of_config(config)
     target = _target_entry(config, record)
-    tuning = {name: target.pop(name) for name in ("tuning",) if name in target}
     return {
         "prism_version": version("prism-select"),
         "versions": {
@@ -81,7 +87,6 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         },
         "score": _score_entry(config, polarity),
         "target": target,
-        **tuning,
         **_optional_entries(record),
         "engine": _engine_entry(record),
         "counts": dict(record.chosen.counts),
@@ -158,6 +163,7 @@ def _optional_entries(record: RunRecord) -> dict[str, Any]:
     plain = "flat" if record.directions.direction_set.diagnoses else "as saved"
     entries = {
         "curvature": asdict(curvature) if curvature else {"name": plain},
+        "tuning": tuning_entry(record.directions.direction_set.tuning),
         "rank": rank and asdict(rank),
         "adapter": record.adapter and asdict(record.adapter),
         "cascade": search and search.describe(),
@@ -188,14 +194,14 @@ def pairs_entry(direction_set: DirectionSet) -> dict[str, Any]:
     if len(direction_set.diagnoses) > 1:
         entry["targets"] = {n: _diagnosis_entry(d) for n, d in direction_set.diagnoses.items()}
         entry["cosines"] = direction_set.cosines
-    if direction_set.tuning:
-        entry["tuning"] = _tuning_entry(direction_set.tuning)
     return entry
 
 
-def _tuning_entry(tuning: Tuning) -> dict[str, Any]:
+def tuning_entry(tuning: Tuning | None) -> dict[str, Any] | None:
     """What was tried, simplest first, and what was chosen: the values of the tuned options, and the
     AUROC of held-out pairs that they were chosen by."""
+    if tuning is None:
+        return None
 
     def line(trial: Trial) -> dict[str, Any]:
         values = {name: getattr(trial.way, name) for name in tuning.options}

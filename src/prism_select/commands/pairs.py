@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prism_select.commands.manifest import pair_warnings, pairs_entry
+from prism_select.commands.manifest import pair_warnings, pairs_entry, tuning_entry
 from prism_select.data.bad_rows import refuse_bad_rows
 from prism_select.data.columns import UnreadColumns, column_warnings, format_line
 from prism_select.data.encoding import Encoder
@@ -377,7 +377,8 @@ def check_pairs(config: PairsConfig, progress: Progress) -> dict[str, Any]:
         *loaded.warnings,
         *pair_warnings(direction_set, Polarity()),
     ]
-    checked = finite({**pairs_entry(direction_set), "warnings": warnings})
+    tuned = {"tuning": tuning_entry(direction_set.tuning)} if direction_set.tuning else {}
+    checked = finite({**pairs_entry(direction_set), **tuned, "warnings": warnings})
     if path:
         parent_store(path).write_json(path.name, checked)
     return dict(checked)

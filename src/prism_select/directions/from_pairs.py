@@ -73,7 +73,12 @@ class WeighedPairs:
     products: AnswerProducts
     first_order: Slopes
     slopes: Slopes
-    lengths: Float[Tensor, " answers"]  # of the likelihood, over the mean of a token
+    likelihood: str
+
+    @property
+    def lengths(self) -> Float[Tensor, " answers"]:
+        """What turns the mean log-likelihood of a token into the likelihood of the options."""
+        return self.products.lengths(self.likelihood)
 
     @property
     def logliks(self) -> tuple[Tensor, Tensor]:
@@ -205,8 +210,8 @@ def weighed(
         own = products.of([*chosen, *(count + pair for pair in chosen)])
         way = replace(way_of(config), curvature="flat")
         first_order, slopes = pair_slopes(way, own), pair_slopes(way_of(config), own)
-        lengths = own.lengths(config.likelihood)
-        parts[name] = WeighedPairs(pairs, encoded[name], own, first_order, slopes, lengths)
+        own_pairs = (pairs, encoded[name], own)
+        parts[name] = WeighedPairs(*own_pairs, first_order, slopes, config.likelihood)
     return parts
 
 
@@ -239,11 +244,10 @@ def direction_by_products(
     """Σ_a coefficient_a ∇mean_loglik(a); the chosen answers come first."""
     batch_tokens = config.tokens_on(model.device.type)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
-    scaled = coefficients * len(encoded.chosen)  # it takes means over pairs
-    halves = scaled.split(len(encoded.chosen))
-    nothing = torch.zeros(0)
-    slopes = Slopes(halves[0], -halves[1])
-    target = weighted_gradient(model, weights, (chosen, rejected), (nothing, nothing), slopes)
+    count, unknown = len(encoded.chosen), torch.zeros(0)  # log-likelihoods, not needed here
+    up, down = (count * coefficients).split(count)
+    slopes = Slopes(up, -down)  # of a mean over pairs
+    target = weighted_gradient(model, weights, (chosen, rejected), (unknown, unknown), slopes)
     return target.direction
 
 
@@ -305,10 +309,7 @@ def joined(parts: Sequence[WeighedPairs], products: AnswerProducts) -> WeighedPa
         together([p.first_order for p in parts]),
         together([p.slopes for p in parts]),
     )
-    lengths = torch.cat([p.lengths[: len(p.pairs)] for p in parts])
-    rejected = torch.cat([p.lengths[len(p.pairs) :] for p in parts])
-    lengths = torch.cat([lengths, rejected])
-    return WeighedPairs(pairs, encoded, products, first_order, slopes, lengths)
+    return WeighedPairs(pairs, encoded, products, first_order, slopes, parts[0].likelihood)
 
 
 def diagnosed(

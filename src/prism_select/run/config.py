@@ -187,7 +187,9 @@ class RowOptions(Options):
 TUNABLE = ("layers", "weighting", "curvature", "damping", "common", "normalize")
 
 
-def keeping_given(kind: type[Options], values: Mapping[str, Any], given: Collection[str]) -> Any:
+def keeping_given(
+    kind: type[Options], values: Mapping[str, Any], given: Collection[str]
+) -> Mapping[str, Any]:
     """The values of a config, where `--tune pairs` names what is left to choose: an option that is
     `given` as its default stays, too."""
     if values.get("tune") != "pairs" or not set(TUNABLE) & set(given):
@@ -331,11 +333,6 @@ class CurvatureOptions(Options):
             raise BadOption(f"--damping {self.damping}: flat has none to compare; give --curvature")
         if len(self.dampings) > 1 and self.curvature == "pairs":
             raise BadOption(f"--damping {self.damping}: --curvature pairs takes one value; try 0.1")
-        if isinstance(self, DirectionOptions) and self.tuned and self.curvature in OF_POOL:
-            raise BadOption(
-                f"--tune {self.tune}: the pairs alone do not say how --curvature {self.curvature} "
-                "ranks; leave one of both out"
-            )
 
     @property
     def dampings(self) -> tuple[float, ...]:
@@ -598,6 +595,11 @@ class ScoreConfig(
         if self.combine == "round-robin" and chooses and amount.kind == "positive":
             raise BadOption(
                 "--combine round-robin takes rows in turn and knows no positive ones; give a share"
+            )
+        if self.tuned and self.curvature in OF_POOL:
+            raise BadOption(
+                f"--tune {self.tune}: the pairs alone do not say how --curvature {self.curvature} "
+                "ranks; leave one of both out"
             )
         rank_by = getattr(self, "rank_by", None)
         if rank_by and amount.kind == "positive":

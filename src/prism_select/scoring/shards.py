@@ -51,8 +51,8 @@ class RunInputs:
 class ScoringJob:
     """All that scoring needs besides the model. `finished` are shards of an earlier start. A `mask`
     over the pool (None: every row) scores some rows only, in shards of their own `kind`. `bad_rows`
-    were met before, under another kind. `settled` are options that the
-    main process has found: the day that chat templates show, and what --tune has chosen."""
+    were met before, under another kind. `settled` are options that the main process has found: the
+    day that chat templates show, and what --tune has chosen."""
 
     inputs: RunInputs
     directions: Sequence[Factored]
