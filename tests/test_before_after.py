@@ -3,6 +3,7 @@ rows that did it."""
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,13 @@ def test_an_adapter_on_the_model_is_a_side(place: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
 
 
+def test_a_missing_model_is_named_before_the_other_answers(place: Path, tmp_path: Path) -> None:
+    command = ["pairs", place / "asked.jsonl", "--how", "before-after", "--before", MODEL]
+    done = prism(*command, "--after", tmp_path / "gone", "--out", tmp_path / "pairs.jsonl")
+    refused(done, f"--after {tmp_path}/gone: no such folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_worse_is_said(place: Path, tmp_path: Path) -> None:
     same: dict[str, Any] = {"before": str(MODEL), "after": str(MODEL)}
     asked = str(place / "asked.jsonl")
@@ -240,6 +248,7 @@ def test_logs_give_pairs_without_a_model(tmp_path: Path) -> None:
     assert "1 worse, 1 same, 1 better" in done.out.replace("\n", " ")
     assert "1 in the log before alone" in done.out and "1 in the log after alone" in done.out
     assert "only 1 questions got worse" in done.out
+    assert re.search(r"^read +3 rows$", done.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +283,7 @@ def test_other_options_ask_anew(place: Path, tmp_path: Path) -> None:
         file=str(place / "asked.jsonl"), how="answers", out="x", model=str(MODEL)
     )
     shutil.copy(place / "asked.jsonl", tmp_path / "asked.jsonl")
-    marks = {before_after.mark_of(config)}
+    marks = {before_after.mark_of(config, "before")}
     for change in ({"seed": 1}, {"new_tokens": 8}, {"model": str(place / "after")}):
-        marks.add(before_after.mark_of(replace(config, **change)))
+        marks.add(before_after.mark_of(replace(config, **change), "before"))
     assert len(marks) == 4

@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -50,9 +51,9 @@ from prism_select.data.pairing import Accepts, NoPair, accepts_by, prompt_and_an
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.records import Example, Raw, Turn
 from prism_select.models.generation import favourite, prompt_of, sample
-from prism_select.models.loading import LoadedModel, fingerprint_of, load_model
+from prism_select.models.loading import LoadedModel, fingerprint_of, load_model, weights_of
 from prism_select.run.config_pairs import PairsConfig
-from prism_select.run.errors import BadOption, BadRow, EmptyInput
+from prism_select.run.errors import BadModel, BadOption, BadRow, EmptyInput
 from prism_select.run.folder import json_line
 from prism_select.run.progress import Progress
 from prism_select.run.thresholds import WORSE_QUESTIONS
@@ -116,6 +117,7 @@ def pairs_before_after(
         raise BadOption("FILE is missing: the questions that both models answer")
     compare = compare_logs if by_logs[0] else compare_models
     compared, skipped, alone = compare(config, path, progress, accepts)
+    rows = len(compared) + len(skipped)
     counts, written = Counter[str](alone), list[tuple[Raw, Mapping[str, Any]]]()
     for each in compared:
         change, row = outcome(each)
@@ -135,7 +137,7 @@ def pairs_before_after(
         answers_file(path, side).unlink(missing_ok=True)
     reasons = Counter(reason for _, reason in skipped)
     warnings = few_warnings(counts["worse"])
-    return MadePairs(path, len(written), len(compared) + len(skipped), reasons, counts, warnings)
+    return MadePairs(path, len(written), rows, reasons, counts, warnings)
 
 
 def is_log(config: PairsConfig, side: str) -> bool:
@@ -235,7 +237,8 @@ def compare_models(
                 f"--accept {config.accept}: compares with the rows' own answers, and they have "
                 "none; give --accept regex:PATTERN or --judge-url"
             )
-    sides = [answered_by(config, side, path, questions, progress) for side in SIDES]
+    marks = {side: mark_of(model_of(config, side), side) for side in SIDES}  # raises early
+    sides = [answered_by(config, side, marks[side], path, questions, progress) for side in SIDES]
     if any(writes):
         sides = [scored(config, path, questions, side, accepts, progress) for side in sides]
     compared = [
@@ -286,16 +289,21 @@ def as_question(raw: Raw, mapping: Mapping[str, Sequence[str]]) -> Question:
 
 
 def answered_by(
-    config: PairsConfig, side: str, path: Path, questions: Sequence[Question], progress: Progress
+    config: PairsConfig,
+    side: str,
+    mark: str,
+    path: Path,
+    questions: Sequence[Question],
+    progress: Progress,
 ) -> list[Answered]:
     """The answers of one model, from the file beside OUT as far as they are there."""
-    own = model_of(config, side)
-    file, mark = answers_file(path, side), mark_of(own)
+    own, file = model_of(config, side), answers_file(path, side)
     found = answers_in(file, mark)[: len(questions)]
     with progress.task(f"answers {side}", len(questions)) as task:
         task.advance(len(found))
         if len(found) < len(questions):
-            loaded = load_model(own, own.layers, progress)
+            with naming(side):
+                loaded = load_model(own, own.layers, progress)
             store = parent_store(path)
             if not found:
                 store.write(file.name, json_line({"of": mark}))
@@ -317,14 +325,25 @@ def model_of(config: PairsConfig, side: str) -> PairsConfig:
     return replace(config, **values, model=name, adapter=None)
 
 
+@contextmanager
+def naming(side: str) -> Iterator[None]:
+    """What is wrong with a model is said of the option that named it."""
+    try:
+        yield
+    except BadModel as error:
+        raise BadModel(str(error).replace("--model", f"--{side}", 1)) from None
+
+
 def answers_file(path: Path, side: str) -> Path:
     return path.with_name(f"{path.name}.{side}.jsonl")
 
 
-def mark_of(config: PairsConfig) -> str:
-    """Of everything that answers depend on."""
+def mark_of(config: PairsConfig, side: str) -> str:
+    """Of everything that answers depend on. Raises BadModel where there is no such model."""
     values = [repr(getattr(config, name)) for name in ASKED_WITH]
-    files = [fingerprint_of(config), fingerprint(Pool([str(config.file)], {}).files)]
+    with naming(side):
+        weights_of(str(config.model))  # raises where there are none
+        files = [fingerprint_of(config), fingerprint(Pool([str(config.file)], {}).files)]
     return hashlib.blake2b(json.dumps([*values, *files]).encode(), digest_size=16).hexdigest()
 
 
