@@ -1,5 +1,5 @@
-"""`prism pairs --how before-after`: what a fine-tuning made worse becomes pairs, and these find the
-rows that did it."""
+"""`prism pairs --how before-after`: what a fine-tuning made worse becomes pairs, these find the rows
+that did it, and training without those rows repairs it."""
 
 import json
 import random
@@ -81,7 +81,9 @@ def refused(done: Outcome, *texts: str) -> None:
     assert all(text in done.err for text in texts), done.err
 
 
-def test_what_got_worse_finds_the_rows_that_did_it(place: Path, tmp_path: Path) -> None:
+def test_what_got_worse_finds_the_rows_that_did_it_and_the_repair_holds(
+    place: Path, tmp_path: Path
+) -> None:
     found = compared(place, tmp_path / "pairs.jsonl", place / "asked.jsonl")
     assert len(found) >= 10
     asked = {row["prompt"]: row for row in rows(place / "asked.jsonl")}
@@ -89,9 +91,23 @@ def test_what_got_worse_finds_the_rows_that_did_it(place: Path, tmp_path: Path) 
         assert row["how"] == "before-after" and row["score_before"] > row["score_after"]
         assert row["chosen"] == asked[row["prompt"]]["chosen"]
         assert row["rejected"] == asked[row["prompt"]]["rejected"]
-    files: dict[str, Any] = {"pool": place / "sft.jsonl", "target": tmp_path / "pairs.jsonl"}
-    run = prism_select.repair(model=str(MODEL), **files, label_field="is_bad", remove=str(PLANTED))
-    assert run.manifest["choice"]["labels"]["auroc"] >= 0.9
+    run = tmp_path / "run"
+    inputs = ["--model", MODEL, "--pool", place / "sft.jsonl", "--target", tmp_path / "pairs.jsonl"]
+    done = prism("repair", *inputs, "--out", run, "--label-field", "is_bad", "--remove", "12%")
+    assert done.code == 0, done.err
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["choice"]["labels"]["auroc"] >= 0.9
+    short = ["--seeds", 1, "--steps", 30, "--rate", "2e-3", "--against", "random"]
+    held_out = ["--holdout", place / "held_out.jsonl", "--removals", "12%,25%"]
+    done = prism("evaluate", run, *held_out, *short)
+    assert done.code == 0, done.err
+    result = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    curve = {(point["removed"], point["method"]): point for point in result["curve"]}
+    before, after = result["methods"]["none"]["gain"], curve[0, "everything"]["gain"]
+    for share in (0.12, 0.25):
+        by_score, random = curve[share, "prism"], curve[share, "random"]["gain"]
+        assert by_score["over_random"]["gain"]["low"] > 0
+        assert by_score["gain"] > (before + after) / 2 > random
 
 
 def test_a_stopped_comparison_goes_on(
