@@ -1,5 +1,5 @@
-"""`prism pairs --how before-after`: what a fine-tuning made worse becomes pairs, these find the rows
-that did it, and training without those rows repairs it."""
+"""`prism pairs --how before-after`: what a fine-tuning made worse becomes pairs, these find the
+rows that did it, and training without those rows repairs it."""
 
 import json
 import random
@@ -81,7 +81,7 @@ def refused(done: Outcome, *texts: str) -> None:
     assert all(text in done.err for text in texts), done.err
 
 
-def test_what_got_worse_finds_the_rows_that_did_it_and_the_repair_holds(
+def test_what_got_worse_finds_the_rows_that_did_it_and_repairs_it(
     place: Path, tmp_path: Path
 ) -> None:
     found = compared(place, tmp_path / "pairs.jsonl", place / "asked.jsonl")
