@@ -29,6 +29,7 @@ from prism_select.commands import pipeline
 from prism_select.commands.select_again import score_tables
 from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.targets import target_files
+from prism_select.directions.adam_moments import moments_file
 from prism_select.models.loading import fingerprint_of
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption
@@ -100,6 +101,8 @@ def run_checkpoints(config: ScoreConfig, progress: Progress) -> Run:
     """Raises what a run raises."""
     points, store = checkpoints_of(config.checkpoint), Store(str(config.out))
     parts = [at_checkpoint(config, points[k], k + 1) for k in range(len(points))]
+    for part in parts if config.curvature == "adam" else ():
+        moments_file(part)  # raises where there is none
     pool = Pool.of(config)
     fingerprints = {
         "pool": fingerprint(pool.files),

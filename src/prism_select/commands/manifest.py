@@ -24,7 +24,7 @@ from prism_select.directions.saved import held_out
 from prism_select.directions.tuning import Trial, Tuning
 from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import OF_POOL, ScoreConfig
+from prism_select.run.config import BESIDE_PAIRS, ScoreConfig
 from prism_select.run.polarity import Polarity
 from prism_select.run.thresholds import CHANCE_AUROC, CONFLICTING_COSINE, auroc_in_words
 from prism_select.scoring.cost_plan import Plan
@@ -116,7 +116,7 @@ def _target_entry(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
     direction_set = record.directions.direction_set
     entry = pairs_entry(direction_set) or {"direction": config.direction}
     found = entry.get("cross_validation")
-    if found and config.curvature not in OF_POOL:
+    if found and config.curvature not in BESIDE_PAIRS:
         scores = np.array(held_out(config, direction_set)["held_out_chosen"], dtype=np.float64)
         found |= planted_recall(scores, record.chosen.cutoff)
     return entry

@@ -29,6 +29,7 @@ from prism_select.data.targets import (
     target_files,
     target_patterns,
 )
+from prism_select.directions.adam_moments import moments_file
 from prism_select.directions.preconditioning import CURVATURE_ROWS
 from prism_select.models.loading import fingerprint_of, weights_of
 from prism_select.run.config import OF_POOL, OutputOptions, RepairConfig, ScoreConfig
@@ -57,6 +58,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     """Raises PrismError for files that cannot be read, for options that do not fit them, and for
     too many bad rows."""
     weights_of(str(config.model))  # raises where there are none
+    moments = [str(moments_file(config))] if config.curvature == "adam" else []
     mapping = parse_fields(config.fields)
     targets = read_pairs(config)
     if isinstance(config, OutputOptions) and config.rank_by:
@@ -75,7 +77,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     fingerprints = {
         "pool": fingerprint(pool.files),
         "target": fingerprint(files),
-        "model": fingerprint_of(config),
+        "model": "+".join([fingerprint_of(config), *(fingerprint([file]) for file in moments)]),
     }
     return RunInputs(pool, survey, targets, fingerprints, warnings)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import Pool, fingerprint
-from prism_select.run.config import OF_POOL, OutputOptions, ScoreConfig, SelectConfig
+from prism_select.run.config import BESIDE_PAIRS, OutputOptions, ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption, RunMismatch
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
@@ -150,7 +150,7 @@ def target_entry(
         scores = pq.read_table(earlier.path / "pairs.parquet")["held_out_chosen"].to_numpy()
         kept = {key: value for key, value in found.items() if not key.startswith("planted")}
         scored = manifest.get("scored_by", manifest["config"])
-        same = scored["normalize"] == normalize and scored["curvature"] not in OF_POOL
+        same = scored["normalize"] == normalize and scored["curvature"] not in BESIDE_PAIRS
         target["cross_validation"] = kept | planted_recall(scores, chosen.cutoff if same else None)
     return target
 

@@ -50,7 +50,7 @@ from prism_select.models.lora_training import (
     warm_up,
     with_adapter,
 )
-from prism_select.run.config import OF_POOL, TUNABLE, OutputOptions, ScoreConfig
+from prism_select.run.config import BESIDE_PAIRS, TUNABLE, OutputOptions, ScoreConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -195,7 +195,7 @@ def find_directions(
                 config = with_way(config, tuning.chosen.way, tuning.options)
             if config.curvature == "pairs":
                 curvature = pair_curvature_facts(config, direction_set)
-    if config.curvature in OF_POOL:
+    if config.curvature in BESIDE_PAIRS:
         with timer.step("curvature"):
             parameters, rows = direction_set.weights, checkpoint.sample.rows
             fitted = fit_curvature(config, model, parameters, rows, config.seed, progress)

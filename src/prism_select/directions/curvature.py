@@ -9,6 +9,7 @@
     ekfac       (U ⊗ V) Λ (U ⊗ V)ᵀ        EK-FAC (arXiv 1806.03884), for a matrix whose gradient is
                                           Σ_t l_t r_tᵀ: U, V are the eigenvectors of Σ l lᵀ and of
                                           Σ r rᵀ, Λ = mean of (Uᵀ ∇ V)²
+    adam        Adam's √v̂ at a checkpoint: adam_moments.py
 
     λ = damping · mean eigenvalue, of each parameter on its own
 
@@ -170,6 +171,7 @@ Fit: TypeAlias = Callable[[LanguageModel, Parameters, Sequence[Batch], int | Non
 CURVATURES: Mapping[str, Fit] = {
     "flat": flat,
     "pairs": flat,  # divided where the pairs are read: pair_curvature.py
+    "adam": flat,  # read from a file: adam_moments.py
     "diagonal": diagonal,
     "ekfac": ekfac,
 }

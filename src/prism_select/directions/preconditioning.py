@@ -1,6 +1,6 @@
 """Preconditioning: the directions of a run, each divided once by the curvature at the model.
 
-    d ← (H + λ)⁻¹ d      H: fitted to `CURVATURE_ROWS` random rows of the pool
+    d ← (H + λ)⁻¹ d      H: fitted to `CURVATURE_ROWS` random rows of the pool, or Adam's moments
 
 Choices made here:
 - the chosen half is divided as the direction is, so the halves still add up to the score;
@@ -15,10 +15,11 @@ from prism_select.core.gradients import dot, norm
 from prism_select.core.layers import Parameters
 from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded
+from prism_select.directions.adam_moments import adam_curvature
 from prism_select.directions.curvature import CURVATURES, Curvature, Flat
 from prism_select.directions.direction_set import DirectionSet, mean_direction
 from prism_select.models.causal_lm import CausalLM
-from prism_select.run.config import CurvatureOptions
+from prism_select.run.config import CurvatureOptions, ScoreConfig
 from prism_select.run.errors import NotFinite
 from prism_select.run.progress import Progress
 
@@ -65,16 +66,18 @@ class Preconditioned:
 
 
 def fit_curvature(
-    config: CurvatureOptions,
+    config: ScoreConfig,
     model: CausalLM,
     weights: Parameters,
     sample: Sequence[Encoded],
     seed: int,
     progress: Progress,
 ) -> Curvature:
-    """The curvature that `config` names, on rows drawn from the sample; flat reads none."""
+    """The curvature that `config` names, on rows drawn from the sample; flat and adam read none."""
     if config.curvature in ("flat", "pairs"):
         return Flat()
+    if config.curvature == "adam":
+        return adam_curvature(config, model.network, weights)
     rows = random.Random(seed).sample(sample, min(len(sample), CURVATURE_ROWS))
     with progress.task(f"curvature of {len(rows)} rows", None):
         batches = [collate([row], model.device) for row in rows]

@@ -4,14 +4,14 @@
 
 Choices made here:
 - `layers` are those of the options' own selection: "all" is all of that;
-- curvatures of the pool take no part, since pairs alone do not say what they do.
+- curvatures of the pool and of Adam take no part, since pairs alone do not say what they do.
 """
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-from prism_select.run.config import OF_POOL, ScoreConfig
+from prism_select.run.config import BESIDE_PAIRS, ScoreConfig
 from prism_select.run.config_pairs import PairsConfig
 
 __all__ = ["Way", "way_of", "with_way"]
@@ -38,7 +38,7 @@ def way_of(config: ScoreConfig | PairsConfig) -> Way:
         likelihood=config.likelihood,
         weighting=config.weighting,
         anchor=config.anchor,
-        curvature="flat" if config.curvature in OF_POOL else config.curvature,
+        curvature="flat" if config.curvature in BESIDE_PAIRS else config.curvature,
         damping=config.dampings[0],
         common=config.common,
         normalize=config.normalize if isinstance(config, ScoreConfig) else "none",

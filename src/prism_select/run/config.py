@@ -38,6 +38,7 @@ from prism_select.run.options import (
 
 __all__ = [
     "BATCH_TOKENS",
+    "BESIDE_PAIRS",
     "OF_POOL",
     "TUNABLE",
     "CurvatureOptions",
@@ -300,6 +301,7 @@ class TargetOptions(Options):
 
 
 OF_POOL = ("diagonal", "ekfac")  # curvatures that are taken of rows of the pool
+BESIDE_PAIRS = (*OF_POOL, "adam")  # those of which the pairs alone say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,9 +311,10 @@ class CurvatureOptions(Options):
     group: ClassVar[str] = "Direction"
 
     curvature: Annotated[
-        Literal["pairs", "flat", "diagonal", "ekfac"],
+        Literal["pairs", "flat", "diagonal", "ekfac", "adam"],
         "Hessian approximation to divide the direction by: the second moment of the pairs' own "
-        "gradients, none, or of the pool second moments of gradients or EK-FAC (arXiv 1806.03884).",
+        "gradients, none, of the pool second moments of gradients or EK-FAC (arXiv 1806.03884), or "
+        "Adam's moments at the checkpoint (LESS, arXiv 2402.04333).",
         Mark.IN_DIRECTION,
     ] = "pairs"
     damping: Annotated[
@@ -577,7 +580,7 @@ class ScoreConfig(
             )
 
     def _check_adapter(self) -> None:
-        if self.layers == "adapter" and not self.adapter:
+        if self.layers == "adapter" and not (self.adapter or self.checkpoint):
             raise BadOption("--layers adapter: there is none; give its folder with --adapter")
         if self.warmup and self.adapter:
             raise BadOption(
@@ -589,6 +592,16 @@ class ScoreConfig(
                 "--save-adapter: the direction of an adapter's own weights is no adapter; take "
                 "other --layers"
             )
+        if self.curvature == "adam" and self.warmup:
+            raise BadOption(
+                "--curvature adam and --warmup: its moments are of the model before the warm-up; "
+                "leave one out"
+            )
+        if self.curvature == "adam" and self.adapter and self.layers != "adapter":
+            raise BadOption(
+                f"--curvature adam: the moments in {self.adapter} are of the adapter's own "
+                "weights; give --layers adapter, too"
+            )
 
     def _check_combination(self, amount: Amount) -> None:
         chooses = self.command != "score"
@@ -596,7 +609,7 @@ class ScoreConfig(
             raise BadOption(
                 "--combine round-robin takes rows in turn and knows no positive ones; give a share"
             )
-        if self.tuned and self.curvature in OF_POOL:
+        if self.tuned and self.curvature in BESIDE_PAIRS:
             raise BadOption(
                 f"--tune {self.tune}: the pairs alone do not say how --curvature {self.curvature} "
                 "ranks; leave one of both out"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from prism_select.run.config import (
-    OF_POOL,
+    BESIDE_PAIRS,
     CurvatureOptions,
     DirectionOptions,
     FolderOptions,
@@ -85,8 +85,8 @@ class PairsConfig(FolderOptions, CurvatureOptions, DirectionOptions, RowOptions,
             raise BadOption(
                 "give either FILE with --how, or --check PAIRS" + ", not both" * bool(self.file)
             )
-        if self.curvature in OF_POOL:
-            raise BadOption(f"--curvature {self.curvature}: is taken of a pool; try pairs or flat")
+        if self.curvature in BESIDE_PAIRS:
+            raise BadOption(f"--curvature {self.curvature}: not of pairs alone; try pairs or flat")
         required = {
             "how": self.check or self.how,
             "out": self.check or self.out,
