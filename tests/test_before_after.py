@@ -267,6 +267,18 @@ def test_logs_give_pairs_without_a_model(tmp_path: Path) -> None:
     assert re.search(r"^read +3 rows$", done.out, re.MULTILINE)
 
 
+def test_counts_are_objects_as_json(tmp_path: Path) -> None:
+    before, after = logs(tmp_path)
+    words = ["pairs", "--how", "before-after", "--before", before, "--after", after]
+    told = json.loads(prism(*words, "--out", tmp_path / "pairs.jsonl", "--json").out)
+    assert {name: told["compared"][name] for name in ("worse", "same", "better")} == {
+        "worse": 1,
+        "same": 1,
+        "better": 1,
+    }
+    assert sum(told["skipped"].values()) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

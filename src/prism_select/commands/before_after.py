@@ -135,9 +135,9 @@ def pairs_before_after(
     write_pairs(path, written, skipped)
     for side in SIDES:
         answers_file(path, side).unlink(missing_ok=True)
-    reasons = Counter(reason for _, reason in skipped)
+    reasons = dict(Counter(reason for _, reason in skipped))
     warnings = few_warnings(counts["worse"])
-    return MadePairs(path, len(written), rows, reasons, counts, warnings)
+    return MadePairs(path, len(written), rows, reasons, dict(counts), warnings)
 
 
 def is_log(config: PairsConfig, side: str) -> bool:

@@ -127,7 +127,8 @@ def make_pairs(
             what = f"no row gives a pair; most often: {reasons[0][0]}"
         raise EmptyInput(file, None, what, "try another --how, or name the columns with --fields")
     write_pairs(path, written, skipped)
-    return MadePairs(path, len(written), count, Counter(reason for _, reason in skipped))
+    reasons = dict(Counter(reason for _, reason in skipped))
+    return MadePairs(path, len(written), count, reasons)
 
 
 def output_path(config: PairsConfig, source: str, ending: str) -> Path:
