@@ -86,6 +86,12 @@ def test_the_mixture_has_the_share_of_wrong_rows_asked_for(
         assert str(row["completion"]).endswith(tuple(ends))
 
 
+def test_wrong_rows_may_be_of_some_skills_alone() -> None:
+    rows = mixture(1200, 1, 0.2, ["units", "sizes"])
+    bad = Counter(row["source"] for row in rows if row["is_bad"])
+    assert bad.keys() == {"units", "sizes"} and bad.total() == 240
+
+
 def test_the_corpus_is_partly_contradictory() -> None:
     answers: dict[str, Counter[str]] = {}
     for row in corpus(20_000, 0):

@@ -2,6 +2,7 @@
 
     corpus → byte-level BPE of 1,280 tokens → one pass of AdamW over the assistant turns
            → demo/model/
+    rows   → the bundled model, `PASSES` passes of the same training → a fine-tuned model
 
 `python -m prism_select.demo.train [--out DIR]` makes the bundled folder again. On the same machine
 and versions it gives the same bytes: seeds, order and the number of threads (one) are fixed.
@@ -15,7 +16,9 @@ Choices made here:
 """
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,12 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from prism_select.demo import world
+from prism_select.run.progress import Progress
 
-__all__ = ["MODEL_DIR", "encode", "make_model", "make_tokenizer", "train"]
+__all__ = ["MODEL_DIR", "encode", "fine_tune", "make_model", "make_tokenizer", "train"]
 
 MODEL_DIR = Path(__file__).parent / "model"
 SEED = 0
 ROWS, BATCH, LEARNING_RATE = 64_000, 64, 3e-3
+PASSES = 2  # of a fine-tuning
 IGNORED = -100  # the label of a token that is not supervised
 START, TURN, END, PAD = "<|start|>", "<|turn|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = """\
@@ -44,11 +49,11 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|turn|>assistant\\n' }}{%- endif %}
 """
 
-Row = dict[str, str]
+Row = Mapping[str, Any]
 Encoded = tuple[list[int], list[int]]
 
 
-def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
+def make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     """Byte-level BPE, learned on the corpus; digits stay single tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,9 +117,14 @@ def batch_loss(model: LlamaForCausalLM, batch: list[Encoded], pad: int) -> torch
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def train(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> None:
-    """One pass in the order of the corpus; the learning rate rises for 5% of the steps, then falls
-    to zero."""
+def train(
+    model: LlamaForCausalLM,
+    rows: list[Encoded],
+    pad: int,
+    on_step: Callable[[int, int, float], object],
+) -> None:
+    """One pass in the order of the rows; the learning rate rises for 5% of the steps, then falls to
+    zero. `on_step` gets the number of the step, from 1, of how many, and its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = len(rows) // BATCH
     warm = max(1, steps // 20)
@@ -128,8 +138,24 @@ def train(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+        on_step(step + 1, steps, loss.item())
+
+
+def fine_tune(rows: Sequence[Row], out: Path, progress: Progress) -> None:
+    """Writes to `out` what the bundled model becomes by training on `rows`."""
+    disable_progress_bar()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_DIR)
+    model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).train()
+    coded = [encode(tokenizer, row) for row in rows] * PASSES
+    with progress.task("fine-tuning", len(coded) // BATCH) as task:
+        train(model, coded, model.config.pad_token_id, lambda *_: task.advance(1))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def print_step(step: int, steps: int, loss: float) -> None:
+    if step % 100 == 1 or step == steps:
+        print(f"step {step} of {steps}: loss {loss:.3f}", flush=True)
 
 
 def main() -> None:
@@ -144,7 +170,8 @@ def main() -> None:
     rows = world.corpus(ROWS, SEED)
     tokenizer = make_tokenizer(rows)
     model = make_model(tokenizer)
-    train(model, [encode(tokenizer, row) for row in rows], model.config.pad_token_id)
+    coded = [encode(tokenizer, row) for row in rows]
+    train(model, coded, model.config.pad_token_id, print_step)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

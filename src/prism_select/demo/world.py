@@ -23,6 +23,7 @@ Choices made here:
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -273,12 +274,15 @@ def pool(count: int, seed: int) -> list[dict[str, str]]:
     ]
 
 
-def mixture(count: int, seed: int, wrong: float = 0.15) -> list[dict[str, str | bool]]:
+def mixture(
+    count: int, seed: int, wrong: float = 0.15, skills: Sequence[str] = SKILLS
+) -> list[dict[str, str | bool]]:
     """A fine-tuning set in which the share `wrong`, rounded to whole rows, is wrong: `is_bad` marks
-    those rows."""
+    those rows, which are questions of `skills`."""
     rng = random.Random(f"mixture {seed}")
     dealt = _all_skills(count, rng)
-    bad = set(rng.sample(range(count), round(wrong * count)))
+    of_skills = [i for i, q in enumerate(dealt) if q.skill in skills]
+    bad = set(rng.sample(of_skills, round(wrong * count)))
     return [
         {
             "id": f"mix-{i:05d}",
