@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.polarity import Polarity
-from prism_select.run.thresholds import TARGET_AGREEMENT, auroc_in_words
+from prism_select.run.thresholds import TARGET_AGREEMENT, auroc_in_words, no_validation_in_words
 
 if TYPE_CHECKING:
     from prism_select.commands.pairs import MadePairs
@@ -156,8 +156,11 @@ def _counts(counts: Mapping[str, int]) -> dict[str, str]:
 def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     """The diagnosis of the pairs: `target` of the manifest."""
     toward, away = polarity.toward, polarity.away
+    alone = target.get("answers_alone", False)
     rows = {
-        "pairs": f"{target['pairs']}, mean preference for the {toward} "
+        "pairs": f"{target['pairs']}, some or all of them an answer without a rejected one"
+        if alone
+        else f"{target['pairs']}, mean preference for the {toward} "
         f"{target['mean_preference']:.3f}, above one half in {target['preferred_share']:.0%}, "
         f"{target['effective_pairs']:.1f} effective",
     }
@@ -169,6 +172,8 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
             f"two halves agree at {target['split_half_agreement']:.2f} "
             f"(splits {low:.2f} to {high:.2f}){advice}"
         )
+    if alone:
+        return rows
     rows["common part"] = (
         f"{target['common_part']:.1f} times what tells the two answers of a pair apart"
     )
@@ -184,7 +189,7 @@ def _held_out(target: Mapping[str, Any], polarity: Polarity) -> dict[str, str]:
     """What ranking to expect, from cross-validation on the pairs."""
     found, toward = target.get("cross_validation"), polarity.toward
     if not found:
-        return {"held-out pairs": "too few questions for cross-validation"}
+        return {"held-out pairs": no_validation_in_words(target)}
     words = (
         f"AUROC {auroc_in_words(found['auroc'], found['interval'])}, the {toward} answer first in "
         f"{found['paired']:.0%}: expect a ranking of about that quality"

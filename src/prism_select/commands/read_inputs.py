@@ -62,7 +62,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     mapping = parse_fields(config.fields)
     targets = read_pairs(config)
     if isinstance(config, OutputOptions) and config.rank_by:
-        refuse_baselines("--rank-by", [config.rank_by], bool(config.target))
+        refuse_baselines("--rank-by", [config.rank_by], targets)
     pool = Pool.of(config)
     with progress.task("reading the pool", None) as task:
         rows = CURVATURE_ROWS if config.curvature in OF_POOL else 0

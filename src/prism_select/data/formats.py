@@ -1,7 +1,8 @@
 """Formats: what the fields of a row mean. The first two tables are all formats there are.
 
     pool row   → Example    a conversation and what is supervised in it
-    target row → Pairs      a prompt, an answer that is wanted and one that is not
+    target row → Pairs      a prompt, an answer that is wanted and one that is not; or a pool row,
+                            whose answer is wanted
 
 Choices made here:
 - a format is called by the fields that it needs: prompt+completion needs `prompt` and `completion`;
@@ -29,10 +30,12 @@ __all__ = [
     "POOL_FORMATS",
     "TARGET_FORMATS",
     "Format",
+    "detect_anchors",
     "detect_pool",
     "detect_target",
     "fields_read",
     "parse_fields",
+    "to_answer",
     "to_example",
     "to_pairs",
 ]
@@ -106,6 +109,12 @@ def to_pairs(raw: Raw, format: Format, mapping: Names) -> list[Pair]:
     ]
 
 
+def to_answer(raw: Raw, format: Format, mapping: Names) -> Pair:
+    """The answer of a pool row, alone. Raises BadRow where there is none."""
+    example = to_example(raw, format, mapping)
+    return Pair(example, example, alone="chosen")
+
+
 def fields_read(format: Format) -> set[str]:
     """The fields that a format reads, if a row has them."""
     names = {"id", "source", *MEDIA, *format.name.split("+")}
@@ -144,6 +153,19 @@ def detect_target(
             f"name this file's own column as well: {advice}",
         )
     return format
+
+
+def detect_anchors(
+    fields: Fields, mapping: Names, file: str = "row", line: int | None = None
+) -> Format:
+    """The format of a target row, or else that of a pool row, whose answer stands alone. Raises
+    BadRow, at `file` and `line`, where neither fits."""
+    try:
+        return detect_target(fields, mapping, file, line)
+    except BadRow:
+        if format := _detect(standard_fields(fields, mapping), POOL_FORMATS):
+            return format
+        raise
 
 
 def _unused(fields: Fields, mapping: Names, format: Format) -> list[str]:

@@ -121,16 +121,20 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """`repeated`: both answers began with the prompt again, which is cut off."""
+    """`repeated`: both answers began with the prompt again, which is cut off. `alone`: the side of
+    the only answer, which then stands on the other side as well and counts nothing there."""
 
     chosen: Example
     rejected: Example
     repeated: bool = False
+    alone: Literal["", "chosen", "rejected"] = ""
 
     @property
     def swapped(self) -> "Pair":
         """The pair that `repair` uses: it aims at the rejected answer."""
-        return Pair(self.rejected, self.chosen, self.repeated)
+        other: dict[str, Literal["", "chosen", "rejected"]]
+        other = {"chosen": "rejected", "rejected": "chosen"}
+        return Pair(self.rejected, self.chosen, self.repeated, other.get(self.alone, ""))
 
 
 def is_text(value: str) -> bool:

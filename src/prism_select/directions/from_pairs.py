@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes
@@ -82,14 +82,24 @@ class WeighedPairs:
 
     @property
     def logliks(self) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected answers, by the likelihood of the options."""
+        """Of the chosen and of the rejected answers, by the likelihood of the options; NaN where
+        there is none."""
         chosen, rejected = (self.lengths * self.products.mean_loglik).split(len(self.pairs))
-        return chosen, rejected
+        return (
+            chosen.where(~self.is_alone("rejected"), math.nan),
+            rejected.where(~self.is_alone("chosen"), math.nan),
+        )
 
     @property
     def weight(self) -> Float[Tensor, " pairs"]:
-        """Slope of the gain, by the log-likelihood of the chosen answer."""
-        return self.first_order.chosen / self.lengths[: len(self.pairs)]
+        """Slope of the gain, by the log-likelihood of the chosen answer, or of the only one."""
+        chosen, rejected = self.first_order
+        slope = torch.where(self.is_alone("rejected"), rejected, chosen)
+        return slope / self.lengths[: len(self.pairs)]
+
+    def is_alone(self, side: str) -> Bool[Tensor, " pairs"]:
+        """Whether a pair has no answer but that of this side."""
+        return torch.tensor([pair.alone == side for pair in self.pairs])
 
     @property
     def length(self) -> float:
@@ -210,6 +220,8 @@ def weighed(
         own = products.of([*chosen, *(count + pair for pair in chosen)])
         way = replace(way_of(config), curvature="flat")
         first_order, slopes = pair_slopes(way, own), pair_slopes(way_of(config), own)
+        if pairs[0].alone == "rejected":  # away from the only answer; both sides are the same
+            first_order, slopes = Slopes(*reversed(first_order)), Slopes(*reversed(slopes))
         own_pairs = (pairs, encoded[name], own)
         parts[name] = WeighedPairs(*own_pairs, first_order, slopes, config.likelihood)
     return parts
@@ -319,9 +331,11 @@ def diagnosed(
     of_targets: Sequence[int] | None = None,
 ) -> PairDiagnosis:
     """`of_targets` is the target of each pair, where there are several."""
-    validation = cross_validate(
-        part.products, way_of(config), groups_of(part.pairs), config.seed, of_targets
-    )
+    alone, validation = any(pair.alone for pair in part.pairs), None
+    if not alone:
+        validation = cross_validate(
+            part.products, way_of(config), groups_of(part.pairs), config.seed, of_targets
+        )
     diagnosis = diagnose(
         target,
         PairWeights(part.products.total.numpy(), part.first_order, part.slopes),
@@ -329,7 +343,14 @@ def diagnosed(
         without_common=config.common == "remove",
         seed=config.seed,
     )
-    cut = [[row.truncated for row in rows] for rows in part.encoded]
+    cut = [
+        [
+            row.truncated and pair.alone in ("", side)
+            for row, pair in zip(rows, part.pairs, strict=True)
+        ]
+        for side, rows in zip(("chosen", "rejected"), part.encoded, strict=True)
+    ]
+    diagnosis = diagnosis.without_comparisons if alone else diagnosis
     diagnosis = replace(diagnosis, truncated_chosen=sum(cut[0]), truncated_rejected=sum(cut[1]))
     return PairDiagnosis(part.pairs, target, diagnosis, cut[0], cut[1], validation)
 

@@ -21,7 +21,7 @@ Choices made here:
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,6 +81,22 @@ class Diagnosis:
     shares: tuple[float, ...]  # of each pair in the direction
     truncated_chosen: int = 0  # answers that lost their end to --max-length
     truncated_rejected: int = 0
+    answers_alone: bool = False  # some pairs have one answer: comparisons of both are unknown
+
+    @property
+    def without_comparisons(self) -> "Diagnosis":
+        """That of pairs of which some have one answer."""
+        return replace(
+            self,
+            answers_alone=True,
+            mean_preference=math.nan,
+            preferred_share=math.nan,
+            common_part=math.nan,
+            token_overlap=math.nan,
+            chosen_longer_share=math.nan,
+            mean_tokens_chosen=math.nan,
+            mean_tokens_rejected=math.nan,
+        )
 
     @property
     def dominant(self) -> list[int]:

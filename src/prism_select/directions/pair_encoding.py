@@ -40,7 +40,7 @@ def encode_sides(pairs: Sequence[Pair], encoder: Encoder) -> EncodedPairs:
     chosen = [encoder.encode(pair.chosen) for pair in pairs]
     rejected = [encoder.encode(pair.rejected) for pair in pairs]
     for pair, a, b in zip(pairs, chosen, rejected, strict=True):
-        if a.tokens == b.tokens:
+        if a.tokens == b.tokens and not pair.alone:
             raise BadRow(
                 pair.chosen.file,
                 pair.chosen.line,

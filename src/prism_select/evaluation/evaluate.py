@@ -152,7 +152,7 @@ def evaluate(
 def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> None:
     """Raises BadOption, before a model is loaded, for what the run or this machine cannot do."""
     choices = ("everything", PRICED, *BASELINES, *baselines)
-    refuse_baselines("--against", config.baselines, bool(past.config.target), choices)
+    refuse_baselines("--against", config.baselines, read_pairs(past.config), choices)
     if config.removals not in (None, "off") and not past.repair:
         raise BadOption(
             f"--removals {config.removals}: {past.run.path} is a run of select, which removes no "
@@ -249,6 +249,9 @@ def controls_of(
     if stored := store.json_of("controls.json", mark):
         return list(stored["controls"])
     targets = read_pairs(past.config)
+    if any(pair.alone for pairs in targets.values() for pair in pairs):
+        progress.say("no controls: they exchange the answers of pairs, and some have one alone")
+        return []
     by_target = past.run.columns(*(f"score:{name}" for name in targets)).columns
     # the score along the mean direction, whatever the choice went by
     score = np.mean(by_target, axis=0) if by_target else past.score

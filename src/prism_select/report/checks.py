@@ -24,6 +24,7 @@ from prism_select.run.thresholds import (
     PAIRS_FOR_LENGTH,
     TRUNCATED_SHARE,
     auroc_in_words,
+    no_validation_in_words,
 )
 
 __all__ = ["Check", "State", "checks_of", "headline", "interval_state"]
@@ -94,7 +95,7 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> Iterator[Check]:
         return
     yield _held_out(target)
     yield _effective_pairs(target)
-    if target["pairs"] >= PAIRS_FOR_LENGTH:
+    if target["pairs"] >= PAIRS_FOR_LENGTH and not target.get("answers_alone"):
         longer = target["chosen_longer_share"]
         share, side = max((longer, polarity.toward), (1 - longer, polarity.away))
         state: State = "review" if share > LONGER_SHARE else "holds"
@@ -105,7 +106,7 @@ def _pairs(target: Mapping[str, Any], polarity: Polarity) -> Iterator[Check]:
 def _held_out(target: Mapping[str, Any]) -> Check:
     name, found = "held-out pairs", target.get("cross_validation")
     if not found:
-        return Check(name, "not judged yet", "too few questions for cross-validation")
+        return Check(name, "not judged yet", no_validation_in_words(target))
     at_chance = found["interval"][0] <= CHANCE_AUROC
     words = f"ranked with an AUROC of {auroc_in_words(found['auroc'], found['interval'])}"
     words += ": no better than chance" if at_chance else ": expect about that of the pool"

@@ -209,7 +209,8 @@ class DirectionOptions(Options):
     weighting: Annotated[
         Literal["prism", "uniform", "hard", "unpaired"],
         "How much each pair counts: prism weighs it by the model's present preference (arXiv "
-        "2605.21422).",
+        "2605.21422); unpaired reads the chosen answer alone, and takes rows without a rejected "
+        "one.",
         Mark.IN_DIRECTION,
     ] = "prism"
     likelihood: Annotated[

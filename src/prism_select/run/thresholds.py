@@ -9,7 +9,8 @@ Choices made here:
   at ⅓ all 2m pairs together have as much signal as noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "CHANCE_AUROC",
@@ -35,6 +36,7 @@ __all__ = [
     "WORSE_QUESTIONS",
     "agreement_in_words",
     "auroc_in_words",
+    "no_validation_in_words",
 ]
 
 # Pairs
@@ -69,6 +71,13 @@ def auroc_in_words(auroc: float, interval: Sequence[float]) -> str:
     """0.82 [0.67, 0.92]"""
     low, high = interval
     return f"{auroc:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def no_validation_in_words(target: Mapping[str, Any]) -> str:
+    """Why `target` of a manifest says nothing of held-out pairs."""
+    if target.get("answers_alone"):
+        return "not known: answers without rejected ones have none to be ranked above"
+    return "too few questions for cross-validation"
 
 
 def agreement_in_words(agreement: float) -> str:

@@ -163,17 +163,21 @@ COUNT_BASELINES = tuple(name for name, entry in BASELINES.items() if entry.reads
 
 
 def refuse_baselines(
-    option: str, names: Sequence[str], target: bool, choices: Sequence[str] = tuple(BASELINES)
+    option: str,
+    names: Sequence[str],
+    targets: Mapping[str, Sequence[Pair]],
+    choices: Sequence[str] = tuple(BASELINES),
 ) -> None:
     """Raises BadOption for a name that is none of the `choices`, or for a baseline that needs pairs
-    where there is no `target`."""
+    where the `targets` have none, or answers alone."""
+    why = "" if targets else "a saved direction has none; give --target"
+    if any(pair.alone for pairs in targets.values() for pair in pairs):
+        why = "answers without rejected ones are none; leave it out"
     for name in names:
         if name not in choices:
             raise BadOption(f"{option} {name}: unknown; try some of {', '.join(choices)}")
-        if name in BASELINES and BASELINES[name].target and not target:
-            raise BadOption(
-                f"{option} {name}: needs pairs, and a saved direction has none; give --target"
-            )
+        if name in BASELINES and BASELINES[name].target and why:
+            raise BadOption(f"{option} {name}: needs pairs, and {why}")
 
 
 def count_ranking(

@@ -12,6 +12,7 @@ from prism_select.report.checks import Check, State, checks_of, headline
 from prism_select.report.formatting import percent, significant
 from prism_select.report.run_facts import RunFacts
 from prism_select.report.sections.section import Section
+from prism_select.run.thresholds import no_validation_in_words
 
 __all__ = ["SECTION", "ChoiceFacts", "Tile", "VerdictShare", "newer_than", "read"]
 
@@ -88,7 +89,7 @@ def _tiles(run: RunFacts) -> Iterator[Tile]:
 def _held_out(target: Mapping[str, Any]) -> Tile:
     found = target.get("cross_validation")
     if not found:
-        return Tile("held-out pairs", "–", "too few questions for cross-validation")
+        return Tile("held-out pairs", "–", no_validation_in_words(target))
     low, high = found["interval"]
     return Tile(
         "held-out pairs", f"{found['auroc']:.2f}", f"AUROC, between {low:.2f} and {high:.2f}"

@@ -32,7 +32,12 @@ from prism_select.report.run_facts import RunFacts, scoring_options
 from prism_select.report.sections.section import Section
 from prism_select.report.tables import PREVIEW, Column, Table
 from prism_select.run.errors import PrismError
-from prism_select.run.thresholds import TARGET_AGREEMENT, agreement_in_words, auroc_in_words
+from prism_select.run.thresholds import (
+    TARGET_AGREEMENT,
+    agreement_in_words,
+    auroc_in_words,
+    no_validation_in_words,
+)
 
 __all__ = ["PAIRS", "SECTION", "NamedTarget", "ShownPair", "TargetFacts", "read"]
 
@@ -123,7 +128,7 @@ def read(run: RunFacts) -> TargetFacts | None:
             _shown_pair(i, records[i], preferences[i], shares[i], answers[i] if answers else None)
             for i in first
         ),
-        preferences=tuple(preferences),
+        preferences=tuple(value for value in preferences if math.isfinite(value)),
         agreements={int(m): a for m, a in target["agreement_by_pairs"].items() if a is not None},
         pairs_for_half_agreement=target["pairs_for_half_agreement"],
         targets=tuple(_named_target(name, t) for name, t in target.get("targets", {}).items()),
@@ -208,7 +213,7 @@ def _shown_pair(
         share=share,
         line=int(record["line"]),
         chosen=_answer(answers.chosen) if answers else (),
-        rejected=_answer(answers.rejected) if answers else (),
+        rejected=_answer(answers.rejected) if answers and not answers.alone else (),
     )
 
 
@@ -223,7 +228,8 @@ def _answers(
     """The pairs of the target files in the order of `records`, or why they cannot be had."""
     fields = parse_fields(options["fields"])
     try:
-        targets = read_targets(options["target"], fields, options["target_by"])
+        unpaired = options["weighting"] == "unpaired"
+        targets = read_targets(options["target"], fields, options["target_by"], unpaired)
     except PrismError as error:
         return [], str(error)
     pairs = [pair for target in targets.values() for pair in target]
@@ -239,18 +245,21 @@ def _key(pair: Pair) -> tuple[int, str]:
 
 def _words(run: RunFacts) -> str:
     target, side, other = run.manifest["target"], run.polarity.toward, run.polarity.away
-    words = _expectation(target) + (
-        f"{target['pairs']} pairs, worth {significant(target['effective_pairs'])} of equal weight. "
-        f"Before training the model prefers the {side} answer in "
-        f"{percent(target['preferred_share'])} of them, and its mean preference is "
-        f"{significant(target['mean_preference'])}. "
-    )
+    alone = target.get("answers_alone")
+    words = _expectation(target)
+    words += f"{target['pairs']} {'answers' if alone else 'pairs'}, worth "
+    words += f"{significant(target['effective_pairs'])} of equal weight. "
+    if not alone:
+        words += f"Before training the model prefers the {side} answer in "
+        words += f"{percent(target['preferred_share'])} of them, and its mean preference is "
+        words += f"{significant(target['mean_preference'])}. "
     agreement = target["split_half_agreement"]
     if agreement is not None:
         words += f"Two halves of the pairs agree at {agreement:.2f}: "
         words += f"{agreement_in_words(agreement)}. "
-    words += "The gradient that both answers share is "
-    words += f"{significant(target['common_part'], 2)} times as large as their difference."
+    if not alone:
+        words += "The gradient that both answers share is "
+        words += f"{significant(target['common_part'], 2)} times as large as their difference."
     if run.polarity.swapped:
         words += f" This is a repair: it looks for rows that teach the {side} answers instead of "
         words += f"the {other} ones."
@@ -260,7 +269,8 @@ def _words(run: RunFacts) -> str:
 def _expectation(target: Mapping[str, Any]) -> str:
     found = target.get("cross_validation")
     if not found:
-        return ""
+        alone = target.get("answers_alone")
+        return f"Held-out pairs: {no_validation_in_words(target)}. " if alone else ""
     words = (
         "Held-out pairs are ranked with an AUROC of "
         f"{auroc_in_words(found['auroc'], found['interval'])}: expect a ranking of about that "
@@ -288,7 +298,7 @@ def _pair_words(target: Mapping[str, Any], shown: int, count: int, why: str) -> 
 
 
 def charts(facts: TargetFacts) -> list[Chart]:
-    drawn = [preference_chart(facts)]
+    drawn = [preference_chart(facts)] if facts.preferences else []
     if facts.held_out[0]:
         drawn.insert(0, held_out_chart(facts))
     if len(facts.agreements) > 1:
