@@ -43,9 +43,8 @@ GOOD_OF_CODE, BAD_OF_CODE = 77, 33
 Row = tuple[int, bool, str, str]  # question, whether its answer is bad, prompt, answer
 
 
-def rows_of(family: str, data: Path) -> list[Row]:
-    """Both answers of each question; insecure code: of its pairs, and then one row a question."""
-    draw = random.Random(SEED)
+def questions_of(family: str, data: Path, draw: random.Random) -> list[tuple[str, str, str]]:
+    """Prompt, good and bad answer of every question that is short enough, shuffled."""
     if family == "truthfulqa":
         found = [
             (asked(r["prompt"]), said(r["chosen"]), said(r["rejected"]))
@@ -67,15 +66,24 @@ def rows_of(family: str, data: Path) -> list[Row]:
         ]
     found = list({prompt: (prompt, good, bad) for prompt, good, bad in found}.values())
     draw.shuffle(found)
-    longest = 4 * LONGEST[family]
-    found = [r for r in found if len(r[0]) + max(len(r[1]), len(r[2])) < longest]
+    return [r for r in found if len(r[0]) + max(len(r[1]), len(r[2])) < 4 * LONGEST[family]]
+
+
+def rows_of(family: str, data: Path) -> list[Row]:
+    """Both answers of each question; insecure code: of its pairs, and then one row a question."""
+    draw = random.Random(SEED)
+    found = questions_of(family, data, draw)
     rows = [
         (question, bad, prompt, answers[bad])
         for question, (prompt, *answers) in enumerate(found[: QUESTIONS[family]])
         for bad in (False, True)
     ]
     if family == "code":
-        pool = [r for r in lines(data / "repair_code_pool.jsonl") if text_length(r) < longest]
+        pool = [
+            r
+            for r in lines(data / "repair_code_pool.jsonl")
+            if text_length(r) < 4 * LONGEST[family]
+        ]
         draw.shuffle(pool)
         rows += [
             (1000 + k, bad, f"{r['prompt']}\n", r["completion"])
@@ -105,14 +113,14 @@ def mean_states(lm: CausalLM, rows: Sequence[Encoded]) -> np.ndarray:
     return torch.cat(means, dim=1)[:, torch.tensor(order).argsort()].numpy()
 
 
-def prepare(family: str, data: Path) -> Path:
-    """The products and states of a family's rows, made once."""
-    path = FOLDER / f"{family}.npz"
+def prepare(family: str, data: Path, folder: Path = FOLDER, network: Path | None = None) -> Path:
+    """The products and states of a family's rows at a model, made once."""
+    path = folder / f"{family}.npz"
     if path.exists():
         return path
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     products_module.FACTORS = 11 * 2**30
-    lm, tokenizer = load(str(model()), "bfloat16", torch.device("cpu"))
+    lm, tokenizer = load(str(network or model()), "bfloat16", torch.device("cpu"))
     encoder = Encoder(tokenizer, "plain", 256, lm.vocabulary)
     kept = rows_of(family, data)
     rows = [encoded(encoder, row) for row in kept]

@@ -95,9 +95,9 @@ class Family:
     data: Mapping[str, Any]
 
     @classmethod
-    def load(cls, name: str, data: Path) -> "Family":
+    def load(cls, name: str, data: Path, folder: Path = FOLDER) -> "Family":
         rows = rows_of(name, data)
-        with np.load(FOLDER / f"{name}.npz") as file:
+        with np.load(folder / f"{name}.npz") as file:
             family = cls(name, rows, {key: file[key] for key in file})
         assert family.data["question"].tolist() == [row[0] for row in rows]
         return family
