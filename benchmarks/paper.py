@@ -169,7 +169,7 @@ class Trainings:
             found = {"asked": self.logliks(asked), "held_out": self.logliks(self.held_out)}
             if learner:
                 learner.unload()
-            np.savez(path, **found)
+            np.savez(path, asked=found["asked"], held_out=found["held_out"])
             print(path.stem, flush=True)
         with np.load(path) as file:
             return dict(file)

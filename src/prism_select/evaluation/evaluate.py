@@ -188,8 +188,8 @@ def say_plan(
     count = len(distinct(jobs))
     if for_curve := count - len(distinct(jobs[:first])):
         progress.say(
-            f"{count} trainings, {for_curve} of them for the curve over shares of removed rows: "
-            "--removals off leaves those out"
+            f"{count} trainings, {for_curve} of them for the curve over shares of removed rows "
+            "(none with --removals off)"
         )
 
 

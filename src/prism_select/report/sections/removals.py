@@ -76,8 +76,9 @@ def _verdict(evaluation: Evaluation) -> tuple[State, str]:
     after, *points = _line(evaluation, "prism")
     best = max(points, key=lambda point: point.gain)
     before = _before(evaluation)
+    which = "is best" if len(points) > 1 else "was tried"
     words = (
-        f"The repair is best without {percent(best.removed)} of the rows: gain "
+        f"The repair {which} without {percent(best.removed)} of the rows: gain "
         f"{significant(best.gain)}, after {significant(after.gain)} with all rows and "
         f"{significant(before.gain)} before training. "
     )
@@ -176,11 +177,13 @@ def _chart(
         + ", ".join(f"{percent(p.removed)} {v:.3f}" for p, v in valued if p.method == name)
         for name in names
     )
+    note = "Mean over seeds. The level line is the model before training."
+    if len(shares) > 2:
+        note += " The best share was picked on these questions, so it looks better than it is."
     return chart_of(
         f"removals-{number}",
         title,
-        "Mean over seeds. The level line is the model before training. The best share was picked "
-        "on these questions, so it looks better than it is.",
+        note,
         f"{measure} before training {before:.3f}, with all rows {valued[0][1]:.3f}; without a "
         f"share of the rows: {text}.",
         line + rule_at(before, "y", f"before training: {before:.4f}"),

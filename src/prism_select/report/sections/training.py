@@ -81,7 +81,8 @@ def read(run: RunFacts) -> TrainingFacts | None:
 
 def _words(evaluation: Evaluation) -> str:
     words = f"Each training took {evaluation.steps} steps at a rate of {evaluation.rate:g}, with "
-    words += f"{evaluation.seeds} seeds. All were asked {evaluation.pairs} held-out pairs"
+    words += "one seed" if evaluation.seeds == 1 else f"{evaluation.seeds} seeds"
+    words += f". All were asked {evaluation.pairs} held-out pairs"
     if evaluation.several_answers:
         words += f" of {evaluation.questions} questions"
     if evaluation.pairs_left_out:
@@ -100,8 +101,11 @@ def _verdict(baseline: Baseline) -> Verdict:
 
 
 def _figures(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    forecast = significant(evaluation.forecast, 2)
-    yield "forecast", f"rank correlation {forecast} over {evaluation.trainings} trainings"
+    forecast = f"no rank correlation of {evaluation.trainings} trainings"
+    if evaluation.forecast is not None:
+        found = significant(evaluation.forecast, 2)
+        forecast = f"rank correlation {found} over {evaluation.trainings} trainings"
+    yield "forecast", forecast
     if evaluation.break_even:
         yield "compute", evaluation.break_even
     if aurocs := evaluation.label_aurocs:
