@@ -294,6 +294,13 @@ def test_the_page_says_where_the_repair_is_best(
     assert facts.removals.words.startswith(best) and facts.removals.words.endswith(words)
 
 
+def test_a_single_share_is_not_called_the_best(run: Path) -> None:
+    write_evaluation(run, curve=made_curve({0.2: (0.01, 0.2)}))
+    text = page_of(read_run_facts(str(run))).decode()
+    assert "The repair was tried without 20% of the rows" in text
+    assert "best share" not in text and "is best without" not in text
+
+
 def test_the_page_says_that_no_share_shows_anything(run: Path) -> None:
     write_evaluation(run, curve=made_curve({0.05: (-0.1, 0.2), 0.5: (-0.1, 0.3)}))
     text = page_of(read_run_facts(str(run))).decode()
