@@ -121,10 +121,10 @@ def make_pairs(
                 written = written[: config.limit]
                 break
     if not written:
-        reasons = Counter(reason for _, reason in skipped).most_common(1)
         what = "there are no rows"
-        if reasons:
-            what = f"no row gives a pair; most often: {reasons[0][0]}"
+        if skipped:
+            (often, _), *_ = Counter(reason for _, reason in skipped).most_common(1)
+            what = f"no row gives a pair; most often: {often}"
         raise EmptyInput(file, None, what, "try another --how, or name the columns with --fields")
     write_pairs(path, written, skipped)
     reasons = dict(Counter(reason for _, reason in skipped))
