@@ -13,7 +13,6 @@ import pytest
 from conftest import jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import prism_select
@@ -26,10 +25,11 @@ from prism_select.selection.coverage import NEARLY, ORDERS, concave, in_turn
 from prism_select.selection.rules import OUTCOMES, Rules, choose_along
 
 Floats = NDArray[np.float64]
-COLUMNS = st.integers(1, 4).flatmap(
-    lambda groups: st.integers(0, 12).flatmap(
-        lambda rows: arrays(np.float64, (rows, groups), elements=st.integers(-3, 9).map(float))
-    )
+COLUMNS = st.builds(
+    lambda rows, groups, seed: np.random.default_rng(seed).integers(-3, 9, (rows, groups)) * 1.0,
+    st.integers(0, 12),
+    st.integers(1, 4),
+    st.integers(0, 2**16),
 )
 
 
@@ -241,7 +241,7 @@ def test_more_rows_are_scored_where_the_last_quarter_enters(
 ) -> None:
     monkeypatch.setattr(group_scoring, "BUDGETS", 1)
     grown = select(planted, tmp_path / "grown", groups="auto")
-    assert 16 < grown.manifest["choice"]["coverage"]["rows"] <= 75
+    assert 16 < grown.manifest["choice"]["coverage"]["rows"] <= 60
     monkeypatch.setattr(group_scoring, "MOST", 0.0)
     small = select(planted, tmp_path / "small", groups="auto")
     assert small.manifest["choice"]["coverage"]["rows"] == 16

@@ -225,14 +225,14 @@ def find_directions(
                 f"curvature {config.curvature}: cosine {cosine:.2f} between the direction{target} "
                 "before and after"
             )
-    groups: Sequence[Factored] = direction_set.groups.directions if direction_set.groups else []
+    groups = direction_set.groups.directions if direction_set.groups else []
     if config.rank is None:
         every = direction_set.directions
         return RunDirections(config, direction_set, every, curvature, None, groups)
     sample = checkpoint.sample.rows
     factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
-    groups = [factor(model.network, d, config.rank).direction for d in groups]
-    return RunDirections(config, direction_set, factored, curvature, check, groups)
+    low = [factor(model.network, direction, config.rank).direction for direction in groups]
+    return RunDirections(config, direction_set, factored, curvature, check, low)
 
 
 def check_engine(
@@ -399,8 +399,9 @@ def score_along_groups(
     """With the scores along groups of pairs; `worker` scores a job of `job`'s kind."""
     start = time.perf_counter()
 
-    def score_some(number: int, mask: NDArray[np.bool_]) -> list[Path]:
-        kind = f"group{number}"
+    def score_some(number: int, rows: NDArray[np.int64]) -> list[Path]:
+        kind, mask = f"group{number}", np.zeros(job.inputs.survey.rows, dtype=bool)
+        mask[rows] = True
         finished = store.sound_shards(kind)[0]
         some = replace(job, kind=kind, mask=mask, finished=finished)
         scorer, processes = worker(some)
@@ -447,8 +448,8 @@ def with_pair_help(
     inputs, loaded = job.inputs, checkpoint.loaded
     if "coverage" not in chosen.figures or not inputs.targets or not chosen.counts.get("selected"):
         return chosen
-    verdicts = pa.concat_tables(scores_tables(store.path, ["verdict"]))["verdict"]
-    taken = pc.equal(verdicts, "selected").to_numpy()
+    verdicts = (table["verdict"] for table in scores_tables(store.path, ["verdict"]))
+    taken = np.concatenate([pc.equal(texts, "selected").to_numpy() for texts in verdicts])
     rows = drawn_rows(inputs.pool, taken, loaded, config.seed)
     weights = directions.direction_set.weights
     along = [mean_gradient(config, loaded, weights, rows)]

@@ -143,10 +143,10 @@ def directions_from_pairs(
         parts = weighed(config, targets, encoded, products)
         gradients = {name: gradient_of(config, model, weights, parts[name]) for name in targets}
         notes += [note for name, g in gradients.items() for note in uncovered(parts[name], g)]
-        groups = None
+        grouped: GroupDirections | None = None
         if isinstance(config, SelectConfig) and config.has_groups:
             (part,) = parts.values()
-            groups = group_directions(config, model, weights, part)
+            grouped = group_directions(config, model, weights, part)
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
@@ -163,7 +163,7 @@ def directions_from_pairs(
     lengths = [norm(direction) for direction in scores]
     layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
     return DirectionSet(
-        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning, groups
+        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning, grouped
     )
 
 

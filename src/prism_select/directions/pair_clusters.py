@@ -37,7 +37,7 @@ from prism_select.run.thresholds import SILHOUETTE
 
 __all__ = ["PairClusters", "cluster_coefficients", "clusters_of"]
 
-MOST = 32  # groups that are looked for: each costs a copy of the direction
+MOST = 8  # groups that are looked for: each takes the memory of one more direction
 STARTS = 10  # of k-means, from random points
 EQUAL = 1e-6  # 1 − cosine: pairs of equal gradient
 
