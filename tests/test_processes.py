@@ -117,6 +117,20 @@ def test_two_processes_give_the_files_of_one(desk: Desk) -> None:
     assert desk.together("select", *desk.words, *options, "--dry-run").code == 0
 
 
+def test_two_processes_score_along_groups_too(desk: Desk) -> None:
+    single, both = desk.folder / "single", desk.folder / "both"
+    pairs = [{"prompt": f"{x}?", "chosen": f"{x}, please", "rejected": "no"} for x in "abcdef"]
+    target = jsonl(desk.folder / "kinds.jsonl", pairs)
+    options = ["--target", target, "--groups", "2", "--budget", "20%"]
+    words = desk.words[:4] + desk.words[6:]
+    assert prism("select", *words, *options, "--out", single).code == 0
+    outcome = desk.together("select", *words, *options, "--out", both)
+    assert outcome.code == 0, outcome.err
+    ours, theirs = (pq.read_table(out / "scores.parquet") for out in (both, single))
+    assert ours["group"].equals(theirs["group"]) and 0 < len(ours["group"].drop_null()) < 12
+    assert ours["score_group_2"].is_valid().equals(theirs["score_group_2"].is_valid())
+
+
 def test_when_one_process_dies_the_others_stop_and_the_same_command_goes_on(desk: Desk) -> None:
     out, single = desk.folder / "run", desk.folder / "single"
     outcome = desk.together("score", *desk.words, "--out", out, dies="1 5")

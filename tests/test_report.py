@@ -428,7 +428,8 @@ def test_the_page_answers_in_order_and_its_headings_do_not_skip(run: Path) -> No
     write_evaluation(run)
     text = page(run)
     sections = re.findall(r"<section id=\"(\w+)\"", text)
-    assert sections == ["chosen", "target", "spread", "examples", "layers", "helps", "made"]
+    order = ["chosen", "coverage", "target", "spread", "examples", "layers", "helps", "made"]
+    assert sections == order
     levels = [
         int(level)
         for level in re.findall(

@@ -21,7 +21,7 @@ from prism_select.core.statistics import overlap_of_best
 from prism_select.core.target_gradient import target_gradient
 from prism_select.directions import preconditioning
 from prism_select.models.layer_selection import select_parameters
-from prism_select.selection.rules import round_robin
+from prism_select.selection.coverage import turns
 
 Floats = NDArray[np.float64]
 ANSWERS = [
@@ -193,8 +193,8 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
     assert {
         i for i, v in enumerate(run.scores["verdict"].to_pylist()) if v == "selected"
     } == expected
-    turns = round_robin(np.array([[3.0, 1.0], [2.0, 9.0], [np.nan, 0.0], [1.0, 5.0]]))
-    assert turns[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(turns[2])
+    ranks = turns(np.array([[3.0, 1.0], [2.0, 9.0], [np.nan, 0.0], [1.0, 5.0]]))
+    assert ranks[[0, 1, 3]].tolist() == [0, -1, -2] and np.isnan(ranks[2])
 
 
 @pytest.mark.parametrize(

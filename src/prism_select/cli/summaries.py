@@ -48,6 +48,8 @@ def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -
     if manifest["command"] != "score" and len(choice["sources"]) > 1:
         verb = "removed of" if manifest["command"] == "repair" else "chosen of"
         rows[verb] = _sources(choice["sources"])
+    if coverage := choice.get("coverage"):
+        rows["groups"] = _coverage(coverage)
     if labels := choice.get("labels"):
         rows |= _labels(labels)
     correlations = choice["rank_correlation_with_tokens"].items()
@@ -228,6 +230,22 @@ def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
     if len(chosen) > SHOWN_SOURCES:
         lines.append(f"and {len(chosen) - SHOWN_SOURCES} sources more")
     return ", ".join(lines) or "no source"
+
+
+def _coverage(coverage: Mapping[str, Any]) -> str:
+    """Shares of the choice by group, and pairs that it hardly helps."""
+    taken = sorted(coverage["by_group"].items(), key=lambda item: -item[1])
+    chosen = sum(coverage["by_group"].values()) + coverage["by_score"]
+    shares = [f"{name} {count / max(1, chosen):.0%}" for name, count in taken[:SHOWN_SOURCES]]
+    if len(taken) > SHOWN_SOURCES:
+        shares.append(f"and {len(taken) - SHOWN_SOURCES} groups more")
+    line = f"{len(taken)} of pairs, by {coverage['rule']}: {', '.join(shares)} of the choice"
+    if "pairs" in coverage:
+        line += (
+            f"; {coverage['hardly_helped']} of {coverage['pairs']} pairs get less than a tenth of "
+            "the mean help"
+        )
+    return line
 
 
 def _labels(labels: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,8 @@ import numpy as np
 
 from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
 from prism_select.core.check import tolerance
-from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
+from prism_select.data.records import Pair
+from prism_select.directions.direction_set import DirectionSet, GroupDirections, PairDiagnosis
 from prism_select.directions.saved import held_out
 from prism_select.directions.tuning import Trial, Tuning
 from prism_select.models.layer_selection import adapter_names
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+EXAMPLES, PROMPT = 3, 120  # pairs of a group that are shown, and characters of their prompts
 SHOWN = 5  # pairs with the largest shares of the direction
 
 
@@ -90,7 +92,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         **_optional_entries(record),
         "engine": _engine_entry(record),
         "counts": dict(record.chosen.counts),
-        "choice": dict(record.chosen.figures),
+        "choice": _choice_entry(record),
         "padding": record.scores.counts.padding,
         "timings": dict(record.timings),
         "plan": asdict(record.plan),
@@ -132,6 +134,13 @@ def planted_warnings(target: Mapping[str, Any], counts: Mapping[str, int]) -> li
         f"of held-out chosen answers the budget would take {found['planted_recall']:.0%}, no more "
         f"than of any rows ({chance:.0%}): this direction does not find answers like them"
     ]
+
+
+def _choice_entry(record: RunRecord) -> dict[str, Any]:
+    entry = dict(record.chosen.figures)
+    if record.scores.groups:
+        entry["coverage"] = {**entry["coverage"], "seconds": record.scores.group_seconds}
+    return entry
 
 
 def _adapter_state(config: ScoreConfig, loaded: LoadedModel) -> str | None:
@@ -194,7 +203,20 @@ def pairs_entry(direction_set: DirectionSet) -> dict[str, Any]:
     if len(direction_set.diagnoses) > 1:
         entry["targets"] = {n: _diagnosis_entry(d) for n, d in direction_set.diagnoses.items()}
         entry["cosines"] = direction_set.cosines
+    if direction_set.groups:
+        entry |= _groups_entry(direction_set.overall.pairs, direction_set.groups)
     return entry
+
+
+def _groups_entry(pairs: Sequence[Pair], groups: GroupDirections) -> dict[str, Any]:
+    """How many pairs each group has, and prompts of a few of them."""
+    of_pairs, entry = groups.clusters.of_pairs, dict[str, Any]()
+    for number, name in enumerate(groups.names):
+        members = np.flatnonzero(of_pairs == number).tolist()
+        prompts = (pairs[pair].chosen.prompt for pair in members[:EXAMPLES])
+        texts = [" ".join(turn.shown for turn in turns)[-PROMPT:] for turns in prompts]
+        entry[name] = {"pairs": len(members), "prompts": texts}
+    return {"groups": entry, "silhouette": groups.clusters.silhouette}
 
 
 def tuning_entry(tuning: Tuning | None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from prism_select.commands.manifest import RunRecord, diagnosis_warnings, manife
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
 from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
+    Checkpoint,
     PoolScores,
     StepTimer,
     begin_run,
@@ -30,12 +31,17 @@ from prism_select.commands.steps import (
     choose,
     export_adapter,
     find_directions,
+    group_job,
     load_checkpoint,
     make_scorer,
     plan_run,
+    score_along_groups,
     score_cascade,
     scoring_job,
+    with_pair_help,
 )
+from prism_select.data.batches import collate
+from prism_select.data.encoded_rows import first_rows
 from prism_select.data.pool import changed, fingerprint
 from prism_select.data.remote import is_remote
 from prism_select.models.loading import LoadedModel
@@ -106,10 +112,16 @@ def run_main(
             worker = start_actors(actors, job) if actors else scorer
             shards = score_pool(config, store, job, worker, processes, progress)
             scores = PoolScores(shards.paths, worker)
+        if directions.of_groups and isinstance(config, SelectConfig):
+            worker_of = partial(group_worker, config, checkpoint, processes, actors)
+            along = group_job(job, directions)
+            scores = score_along_groups(config, store, along, scores, worker_of, progress)
+    processes.broadcast(Run(store.path))  # no more jobs
     say_counts(config, scores, progress)
 
     with timer.step("choose"):
         chosen = choose(config, store, inputs, scores, loaded, progress)
+        chosen = with_pair_help(config, store, job, checkpoint, directions, chosen)
     refuse_changed_pool(store, inputs)
     record = RunRecord(
         input_warnings=[*inputs.warnings, *checkpoint.sample.warnings],
@@ -136,19 +148,34 @@ def run_main(
 def run_worker(config: ScoreConfig, processes: ProcessGroup) -> Run | Plan:
     """Scores the windows of this process. The main process has found out already that the command
     is sound."""
-    job = processes.receive()
-    if not isinstance(job, ScoringJob):
-        return cast("Run | Plan", job)
-    if config.device == "auto" and torch.cuda.is_available():
-        config = replace(config, device=f"cuda:{processes.local_rank}")
-    files = job.inputs.pool.files
-    downloaded = any(map(is_remote, files))  # by each process on its own
-    if downloaded and fingerprint(files) != job.inputs.fingerprints["pool"]:
-        raise changed(files)
     store = Store(str(config.out))
-    scorer = make_scorer(config, job)
-    score_pool(config, store, job, scorer, processes, Silent())
-    return Run(store.path)
+    while isinstance(job := processes.receive(), ScoringJob):
+        if config.device == "auto" and torch.cuda.is_available():
+            config = replace(config, device=f"cuda:{processes.local_rank}")
+        files = job.inputs.pool.files
+        downloaded = any(map(is_remote, files))  # by each process on its own
+        if downloaded and fingerprint(files) != job.inputs.fingerprints["pool"]:
+            raise changed(files)
+        scorer = make_scorer(config, job)
+        score_pool(config, store, job, scorer, processes, Silent())
+    return cast("Run | Plan", job)
+
+
+def group_worker(
+    config: ScoreConfig,
+    checkpoint: Checkpoint,
+    processes: ProcessGroup,
+    actors: ActorPool | None,
+    job: ScoringJob,
+) -> tuple[Scorer | ActorPool, ProcessGroup]:
+    """Who scores a job along groups: all processes, or new actors."""
+    processes.broadcast(job)
+    if actors:
+        return start_actors(actors, job), processes
+    scorer = make_scorer(config, job, checkpoint.loaded)
+    rows = first_rows(job.inputs.pool, checkpoint.loaded.encoder)
+    scorer.engine(collate(rows, checkpoint.loaded.model.device))  # sets the step of `difference`
+    return scorer, processes
 
 
 def start_actors(actors: ActorPool, job: ScoringJob) -> ActorPool:

@@ -97,13 +97,15 @@ def refuse_unfit(
     config: SelectConfig, earlier: Run, manifest: Mapping[str, Any], pool: Pool
 ) -> None:
     """Raises BadOption where the scores do not fit the pool or the rules."""
-    reason = ""
+    reason, by_groups = "", "groups" in manifest["target"] and config.combine != "mean"
     if fingerprint(pool.files) != manifest["fingerprints"]["pool"]:
         reason = "the pool's files have changed since; score them again"
     elif manifest["command"] == "repair":
         reason = "a repair run, whose scores point to the unwanted answers"
     elif manifest.get("cascade") and config.amount.kind == "positive":
         reason = "its predicted scores have no sure sign; give the budget as a share, 5% say"
+    elif by_groups and config.amount.kind == "positive":
+        reason = "groups take rows in turn and know no positive ones; give a share"
     if reason:
         raise BadOption(f"--select-from {earlier.path}: {reason}")
 
@@ -114,7 +116,7 @@ def score_tables(earlier: Run) -> Iterator[pa.Table]:
     file = pq.ParquetFile(earlier.path / "scores.parquet", pre_buffer=False)
     for group in file.iter_batches():
         table = pa.Table.from_batches([group])
-        dropped = [name for name in ("verdict", "rank_by") if name in table.column_names]
+        dropped = [name for name in ("verdict", "rank_by", "group") if name in table.column_names]
         column: list[str | None] = [None] * len(table)
         for row in np.flatnonzero(pc.equal(table["verdict"], "quarantined")).tolist():
             column[row] = next(reasons, None)

@@ -11,7 +11,7 @@ Choices made here:
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from prism_select.commands.group_scoring import GroupColumns, score_groups
+from prism_select.commands.pair_help import drawn_rows, mean_gradient, pair_help
 from prism_select.commands.read_inputs import EncodedSample, encode_sample
 from prism_select.core.layers import Factored, Parameters
 from prism_select.data.batches import collate, plan_batches
@@ -32,7 +35,7 @@ from prism_select.directions.direction_set import DirectionSet
 from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
-from prism_select.directions.low_rank import on_device
+from prism_select.directions.low_rank import factor, on_device
 from prism_select.directions.preconditioning import (
     CurvatureFacts,
     fit_curvature,
@@ -50,16 +53,24 @@ from prism_select.models.lora_training import (
     warm_up,
     with_adapter,
 )
-from prism_select.run.config import BESIDE_PAIRS, TUNABLE, OutputOptions, ScoreConfig
+from prism_select.run.config import (
+    BESIDE_PAIRS,
+    TUNABLE,
+    OutputOptions,
+    ScoreConfig,
+    SelectConfig,
+)
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
+from prism_select.run.thresholds import HARDLY_HELPED
 from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.cost_plan import Plan, make_plan, seconds_per_token
 from prism_select.scoring.engine_choice import EngineCheck, choose_engine, make_engine
 from prism_select.scoring.processes import ProcessGroup
 from prism_select.scoring.rank_check import RankCheck, cut_to_rank
+from prism_select.scoring.ray_actors import ActorPool
 from prism_select.scoring.scorer import Scorer, TokenCounts
 from prism_select.scoring.shards import RunInputs, ScoringJob, score_pool
 from prism_select.selection.baselines import rankings
@@ -67,6 +78,7 @@ from prism_select.selection.cascade import Cascade, FeatureScorer, Search
 from prism_select.selection.cascade_prediction import feature_extractor
 from prism_select.selection.choice import Chosen, choose_and_write
 from prism_select.selection.ranking_columns import with_ranking
+from prism_select.selection.scores_file import scores_tables
 
 __all__ = [
     "Checkpoint",
@@ -79,11 +91,14 @@ __all__ = [
     "choose",
     "export_adapter",
     "find_directions",
+    "group_job",
     "load_checkpoint",
     "make_scorer",
     "plan_run",
+    "score_along_groups",
     "score_cascade",
     "scoring_job",
+    "with_pair_help",
 ]
 
 STEPS = ("load", "target", "curvature", "score", "choose")
@@ -124,13 +139,15 @@ class Checkpoint:
 @dataclass(frozen=True)
 class RunDirections:
     """`factored` are the directions that rows are scored along: those of the set, cut to a rank
-    where the options say so. `config` has the options that --tune has chosen."""
+    where the options say so, as are those `of_groups`. `config` has the options that --tune has
+    chosen."""
 
     config: ScoreConfig
     direction_set: DirectionSet
     factored: Sequence[Factored]
     curvature: CurvatureFacts | None
     rank_check: RankCheck | None
+    of_groups: Sequence[Factored] = ()
 
 
 @dataclass(frozen=True)
@@ -144,11 +161,17 @@ class ExportedAdapter:
 
 @dataclass(frozen=True)
 class PoolScores:
-    """A shard for each window of the pool; `search` is how a cascade ended."""
+    """A shard for each window of the pool; `search` is how a cascade ended; `groups` are scores
+    along groups of pairs, which took `group_seconds`."""
 
     shards: Sequence[Path]
     counts: TokenCounts
     search: Search | None = None
+    groups: GroupColumns | None = None
+    group_seconds: float = 0.0
+
+    def tables(self) -> Iterator[pa.Table]:
+        return map(pq.read_table, self.shards)
 
 
 def load_checkpoint(
@@ -208,11 +231,14 @@ def find_directions(
                 f"curvature {config.curvature}: cosine {cosine:.2f} between the direction{target} "
                 "before and after"
             )
+    groups = direction_set.groups.directions if direction_set.groups else []
     if config.rank is None:
-        return RunDirections(config, direction_set, direction_set.directions, curvature, None)
+        every = direction_set.directions
+        return RunDirections(config, direction_set, every, curvature, None, groups)
     sample = checkpoint.sample.rows
     factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
-    return RunDirections(config, direction_set, factored, curvature, check)
+    low = [factor(model.network, direction, config.rank).direction for direction in groups]
+    return RunDirections(config, direction_set, factored, curvature, check, low)
 
 
 def check_engine(
@@ -302,12 +328,23 @@ def export_adapter(
     return ExportedAdapter(config.save_adapter, energy.total, by_weight)
 
 
-def make_scorer(config: ScoreConfig, job: ScoringJob) -> Scorer:
-    """The scorer of the main process once more, in another process."""
+def group_job(job: ScoringJob, directions: RunDirections) -> ScoringJob:
+    """The job along the groups' directions. Their scores are summed over tokens."""
+    groups = directions.direction_set.groups
+    assert groups
+    factored = on_device(directions.of_groups, torch.device("cpu"))
+    layout = DirectionLayout(targets=groups.names, lengths=[1.0] * len(factored), halves=False)
+    settled = {**job.settled, "normalize": "none", "tokens": False}
+    return replace(job, directions=factored, layout=layout, settled=settled)
+
+
+def make_scorer(config: ScoreConfig, job: ScoringJob, loaded: LoadedModel | None = None) -> Scorer:
+    """The scorer of a job; in another process than the main one the model is loaded first."""
     config = replace(config, **job.settled)
-    loaded = load_model(config, config.layers, Silent(), job.inputs.survey.sample)
-    if config.warmup:
-        loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
+    if loaded is None:
+        loaded = load_model(config, config.layers, Silent(), job.inputs.survey.sample)
+        if config.warmup:
+            loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
     model = loaded.model
     parameters, directions = (
         parameters_of(model, job.directions[0]),
@@ -357,6 +394,31 @@ def score_cascade(
     return PoolScores(shards, features, search)
 
 
+def score_along_groups(
+    config: SelectConfig,
+    store: Store,
+    job: ScoringJob,
+    scores: PoolScores,
+    worker: Callable[[ScoringJob], tuple[Scorer | ActorPool, ProcessGroup]],
+    progress: Progress,
+) -> PoolScores:
+    """With the scores along groups of pairs; `worker` scores a job of `job`'s kind."""
+    start = time.perf_counter()
+
+    def score_some(number: int, rows: NDArray[np.int64]) -> list[Path]:
+        kind, mask = f"group{number}", np.zeros(job.inputs.survey.rows, dtype=bool)
+        mask[rows] = True
+        finished = store.sound_shards(kind)[0]
+        some = replace(job, kind=kind, mask=mask, finished=finished)
+        scorer, processes = worker(some)
+        return list(score_pool(config, store, some, scorer, processes, progress).paths)
+
+    names, pool = job.layout.targets, job.inputs.pool
+    groups = score_groups(config, names, scores.tables, pool, score_some)
+    progress.say(f"{len(groups.rows):,} rows scored along {len(names)} groups of pairs")
+    return replace(scores, groups=groups, group_seconds=time.perf_counter() - start)
+
+
 def choose(
     config: ScoreConfig,
     store: Store,
@@ -373,6 +435,34 @@ def choose(
         own = pa.chunked_array(shards, pa.float64()).to_numpy()
         with progress.task(f"ranking by {name}", None):
             ranking = rankings([name], config, loaded, inputs.pool, inputs.targets, own)[name]
-    tables = partial(with_ranking, lambda: map(pq.read_table, scores.shards), ranking)
+    tables = partial(with_ranking, scores.tables, ranking)
+    if scores.groups:
+        tables = partial(scores.groups.added_to, scores.tables)
     best = scores.search.best if scores.search else None
     return choose_and_write(config, store, tables, inputs.pool, searched=best)
+
+
+def with_pair_help(
+    config: ScoreConfig,
+    store: Store,
+    job: ScoringJob,
+    checkpoint: Checkpoint,
+    directions: RunDirections,
+    chosen: Chosen,
+) -> Chosen:
+    """With how many pairs the chosen rows hardly help, where the choice serves groups."""
+    inputs, loaded = job.inputs, checkpoint.loaded
+    if "coverage" not in chosen.figures or not inputs.targets or not chosen.counts.get("selected"):
+        return chosen
+    verdicts = (table["verdict"] for table in scores_tables(store.path, ["verdict"]))
+    taken = np.concatenate([pc.equal(texts, "selected").to_numpy() for texts in verdicts])
+    rows = drawn_rows(inputs.pool, taken, loaded, config.seed)
+    weights = directions.direction_set.weights
+    along = [mean_gradient(config, loaded, weights, rows)]
+    plain = replace(config, normalize="none")
+    engine = make_engine(plain, job.engine, loaded.model, weights, along)
+    pairs = [pair for pairs in inputs.targets.values() for pair in pairs]
+    found = pair_help(loaded, engine, pairs)
+    few = int((found < HARDLY_HELPED * found.mean()).sum())
+    coverage = chosen.figures["coverage"] | {"pairs": len(pairs), "hardly_helped": few}
+    return replace(chosen, figures={**chosen.figures, "coverage": coverage})

@@ -19,10 +19,11 @@ from prism_select.core.target_gradient import Target
 from prism_select.data.records import Pair
 from prism_select.directions.cross_validation import CrossValidation
 from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.pair_clusters import PairClusters
 from prism_select.directions.pair_diagnostics import Diagnosis
 from prism_select.directions.tuning import Tuning
 
-__all__ = ["DirectionSet", "PairDiagnosis", "mean_direction"]
+__all__ = ["DirectionSet", "GroupDirections", "PairDiagnosis", "mean_direction"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ class PairDiagnosis:
 
 
 @dataclass(frozen=True)
+class GroupDirections:
+    """Groups of a target's pairs, and a direction for each."""
+
+    clusters: PairClusters
+    directions: Sequence[Direction]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(number + 1) for number in range(len(self.directions))]
+
+
+@dataclass(frozen=True)
 class DirectionSet:
     """`weights` are the selected parameters. `diagnoses` are by target, `overall` is of the pairs
     of all targets together; `warnings` are about what encoding does to them."""
@@ -52,6 +65,7 @@ class DirectionSet:
     warnings: Sequence[str] = ()
     pair_cosines: Mapping[str, float] | None = None  # of --curvature pairs: before and after
     tuning: Tuning | None = None
+    groups: GroupDirections | None = None  # of --groups, where there are several
 
     @property
     def of_targets(self) -> Sequence[Direction]:

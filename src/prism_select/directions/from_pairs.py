@@ -31,10 +31,12 @@ from prism_select.directions.common_part import without_common
 from prism_select.directions.cross_validation import cross_validate, in_layers
 from prism_select.directions.direction_set import (
     DirectionSet,
+    GroupDirections,
     PairDiagnosis,
     mean_direction,
 )
 from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.pair_clusters import cluster_coefficients, clusters_of
 from prism_select.directions.pair_curvature import pair_slopes
 from prism_select.directions.pair_diagnostics import PairWeights, diagnose
 from prism_select.directions.pair_encoding import (
@@ -51,7 +53,7 @@ from prism_select.directions.way import way_of, with_way
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import TUNABLE, DirectionOptions, ScoreConfig
+from prism_select.run.config import TUNABLE, DirectionOptions, ScoreConfig, SelectConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
 from prism_select.run.polarity import Polarity
@@ -151,6 +153,10 @@ def directions_from_pairs(
         parts = weighed(config, targets, encoded, products)
         gradients = {name: gradient_of(config, model, weights, parts[name]) for name in targets}
         notes += [note for name, g in gradients.items() for note in uncovered(parts[name], g)]
+        grouped: GroupDirections | None = None
+        if isinstance(config, SelectConfig) and config.has_groups:
+            (part,) = parts.values()
+            grouped = group_directions(config, model, weights, part)
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
@@ -167,7 +173,7 @@ def directions_from_pairs(
     lengths = [norm(direction) for direction in scores]
     layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
     return DirectionSet(
-        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning
+        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning, grouped
     )
 
 
@@ -244,6 +250,23 @@ def gradient_of(
             "other --layers"
         )
     return replace(target, weight=part.weight)
+
+
+def group_directions(
+    config: SelectConfig, model: CausalLM, weights: Parameters, part: WeighedPairs
+) -> GroupDirections | None:
+    """None where the pairs are one group. Raises BadOption for more groups than pairs."""
+    way = way_of(config)
+    clusters = clusters_of(part.products, way, config.group_count, config.seed)
+    if clusters.count < 2:
+        return None
+    directions = list[Direction]()
+    for group in range(clusters.count):
+        pairs = clusters.members(group)
+        own = EncodedPairs(*([side[pair] for pair in pairs] for side in part.encoded))
+        counts = cluster_coefficients(part.products, way, pairs)
+        directions.append(direction_by_products(config, model, weights, own, counts))
+    return GroupDirections(clusters, directions)
 
 
 def direction_by_products(

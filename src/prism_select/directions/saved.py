@@ -58,6 +58,9 @@ def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSe
         table = pa.concat_tables(tables)
         for name, values in held_out(config, direction_set).items():
             table = table.append_column(name, pa.array(values, pa.float64()))
+        if groups := direction_set.groups:
+            names = [groups.names[group] for group in groups.clusters.of_pairs]
+            table = table.append_column("group", pa.array(names))
         store.write_table("pairs.parquet", table)
 
 

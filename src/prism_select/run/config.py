@@ -291,11 +291,12 @@ class TargetOptions(Options):
         Mark.IN_DIRECTION,
     ] = None
     combine: Annotated[
-        Literal["mean", "max", "round-robin"],
-        "Several targets: score by their mean, by the best of them, or take each one's best row in "
-        "turn.",
+        Literal["mean", "max", "round-robin", "concave"] | None,
+        "Several targets: score by their mean, by the best of them, take each one's best row in "
+        "turn, or (concave) the row that adds most where least is reached  [default: mean; "
+        "round-robin for --groups].",
         Mark.IN_DIRECTION | Mark.IN_CHOICE,
-    ] = "mean"
+    ] = None
     direction: Annotated[
         str | None, "Reuse a saved direction.safetensors instead of --target.", Mark.PATH
     ] = None
@@ -606,9 +607,10 @@ class ScoreConfig(
 
     def _check_combination(self, amount: Amount) -> None:
         chooses = self.command != "score"
-        if self.combine == "round-robin" and chooses and amount.kind == "positive":
+        if self.combine in ("round-robin", "concave") and chooses and amount.kind == "positive":
             raise BadOption(
-                "--combine round-robin takes rows in turn and knows no positive ones; give a share"
+                f"--combine {self.combine} takes rows in turn and knows no positive ones; give a "
+                "share"
             )
         if self.tuned and self.curvature in BESIDE_PAIRS:
             raise BadOption(
@@ -618,7 +620,7 @@ class ScoreConfig(
         rank_by = getattr(self, "rank_by", None)
         if rank_by and amount.kind == "positive":
             raise BadOption(f"--rank-by {rank_by}: only scores have a sign; give a share, 5% say")
-        if self.combine != "mean" and len(self.dampings) > 1:
+        if self.combine not in (None, "mean") and len(self.dampings) > 1:
             raise BadOption("several values of --damping: only with --combine mean")
 
     def _check_cascade(self, amount: Amount) -> None:
@@ -636,7 +638,7 @@ class ScoreConfig(
         needs_exact = {
             "--tokens": self.tokens,
             "--normalize norm": self.normalize == "norm",
-            f"--combine {self.combine}": self.combine != "mean",
+            f"--combine {self.combine}": self.combine not in (None, "mean"),
             "--rank-by": bool(getattr(self, "rank_by", None)),
             "several values of --damping": len(self.dampings) > 1,
         }
@@ -673,6 +675,11 @@ class SelectConfig(OutputOptions, ScoreConfig):
     command: ClassVar[str] = "select"
     group: ClassVar[str] = "Choice"
 
+    groups: Annotated[
+        str,
+        "Groups of pairs that the choice must serve: auto finds them by the pairs' gradients, a "
+        "number asks for so many, 1 is one target. Named targets are groups already.",
+    ] = "1"
     budget: Annotated[
         str,
         "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive.",
@@ -696,13 +703,51 @@ class SelectConfig(OutputOptions, ScoreConfig):
     def amount(self) -> Amount:
         return Amount.parse("--budget", self.budget)
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether pairs are to be parted into groups."""
+        return self.groups != "1"
+
+    @property
+    def group_count(self) -> int | None:
+        """None: to be found."""
+        return None if self.groups == "auto" else int(self.groups)
+
     def validate(self) -> None:
+        if self.groups != "auto" and not (self.groups.isdecimal() and int(self.groups) > 0):
+            raise BadOption(f"--groups {self.groups}: not a number of groups; try auto or 8")
+        self._check_groups()
         if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
             raise BadOption(f"--per-source {self.per_source}: not a share of the budget; try 30%")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise BadOption(
                 f"--near-duplicates {self.near_duplicates}: not between 0 and 1; try 0.8"
             )
+
+    def _check_groups(self) -> None:
+        if not self.has_groups:
+            return
+        if len(self.target) > 1 or self.target_by:
+            raise BadOption(
+                f"--groups {self.groups}: named targets are groups already; leave it out, and give "
+                "--combine round-robin"
+            )
+        refused = {
+            f"--combine {self.combine}": self.combine in ("mean", "max"),
+            "--budget positive": self.amount.kind == "positive",
+            "--direction": self.direction,
+            "--cascade": self.cascade,
+            "--checkpoint": self.checkpoint,
+            f"--curvature {self.curvature}": self.curvature in BESIDE_PAIRS,
+            f"--weighting {self.weighting}": self.weighting == "unpaired",
+            f"--rank-by {self.rank_by}": self.rank_by,
+        }
+        for option, present in refused.items():
+            if present:
+                raise BadOption(
+                    f"--groups {self.groups} and {option}: rows are chosen by their scores along "
+                    "groups of pairs; leave one out"
+                )
 
     def _check_required(self) -> None:
         if not self.select_from:

@@ -21,12 +21,14 @@ __all__ = [
     "EFFECTIVE_PAIRS",
     "EVEN_AGREEMENT",
     "HALF_OF_DIRECTION",
+    "HARDLY_HELPED",
     "LENGTH_CORRELATION",
     "LONGER_SHARE",
     "NOISE_AGREEMENT",
     "PAIRS_FOR_LENGTH",
     "REPEATED_CORRELATION",
     "ROWS_OF_SOURCE",
+    "SILHOUETTE",
     "STRONG_AGREEMENT",
     "SWAPPED_CORRELATION",
     "TARGET_AGREEMENT",
@@ -50,8 +52,10 @@ DOMINANT_SHARE = 0.25  # of the direction: more than one pair should make
 HALF_OF_DIRECTION = 0.05  # so small a share of the pairs makes half of the direction: a warning
 LONGER_SHARE = 0.8  # of the pairs with the same side longer: length may be what they teach
 PAIRS_FOR_LENGTH = 10  # fewer pairs say nothing about length
+HARDLY_HELPED = 0.1  # of the pairs' mean help by a choice: a pair that gets less
 UNCOVERED = 0.05  # of a direction's length, missing in products of gradients: a warning
 WORSE_QUESTIONS = 10  # fewer, and a fine-tuning has hardly gone wrong, or too little was asked
+SILHOUETTE = 0.1  # of the pairs' gradients in groups: below, they are one group
 CONFLICTING_COSINE = -0.1  # below: the directions of two targets conflict
 
 # Rows

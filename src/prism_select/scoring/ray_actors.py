@@ -83,9 +83,11 @@ class ActorPool(TokenCounts):
         progress.say(f"Ray: {self.size} actors of {in_words(self.resources)}{short}")
 
     def start(self, make_scorer: Callable[[], Scorer]) -> "ActorPool":
-        """Starts the actors; each calls `make_scorer`, also after a restart."""
+        """Starts the actors, in place of earlier ones; each calls `make_scorer`, also after a
+        restart."""
         import ray
 
+        self.kill()
         options = {
             word: self.resources.get(name, 0)
             for name, word in WORDS.items()

@@ -35,8 +35,8 @@ from prism_select.run.errors import BadOption
 from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
 from prism_select.scoring.gradient_norms import with_norms
 from prism_select.selection import hidden_state_baselines as states
+from prism_select.selection.coverage import turns
 from prism_select.selection.hidden_states import answer_states, layers_of, own_answers
-from prism_select.selection.rules import round_robin
 
 __all__ = ["Floats", "Material", "Texts"]
 
@@ -251,7 +251,7 @@ def rds(material: Material) -> Floats:
         torch.nn.functional.normalize(means.double(), dim=1)
         for means in (material.pool_pass[1], material.forward_pass(material.pairs[0])[1])
     )
-    return round_robin((pool @ target.T).numpy())
+    return turns((pool @ target.T).numpy())
 
 
 def less(material: Material) -> Floats:

@@ -12,6 +12,7 @@ Choices made here:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,26 @@ from prism_select.data.records import Example
 from prism_select.run.config import OutputOptions, RepairConfig, ScoreConfig, SelectConfig
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
+from prism_select.selection.coverage import BAND, ORDERS, Order
 from prism_select.selection.figures import (
+    coverage_figures,
     hidden_source_warnings,
     label_figures,
     summary_figures,
+    unreached_warnings,
     unsearched_warnings,
 )
 from prism_select.selection.files import write_choice
 from prism_select.selection.near_duplicates import NearDuplicates, UnreadText
-from prism_select.selection.ranking_columns import RankedRows, rank_rows
-from prism_select.selection.rules import OUTCOMES, Rules, best_first, budget_limit, choose
+from prism_select.selection.ranking_columns import GroupScores, RankedRows, rank_rows
+from prism_select.selection.rules import (
+    OUTCOMES,
+    Rules,
+    best_first,
+    budget_limit,
+    choose,
+    choose_along,
+)
 from prism_select.selection.verdicts import VERDICTS, Verdicts
 
 __all__ = ["Chosen", "choose_and_write", "early_refusals", "refuse_budget"]
@@ -90,6 +101,7 @@ def choose_and_write(
     rows = rows or rank_rows(config, tables())
     verdicts = decide(config, rows, pool)
     figures: dict[str, Any] = summary_figures(config, rows, verdicts)
+    figures |= coverage_figures(rows, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
         figures["labels"] = label_figures(config.label_field, rows, verdicts, pool)
     output_format = config.output_format if isinstance(config, OutputOptions) else "jsonl"
@@ -103,12 +115,15 @@ def choose_and_write(
     counts["scored"] = counts["read"] - counts["quarantined"]
     warnings = [] if config.command == "repair" else hidden_source_warnings(config, rows)
     warnings = [*warnings, *unsearched_warnings(searched, rows, verdicts)]
+    if coverage := figures.get("coverage"):
+        warnings += unreached_warnings(coverage)
     return Chosen(counts, figures, warnings, cutoff_of(config, rows, verdicts))
 
 
 def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> float | None:
     """None where rows are not chosen by one score."""
-    if not isinstance(config, SelectConfig) or config.rank_by or config.combine != "mean":
+    by_one = not (rows.by_baseline or rows.groups or config.combine == "max")
+    if not isinstance(config, SelectConfig) or not by_one:
         return None
     taken = verdicts.among("selected")
     return float(rows.ranking[taken].min()) if taken.any() else None
@@ -116,37 +131,62 @@ def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> floa
 
 def decide(config: ScoreConfig, rows: RankedRows, pool: Pool) -> Verdicts:
     """A verdict for each row. Raises BadOption when the budget is larger than the pool."""
-    if isinstance(config, SelectConfig):
-        names = {"taken": "selected"}
-        verdicts = _select(config, rows, pool)
-    elif isinstance(config, RepairConfig):
-        names = {"taken": "removed", "over budget": "kept"}
-        limit = budget_limit(config, rows.ranking, rows.tokens)
-        rules = Rules(config.amount)
-        verdicts = choose(rows.ranking, rows.tokens, rows.source.codes, rules, limit)
-    else:
+    if not isinstance(config, SelectConfig | RepairConfig):
         return Verdicts((~np.isfinite(rows.score)).astype(np.int8), ("scored", "quarantined"))
-    return Verdicts(verdicts, [names.get(verdict, verdict) for verdict in OUTCOMES])
-
-
-def _select(config: SelectConfig, rows: RankedRows, pool: Pool) -> NDArray[np.int8]:
-    """With near-duplicates, texts are read of four times as many rows whenever they run out."""
-    budget, ranking, sources = config.amount, rows.ranking, rows.source.codes
-    cap = config.per_source
-    share = Amount.parse("--per-source", cap).value if cap else 1.0
-    limit = budget_limit(config, ranking, rows.tokens)
-    if config.near_duplicates is None:
-        return choose(ranking, rows.tokens, sources, Rules(budget, share), limit)
-    per_row = max(1.0, float(rows.tokens.mean())) if budget.kind == "tokens" else 1.0
+    select = isinstance(config, SelectConfig)
+    names = {"taken": "selected"} if select else {"taken": "removed", "over budget": "kept"}
+    words = [names.get(outcome, outcome) for outcome in OUTCOMES]
+    limit = budget_limit(config, rows.ranking, rows.tokens)
+    if not isinstance(config, SelectConfig) or config.near_duplicates is None:
+        return _verdicts(rows, _rules(config), limit, words)
+    per_row = max(1.0, float(rows.tokens.mean())) if config.amount.kind == "tokens" else 1.0
     count = int(2 * limit / per_row) + 100
-    while True:
-        reachable = set(next(best_first(ranking, count), np.zeros(0)).tolist())
+    while True:  # texts are read of four times as many rows whenever they run out
+        reachable = _reachable(rows, count)
         texts = {row: text for row, text in _texts(pool) if row in reachable}
-        rules = Rules(budget, share, NearDuplicates(config.near_duplicates, texts))
+        rules = _rules(config, NearDuplicates(config.near_duplicates, texts))
         try:
-            return choose(ranking, rows.tokens, sources, rules, limit)
+            return _verdicts(rows, rules, limit, words)
         except UnreadText:
             count *= 4
+
+
+def _rules(config: ScoreConfig, repeats: NearDuplicates | None = None) -> Rules:
+    cap = config.per_source if isinstance(config, SelectConfig) else None
+    share = Amount.parse("--per-source", cap).value if cap else 1.0
+    return Rules(config.amount, share, repeats)
+
+
+def _verdicts(rows: RankedRows, rules: Rules, limit: float, words: Sequence[str]) -> Verdicts:
+    ranking, tokens, sources = rows.ranking, rows.tokens, rows.source.codes
+    if not rows.groups:
+        return Verdicts(choose(ranking, tokens, sources, rules, limit), words)
+    order = partial(_served, rows.groups, ranking)
+    codes, takers = choose_along(order, ranking, tokens, sources, rules, limit)
+    return Verdicts(codes, words, rows.groups.names, takers)
+
+
+def _served(
+    groups: GroupScores, ranking: NDArray[np.float64], is_taken: Callable[[int], bool]
+) -> Order:
+    """Rows with scores along the groups, in their order, and after them the others, by rank."""
+    in_pool, order = groups.rows, ORDERS[groups.rule]
+    for row, group in order(groups.values, lambda row: is_taken(int(in_pool[row]))):
+        yield int(in_pool[row]), group
+    others = ranking.copy()
+    others[groups.rows] = np.nan
+    for band in best_first(others, BAND):
+        yield from ((row, -1) for row in band.tolist())
+
+
+def _reachable(rows: RankedRows, count: int) -> set[int]:
+    """The best rows of the ranking, and of each group."""
+    reachable = next(best_first(rows.ranking, count), np.zeros(0)).tolist()
+    if rows.groups:
+        for column in rows.groups.values.T:
+            best = next(best_first(column, count), np.zeros(0, dtype=np.int64))
+            reachable += rows.groups.rows[best].tolist()
+    return set(reachable)
 
 
 def _texts(pool: Pool) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
     sources          rows of each source, in the pool and among the chosen
     with tokens      rank correlation of scores and supervised tokens, by kind of score
     dampings         overlap of the best 5% under two values of --damping
+    coverage         which group of pairs took how many of the chosen rows
     labels           AUROC and average precision, where a column says which rows are bad
 
 Choices made here:
@@ -32,10 +33,12 @@ from prism_select.selection.ranking_columns import RankedRows
 from prism_select.selection.verdicts import SLICE, Verdicts, count_codes, slices
 
 __all__ = [
+    "coverage_figures",
     "hidden_source_warnings",
     "label_figures",
     "planted_recall",
     "summary_figures",
+    "unreached_warnings",
     "unsearched_warnings",
 ]
 
@@ -56,6 +59,34 @@ def unsearched_warnings(searched: int | None, rows: RankedRows, verdicts: Verdic
         f"{unsearched:,} of the {len(ranks):,} chosen rows are not among the best {searched:,} "
         "that the cascade searched for (a cap, near-duplicates or another budget): better rows may "
         "be among those with a predicted score"
+    ]
+
+
+def coverage_figures(rows: RankedRows, verdicts: Verdicts) -> dict[str, Any]:
+    """Empty for a choice that does not go by groups. `rows` have scores along them, and rows taken
+    by none were chosen by their score alone."""
+    if rows.groups is None or verdicts.takers is None:
+        return {}
+    takers = verdicts.takers[verdicts.among(*CHOSEN)]
+    counts = np.bincount(takers + 1, minlength=len(verdicts.groups) + 1).tolist()
+    figures = {
+        "rule": rows.groups.rule,
+        "rows": len(rows.groups.rows),
+        "by_group": dict(zip(verdicts.groups, counts[1:], strict=True)),
+        "by_score": counts[0],
+    }
+    return {"coverage": figures}
+
+
+def unreached_warnings(coverage: Mapping[str, Any]) -> list[str]:
+    """A warning where many rows were chosen without scores along the groups."""
+    by_score, chosen = coverage["by_score"], sum(coverage["by_group"].values())
+    if by_score <= UNSEARCHED_SHARE * (by_score + chosen):
+        return []
+    return [
+        f"{by_score:,} of the {by_score + chosen:,} chosen rows were taken by their score alone: "
+        f"{coverage['rows']:,} rows have scores along the groups, and no more of them could be "
+        "taken (a cap, near-duplicates or another budget)"
     ]
 
 

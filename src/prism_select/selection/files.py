@@ -73,8 +73,11 @@ def write_scores(file: IO[bytes], tables: Iterable[pa.Table], verdicts: Verdicts
     writer: pq.ParquetWriter | None = None
     for table in in_groups(tables):
         texts = verdicts.texts(start, start + len(table))
-        start += len(table)
         table = table.drop_columns(["reason"]).append_column("verdict", texts)
+        if verdicts.takers is not None:
+            groups = verdicts.group_names(start, start + len(table))
+            table = table.append_column("group", groups)
+        start += len(table)
         writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
     if writer:

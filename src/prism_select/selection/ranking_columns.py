@@ -2,16 +2,19 @@
 
     rank_by        a baseline's ranking, where there is one
     exact          of a cascade: rows with an exact score first, then those with a predicted one
-    round-robin    of several targets: minus the turn in which one of them takes the row
     score, score_per_token, score_cosine    as --normalize says
+
+    score:NAME, score_group_1 …    with --combine round-robin or concave, the groups to serve:
+                                   several targets, or groups of pairs, in the unit of the ranking
 
 Choices made here:
 - a ranking is finite for every row that has a score, and NaN for the others;
+- scores along groups are held in float32, and only of rows that have them;
 - `score_chosen` is held in float32, since only a warning reads it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +23,25 @@ from numpy.typing import NDArray
 
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption
-from prism_select.selection.rules import round_robin
+from prism_select.selection.coverage import ORDERS
 from prism_select.selection.scores_file import Names, ScoreColumns, read_columns
 
-__all__ = ["RankedRows", "predicted_last", "rank_rows", "with_ranking"]
+__all__ = ["GroupScores", "RankedRows", "predicted_last", "rank_rows", "with_ranking"]
 
-_RANKED = re.compile(r"score:|score_cosine$|score_damping_|rank_by$|exact$")
+_RANKED = re.compile(r"score_cosine$|score_damping_|rank_by$|exact$")
+_GROUPS = re.compile(r"score_group_(.+)"), re.compile(r"score:(.+)")
 _TYPES = {"score_chosen": np.float32, "tokens": np.int32, "source": str}
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores [row, group] of some rows of the pool, along several groups of pairs, for a choice by
+    `rule`."""
+
+    rule: str
+    names: Sequence[str]
+    rows: NDArray[np.int64]
+    values: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class RankedRows:
     reasons: Mapping[int, str]  # by row: why it has no score
     truncated: int
     by_baseline: bool = False  # ranked by --rank-by
+    groups: GroupScores | None = None  # to be served by the choice
 
 
 def with_ranking(
@@ -63,9 +79,10 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
     Raises BadOption where the scores of an earlier run lack the column that the choice goes by.
     """
     reasons, truncated, start = dict[int, str](), 0, 0
+    groups: _GroupColumns | None = None
 
     def noted() -> Iterator[pa.Table]:
-        nonlocal truncated, start
+        nonlocal truncated, start, groups
         for table in tables:
             if config.ranking not in table.column_names:
                 raise BadOption(
@@ -75,6 +92,8 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
             for row in np.flatnonzero(table["reason"].is_valid()).tolist():
                 reasons[start + row] = table["reason"][row].as_py()
             truncated += table["truncated"].to_pylist().count(True)
+            groups = groups or _GroupColumns(config, table.column_names)
+            groups.add(table, start)
             start += len(table)
             yield table
 
@@ -83,13 +102,10 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
         return np.float64 if numbers else _TYPES.get(name)
 
     columns = read_columns(noted(), type_of)
-    extra = {
-        name: columns[name]
-        for name in columns
-        if _RANKED.match(name) and not re.match("score:|exact", name)
-    }
+    extra = {name: columns[name] for name in columns if _RANKED.match(name) and name != "exact"}
+    ranking, by_baseline = _ranking_of(config, columns), "rank_by" in columns
     return RankedRows(
-        _ranking_of(config, columns),
+        ranking,
         columns["score"],
         columns["score_chosen"],
         columns["tokens"],
@@ -97,20 +113,51 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
         extra,
         reasons,
         truncated,
-        "rank_by" in columns,
+        by_baseline,
+        None if by_baseline or groups is None else groups.scores,
     )
 
 
+class _GroupColumns:
+    """Collects what the groups of a choice need, table by table."""
+
+    def __init__(self, config: ScoreConfig, columns: Sequence[str]) -> None:
+        of_pairs, targets = (
+            {match[0]: match[1] for match in map(pattern.fullmatch, columns) if match}
+            for pattern in _GROUPS
+        )
+        self.names = of_pairs or targets
+        self.rule = config.combine or ("round-robin" if of_pairs else "mean")
+        units = {"tokens": "tokens", "norm": "gradient_norm"}
+        self.unit = units.get(config.normalize)
+        self.is_served = self.rule in ORDERS and len(self.names) > 1
+        self.rows, self.values = list[NDArray[np.int64]](), list[NDArray[np.float32]]()
+
+    def add(self, table: pa.Table, start: int) -> None:
+        if not self.is_served:
+            return
+        values = np.column_stack([table[name].to_numpy() for name in self.names])
+        if self.unit:
+            unit = table[self.unit].to_numpy()
+            values = values / np.where(unit > 0, unit, 1)[:, None]
+        (rows,) = np.nonzero(np.isfinite(values).all(1))
+        self.rows.append(start + rows)
+        self.values.append(values[rows].astype(np.float32))
+
+    @property
+    def scores(self) -> GroupScores | None:
+        """None where the choice does not go by groups."""
+        if not self.is_served:
+            return None
+        rows, values = np.concatenate(self.rows), np.concatenate(self.values)
+        return GroupScores(self.rule, [*self.names.values()], rows, values)
+
+
 def _ranking_of(config: ScoreConfig, columns: ScoreColumns) -> NDArray[np.float64]:
-    targets = [name for name in columns if name.startswith("score:")]
     if "rank_by" in columns:
         return unranked_last(columns["rank_by"], columns["score"])
     if "exact" in columns:
         return predicted_last(columns[config.ranking], columns["exact"] > 0)
-    if config.combine == "round-robin" and len(targets) > 1:
-        tokens = columns["tokens"]
-        unit = np.maximum(1, tokens) if config.normalize == "tokens" else np.ones(len(tokens))
-        return round_robin(np.column_stack([columns[name] / unit for name in targets]))
     return columns[config.ranking]
 
 

@@ -13,8 +13,9 @@ Choices made here:
   take little more memory than their scores.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from prism_select.run.config import RepairConfig, ScoreConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Amount
 
-__all__ = ["OUTCOMES", "Rules", "best_first", "budget_limit", "choose", "limit_of", "round_robin"]
+__all__ = ["OUTCOMES", "Rules", "best_first", "budget_limit", "choose", "choose_along", "limit_of"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64] | NDArray[np.int32]
@@ -70,7 +71,7 @@ def limit_of(option: str, budget: Amount, scores: Floats, tokens: Ints) -> float
     return budget.value
 
 
-def best_first(scores: Floats, count: int) -> Iterator[NDArray[np.int64]]:
+def best_first(scores: NDArray[np.floating[Any]], count: int) -> Iterator[NDArray[np.int64]]:
     """Rows from the highest finite score down, in bands.
 
     The first band has `count` rows or more (all rows of equal score are in one band), the next four
@@ -95,8 +96,7 @@ def choose(
     `scores` rank the rows; a row whose score is not finite is quarantined. `sources` are numbers
     from 0. `limit` is what `limit_of` returns.
     """
-    verdicts = np.full(len(scores), OVER, dtype=np.int8)
-    verdicts[~np.isfinite(scores)] = QUARANTINED
+    verdicts = _untaken(scores)
     in_tokens, positive = rules.budget.kind == "tokens", rules.budget.kind == "positive"
     mean = max(1.0, float(tokens.mean())) if in_tokens and len(tokens) else 1.0
     visit, spent = _Visit(rules, sources, limit), 0.0
@@ -104,13 +104,41 @@ def choose(
         good = rows[scores[rows] > 0] if positive else rows
         prices = tokens[good].astype(np.float64) if in_tokens else np.ones(len(good))
         if rules.per_source < 1 or rules.repeats:
-            visited, spent = visit.through(good, prices, verdicts, spent)
+            visited = visit.through(good, prices, verdicts)
         else:
             sums = spent + prices.cumsum()
             visited = int(np.searchsorted(sums, limit, side="right"))
             verdicts[good[:visited]], spent = TAKEN, sums[-1] if len(sums) else spent
         if visited < len(rows):
             break
+    return verdicts
+
+
+def choose_along(
+    order: Callable[[Callable[[int], bool]], Iterable[tuple[int, int]]],
+    scores: Floats,
+    tokens: Ints,
+    sources: Ints,
+    rules: Rules,
+    limit: float,
+) -> tuple[NDArray[np.int8], NDArray[np.int16]]:
+    """Verdicts as `choose` gives them, for rows in an order that depends on what was taken before:
+    `order(is_taken)`. Also the number that comes with each taken row, -1 for other rows."""
+    verdicts, numbers = _untaken(scores), np.full(len(scores), -1, dtype=np.int16)
+    visit = _Visit(rules, sources, limit)
+    for row, number in order(lambda row: verdicts[row] == TAKEN):
+        price = float(tokens[row]) if rules.budget.kind == "tokens" else 1.0
+        if not visit.has_room(price):
+            break
+        verdicts[row] = visit.verdict(row, price, int(sources[row]))
+        if verdicts[row] == TAKEN:
+            numbers[row] = number
+    return verdicts, numbers
+
+
+def _untaken(scores: Floats) -> NDArray[np.int8]:
+    verdicts = np.full(len(scores), OVER, dtype=np.int8)
+    verdicts[~np.isfinite(scores)] = QUARANTINED
     return verdicts
 
 
@@ -121,24 +149,28 @@ class _Visit:
         self.repeats, self.sources, self.limit = rules.repeats, sources, limit
         self.cap = round(rules.per_source * limit, 6)  # 29% of 100 is 29
         self.by_source: dict[int, float] = {}
+        self.spent = 0.0
 
-    def through(
-        self, rows: NDArray[np.int64], prices: Floats, verdicts: NDArray[np.int8], spent: float
-    ) -> tuple[int, float]:
-        """Writes verdicts until the budget is spent. How many rows were visited, and the sum of
-        `spent` and their prices."""
+    def through(self, rows: NDArray[np.int64], prices: Floats, verdicts: NDArray[np.int8]) -> int:
+        """Writes verdicts until the budget is spent. How many rows were visited."""
         for count, (row, price, source) in enumerate(self._listed(rows, prices)):
-            if spent + price > self.limit:
-                return count, spent
-            if self.by_source.get(source, 0.0) + price > self.cap:
-                verdicts[row] = CAPPED
-            elif self.repeats and self.repeats(row):
-                verdicts[row] = NEAR
-            else:
-                verdicts[row] = TAKEN
-                spent += price
-                self.by_source[source] = self.by_source.get(source, 0.0) + price
-        return len(rows), spent
+            if not self.has_room(price):
+                return count
+            verdicts[row] = self.verdict(row, price, source)
+        return len(rows)
+
+    def has_room(self, price: float) -> bool:
+        return self.spent + price <= self.limit
+
+    def verdict(self, row: int, price: float, source: int) -> int:
+        of_source = self.by_source.get(source, 0.0) + price
+        if of_source > self.cap:
+            return CAPPED
+        if self.repeats and self.repeats(row):
+            return NEAR
+        self.spent += price
+        self.by_source[source] = of_source
+        return TAKEN
 
     def _listed(self, rows: NDArray[np.int64], prices: Floats) -> Iterator[tuple[int, float, int]]:
         """Row, price and source as Python numbers, which take much memory."""
@@ -150,23 +182,3 @@ class _Visit:
                 self.sources[band].tolist(),
                 strict=True,
             )
-
-
-def round_robin(scores: Floats) -> Floats:
-    """A ranking of rows by several targets that take rows in turn.
-
-    `scores` has a column for each target. A target takes its best row that is not taken yet; the
-    ranking is minus the turn. NaN for a row without a score.
-    """
-    finite = np.isfinite(scores).all(1)
-    orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in scores[finite].T]
-    turns = np.zeros(int(finite.sum()))
-    remaining, turn = set(range(len(turns))), 0
-    while remaining:
-        row = next(row for row in orders[turn % len(orders)] if row in remaining)
-        remaining.remove(row)
-        turns[row] = -turn
-        turn += 1
-    ranking = np.full(len(scores), np.nan)
-    ranking[finite] = turns
-    return ranking

@@ -30,10 +30,13 @@ SLICE = 1_000_000  # rows
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The verdict of a row is `names[codes[row]]`."""
+    """The verdict of a row is `names[codes[row]]`. With groups to serve, a chosen row was taken for
+    the group `groups[takers[row]]`, or for none (-1)."""
 
     codes: NDArray[np.int8]
     names: Sequence[str]
+    groups: Sequence[str] = ()
+    takers: NDArray[np.int16] | None = None
 
     @property
     def counts(self) -> Counter[str]:
@@ -52,6 +55,13 @@ class Verdicts:
         """The verdicts of rows `start` to `stop`, as a column of text."""
         codes = pa.DictionaryArray.from_arrays(self.codes[start:stop], list(self.names))
         return codes.cast(pa.string())
+
+    def group_names(self, start: int, stop: int) -> pa.Array:
+        """The groups that took rows `start` to `stop`, as a column of text."""
+        assert self.takers is not None
+        takers = self.takers[start:stop]
+        codes = pa.array(takers, mask=takers < 0)
+        return pa.DictionaryArray.from_arrays(codes, list(self.groups)).cast(pa.string())
 
 
 def slices(rows: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from prism_select.report.sections.choice import SECTION as CHOICE
+from prism_select.report.sections.coverage import SECTION as COVERAGE
 from prism_select.report.sections.examples import SECTION as EXAMPLES
 from prism_select.report.sections.layers import SECTION as LAYERS
 from prism_select.report.sections.scores import SECTION as SCORES
@@ -15,6 +16,7 @@ __all__ = ["SECTIONS"]
 
 SECTIONS: tuple[Section[Any], ...] = (
     CHOICE,
+    COVERAGE,
     TARGET,
     SCORES,
     EXAMPLES,
