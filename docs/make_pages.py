@@ -11,6 +11,7 @@ the tree from the packages, output from real runs.
                                                  dots go deeper
     {{row / LABEL / FILE / FIGURE / FORMAT / BASELINE}}
                                                  a line of a table, with interval and bar
+    {{interval / FILE / FIGURE / FORMAT}}        its interval
     {{rows / FILE}}                              where the rows of a study are
     <!--{{…}}-->0.24<!---->                      a figure in a page that is written by hand
     <!-- made: NAME --> … <!-- end -->           a block: `tree`, or `output` of COMMANDS
@@ -154,11 +155,15 @@ def table_row(label: str, file: str, name: str, form: str, baseline: str = "") -
     unit = UNITS.get(line["unit"], line["unit"])
     if name.endswith(" gain"):
         unit = "nats per token"
-    ends = " to ".join(format(end, form) for end in line.get("interval") or [])
+    ends = interval_text(file, name, form)
     state = {True: "holds", False: "**falls short**"}.get(line["holds"], "")
     bar = f"{line['wanted']}: {state}" if line["wanted"] else ""
     value = format(line["value"], form)
     return f"| {label} | {value} {unit}".rstrip() + f" | {ends} | {baseline} | {bar} |"
+
+
+def interval_text(file: str, name: str, form: str) -> str:
+    return " to ".join(format(end, form) for end in figure(file, name).get("interval") or [])
 
 
 def rows_line(name: str) -> str:
@@ -177,6 +182,8 @@ def filled(text: str) -> str:
         words = [word.strip() for word in match[1].split(" / ")]
         if words[0] == "row":
             return table_row(*words[1:])
+        if words[0] == "interval":
+            return interval_text(*words[1:])
         if words[0] == "rows":
             return rows_line(words[1])
         *where, form = words
