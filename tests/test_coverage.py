@@ -281,6 +281,8 @@ def test_a_choice_made_again_is_that_of_the_run_or_the_old_one(
         ({"groups": "auto", "cascade": True}, "leave one out"),
         ({"groups": "auto", "rank_by": "length"}, "leave one out"),
         ({"combine": "concave", "target_by": "kind", "budget": "positive"}, "takes rows in turn"),
+        ({"groups": "auto", "curvature": "adam"}, "--groups auto and --curvature adam"),
+        ({"groups": "auto", "weighting": "unpaired"}, "--groups auto and --weighting unpaired"),
     ],
 )
 def test_what_groups_cannot_do_is_refused(
@@ -295,4 +297,5 @@ def test_pairs_without_clear_groups_are_one(planted: dict[str, str], tmp_path: P
     files = {**planted, "target": jsonl(tmp_path / "pairs.jsonl", pairs)}
     run = select(files, tmp_path / "run", groups="auto")
     assert "groups" not in run.manifest["target"] and "group" not in run.scores.column_names
+    assert any("--groups: the pairs' gradients do not part" in w for w in run.manifest["warnings"])
     assert pq.read_table(run.path / "pairs.parquet").num_rows == len(pairs)

@@ -64,6 +64,11 @@ __all__ = ["direction_by_products", "directions_from_pairs", "products_of"]
 
 Targets: TypeAlias = Mapping[str, Sequence[Pair]]
 
+ONE_GROUP = (
+    "--groups: the pairs' gradients do not part into groups, so the choice follows one direction; "
+    "a number, --groups 4 say, asks for so many"
+)
+
 
 @dataclass(frozen=True)
 class WeighedPairs:
