@@ -162,6 +162,7 @@ def directions_from_pairs(
         if isinstance(config, SelectConfig) and config.has_groups:
             (part,) = parts.values()
             grouped = group_directions(config, model, weights, part)
+            notes += [ONE_GROUP] if grouped is None else []
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
     joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
     if len(gradients) > 1:
