@@ -9,7 +9,7 @@
     flat, pairs      the highest scores along one direction, by its curvature
     in turn          groups of pairs by their gradients (--groups auto), each takes rows in turn
     concave          the same groups, Σ √(what each has got)
-    sixteen          sixteen groups
+    sixteen, each    sixteen groups; a group for each pair
     named            a target for each kind that the pairs' file names, in turn
 
 Choices made here: every way is a run of its own, trained as `prism evaluate` does, against random
@@ -42,6 +42,7 @@ WAYS: Mapping[str, Row] = {
     "in turn": {"groups": "auto"},
     "concave": {"groups": "auto", "combine": "concave"},
     "sixteen": {"groups": "16"},
+    "each": {"groups": "each"},
     "named": {"combine": "round-robin"},
 }
 KINDS = {"babi-select": "chosen", "babi-choice": "wanted", "demo": "fact", "demo-kinds": "kind"}
