@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["BESIDE", "THOUGHTS", "Example", "Pair", "Raw", "Role", "Turn", "is_text"]
+__all__ = ["BESIDE", "THOUGHTS", "Example", "Pair", "Raw", "Role", "Turn", "any_alone", "is_text"]
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool", "text"]
 
@@ -135,6 +135,11 @@ class Pair:
         other: dict[str, Literal["", "chosen", "rejected"]]
         other = {"chosen": "rejected", "rejected": "chosen"}
         return Pair(self.rejected, self.chosen, self.repeated, other.get(self.alone, ""))
+
+
+def any_alone(targets: Mapping[str, Sequence[Pair]]) -> bool:
+    """Whether a target has an answer without a rejected one."""
+    return any(pair.alone for pairs in targets.values() for pair in pairs)
 
 
 def is_text(value: str) -> bool:

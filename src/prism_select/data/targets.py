@@ -30,7 +30,7 @@ from prism_select.data.formats import (
     to_answer,
     to_pairs,
 )
-from prism_select.data.records import Pair, Raw
+from prism_select.data.records import Pair, Raw, any_alone
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, BadRow, EmptyInput
 from prism_select.run.polarity import Polarity
@@ -63,7 +63,7 @@ def read_pairs(config: ScoreConfig) -> dict[str, list[Pair]]:
         return {}
     mapping, unpaired = parse_fields(config.fields), config.weighting == "unpaired"
     targets = read_targets(config.target, mapping, config.target_by, unpaired)
-    if config.tuned and any(pair.alone for pairs in targets.values() for pair in pairs):
+    if config.tuned and any_alone(targets):
         raise BadOption(
             f"--tune {config.tune}: answers without rejected ones have none to be held out "
             "against; leave it out"

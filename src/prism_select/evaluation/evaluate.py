@@ -33,6 +33,7 @@ from prism_select.data.encoding import Encoded
 from prism_select.data.files import find_files
 from prism_select.data.formats import parse_fields
 from prism_select.data.pool import fingerprint
+from prism_select.data.records import any_alone
 from prism_select.data.targets import read_pairs, survey_targets
 from prism_select.directions.pair_encoding import (
     EncodedPairs,
@@ -249,7 +250,7 @@ def controls_of(
     if stored := store.json_of("controls.json", mark):
         return list(stored["controls"])
     targets = read_pairs(past.config)
-    if any(pair.alone for pairs in targets.values() for pair in pairs):
+    if any_alone(targets):
         progress.say("no controls: they exchange the answers of pairs, and some have one alone")
         return []
     by_target = past.run.columns(*(f"score:{name}" for name in targets)).columns

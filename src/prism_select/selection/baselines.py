@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from prism_select.core.layers import Direction
 from prism_select.data.encoding import Encoded
 from prism_select.data.pool import Pool
-from prism_select.data.records import Example, Pair
+from prism_select.data.records import Example, Pair, any_alone
 from prism_select.directions.pair_encoding import encode_sides
 from prism_select.directions.pair_folds import folds_of, groups_of
 from prism_select.models.generation import end_tokens
@@ -171,7 +171,7 @@ def refuse_baselines(
     """Raises BadOption for a name that is none of the `choices`, or for a baseline that needs pairs
     where the `targets` have none, or answers alone."""
     why = "" if targets else "a saved direction has none; give --target"
-    if any(pair.alone for pairs in targets.values() for pair in pairs):
+    if any_alone(targets):
         why = "answers without rejected ones are none; leave it out"
     for name in names:
         if name not in choices:
