@@ -5,8 +5,7 @@
 
 Choices made here:
 - half of the next rows are of no use where the last quarter makes less than `ENTERS` of the choice;
-- beyond `BUDGETS` budgets it stops at `MOST` of the pool; a budget of 5% has both at once, which
-  with eight groups cost 0.27 of a scoring pass (rows of 64 tokens, 13M parameters, one core);
+- beyond `BUDGETS` budgets it stops at `MOST` of the pool; a budget of 5% has both at once;
 - a round has shards of its own, and its rows follow from the shards before it: a run that was
   stopped goes on to the same end;
 - scores are held and written in float32, and only of these rows.

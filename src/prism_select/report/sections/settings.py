@@ -67,7 +67,7 @@ def _score(manifest: Mapping[str, Any]) -> NamedTexts:
     figures = [
         f"{name} {_written(value)}"
         for name, value in curvature.items()
-        if isinstance(value, float | int) and value
+        if isinstance(value, float | int) and (value or name != "rows")
     ]
     return (
         ("definition", score["definition"]),
