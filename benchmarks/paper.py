@@ -17,14 +17,14 @@ Choices made here:
 - as many rows are removed as are bad; held-out questions are in no pair and in no pool;
 - at 1% two rows are bad, as one alone has no interval; intervals of an AUROC draw good and bad rows
   of every pool, those of trainings the seeds and the held-out questions;
-- insecure code and wrong solutions are left out: their rows are long, and in a first try at 20%
-  few of their questions got worse.
+- insecure code and wrong solutions are left out for their cost: their rows are long.
 """
 
 import argparse
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +206,10 @@ class Changed:
         worst = np.argsort(-self.fall, kind="stable")[:WORSE]
         return np.asarray(self.mix.asked[worst[self.fall[worst] > 0]])
 
+    @cached_property
+    def scores(self) -> dict[str, Floats]:
+        return rankings(self.mix, self.pairs)
+
     @property
     def favourites(self) -> int:
         """Questions of which another answer is preferred, and it is the bad one."""
@@ -243,12 +247,11 @@ def drawn(scores: Floats, bad: NDArray[np.bool_], seed: Sequence[int]) -> Floats
     return np.asarray(((of_bad @ above) * of_good).sum(1))
 
 
-def ranked(mixes: Sequence[Mix], trainings: Trainings) -> tuple[list[Line], dict[str, Floats]]:
+def ranked(changes: Sequence[Changed], own: Floats) -> tuple[list[Line], dict[str, Floats]]:
     """A line for each mix and way, and the drawn AUROCs of mixes by way, (mixes, draws)."""
-    own = trainings.own_states(mixes[0].family.rows)
     lines, draws = list[Line](), dict[str, list[Floats]]()
-    for place, mix in enumerate(mixes):
-        change = changed(mix, trainings)
+    for place, change in enumerate(changes):
+        mix = change.mix
         line = {
             "study": "rankings",
             "family": mix.family.name,
@@ -260,21 +263,20 @@ def ranked(mixes: Sequence[Mix], trainings: Trainings) -> tuple[list[Line], dict
             "fell": int((change.fall > 0).sum()),
             "other favourite": change.favourites,
         }
-        found = rankings(mix, change.pairs)
-        found["projection difference"] = moved(mix, change.pairs, own)
-        for name, scores in found.items():
+        found = {"projection difference": moved(mix, change.pairs, own)}
+        for name, scores in (change.scores | found).items():
             lines.append({**line, "way": name, "auroc": auroc(scores[mix.pool], mix.bad)})
             seed = [FAMILIES.index(mix.family.name), place]
             draws.setdefault(name, []).append(drawn(scores[mix.pool], mix.bad, seed))
     return lines, {name: np.array(values) for name, values in draws.items()}
 
 
-def retrained(mixes: Sequence[Mix], trainings: Trainings) -> Iterator[Line]:
+def retrained(changes: Sequence[Changed], trainings: Trainings) -> Iterator[Line]:
     """Gaps and right preferences of held-out questions, before, after, and without the rows at the
     top of each ranking."""
-    for mix in mixes:
-        change = changed(mix, trainings)
-        scores = rankings(mix, change.pairs) | {"oracle": mix.family.data["bad"].astype(float)}
+    for change in changes:
+        mix = change.mix
+        scores = change.scores | {"oracle": mix.family.data["bad"].astype(float)}
         gaps = {"before": change.before, "after": change.after}
         for name in REMOVERS:
             kept = np.argsort(-scores[name][mix.pool], kind="stable")[mix.bad.sum() :]
@@ -353,11 +355,12 @@ def main() -> None:
         for mix in every_mix(Family(name, rows_of(name, data), {})):
             changed(mix, trainings)
         prepare(name, data, HERE, trainings.before)
-        mixes = every_mix(Family.load(name, data, HERE))
-        lines, own = ranked(mixes, trainings)
+        family = Family.load(name, data, HERE)
+        changes = [changed(mix, trainings) for mix in every_mix(family)]
+        lines, own = ranked(changes, trainings.own_states(family.rows))
         rows += lines
         draws.append(own)
-        trained += retrained([mix for mix in mixes if mix.share in RETRAINED], trainings)
+        trained += retrained([c for c in changes if c.mix.share in RETRAINED], trainings)
     every = {way: np.concatenate([own[way] for own in draws]) for way in draws[0]}
     figures = ranking_figures(rows, every) + training_figures(trained)
     write("paper.json", [*rows, *trained], figures)
