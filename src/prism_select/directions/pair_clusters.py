@@ -2,8 +2,9 @@
 
     K_qr = D_q · D_r      →  cosines U          (exact: answer_products.py)
     U = V Λ Vᵀ            →  a point V √Λ for each pair, on the unit sphere
-    k-means of the points →  groups             k: the best silhouette of 2 to `MOST`, two pairs
-                                                or more a group on average
+    k-means of the points →  groups             k: the best silhouette of 2 to `MOST`; where none
+                                                is clear, `MOST`; two pairs or more a group on
+                                                average
     pairs of a group      →  its direction, with the pairs' own curvature within the group
 
 One direction is the mean of what all pairs ask for, and rows of the kind that is asked for most
@@ -12,7 +13,9 @@ come first along it. A choice that serves each group in turn (selection/coverage
 Choices made here:
 - points are the pairs' differences D by the slopes of the gain, of length one, so a group of large
   gradients counts as any other;
-- one group where no split has a silhouette of `SILHOUETTE` (run/thresholds.py);
+- a silhouette is clear from `SILHOUETTE` (run/thresholds.py); gradients of many numbers are nearly
+  at right angles and seldom reach it, and a choice that serves groups by chance still serves more
+  pairs than one direction does;
 - pairs of equal gradient are one point and count once in their group: a pair that is given twice
   changes nothing;
 - groups are numbered by the first of their pairs.
@@ -97,15 +100,14 @@ def _split(points: Floats, count: int | None, seed: int) -> tuple[NDArray[np.int
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
-    best = np.zeros(len(points), dtype=np.int64), math.nan
-    least = SILHOUETTE if count is None else -1.0
     if count is not None and count >= len(points):
         return np.arange(len(points)), math.nan
+    best, clear = (np.zeros(len(points), dtype=np.int64), math.nan), SILHOUETTE
     for number in range(2, min(MOST, len(points) // 2) + 1) if count is None else [count]:
         labels = KMeans(number, n_init=STARTS, random_state=seed).fit_predict(points)
         silhouette = float(silhouette_score(points, labels))
-        if silhouette > least:
-            best, least = (labels.astype(np.int64), silhouette), silhouette
+        if max(silhouette, SILHOUETTE) >= clear:  # while none is clear, the most groups
+            best, clear = (labels.astype(np.int64), silhouette), max(silhouette, clear)
     return best
 
 

@@ -55,7 +55,7 @@ PAIRS_FOR_LENGTH = 10  # fewer pairs say nothing about length
 HARDLY_HELPED = 0.1  # of the pairs' mean help by a choice: a pair that gets less
 UNCOVERED = 0.05  # of a direction's length, missing in products of gradients: a warning
 WORSE_QUESTIONS = 10  # fewer, and a fine-tuning has hardly gone wrong, or too little was asked
-SILHOUETTE = 0.1  # of the pairs' gradients in groups: below, they are one group
+SILHOUETTE = 0.1  # of the pairs' gradients in groups: below, no number of them is clear
 CONFLICTING_COSINE = -0.1  # below: the directions of two targets conflict
 
 # Rows
