@@ -37,6 +37,7 @@ from results_file import figure, write
 from scenario import Scenario
 
 import prism_select
+from prism_select.data.pairing import change_numbers
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
 from prism_select.evaluation import evaluate as evaluation
@@ -99,7 +100,7 @@ def real_scenarios(data: Path) -> list[Scenario]:
     ]
     solved = [each for each in solved if len(each[0] + max(each[1:], key=len)) <= 400]
     draw.shuffle(solved)
-    near = [pair(q, right, gemma.change_numbers(right, draw)) for q, right, _ in solved[:80]]
+    near = [pair(q, right, change_numbers(right, draw)) for q, right, _ in solved[:80]]
     written = [pair(*each) for each in solved[:80]]
     train = gemma.short([(r["question"], r["answer"]) for r in lines(data / "gsm8k_train.jsonl")])
     math = [gemma.row(*each, "gsm8k", is_wanted=True) for each in draw.sample(train, 150)]

@@ -521,7 +521,7 @@ def test_an_unknown_value_is_refused_with_those_that_are_known(
         (("--runtime", "ray:actors=1.5"), "--runtime ray:actors=1.5: not NAME=NUMBER above 0"),
         (("--runtime", "ray:GPU=many"), "--runtime ray:GPU=many: not NAME=NUMBER above 0"),
         (("--runtime", "ray:address"), "--runtime ray:address: not NAME=NUMBER above 0"),
-        (("--rank", "0"), "--rank 0: must be at least 1; leave it out for full rank"),
+        (("--rank", "0"), "--rank 0: not a rank; try auto, full or 64"),
         (("--damping", "0"), "--damping 0: not one or several numbers above 0; try 0.1 or 0.1,1"),
         (("--damping", "0.1,1"), "--damping 0.1,1: --curvature pairs takes one value; try 0.1"),
         (

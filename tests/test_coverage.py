@@ -21,6 +21,7 @@ from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Amount
+from prism_select.run.thresholds import SILHOUETTE
 from prism_select.selection.coverage import NEARLY, ORDERS, concave, in_turn
 from prism_select.selection.rules import OUTCOMES, Rules, choose_along
 
@@ -292,8 +293,16 @@ def test_what_groups_cannot_do_is_refused(
         select(planted, tmp_path / "run", **options)
 
 
-def test_pairs_without_clear_groups_are_one(planted: dict[str, str], tmp_path: Path) -> None:
+def test_pairs_without_clear_groups_are_eight(planted: dict[str, str], tmp_path: Path) -> None:
     pairs = [pair for skill in world.SKILLS for pair in world.pairs(skill, 5, 0)]
+    files = {**planted, "target": jsonl(tmp_path / "pairs.jsonl", pairs)}
+    run = select(files, tmp_path / "run", groups="auto")
+    assert run.manifest["target"]["silhouette"] < SILHOUETTE
+    assert list(run.manifest["target"]["groups"]) == [*"12345678"]
+
+
+def test_few_pairs_are_one_group(planted: dict[str, str], tmp_path: Path) -> None:
+    pairs = world.pairs("capitals", 3, 0)
     files = {**planted, "target": jsonl(tmp_path / "pairs.jsonl", pairs)}
     run = select(files, tmp_path / "run", groups="auto")
     assert "groups" not in run.manifest["target"] and "group" not in run.scores.column_names

@@ -14,7 +14,7 @@ from prism_select.core.gradients import dot, norm
 from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import Side, Target, target_gradient
 from prism_select.directions.answer_products import answer_products
-from prism_select.directions.common_part import common_of, common_part, without_common
+from prism_select.directions.common_part import common_of, without_common
 from prism_select.directions.pair_diagnostics import (
     Diagnosis,
     PairWeights,
@@ -46,9 +46,8 @@ def test_equal_pairs_agree_wholly_and_opposite_ones_leave_no_direction() -> None
     assert diagnosis.split_half_agreement == pytest.approx(1, abs=1e-6)
     assert np.allclose(diagnosis.shares, 1 / 8, atol=1e-6)
     assert diagnosis.pairs_for_half_agreement == 2
-    assert diagnosis.effective_pairs == pytest.approx(8) and diagnosis.common_part == common_part(
-        target
-    )
+    assert diagnosis.effective_pairs == pytest.approx(8)
+    assert diagnosis.common_part == pytest.approx(norm(common_of(target)) / norm(target.direction))
     assert diagnosis.mean_preference == pytest.approx(float(target.gap.sigmoid().mean()))
 
 

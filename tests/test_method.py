@@ -1,7 +1,5 @@
 """Sign, unit and scale: what the score promises, held to what training does."""
 
-import math
-
 import pytest
 import torch
 from tiny import Tiny, batch_of, pairs_of
@@ -11,7 +9,6 @@ from prism_select.core.gains import GAINS, slopes
 from prism_select.core.gradients import minus, norm
 from prism_select.core.likelihood import backward, token_logliks
 from prism_select.core.target_gradient import Side, Target, target_gradient
-from prism_select.directions.common_part import common_part
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import UnknownLayers
 
@@ -102,8 +99,6 @@ def test_figures_of_the_target_follow_their_formulas() -> None:
     target = target_of(model, sides)
     weight = torch.sigmoid(target.gap)
     assert torch.allclose(target.weight, weight)
-    common = {name: (target.chosen[name] + target.rejected[name]) / 2 for name in target.chosen}
-    assert math.isclose(common_part(target), norm(common) / norm(target.direction), rel_tol=1e-9)
 
 
 def test_layers_are_chosen_by_block_and_by_name() -> None:

@@ -213,7 +213,7 @@ def test_round_robin_takes_the_best_row_of_each_target_in_turn(desk: Desk) -> No
         (["--tokens", "--engine", "reverse"], "does not tell tokens apart"),
         (["--normalize", "norm", "--engine", "difference"], "has no norms of gradients"),
         (["--normalize", "norm", "--tokens"], "no engine does both"),
-        (["--rank", "-1"], "must be at least 1"),
+        (["--rank", "-1"], "not a rank; try auto, full or 64"),
         (["--layers", "adapter"], "give its folder with --adapter"),
         (["--adapter", "absent"], "absent"),
     ],
@@ -322,6 +322,40 @@ def test_a_lower_rank_says_what_it_keeps(desk: Desk) -> None:
     assert facts["rank_correlation"] == pytest.approx(exact, abs=1e-6)
     assert full.manifest["rank"]["energy_kept"] == pytest.approx(1) and facts["rows"] == 30
     assert apart(column(full, "score"), column(whole, "score")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--curvature", "flat", "--common", "remove"],
+        ["--likelihood", "sequence", "--normalize", "norm"],
+        ["--layers", "late", "--tune", "pairs"],
+    ],
+)
+def test_a_rank_above_every_matrix_changes_no_score(desk: Desk, words: list[str]) -> None:
+    whole, low = desk.done("whole", *words), desk.done("low", *words, "--rank", "99")
+    for name in ("score", "score_chosen", "loglik"):
+        assert apart(column(low, name), column(whole, name)) < 1e-4, name
+    for key in ("common_part", "cross_validation", "split_half_agreement"):
+        found, exact = (run.manifest["target"][key] for run in (low, whole))
+        assert (
+            found == pytest.approx(exact, rel=1e-3)
+            if key != "cross_validation"
+            else (found["auroc"] == exact["auroc"])
+        )
+
+
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_low_ranks_of_several_targets_are_saved_and_score_again(desk: Desk, combine: str) -> None:
+    words = [*desk.named, "--combine", combine]
+    low, whole = desk.done("low", *words, "--rank", "3"), desk.done("whole", *words)
+    saved = load_file(low.path / "direction.safetensors")
+    assert any(name.endswith(":left") for name in saved)
+    assert all(min(value.shape) <= 3 for name, value in saved.items() if ":" in name.split("/")[-1])
+    again = desk.done("again", "--direction", low.path / "direction.safetensors")
+    for name in ("score", "score:x", "score:z", "score_chosen"):
+        assert apart(column(again, name), column(low, name)) < 1e-6, name
+        assert spearmanr(column(low, name), column(whole, name)).statistic > 0.8, name
 
 
 def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:

@@ -35,7 +35,7 @@ from prism_select.directions.direction_set import DirectionSet
 from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
-from prism_select.directions.low_rank import factor, on_device
+from prism_select.directions.low_rank import on_device, stored_numbers
 from prism_select.directions.preconditioning import (
     CurvatureFacts,
     fit_curvature,
@@ -69,7 +69,7 @@ from prism_select.scoring.batched_engine import BatchedEngine
 from prism_select.scoring.cost_plan import Plan, make_plan, seconds_per_token
 from prism_select.scoring.engine_choice import EngineCheck, choose_engine, make_engine
 from prism_select.scoring.processes import ProcessGroup
-from prism_select.scoring.rank_check import RankCheck, cut_to_rank
+from prism_select.scoring.rank_check import RankCheck, compare_ranks, cut_to_rank
 from prism_select.scoring.ray_actors import ActorPool
 from prism_select.scoring.scorer import Scorer, TokenCounts
 from prism_select.scoring.shards import RunInputs, ScoringJob, score_pool
@@ -211,7 +211,7 @@ def find_directions(
             direction_set = load_direction(config.direction, model, toward)
         else:
             direction_set = directions_from_pairs(
-                config, checkpoint.loaded, inputs.targets, progress
+                config, checkpoint.loaded, inputs.targets, progress, checkpoint.sample.rows
             )
             if direction_set.tuning:
                 tuning = direction_set.tuning
@@ -232,13 +232,13 @@ def find_directions(
                 "before and after"
             )
     groups = direction_set.groups.directions if direction_set.groups else []
-    if config.rank is None:
-        every = direction_set.directions
-        return RunDirections(config, direction_set, every, curvature, None, groups)
-    sample = checkpoint.sample.rows
-    factored, check = cut_to_rank(config, config.rank, model, direction_set, sample)
-    low = [factor(model.network, direction, config.rank).direction for direction in groups]
-    return RunDirections(config, direction_set, factored, curvature, check, low)
+    factored, check = direction_set.directions, None
+    if direction_set.full:
+        check = compare_ranks(config, model, direction_set, direction_set.full)
+    elif config.rank_number:
+        sample = checkpoint.sample.rows
+        factored, check = cut_to_rank(config, config.rank_number, model, direction_set, sample)
+    return RunDirections(config, direction_set, factored, curvature, check, groups)
 
 
 def check_engine(
@@ -279,11 +279,8 @@ def plan_run(
     ]
     elapsed = timer.total
     per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / processes
-    numbers = sum(parameter.numel() for parameter in parameters.values())
-    count = len(directions.direction_set.directions)
-    return make_plan(
-        per_token, tokens, sample.pool_rows, count * numbers, elapsed + reading, device
-    )
+    numbers = sum(map(stored_numbers, directions.direction_set.directions))
+    return make_plan(per_token, tokens, sample.pool_rows, numbers, elapsed + reading, device)
 
 
 def begin_run(
@@ -321,7 +318,7 @@ def export_adapter(
     """Writes the direction as a LoRA adapter with --save-adapter."""
     if not config.save_adapter:
         return None
-    folder, rank = Path(config.save_adapter), config.rank or ADAPTER_RANK
+    folder, rank = Path(config.save_adapter), config.rank_number or ADAPTER_RANK
     energy = save_adapter(loaded.model.network, direction_set.direction, rank, folder)
     progress.say(f"adapter in {folder}: {energy.total:.0%} of the direction's energy")
     by_weight = {**energy.by_weight, "total": energy.total}

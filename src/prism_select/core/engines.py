@@ -134,7 +134,7 @@ def _unit(
 ) -> tuple[list[Factored], Float[Tensor, " directions"]]:
     """Directions of length one in the dtype of the parameters, and the lengths that they had."""
     device = next(iter(weights.values())).device
-    lengths = [norm(dense(direction)) or 1.0 for direction in directions]
+    lengths = [norm(direction) or 1.0 for direction in directions]
     unit: list[Factored] = [
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)

@@ -1,6 +1,7 @@
 """Gradients: what backward passes leave in the selected parameters, added up; and their algebra.
 
     dot(a, b) = Σ over parameters and their numbers of a · b      norm(a) = √dot(a, a)
+    of matrices in factors, a = l r and b = m s: Σ (lᵀ m) ∘ (r sᵀ)
 
 Choices made here:
 - a gradient, a direction, and a step are all one type: a tensor for each parameter, by its name;
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prism_select.core.layers import Direction, Parameters
+from prism_select.core.layers import Direction, Factored, Factors, Parameters
 
 __all__ = [
     "add_gradients",
@@ -67,11 +68,25 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def dot(a: Direction, b: Direction) -> float:
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+def dot(a: Factored, b: Factored) -> float:
+    return sum(_dot(value, b[name]) for name, value in a.items())
 
 
-def norm(a: Direction) -> float:
+def _dot(a: Tensor | Factors, b: Tensor | Factors) -> float:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return float((a.double() * b.double()).sum())
+    (left, right), (other_left, other_right) = _factors(a), _factors(b)
+    return float(((left.mT @ other_left) * (right @ other_right.mT)).sum())
+
+
+def _factors(matrix: Tensor | Factors) -> tuple[Tensor, Tensor]:
+    """In float64; a matrix that is whole has itself and the identity."""
+    if isinstance(matrix, Factors):
+        return matrix.left.double(), matrix.right.double()
+    return matrix.double(), torch.eye(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+
+
+def norm(a: Factored) -> float:
     return math.sqrt(dot(a, a))
 
 

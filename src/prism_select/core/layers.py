@@ -38,6 +38,7 @@ __all__ = [
     "Owner",
     "Parameters",
     "dense",
+    "embedding_scale",
     "example_products",
     "has_formula",
     "is_matrix",
@@ -61,6 +62,10 @@ class Factors(NamedTuple):
     left: Float[Tensor, "rows rank"]
     right: Float[Tensor, "rank columns"]
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self.left), self.right.shape[1]])
+
     def to(self, like: Tensor) -> "Factors":
         return Factors(self.left.to(like), self.right.to(like))
 
@@ -74,11 +79,13 @@ Factored: TypeAlias = Mapping[str, Tensor | Factors]
 
 class Owner(NamedTuple):
     """A module that holds selected parameters itself. `weights`: {the module's word for a
-    parameter: its name in the network}."""
+    parameter: its name in the network}; `scale` is c of a module whose output is c times the rows
+    of its matrix, and 0 of others."""
 
     name: str
     module: nn.Module
     weights: Mapping[str, str]
+    scale: float = 0.0
 
 
 Inputs: TypeAlias = tuple[Any, ...]
@@ -98,8 +105,25 @@ def owners(network: nn.Module, weights: Parameters) -> Sequence[Owner]:
         parameters = module._parameters.items()
         held = {key: names[id(weight)] for key, weight in parameters if id(weight) in names}
         if held:
-            holders.append(Owner(path, module, held))
+            holders.append(Owner(path, module, held, embedding_scale(module)))
     return holders
+
+
+def embedding_scale(module: nn.Module) -> float:
+    """1 of an Embedding, more of those that scale their rows, 0 of other modules."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    if not isinstance(module, nn.Embedding):
+        return 0.0
+    tokens = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+    with torch.no_grad():
+        plain = functional.embedding(tokens, module.weight).double()
+        try:
+            output = module.forward(tokens).double()
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # it takes no tokens
+            return 0.0
+    scale = (output * plain).sum() / plain.square().sum()
+    return float(scale) if torch.allclose(output, scale * plain, rtol=0.01) else 0.0
 
 
 @contextmanager
@@ -132,12 +156,28 @@ def tangent_of(
     """∂output/∂weights · direction of one module at fixed arguments, one for each output; None for
     an output that does not move."""
     moves: dict[str, Any] = {k: direction[n] for k, n in owner.weights.items() if n in direction}
-    if type(owner.module) is nn.Embedding:
-        tangent = functional.embedding(args[0], moves["weight"])
-        return without_padding(owner.module, args, [tangent])
+    if owner.scale == 1 or (isinstance(moves.get("weight"), Factors) and owner.scale):
+        return without_padding(owner.module, args, [_embedding_tangent(owner, moves, args[0])])
     if has_formula(owner.module):
         return [_linear_tangent(owner.module, moves, args[0])]
     return _forward_mode_tangents(owner, moves, args, kwargs)
+
+
+def _has_formulas(owner: Owner, directions: Sequence[Factored]) -> bool:
+    """Whether `tangent_of` has a formula along all directions. Of a module that scales its rows it
+    has one along factors alone, since c is known to the dtype's rounding and no better."""
+    if has_formula(owner.module):
+        return True
+    moves = [d[name] for d in directions for name in owner.weights.values() if name in d]
+    return owner.scale != 0 and all(isinstance(move, Factors) for move in moves)
+
+
+def _embedding_tangent(owner: Owner, moves: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
+    if "weight" not in moves:
+        return None
+    matrix = moves["weight"]
+    rows = functional.embedding(tokens, matrix.left if isinstance(matrix, Factors) else matrix)
+    return owner.scale * (rows @ matrix.right if isinstance(matrix, Factors) else rows)
 
 
 def _linear_tangent(module: Any, moves: Mapping[str, Any], inputs: Tensor) -> Tensor:
@@ -193,7 +233,7 @@ def watching(
         ready: list[list[Any]] = []  # tangents of each direction, for each output
         busy = True
         try:
-            if not has_formula(owner.module):
+            if not _has_formulas(owner, directions):
                 ready = [tangent_of(owner, d, inputs, named) for d in directions]
         except RuntimeError as error:
             if out_of_memory(error):

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from prism_select.core.blocks import block_of
 from prism_select.core.gradients import differentiable, take_gradients, wide_dtype
@@ -47,7 +46,14 @@ from prism_select.core.layers import (
 from prism_select.core.likelihood import LanguageModel, backward
 from prism_select.core.target_gradient import Side
 
-__all__ = ["AnswerProducts", "answer_products"]
+__all__ = [
+    "AnswerProducts",
+    "Piece",
+    "answer_factors",
+    "answer_products",
+    "by_kind",
+    "own_gradient",
+]
 
 EXACT = 1024  # answers up to which products are exact
 FACTORS = 2**30  # bytes of factors that a pass collects, at least
@@ -129,8 +135,7 @@ class Collection:
         self.count = len(side.order)
         self.logliks = torch.zeros(self.count, dtype=torch.float64)
         self.exact = self.count <= EXACT
-        self._scales = {owner.name: embedding_scale(owner.module) for owner in self.owners}
-        self._matrices, self._small = _by_kind(self.owners, self._scales)
+        self._matrices, self._small = by_kind(self.owners)
         self._lost = {name for name in weights if name not in self._matrices | self._small}
         self._visited = set[str]()
         self._factors = dict[Piece, list[Factors]]()
@@ -222,7 +227,7 @@ class Collection:
     def _new_factors(
         self, piece: Piece, owner: Owner, inputs: Inputs, gradient: Tensor, examples: Tensor
     ) -> Iterator[Factors]:
-        left, right = _factors(owner, self._scales[owner.name], inputs, gradient, piece)
+        left, right = answer_factors(owner, inputs, gradient, piece)
         if gradient.ndim == 3 and len(gradient) == self._size:
             yield Factors(self._first, left, right)
             return
@@ -249,7 +254,7 @@ class Collection:
             if has_formula(owner.module):
                 own = gradient[rows].flatten(0, -2).sum(0, dtype=total.dtype)
             else:
-                own = _own_gradient(owner, key, inputs[0][rows], gradient[rows])
+                own = own_gradient(owner, key, inputs[0][rows], gradient[rows])
             if own is None:
                 self._lost.add(name)
                 return
@@ -310,30 +315,12 @@ class Collection:
             yield name, (flat @ flat.T).double()
 
 
-def embedding_scale(module: nn.Module) -> float:
-    """c, where the module's output is c times the rows of its matrix: 1 of an Embedding, more of
-    those that scale them; 0 where it is no such module."""
-    if type(module) is nn.Embedding:
-        return 1.0
-    if not isinstance(module, nn.Embedding):
-        return 0.0
-    tokens = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
-    with torch.no_grad():
-        plain = functional.embedding(tokens, module.weight).double()
-        try:
-            output = module.forward(tokens).double()
-        except (AttributeError, IndexError, RuntimeError, TypeError):  # it takes no tokens
-            return 0.0
-    scale = (output * plain).sum() / plain.square().sum()
-    return float(scale) if torch.allclose(output, scale * plain, rtol=0.01) else 0.0
-
-
-def _by_kind(selected: Sequence[Owner], scales: Mapping[str, float]) -> tuple[set[str], set[str]]:
+def by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:
     """The matrices whose gradient is Σ l rᵀ in all their uses, and the parameters whose gradient is
     one of a small module, all of whose input is one tensor."""
     matrix, small = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
     for owner in selected:
-        formula = has_formula(owner.module) or scales[owner.name] != 0
+        formula = has_formula(owner.module) or owner.scale != 0
         leaf = not any(True for _ in owner.module.children())
         for key, name in owner.weights.items():
             matrix[name].append(formula and key == "weight")
@@ -351,24 +338,24 @@ def _zeros(weight: Tensor, *shape: int) -> Tensor:
     return weight.new_zeros(shape, dtype=wide_dtype(weight))
 
 
-def _factors(
-    owner: Owner, scale: float, inputs: Inputs, gradient: Tensor, piece: Piece
+def answer_factors(
+    owner: Owner, inputs: Inputs, gradient: Tensor, piece: Piece
 ) -> tuple[Tensor, Tensor]:
-    """l, cut to the rows of the piece, and r; `scale` is that of an embedding."""
-    if scale:
+    """l, cut to the rows of the piece, and r."""
+    if owner.scale:
         module: Any = owner.module
         rows = inputs[0]
         outside = (rows < piece.start) | (rows >= piece.stop)
         if module.padding_idx is not None:
             outside |= rows == module.padding_idx
         rows = torch.where(outside, -1, rows - piece.start)
-        return rows.expand(gradient.shape[:-1]), gradient * scale
+        return rows.expand(gradient.shape[:-1]), gradient * owner.scale
     left, right = outer_factors(owner, inputs, gradient)
     whole = left.shape[-1] == piece.stop - piece.start
     return left if whole else left[..., piece.start : piece.stop].clone(), right
 
 
-def _own_gradient(owner: Owner, key: str, inputs: Tensor, gradient: Tensor) -> Tensor | None:
+def own_gradient(owner: Owner, key: str, inputs: Tensor, gradient: Tensor) -> Tensor | None:
     """The gradient of a small module's parameter, from some of its rows; None for a module of
     several outputs."""
     module: Any = owner.module

@@ -7,24 +7,18 @@ Both answers of a pair share format, topic and length. What a difference of two 
 of them can outweigh what tells the answers apart.
 """
 
-import math
 from dataclasses import replace
 
-from prism_select.core.gradients import dot, minus, norm
+from prism_select.core.gradients import dot, minus
 from prism_select.core.layers import Direction
 from prism_select.core.target_gradient import Target
 
-__all__ = ["common_of", "common_part", "without_common"]
+__all__ = ["common_of", "without_common"]
 
 
 def common_of(target: Target) -> Direction:
     """½(C + R)"""
     return {name: (value + target.rejected[name]) / 2 for name, value in target.chosen.items()}
-
-
-def common_part(target: Target) -> float:
-    """‖½(C + R)‖ / ‖C − R‖, without unit; NaN where the direction is zero."""
-    return norm(common_of(target)) / (norm(target.direction) or math.nan)
 
 
 def without_common(target: Target) -> Target:

@@ -22,13 +22,20 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prism_select.core.gains import Slopes
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.pair_curvature import pair_slopes
 from prism_select.directions.pair_folds import PairGroups, folds_of
 from prism_select.directions.way import Way
 from prism_select.models.layer_selection import upper_blocks
 
-__all__ = ["CrossValidation", "auroc_interval", "cross_validate", "held_out_scores"]
+__all__ = [
+    "CrossValidation",
+    "answer_coefficients",
+    "auroc_interval",
+    "cross_validate",
+    "held_out_scores",
+]
 
 DRAWS = 1000
 
@@ -165,10 +172,16 @@ def row_scale(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
 
 def direction_coefficients(way: Way, products: AnswerProducts) -> Float[Tensor, " answers"]:
     """v, where the direction is Σ_a v_a ∇mean_loglik(a)."""
-    total, slope = products.total, pair_slopes(way, products)
+    return answer_coefficients(pair_slopes(way, products), products, way.common == "remove")
+
+
+def answer_coefficients(
+    slope: Slopes, products: AnswerProducts, without_common: bool
+) -> Float[Tensor, " answers"]:
+    """v, from what each answer counts in the mean over pairs."""
     direction = torch.cat([slope.chosen, -slope.rejected]) / len(slope.chosen)
-    if way.common == "remove":
-        common = torch.cat([slope.chosen, slope.rejected])
+    if without_common:
+        common, total = torch.cat([slope.chosen, slope.rejected]), products.total
         square = common @ total @ common
         if square > 0:
             direction = direction - (direction @ total @ common) / square * common

@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from prism_select.core.gradients import dot, norm
-from prism_select.core.layers import Direction, Parameters
+from prism_select.core.layers import Direction, Factored, Factors, Parameters
 from prism_select.core.target_gradient import Target
+from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
 from prism_select.directions.cross_validation import CrossValidation
 from prism_select.directions.layout import DirectionLayout
@@ -23,14 +27,21 @@ from prism_select.directions.pair_clusters import PairClusters
 from prism_select.directions.pair_diagnostics import Diagnosis
 from prism_select.directions.tuning import Tuning
 
-__all__ = ["DirectionSet", "GroupDirections", "PairDiagnosis", "mean_direction"]
+__all__ = [
+    "DirectionSet",
+    "FullDirection",
+    "GroupDirections",
+    "PairDiagnosis",
+    "mean_direction",
+    "mean_factored",
+]
 
 
 @dataclass(frozen=True)
 class PairDiagnosis:
-    """Some pairs, their gradient, how far they agree on it, and how it ranks those of them that are
-    held out. `truncated_chosen` and `truncated_rejected` say which answers lost their end to
-    --max-length."""
+    """Some pairs, their gradient (without its halves where directions are of low rank from the
+    start), how far they agree on it, and how it ranks those of them that are held out.
+    `truncated_chosen` and `truncated_rejected` say which answers lost their end to --max-length."""
 
     pairs: Sequence[Pair]
     target: Target
@@ -45,11 +56,22 @@ class GroupDirections:
     """Groups of a target's pairs, and a direction for each."""
 
     clusters: PairClusters
-    directions: Sequence[Direction]
+    directions: Sequence[Factored]
 
     @property
     def names(self) -> list[str]:
         return [str(number + 1) for number in range(len(self.directions))]
+
+
+@dataclass(frozen=True)
+class FullDirection:
+    """What is known of the first direction where the set has it at a low `rank` alone: its length,
+    and the scores of some rows along it; NaN and none where products are not exact."""
+
+    rank: int
+    length: float
+    rows: Sequence[Encoded]
+    scores: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,7 @@ class DirectionSet:
     of all targets together; `warnings` are about what encoding does to them."""
 
     weights: Parameters
-    directions: Sequence[Direction]
+    directions: Sequence[Factored]
     layout: DirectionLayout
     diagnoses: Mapping[str, PairDiagnosis]
     overall: PairDiagnosis | None = None
@@ -66,20 +88,18 @@ class DirectionSet:
     pair_cosines: Mapping[str, float] | None = None  # of --curvature pairs: before and after
     tuning: Tuning | None = None
     groups: GroupDirections | None = None  # of --groups, where there are several
+    full: FullDirection | None = None  # of low rank from the start
 
     @property
-    def of_targets(self) -> Sequence[Direction]:
+    def of_targets(self) -> Sequence[Factored]:
         """One direction for each target."""
         return self.directions[: len(self.layout.targets)]
 
     @property
-    def direction(self) -> Direction:
+    def direction(self) -> Factored:
         """The mean of the targets' own; with `best`, the first target's."""
         directions = self.of_targets[:1] if self.layout.best else self.of_targets
-        if len(directions) == 1:
-            return directions[0]
-        names = directions[0].keys()
-        return {name: torch.stack([d[name] for d in directions]).mean(0) for name in names}
+        return directions[0] if len(directions) == 1 else mean_factored(directions)
 
     @cached_property
     def length(self) -> float:
@@ -88,7 +108,8 @@ class DirectionSet:
     @cached_property
     def without_gradient(self) -> list[str]:
         """Selected parameters that no pair has reached: they are zero in every target."""
-        return [name for name in self.weights if not any(d[name].any() for d in self.of_targets)]
+        parts = {name: [{name: d[name]} for d in self.of_targets] for name in self.weights}
+        return [name for name, own in parts.items() if not any(map(norm, own))]
 
     @cached_property
     def cosines(self) -> list[list[float]]:
@@ -105,3 +126,17 @@ def mean_direction(directions: Sequence[Direction]) -> Direction:
         name: sum((d[name] for d in directions), torch.zeros(())) / len(directions)
         for name in directions[0]
     }
+
+
+def mean_factored(directions: Sequence[Factored]) -> Factored:
+    """Factors stand side by side, so its rank is the sum of theirs."""
+    return {name: _mean([d[name] for d in directions]) for name in directions[0]}
+
+
+def _mean(values: Sequence[Tensor | Factors]) -> Tensor | Factors:
+    factors = [value for value in values if isinstance(value, Factors)]
+    if len(factors) == len(values):
+        left = torch.cat([value.left for value in factors], dim=1) / len(values)
+        return Factors(left, torch.cat([value.right for value in factors]))
+    whole = [v.left @ v.right if isinstance(v, Factors) else v for v in values]
+    return torch.stack(whole).mean(0)

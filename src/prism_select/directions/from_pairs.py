@@ -9,35 +9,42 @@
 Choices made here:
 - products of the answers' gradients (answer_products.py) come first: whatever is said of the pairs,
   and what each counts, follows from them, so every run can say how far its pairs agree;
-- in a mean over targets each counts alike, whatever its number of pairs.
+- in a mean over targets each counts alike, whatever its number of pairs;
+- above `IN_FULL` selected numbers, or with --rank, directions are of low rank from the start
+  (range_finder.py); a curvature of the pool needs them in full.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Direction, Parameters
+from prism_select.core.layers import Direction, Factored, Parameters
 from prism_select.core.target_gradient import Target, weighted_gradient
+from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
-from prism_select.directions.answer_products import AnswerProducts, answer_products
+from prism_select.directions.answer_products import EXACT, AnswerProducts, answer_products
 from prism_select.directions.common_part import without_common
 from prism_select.directions.cross_validation import cross_validate, in_layers
 from prism_select.directions.direction_set import (
     DirectionSet,
+    FullDirection,
     GroupDirections,
     PairDiagnosis,
     mean_direction,
 )
 from prism_select.directions.layout import DirectionLayout
-from prism_select.directions.pair_clusters import cluster_coefficients, clusters_of
-from prism_select.directions.pair_curvature import pair_slopes
+from prism_select.directions.pair_clusters import (
+    PairClusters,
+    cluster_coefficients,
+    clusters_of,
+)
 from prism_select.directions.pair_diagnostics import PairWeights, diagnose
 from prism_select.directions.pair_encoding import (
     EncodedPairs,
@@ -48,12 +55,20 @@ from prism_select.directions.pair_encoding import (
     supervised_tokens,
 )
 from prism_select.directions.pair_folds import groups_of
+from prism_select.directions.range_finder import low_rank_directions
 from prism_select.directions.tuning import Tuning, tune
 from prism_select.directions.way import way_of, with_way
+from prism_select.directions.weighed_pairs import Targets, WeighedPairs, joined, weighed
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import TUNABLE, DirectionOptions, ScoreConfig, SelectConfig
+from prism_select.run.config import (
+    BESIDE_PAIRS,
+    TUNABLE,
+    DirectionOptions,
+    ScoreConfig,
+    SelectConfig,
+)
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
 from prism_select.run.polarity import Polarity
@@ -62,7 +77,8 @@ from prism_select.run.thresholds import UNCOVERED
 
 __all__ = ["direction_by_products", "directions_from_pairs", "products_of"]
 
-Targets: TypeAlias = Mapping[str, Sequence[Pair]]
+RANK, IN_FULL = 64, 2**28  # numbers: a direction of as many takes 1 GB in float32
+COMPARED = 32  # rows
 
 ONE_GROUP = (
     "--groups: the pairs' gradients do not part into groups, so the choice follows one direction; "
@@ -70,63 +86,16 @@ ONE_GROUP = (
 )
 
 
-@dataclass(frozen=True)
-class WeighedPairs:
-    """Some pairs, the products of their answers, and what each pair counts: `first_order` are the
-    slopes of the gain, `slopes` those after the pairs' curvature."""
-
-    pairs: Sequence[Pair]
-    encoded: EncodedPairs
-    products: AnswerProducts
-    first_order: Slopes
-    slopes: Slopes
-    likelihood: str
-
-    @property
-    def lengths(self) -> Float[Tensor, " answers"]:
-        """What turns the mean log-likelihood of a token into the likelihood of the options."""
-        return self.products.lengths(self.likelihood)
-
-    @property
-    def logliks(self) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected answers, by the likelihood of the options; NaN where
-        there is none."""
-        chosen, rejected = (self.lengths * self.products.mean_loglik).split(len(self.pairs))
-        return (
-            chosen.where(~self.is_alone("rejected"), math.nan),
-            rejected.where(~self.is_alone("chosen"), math.nan),
-        )
-
-    @property
-    def weight(self) -> Float[Tensor, " pairs"]:
-        """Slope of the gain, by the log-likelihood of the chosen answer, or of the only one."""
-        chosen, rejected = self.first_order
-        slope = torch.where(self.is_alone("rejected"), rejected, chosen)
-        return slope / self.lengths[: len(self.pairs)]
-
-    def is_alone(self, side: str) -> Bool[Tensor, " pairs"]:
-        """Whether a pair has no answer but that of this side."""
-        return torch.tensor([pair.alone == side for pair in self.pairs])
-
-    @property
-    def length(self) -> float:
-        """Of the direction, by the products."""
-        direction = torch.cat([self.slopes.chosen, -self.slopes.rejected]) / len(self.pairs)
-        return float((direction @ self.products.total @ direction).sqrt())
-
-    @property
-    def cosine(self) -> float:
-        """Between the direction before the pairs' curvature and after it."""
-        total = self.products.total
-        a, b = (torch.cat([s.chosen, -s.rejected]) for s in (self.first_order, self.slopes))
-        return float(a @ total @ b / ((a @ total @ a) * (b @ total @ b)).sqrt())
-
-
 def directions_from_pairs(
-    config: ScoreConfig | PairsConfig, loaded: LoadedModel, targets: Targets, progress: Progress
+    config: ScoreConfig | PairsConfig,
+    loaded: LoadedModel,
+    targets: Targets,
+    progress: Progress,
+    sample: Sequence[Encoded] = (),
 ) -> DirectionSet:
-    """Raises BadRow for a pair that says nothing, BadFile for answers most of which are truncated,
-    NotFinite for a pair whose gradient is lost."""
+    """`sample` are rows on which a low rank is compared with the full direction. Raises BadRow for
+    a pair that says nothing, BadFile for answers most of which are truncated, NotFinite for a pair
+    whose gradient is lost."""
     model, encoder = loaded.model, loaded.encoder
     weights = select_parameters(model.network, config.layers)
     say_selected(model, weights, config.layers, progress)
@@ -141,7 +110,11 @@ def directions_from_pairs(
     every = [pair for pairs in targets.values() for pair in pairs]
     of_targets = [k for k, pairs in enumerate(targets.values()) for _ in pairs]
     with progress.task(f"direction from {len(every)} pairs", None):
-        products = products_of(config, model, weights, [*encoded.values()])
+        rank = starting_rank(config, weights)
+        fits = 2 * len(every) + COMPARED <= EXACT
+        compared = sample[:COMPARED] if rank and fits else []
+        with_rows = products_of(config, model, weights, [*encoded.values()], compared)
+        products = with_rows.of(range(2 * len(every)))
         refuse_not_finite(every, products)
         tuning = None
         if config.tuned:
@@ -154,33 +127,150 @@ def directions_from_pairs(
         if tuning:
             config = with_way(config, tuning.chosen.way, tuning.options)
             weights = select_parameters(model.network, config.layers)
-            products = in_layers(products, config.layers)
+            products, with_rows = (in_layers(p, config.layers) for p in (products, with_rows))
         parts = weighed(config, targets, encoded, products)
-        gradients = {name: gradient_of(config, model, weights, parts[name]) for name in targets}
-        notes += [note for name, g in gradients.items() for note in uncovered(parts[name], g)]
-        grouped: GroupDirections | None = None
-        if isinstance(config, SelectConfig) and config.has_groups:
-            (part,) = parts.values()
-            grouped = group_directions(config, model, weights, part)
-            notes += [ONE_GROUP] if grouped is None else []
-    diagnoses = {name: diagnosed(config, parts[name], g) for name, g in gradients.items()}
-    joint, overall = next(iter(gradients.values())), next(iter(diagnoses.values()))
-    if len(gradients) > 1:
-        joint = mean_target([*gradients.values()])
+        clusters = clusters_in(config, parts)
+        notes += [ONE_GROUP] if clusters and clusters.count < 2 else []
+        task = PairDirections(config, model, weights, parts, clusters)
+        found = task.of_low_rank(rank) if rank else task.in_full()
+        notes += found.notes
+        full = full_direction(task, rank, with_rows, compared) if rank else None
+    diagnoses = {name: diagnosed(config, parts[name], g) for name, g in found.gradients.items()}
+    overall = next(iter(diagnoses.values()))
+    if len(parts) > 1:
+        joint = mean_target([*found.gradients.values()])
         overall = diagnosed(config, joined([*parts.values()], products), joint, of_targets)
     if tuning:
         overall = replace(overall, cross_validation=tuning.nested)
     cosines = None
     if config.curvature == "pairs":
         cosines = {name: parts[name].cosine for name in targets}
-    best = isinstance(config, ScoreConfig) and config.combine == "max" and len(gradients) > 1
-    scores = [direction_of(config, gradient) for gradient in gradients.values()]
-    halves = [gradient.chosen for gradient in (gradients.values() if best else [joint])]
-    lengths = [norm(direction) for direction in scores]
-    layout = DirectionLayout(targets=list(gradients), lengths=lengths, best=best)
+    lengths = [norm(direction) for direction in found.scores]
+    layout = DirectionLayout(targets=list(parts), lengths=lengths, best=task.best)
+    every_direction = [*found.scores, *found.halves]
+    grouped = GroupDirections(clusters, found.groups) if clusters and found.groups else None
     return DirectionSet(
-        weights, [*scores, *halves], layout, diagnoses, overall, notes, cosines, tuning, grouped
+        weights, every_direction, layout, diagnoses, overall, notes, cosines, tuning, grouped, full
     )
+
+
+def starting_rank(config: ScoreConfig | PairsConfig, weights: Parameters) -> int | None:
+    """The rank that directions have from the start; None where they are made in full."""
+    rank = "auto"
+    if isinstance(config, ScoreConfig):
+        rank = "full" if config.curvature in BESIDE_PAIRS else config.rank
+    if rank == "auto":
+        return RANK if sum(weight.numel() for weight in weights.values()) > IN_FULL else None
+    return None if rank == "full" else int(rank)
+
+
+def clusters_in(
+    config: ScoreConfig | PairsConfig, parts: Mapping[str, WeighedPairs]
+) -> PairClusters | None:
+    """Of the only target, where the choice serves groups. Raises BadOption for more groups than
+    pairs."""
+    if not isinstance(config, SelectConfig) or not config.has_groups:
+        return None
+    (part,) = parts.values()
+    return clusters_of(part.products, way_of(config), config.group_count, config.seed)
+
+
+class Found(NamedTuple):
+    """The gradient of each target, directions that rows are scored along, and their halves."""
+
+    gradients: Mapping[str, Target]
+    scores: Sequence[Factored]
+    halves: Sequence[Factored]
+    groups: Sequence[Factored]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class PairDirections:
+    """From weighed pairs to directions, in full or of low rank from the start."""
+
+    config: ScoreConfig | PairsConfig
+    model: CausalLM
+    weights: Parameters
+    parts: Mapping[str, WeighedPairs]
+    clusters: PairClusters | None
+
+    @property
+    def best(self) -> bool:
+        """Whether the highest score of several targets counts."""
+        is_max = isinstance(self.config, ScoreConfig) and self.config.combine == "max"
+        return is_max and len(self.parts) > 1
+
+    def in_full(self) -> Found:
+        config, model, weights = self.config, self.model, self.weights
+        gradients = {n: gradient_of(config, model, weights, p) for n, p in self.parts.items()}
+        notes = [note for n, g in gradients.items() for note in uncovered(self.parts[n], g)]
+        joint = [*gradients.values()]
+        if not self.best and len(joint) > 1:
+            joint = [mean_target(joint)]
+        groups = list[Factored]()
+        for pairs, counts in self.of_groups():
+            (part,) = self.parts.values()
+            own = EncodedPairs(*([side[pair] for pair in pairs] for side in part.encoded))
+            groups.append(direction_by_products(config, model, weights, own, counts))
+        scores = [direction_of(config, gradient) for gradient in gradients.values()]
+        return Found(gradients, scores, [target.chosen for target in joint], groups, notes)
+
+    def of_groups(self) -> Iterator[tuple[list[int], Float[Tensor, " answers"]]]:
+        """The pairs of each group, and what their answers count."""
+        if self.clusters is None or self.clusters.count < 2:
+            return
+        (part,) = self.parts.values()
+        for group in range(self.clusters.count):
+            pairs = self.clusters.members(group)
+            yield pairs, cluster_coefficients(part.products, way_of(self.config), pairs)
+
+    def of_low_rank(self, rank: int) -> Found:
+        parts, config = self.parts.values(), self.config
+        rows = [row for part in parts for row in part.encoded.chosen]
+        rows += [row for part in parts for row in part.encoded.rejected]
+        side = as_side(rows, config.tokens_on(self.model.device.type), self.model.device)
+        coefficients = self.coefficients()
+        low = low_rank_directions(self.model, self.weights, side, coefficients, rank)
+        scores, halves = low[: len(parts)], low[len(parts) :]
+        count = len(halves) - len([*self.of_groups()])
+        for direction in scores:
+            refuse_lost(norm(direction))
+        gradients = {name: part.without_gradient for name, part in self.parts.items()}
+        return Found(gradients, scores, halves[:count], halves[count:])
+
+    def coefficients(self) -> Float[Tensor, "directions answers"]:
+        """What each answer counts in the directions of targets, halves and groups."""
+        total = sum(len(part.pairs) for part in self.parts.values())
+        without_common = self.config.common == "remove"
+        scores, halves, start = list[Tensor](), list[Tensor](), 0
+        for part in self.parts.values():
+            pairs = range(start, start := start + len(part.pairs))
+            scores.append(spread(pairs, part.coefficients(without_common), total))
+            halves.append(spread(pairs, part.half, total))
+        halves = halves if self.best else [torch.stack(halves).mean(0)]
+        groups = [spread(pairs, counts, total) for pairs, counts in self.of_groups()]
+        return torch.stack([*scores, *halves, *groups])
+
+
+def spread(
+    pairs: Sequence[int], own: Float[Tensor, " some"], total: int
+) -> Float[Tensor, " answers"]:
+    """Numbers of the answers of some pairs among those of all: the chosen ones come first."""
+    every = own.new_zeros(2 * total)
+    every[[*pairs, *(total + pair for pair in pairs)]] = own
+    return every
+
+
+def full_direction(
+    task: PairDirections, rank: int, products: AnswerProducts, rows: Sequence[Encoded]
+) -> FullDirection:
+    """Of the first target; `products` are of its answers and then of the rows."""
+    own = task.coefficients()[0]
+    along = products.total[:, : len(own)] @ own
+    length = float((own @ along[: len(own)]).sqrt()) if products.exact else math.nan
+    scores = (along * products.tokens)[len(own) :]
+    return FullDirection(rank, length, rows, scores.numpy())
 
 
 def say_selected(model: CausalLM, weights: Parameters, layers: str, progress: Progress) -> None:
@@ -211,32 +301,14 @@ def products_of(
     model: CausalLM,
     weights: Parameters,
     encoded: Sequence[EncodedPairs],
+    rows: Sequence[Encoded] = (),
 ) -> AnswerProducts:
-    """Of the chosen answers of all targets, and then of the rejected ones."""
+    """Of the chosen answers of all targets, then of the rejected ones, then of other rows."""
     answers = [row for pairs in encoded for row in pairs.chosen]
     answers += [row for pairs in encoded for row in pairs.rejected]
+    answers += rows
     side = as_side(answers, config.tokens_on(model.device.type), model.device)
     return answer_products(model, weights, side)
-
-
-def weighed(
-    config: ScoreConfig | PairsConfig,
-    targets: Targets,
-    encoded: Mapping[str, EncodedPairs],
-    products: AnswerProducts,
-) -> dict[str, WeighedPairs]:
-    """Each target's pairs with their own curvature."""
-    parts, start, count = dict[str, WeighedPairs](), 0, sum(map(len, targets.values()))
-    for name, pairs in targets.items():
-        chosen = range(start, start := start + len(pairs))
-        own = products.of([*chosen, *(count + pair for pair in chosen)])
-        way = replace(way_of(config), curvature="flat")
-        first_order, slopes = pair_slopes(way, own), pair_slopes(way_of(config), own)
-        if pairs[0].alone == "rejected":  # away from the only answer; both sides are the same
-            first_order, slopes = Slopes(*reversed(first_order)), Slopes(*reversed(slopes))
-        own_pairs = (pairs, encoded[name], own)
-        parts[name] = WeighedPairs(*own_pairs, first_order, slopes, config.likelihood)
-    return parts
 
 
 def gradient_of(
@@ -249,34 +321,20 @@ def gradient_of(
     batch_tokens = config.tokens_on(model.device.type)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in part.encoded)
     target = weighted_gradient(model, weights, (chosen, rejected), part.logliks, part.slopes)
-    length = norm(target.direction)
+    refuse_lost(norm(target.direction))
+    return replace(target, weight=part.weight)
+
+
+def refuse_lost(length: float) -> None:
     if not math.isfinite(length) or length == 0:
         raise NotFinite(
             f"the direction of the pairs has length {length}; try --dtype float32, other pairs or "
             "other --layers"
         )
-    return replace(target, weight=part.weight)
-
-
-def group_directions(
-    config: SelectConfig, model: CausalLM, weights: Parameters, part: WeighedPairs
-) -> GroupDirections | None:
-    """None where the pairs are one group. Raises BadOption for more groups than pairs."""
-    way = way_of(config)
-    clusters = clusters_of(part.products, way, config.group_count, config.seed)
-    if clusters.count < 2:
-        return None
-    directions = list[Direction]()
-    for group in range(clusters.count):
-        pairs = clusters.members(group)
-        own = EncodedPairs(*([side[pair] for pair in pairs] for side in part.encoded))
-        counts = cluster_coefficients(part.products, way, pairs)
-        directions.append(direction_by_products(config, model, weights, own, counts))
-    return GroupDirections(clusters, directions)
 
 
 def direction_by_products(
-    config: ScoreConfig,
+    config: ScoreConfig | PairsConfig,
     model: CausalLM,
     weights: Parameters,
     encoded: EncodedPairs,
@@ -330,27 +388,6 @@ def mean_target(targets: Sequence[Target]) -> Target:
         torch.cat([target.loglik_rejected for target in targets]),
         torch.cat([target.weight for target in targets]),
     )
-
-
-def joined(parts: Sequence[WeighedPairs], products: AnswerProducts) -> WeighedPairs:
-    """The pairs of all targets. Slopes are scaled, so that the mean over all pairs is that over
-    targets."""
-    pairs = [pair for part in parts for pair in part.pairs]
-    encoded = EncodedPairs(
-        [row for part in parts for row in part.encoded.chosen],
-        [row for part in parts for row in part.encoded.rejected],
-    )
-    scales = [len(pairs) / len(part.pairs) / len(parts) for part in parts]
-
-    def together(slopes: Sequence[Slopes]) -> Slopes:
-        scaled = [(c * by, r * by) for (c, r), by in zip(slopes, scales, strict=True)]
-        return Slopes(*map(torch.cat, zip(*scaled, strict=True)))
-
-    first_order, slopes = (
-        together([p.first_order for p in parts]),
-        together([p.slopes for p in parts]),
-    )
-    return WeighedPairs(pairs, encoded, products, first_order, slopes, parts[0].likelihood)
 
 
 def diagnosed(

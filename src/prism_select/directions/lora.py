@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Direction, Factors, Owner, dense
+from prism_select.core.layers import Factored, Factors, Owner, dense
 from prism_select.directions.low_rank import matrix_owners, truncated
 from prism_select.models.layer_selection import adapter_names
 from prism_select.run.adapter_base import CONFIG, WEIGHTS
@@ -45,12 +45,10 @@ class AdapterEnergy:
     by_weight: Mapping[str, float]
 
 
-def save_adapter(
-    network: nn.Module, direction: Direction, rank: int, folder: Path
-) -> AdapterEnergy:
+def save_adapter(network: nn.Module, direction: Factored, rank: int, folder: Path) -> AdapterEnergy:
     """Raises BadOption where nothing can be kept, DiskTrouble."""
     used = _adaptable(network, direction)
-    low = {name: truncated(direction[name], rank) for name in used}
+    low = {name: truncated(dense({name: direction[name]})[name], rank) for name in used}
     lengths = {name: norm(dense({name: value})) for name, value in low.items()}
     length = math.hypot(*lengths.values())
     tensors: dict[str, Tensor] = {}
@@ -69,7 +67,7 @@ def save_adapter(
     return AdapterEnergy((length / norm(direction)) ** 2, by_weight)
 
 
-def _adaptable(network: nn.Module, direction: Direction) -> Mapping[str, Owner]:
+def _adaptable(network: nn.Module, direction: Factored) -> Mapping[str, Owner]:
     """The matrices that LoRA could move and the direction does."""
     if adapter_names(network):
         raise BadOption(
@@ -77,7 +75,7 @@ def _adaptable(network: nn.Module, direction: Direction) -> Mapping[str, Owner]:
             "out"
         )
     matrices = matrix_owners(network, direction)
-    used = {name: owner for name, owner in matrices.items() if direction[name].any()}
+    used = {name: owner for name, owner in matrices.items() if norm({name: direction[name]})}
     if not used:
         raise BadOption(
             "--save-adapter: no matrix is selected that LoRA could move; select more with --layers"

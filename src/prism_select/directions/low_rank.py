@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Direction, Factored, Factors, Owner, dense, is_matrix, owners
+from prism_select.core.layers import Factored, Factors, Owner, is_matrix, owners
 
-__all__ = ["LowRank", "factor", "matrix_owners", "on_device", "truncated"]
+__all__ = ["LowRank", "factor", "matrix_owners", "on_device", "stored_numbers", "truncated"]
 
 EXACT = 1024
 
@@ -37,7 +37,7 @@ class LowRank(NamedTuple):
     by_weight: Mapping[str, float]
 
 
-def matrix_owners(network: nn.Module, direction: Direction) -> Mapping[str, Owner]:
+def matrix_owners(network: nn.Module, direction: Factored) -> Mapping[str, Owner]:
     """One module for each parameter of the direction that is used as a matrix, and as nothing
     else."""
     parameters = {n: w for n, w in network.named_parameters() if n in direction}
@@ -61,21 +61,28 @@ def truncated(matrix: Float[Tensor, "rows columns"], rank: int) -> Factors:
     return Factors((left[:, :rank] * values[:rank]).to(matrix), right[:rank].to(matrix))
 
 
-def factor(network: nn.Module, direction: Direction, rank: int) -> LowRank:
+def factor(network: nn.Module, direction: Factored, rank: int) -> LowRank:
     """Each matrix whose rank is above `rank` becomes two factors."""
     matrices = matrix_owners(network, direction)
     low: Factored = {
-        name: truncated(value, rank) if name in matrices and min(value.shape) > rank else value
+        name: truncated(value, rank)
+        if isinstance(value, Tensor) and name in matrices and min(value.shape) > rank
+        else value
         for name, value in direction.items()
     }
     before = {name: norm({name: value}) ** 2 for name, value in direction.items()}
-    after = {name: norm(dense({name: value})) ** 2 for name, value in low.items()}
+    after = {name: norm({name: value}) ** 2 for name, value in low.items()}
     total = sum(before.values())
     return LowRank(
         low,
         sum(after.values()) / total if total else 1.0,
         {name: after[name] / energy if energy else 1.0 for name, energy in before.items()},
     )
+
+
+def stored_numbers(direction: Factored) -> int:
+    parts = (list(v) if isinstance(v, Factors) else [v] for v in direction.values())
+    return sum(tensor.numel() for tensors in parts for tensor in tensors)
 
 
 def on_device(directions: Sequence[Factored], device: torch.device) -> list[Factored]:

@@ -30,7 +30,6 @@ from scipy.special import expit
 
 from prism_select.core.gains import Slopes
 from prism_select.core.target_gradient import Target
-from prism_select.directions.common_part import common_part
 from prism_select.run.polarity import Polarity
 from prism_select.run.thresholds import (
     EFFECTIVE_PAIRS,
@@ -174,7 +173,7 @@ def diagnose(
         pairs=len(gap),
         mean_preference=float(expit(gap).mean()),
         effective_pairs=float(weight.sum() ** 2 / max(1e-300, np.square(weight).sum())),
-        common_part=common_part(target),
+        common_part=common_part(pairs),
         split_half_agreement=float(np.mean(halves)),
         agreement_spread=(float(np.quantile(halves, 0.05)), float(np.quantile(halves, 0.95))),
         agreement_by_pairs=means,
@@ -187,6 +186,15 @@ def diagnose(
         pairs_for_half_of_direction=pairs_for_half(shares),
         shares=tuple(map(float, shares)),
     )
+
+
+def common_part(pairs: PairWeights) -> float:
+    """NaN where the direction is zero."""
+    chosen, rejected = (slope.numpy() for slope in pairs.slopes)
+    difference, total = (np.concatenate([chosen, sign * rejected])[None] for sign in (-1, 1))
+    length = float(dots(difference, pairs.products, difference)[0])
+    common = float(dots(total, pairs.products, total)[0]) / 4
+    return math.sqrt(max(0.0, common) / length) if length > 0 else math.nan
 
 
 def agreements(

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prism_select.core.gradients import dot, norm
-from prism_select.core.layers import Parameters
+from prism_select.core.layers import Parameters, dense
 from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded
 from prism_select.directions.adam_moments import adam_curvature
 from prism_select.directions.curvature import CURVATURES, Curvature, Flat
-from prism_select.directions.direction_set import DirectionSet, mean_direction
+from prism_select.directions.direction_set import DirectionSet, mean_factored
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import CurvatureOptions, ScoreConfig
 from prism_select.run.errors import NotFinite
@@ -92,9 +92,9 @@ def preconditioned(
     targets = direction_set.of_targets
     count = len(direction_set.directions) + len(dampings)
     with progress.task(f"dividing {count} directions by the curvature", None):
-        divided = [curvature.solve(direction, damping) for direction in direction_set.directions]
+        divided = [curvature.solve(dense(d), damping) for d in direction_set.directions]
         if dampings:
-            mean = mean_direction(targets)
+            mean = dense(mean_factored(targets))
             divided += [curvature.solve(mean, damping) for damping in dampings]
     lengths = [norm(direction) for direction in divided[: len(targets)]]
     if not all(0 < length < float("inf") for length in lengths):

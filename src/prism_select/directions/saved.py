@@ -2,25 +2,26 @@
 
     direction.safetensors    [LABEL/]PARAMETER → tensor
         no label             the direction of the only target
+        PARAMETER:left       of low rank: the matrix is left @ right
         target:NAME          that of one of several targets
         chosen               the half C; chosen:NAME where the best target counts
     metadata `towards`       the answers of the target file that the direction points to, and
                              whether it was taken after a warm-up
 
 Choices made here:
-- what is saved is what rows are scored along: curvature and removed common part are in it, a cut to
-  a rank is not, and neither are further dampings;
+- what is saved is what rows are scored along: curvature and removed common part are in it, a low
+  rank is where the direction has it from the start, and further dampings are not;
 - metadata has one entry alone, since the order of several is not the same in every file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 from torch import Tensor
 
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Direction
+from prism_select.core.layers import Factored, Factors
 from prism_select.data.remote import local
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
 from prism_select.directions.layout import DirectionLayout
@@ -44,12 +45,11 @@ def labels_of(layout: DirectionLayout) -> list[str]:
 
 
 def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSet) -> None:
+    labels = labels_of(direction_set.layout)
     tensors = {
         f"{label}/{name}".lstrip("/"): value
-        for label, direction in zip(
-            labels_of(direction_set.layout), direction_set.directions, strict=False
-        )
-        for name, value in direction.items()
+        for label, direction in zip(labels, direction_set.directions, strict=False)
+        for name, value in tensors_of(direction)
     }
     metadata = {"towards": Polarity.of_config(config).toward + WARMED * bool(config.warmup)}
     store.write_tensors("direction.safetensors", tensors, metadata)
@@ -62,6 +62,26 @@ def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSe
             names = [groups.names[group] for group in groups.clusters.of_pairs]
             table = table.append_column("group", pa.array(names))
         store.write_table("pairs.parquet", table)
+
+
+def tensors_of(direction: Factored) -> Iterator[tuple[str, Tensor]]:
+    for name, value in direction.items():
+        if isinstance(value, Factors):
+            yield from zip((f"{name}:left", f"{name}:right"), value, strict=True)
+        else:
+            yield name, value
+
+
+def with_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Factors]:
+    """A direction of what `tensors_of` gives."""
+    found: dict[str, Tensor | Factors] = {}
+    for key, value in tensors.items():
+        name, _, side = key.rpartition(":")
+        if side == "left" and f"{name}:right" in tensors:
+            found[name] = Factors(value, tensors[f"{name}:right"])
+        elif side != "right":
+            found[key] = value
+    return found
 
 
 def held_out(config: ScoreConfig, direction_set: DirectionSet) -> dict[str, list[float | None]]:
@@ -112,7 +132,7 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
         label.removeprefix("target:") for label in by_label if not label.startswith("chosen")
     ]
     layout = DirectionLayout(targets=targets, best="chosen" not in by_label)
-    directions: list[Direction] = [by_label.get(label, {}) for label in labels_of(layout)]
+    directions = [with_factors(by_label.get(label, {})) for label in labels_of(layout)]
     parameters = dict(model.network.named_parameters())
     names = [name for name in parameters if directions and name in directions[0]]
     for direction in directions:

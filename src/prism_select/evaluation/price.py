@@ -30,6 +30,7 @@ from prism_select.evaluation.retraining import TrainedResult, TrainingJob, diges
 from prism_select.evaluation.training_results import PRICED, Rows, means_of
 from prism_select.evaluation.trainings import encoded_rows, sampled
 from prism_select.models.loading import LoadedModel
+from prism_select.run.config import BESIDE_PAIRS
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.polarity import Polarity
@@ -94,8 +95,8 @@ def time_scoring(
     saved, toward = str(past.home / "direction.safetensors"), Polarity.of_config(config).toward
     direction_set = load_direction(saved, model, toward, bool(config.warmup))
     directions: Sequence[Factored] = direction_set.directions
-    if config.rank:
-        directions, _ = cut_to_rank(config, config.rank, model, direction_set, rows)
+    if config.rank_number and config.curvature in BESIDE_PAIRS:
+        directions, _ = cut_to_rank(config, config.rank_number, model, direction_set, rows)
     weights = direction_set.weights
     engine, _ = choose_engine(config, model, weights, directions, rows[:CHECKED_ROWS])
     plan = plan_batches([len(row.tokens) for row in rows], engine.tokens)

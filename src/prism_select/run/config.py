@@ -367,10 +367,11 @@ class ScoringOptions(Options):
     ] = "none"
     tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
     rank: Annotated[
-        int | None,
-        "Score along a direction of this rank in every matrix, which costs less  [default: full].",
+        str,
+        "Rank of the direction in every matrix, which saves memory and time; full; or auto: 64 "
+        "where more than 268 million numbers are selected, and full below.",
         Mark.RARE,
-    ] = None
+    ] = "auto"
     warmup: Annotated[
         str | None,
         "Fine-tune a LoRA adapter on this share of the pool first, as in 5%, and score with it "
@@ -397,8 +398,9 @@ class ScoringOptions(Options):
     ] = None
 
     def validate(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise BadOption(f"--rank {self.rank}: must be at least 1; leave it out for full rank")
+        is_rank = self.rank in ("auto", "full") or self.rank.isdecimal()
+        if not is_rank or self.rank_number == 0:
+            raise BadOption(f"--rank {self.rank}: not a rank; try auto, full or 64")
         if self.warmup and Amount.parse("--warmup", self.warmup).kind != "share":
             raise BadOption(f"--warmup {self.warmup}: not a share of the pool; try 5%")
         if self.tokens and self.engine in ("reverse", "reference"):
@@ -412,6 +414,11 @@ class ScoringOptions(Options):
             )
         if self.normalize == "norm" and self.tokens:
             raise BadOption("--normalize norm and --tokens: no engine does both; leave one out")
+
+    @property
+    def rank_number(self) -> int | None:
+        """The rank that is asked for."""
+        return int(self.rank) if self.rank.isdecimal() else None
 
     @property
     def first_engine(self) -> str:
