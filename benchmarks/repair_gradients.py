@@ -26,7 +26,6 @@ from real import WORK, asked, lines, model, said
 from prism_select.data.batches import collate, plan_batches
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example, Turn
-from prism_select.directions import answer_products as products_module
 from prism_select.directions.answer_products import answer_products
 from prism_select.directions.pair_encoding import as_side
 from prism_select.models.causal_lm import CausalLM
@@ -119,7 +118,6 @@ def prepare(family: str, data: Path, folder: Path = FOLDER, network: Path | None
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    products_module.FACTORS = 11 * 2**30
     lm, tokenizer = load(str(network or model()), "bfloat16", torch.device("cpu"))
     encoder = Encoder(tokenizer, "plain", 256, lm.vocabulary)
     kept = rows_of(family, data)

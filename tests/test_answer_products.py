@@ -1,5 +1,7 @@
 """Products of the gradients of answers against autograd, on every architecture."""
 
+import errno
+import tempfile
 from collections.abc import Mapping
 
 import pytest
@@ -15,7 +17,9 @@ from prism_select.core.likelihood import LanguageModel
 from prism_select.core.target_gradient import Side, pair_logliks
 from prism_select.directions import answer_products as module
 from prism_select.directions.answer_products import AnswerProducts, answer_products
+from prism_select.directions.tensor_shelf import Shelf
 from prism_select.models.layer_selection import select_parameters
+from prism_select.run.errors import DiskTrouble
 
 PAIRS = 5
 
@@ -75,14 +79,19 @@ def test_products_are_those_of_autograd_on_every_architecture(name: str) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("factors", "formed"), [(2**30, 2**26), (2**14, 2**9)])
+@pytest.mark.parametrize(
+    ("held", "room", "formed"),
+    [(2**28, 2**30, 2**26), (2**28, 2**14, 2**9), (0, 2**30, 2**26), (2**13, 2**14, 2**9)],
+)
 def test_products_are_exact_however_few_numbers_are_held_at_once(
-    tied: bool, factors: int, formed: int, monkeypatch: pytest.MonkeyPatch
+    tied: bool, held: int, room: int, formed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, side = Tiny(tied=tied), answers_of(61)
     weights = select_parameters(model.network, "all")
     exact = exact_blocks(model, weights, side)
-    monkeypatch.setattr(module, "FACTORS", factors)
+    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "PIECE", room)
+    monkeypatch.setattr(module, "room_for_factors", lambda weights: room)
     monkeypatch.setattr(module, "FORMED", formed)
     monkeypatch.setattr(module, "TOKENS", 3)
     assert_same(answer_products(model, weights, side), exact, 1e-12)
@@ -107,3 +116,12 @@ def test_gradients_of_many_answers_are_folded_without_bias(monkeypatch: pytest.M
     found = answer_products(model, weights, side)
     assert not found.exact
     assert torch.allclose(found.total, exact, atol=0.2 * float(exact.max()))
+
+
+def test_a_temporary_folder_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DiskTrouble, match="No space left on device"):
+        Shelf(0).put(torch.zeros(3))

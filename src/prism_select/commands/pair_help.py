@@ -49,7 +49,7 @@ def mean_gradient(
 ) -> Direction:
     total, model = zero_sum(weights), loaded.model
     with differentiable(weights):
-        side = as_side(rows, config.tokens_on(model.device.type), model.device)
+        side = as_side(rows, config.tokens_on(model.device.type, model.size), model.device)
         for batch in side.batches:
             backward(model, batch, torch.ones(len(batch), device=model.device))
             add_gradients(total, weights)

@@ -93,13 +93,16 @@ def run_main(
     given, config = config, directions.config
     for line in diagnosis_warnings(directions.direction_set, Polarity.of_config(config)):
         progress.say(line)
-    engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
+    with timer.step("check"):
+        engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     size = actors.size if actors else processes.size
-    plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
+    with timer.step("plan"):
+        plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
 
-    begin_run(given, store, inputs, checkpoint, directions)
+    with timer.step("save"):
+        begin_run(given, store, inputs, checkpoint, directions)
     finished = finished_shards(store, progress)
     job = scoring_job(inputs, directions, check.engine, finished)
     processes.broadcast(job)

@@ -101,15 +101,15 @@ __all__ = [
     "with_pair_help",
 ]
 
-STEPS = ("load", "target", "curvature", "score", "choose")
+STEPS = ("read", "load", "target", "curvature", "check", "plan", "save", "score", "choose")
 ADAPTER_RANK = 16  # of --save-adapter without --rank
 
 
 @dataclass
 class StepTimer:
-    """Seconds of each step, and of reading the pool, which a plan needs."""
+    """Seconds of each step."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STEPS, "read"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager

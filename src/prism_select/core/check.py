@@ -8,8 +8,6 @@ Choices made here:
 
 import torch
 
-from prism_select.core.engines import Engine
-from prism_select.core.likelihood import Batch
 from prism_select.run.errors import EnginesDisagree, NotFinite
 
 __all__ = ["check", "disagreement", "tolerance"]
@@ -28,18 +26,17 @@ def disagreement(fast: torch.Tensor, slow: torch.Tensor) -> float:
     return float((error / size.clamp(min=1e-30)).max())
 
 
-def check(engine: str, fast: Engine, slow: Engine, batch: Batch, dtype: torch.dtype) -> float:
-    """The disagreement on `batch`. Raises EnginesDisagree above the tolerance, NotFinite where the
-    definition gives no number."""
-    exact = slow(batch).values
-    if not exact.isfinite().all():
+def check(engine: str, fast: torch.Tensor, slow: torch.Tensor, dtype: torch.dtype) -> float:
+    """The disagreement of scores shaped (rows, directions) with those of the definition. Raises
+    EnginesDisagree above the tolerance, NotFinite where the definition gives no number."""
+    if not slow.isfinite().all():
         raise NotFinite(
             "the first rows of the pool have scores that are NaN or infinite; try --dtype float32"
         )
-    error, allowed = disagreement(fast(batch).values, exact), tolerance(engine, dtype)
+    error, allowed = disagreement(fast, slow), tolerance(engine, dtype)
     if not error <= allowed:
         raise EnginesDisagree(
-            f"engine {engine} and the definition differ by {error:.1e} on the first {len(batch)} "
+            f"engine {engine} and the definition differ by {error:.1e} on the first {len(slow)} "
             f"rows (allowed {allowed:.0e}); try --dtype float32, or --engine reference to be exact "
             "and slow"
         )

@@ -13,7 +13,9 @@ Everything about pairs is linear in their answers: whatever weights the pairs ge
 products with any answer, and its length, follow from G.
 
 Choices made here:
-- factors of as many matrices are collected in one pass as take the memory of the direction;
+- on a CPU one pass collects all factors, and those beyond `HELD` bytes wait in a temporary file, up
+  to half of the free disk; on a GPU as many matrices are collected in a pass as `HELD`, or half of
+  the weights, have room for;
 - products are formed in float32 or better and add up in float64;
 - above `EXACT` answers, gradients are multiplied with random signs and `FOLDED` numbers added up to
   one, before they are multiplied: without bias, with an error of one over the root of the numbers
@@ -45,6 +47,7 @@ from prism_select.core.layers import (
 )
 from prism_select.core.likelihood import LanguageModel, backward
 from prism_select.core.target_gradient import Side
+from prism_select.directions.tensor_shelf import Shelf, Shelved, free_disk
 
 __all__ = [
     "AnswerProducts",
@@ -56,7 +59,8 @@ __all__ = [
 ]
 
 EXACT = 1024  # answers up to which products are exact
-FACTORS = 2**30  # bytes of factors that a pass collects, at least
+HELD = 2**26  # bytes of factors in memory
+PIECE = 2**27  # bytes of a piece's factors
 FORMED = 2**25  # numbers of all answers' gradients that are formed at a time: 128 MB in float32
 FOLDED = 64  # numbers of a gradient that become one
 TOKENS = 256  # that are multiplied at a time
@@ -107,6 +111,14 @@ class Factors(NamedTuple):
     right: Float[Tensor, "answers tokens columns"]
 
 
+class KeptFactors(NamedTuple):
+    """Factors on the shelf."""
+
+    first: int
+    left: Tensor | Shelved
+    right: Tensor | Shelved
+
+
 def answer_products(model: LanguageModel, weights: Parameters, side: Side) -> AnswerProducts:
     """`side` holds the answers of both sides of the pairs; its order numbers them."""
     collection = Collection(model, weights, side)
@@ -138,8 +150,9 @@ class Collection:
         self._matrices, self._small = by_kind(self.owners)
         self._lost = {name for name in weights if name not in self._matrices | self._small}
         self._visited = set[str]()
-        self._factors = dict[Piece, list[Factors]]()
+        self._factors = dict[Piece, list[KeptFactors]]()
         self._sums = dict[str, Tensor]()
+        self._shelf = Shelf(HELD)
         self._first, self._size, self._examples = 0, 0, torch.zeros(0).long()
 
     def products(self) -> Iterator[tuple[str, Float[Tensor, "answers answers"]]]:
@@ -150,14 +163,15 @@ class Collection:
             for piece in pieces:
                 if piece.name not in self._lost:
                     yield piece.name, self._piece_products(piece)
+        self._shelf.close()
         if self._lost:
             yield from self._row_by_row()
 
     def _passes(self) -> Iterator[list[Piece]]:
         tokens = sum(batch.tokens.numel() for batch in self.side.batches)
-        limit = max(FACTORS, 4 * sum(weight.numel() for weight in self.weights.values()))
+        limit = room_for_factors(self.weights)
         pieces, size = list[Piece](), 0
-        for piece, needed in self._pieces(tokens, limit):
+        for piece, needed in self._pieces(tokens):
             if pieces and size + needed > limit:
                 yield pieces
                 pieces, size = [], 0
@@ -166,7 +180,7 @@ class Collection:
         if pieces:
             yield pieces
 
-    def _pieces(self, tokens: int, limit: int) -> Iterator[tuple[Piece, int]]:
+    def _pieces(self, tokens: int) -> Iterator[tuple[Piece, int]]:
         """With the bytes of its factors."""
         for name, weight in self.weights.items():
             if name in self._small:
@@ -174,7 +188,7 @@ class Collection:
             elif name in self._matrices:
                 rows, columns = weight.shape
                 bytes_of_row = tokens * weight.element_size()
-                step = max(1, min(rows, limit // bytes_of_row - columns))
+                step = min(rows, max(-(-rows // 16), PIECE // bytes_of_row - columns))
                 for start in range(0, rows, step):
                     stop = min(start + step, rows)
                     yield Piece(name, start, stop), bytes_of_row * (stop - start + columns)
@@ -183,6 +197,8 @@ class Collection:
         """Collects in one pass over the batches."""
         names = {piece.name for piece in pieces}
         self._factors = {piece: [] for piece in pieces if piece.stop}
+        self._shelf.close()
+        self._shelf = Shelf(HELD)
         self._sums = {
             piece.name: _zeros(
                 self.weights[piece.name], self.count, self.weights[piece.name].numel()
@@ -222,7 +238,9 @@ class Collection:
                 self._add_small(owner, key, inputs, gradient, examples)
         for piece, factors in self._factors.items():
             if examples is not None and piece.name == owner.weights.get("weight"):
-                factors += self._new_factors(piece, owner, inputs, gradient, examples)
+                new = self._new_factors(piece, owner, inputs, gradient, examples)
+                put = self._shelf.put
+                factors += (KeptFactors(f.first, put(f.left), put(f.right)) for f in new)
 
     def _new_factors(
         self, piece: Piece, owner: Owner, inputs: Inputs, gradient: Tensor, examples: Tensor
@@ -263,7 +281,8 @@ class Collection:
     def _piece_products(self, piece: Piece) -> Float[Tensor, "answers answers"]:
         if not piece.stop:
             return self._squared(self._sums.pop(piece.name))
-        factors = self._factors.pop(piece)
+        get = self._shelf.get
+        factors = [Factors(f.first, get(f.left), get(f.right)) for f in self._factors.pop(piece)]
         rows, columns = piece.stop - piece.start, self.weights[piece.name].shape[1]
         sizes = [entry.right.shape[:2].numel() for entry in factors]
         dense = sum(n for n, f in zip(sizes, factors, strict=True) if f.left.ndim == 3)
@@ -313,6 +332,14 @@ class Collection:
         for name, rows in gradients.items():
             flat = torch.cat(rows)
             yield name, (flat @ flat.T).double()
+
+
+def room_for_factors(weights: Parameters) -> int:
+    """Bytes of factors that one pass collects."""
+    if next(iter(weights.values())).is_cuda:
+        size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        return max(HELD, size // 2)
+    return HELD + free_disk() // 2
 
 
 def by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:

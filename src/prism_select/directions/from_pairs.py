@@ -229,7 +229,9 @@ class PairDirections:
         parts, config = self.parts.values(), self.config
         rows = [row for part in parts for row in part.encoded.chosen]
         rows += [row for part in parts for row in part.encoded.rejected]
-        side = as_side(rows, config.tokens_on(self.model.device.type), self.model.device)
+        side = as_side(
+            rows, config.tokens_on(self.model.device.type, self.model.size), self.model.device
+        )
         coefficients = self.coefficients()
         low = low_rank_directions(self.model, self.weights, side, coefficients, rank)
         scores, halves = low[: len(parts)], low[len(parts) :]
@@ -307,7 +309,7 @@ def products_of(
     answers = [row for pairs in encoded for row in pairs.chosen]
     answers += [row for pairs in encoded for row in pairs.rejected]
     answers += rows
-    side = as_side(answers, config.tokens_on(model.device.type), model.device)
+    side = as_side(answers, config.tokens_on(model.device.type, model.size), model.device)
     return answer_products(model, weights, side)
 
 
@@ -318,7 +320,7 @@ def gradient_of(
     part: WeighedPairs,
 ) -> Target:
     """C and R of all pairs. Raises NotFinite where the direction is lost."""
-    batch_tokens = config.tokens_on(model.device.type)
+    batch_tokens = config.tokens_on(model.device.type, model.size)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in part.encoded)
     target = weighted_gradient(model, weights, (chosen, rejected), part.logliks, part.slopes)
     refuse_lost(norm(target.direction))
@@ -341,7 +343,7 @@ def direction_by_products(
     coefficients: Float[Tensor, " answers"],
 ) -> Direction:
     """Σ_a coefficient_a ∇mean_loglik(a); the chosen answers come first."""
-    batch_tokens = config.tokens_on(model.device.type)
+    batch_tokens = config.tokens_on(model.device.type, model.size)
     chosen, rejected = (as_side(rows, batch_tokens, model.device) for rows in encoded)
     count, unknown = len(encoded.chosen), torch.zeros(0)  # log-likelihoods, not needed here
     up, down = (count * coefficients).split(count)

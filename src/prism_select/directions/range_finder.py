@@ -2,21 +2,22 @@
 
     D = Σ_a v_a ∇mean_loglik(a) = Σ_t v_a(t) l_t r_tᵀ      over the tokens of all answers
 
-    Y = D Ω      Ω (columns, 2 rank) random          Q = an orthonormal base of Y
+    Y = D Ω      Ω (columns, width) random           Q = an orthonormal base of Y
     Z = Dᵀ Q                                         P = that of Z
     Y = D P, Q = that of Y, Z = Dᵀ Q                 D ≈ Q Zᵀ, cut to `rank`
 
 Each line is a pass over the answers, for all matrices and all directions at once (randomized range
-finder with a step of subspace iteration, arXiv 0909.4061). Memory: 2 rank (rows + columns) numbers
-a matrix and direction. A matrix is all that Linear, Conv1D or an embedding use alone; whatever the
-weights of the answers are, the direction follows from them, so all targets, halves and groups share
-the passes.
+finder with a step of subspace iteration, arXiv 0909.4061). Memory: width (rows + columns) numbers a
+matrix and direction, in float32 or better. A matrix is all that Linear, Conv1D or an embedding use
+alone; whatever the weights of the answers are, the direction follows from them, so all targets,
+halves and groups share the passes.
 
 Choices made here:
 - gradients of norms and biases add up in the first pass, as they are;
 - other parameters (fused experts, matrices that are used past their module) come from autograd, in
   full, with a pass for each direction;
-- factors are float32 or better.
+- the width is `MORE` above the rank;
+- factors are kept in the dtype of their parameter, in which rows are scored anyway.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -71,6 +72,9 @@ def low_rank_directions(
     return RangeFinder(model, weights, side, coefficients).directions(rank)
 
 
+MORE = 16
+
+
 class Step(NamedTuple):
     """A pass: what the matrices are multiplied with, and the sums so far; those of norms and biases
     are `small`."""
@@ -102,7 +106,7 @@ class RangeFinder:
         matrices, small = by_kind(self.owners)
         self.lost = self.weights.keys() - matrices - small
         sums = {name: self.zeros(name, weight.numel()) for name, weight in self.of(small)}
-        left = orthonormal(self.multiply(self.random(matrices, 2 * rank), False, sums))
+        left = orthonormal(self.multiply(self.random(matrices, rank + MORE), False, sums))
         self.lost |= self.used_elsewhere(self.weights.keys() - self.visited - self.lost)
         left = {name: base for name, base in left.items() if name not in self.lost}
         right = orthonormal(self.multiply(left, True))
@@ -137,12 +141,15 @@ class RangeFinder:
             if name in own:
                 direction[name] = own[name]
             elif name in left:
-                direction[name] = cut(left[name][number], products[name][number], rank)
+                found = cut(left[name][number], products[name][number], rank)
+                direction[name] = found.to(weight)
             else:
                 direction[name] = sums[name][number].reshape(weight.shape)
         return direction
 
-    def multiply(self, base: Stack, transposed: bool, small: Stack | None = None) -> Stack:
+    def multiply(
+        self, base: Stack, transposed: bool, small: Stack | None = None
+    ) -> dict[str, Tensor]:
         """D times the base of each matrix, or Dᵀ times it; adds the gradients of `small`."""
         total = {
             name: self.zeros(name, self.weights[name].shape[transposed], value.shape[2])
@@ -255,8 +262,11 @@ def scaled_gradients(
     return torch.stack(found) if found else None
 
 
-def orthonormal(stack: Stack) -> Stack:
-    return {name: torch.linalg.qr(value).Q for name, value in stack.items()}
+def orthonormal(stack: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A base of each, in its place."""
+    for name, value in stack.items():
+        stack[name] = torch.linalg.qr(value).Q
+    return stack
 
 
 def cut(

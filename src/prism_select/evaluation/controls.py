@@ -175,7 +175,7 @@ def scores_of(
         names = [name for name, _ in batch]
         directions = [curvature.solve(direction, config.dampings[0]) for _, direction in batch]
         measure = without_norms(ENGINES[config.first_engine](model, weights, directions))
-        engine = BatchedEngine(measure, config.tokens_on(model.device.type))
+        engine = BatchedEngine(measure, config.tokens_on(model.device.type, model.size))
         scores, _ = score_rows(engine, rows, model.device)
         yield from zip(names, scores.T, strict=True)
 

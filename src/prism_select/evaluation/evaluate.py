@@ -119,7 +119,8 @@ def evaluate(
     if past.config.layers == "adapter":
         loaded = load_checkpoint(past, config.full, "all", progress)
     device = loaded.model.device
-    sides = [as_side(s, past.config.tokens_on(device.type), device) for s in encoded_pairs]
+    batch_tokens = past.config.tokens_on(device.type, loaded.model.size)
+    sides = [as_side(s, batch_tokens, device) for s in encoded_pairs]
     parts = made_of(config, past)
     retrainer = Retrainer(loaded, rows, sides, store, parts, tasks, questions.asked)
     say_plan(questions, every_job, len(jobs), progress)

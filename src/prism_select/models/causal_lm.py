@@ -13,6 +13,7 @@ Choices made here:
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class CausalLM:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @cached_property
+    def size(self) -> int:
+        """Numbers in all parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 BATCH_TOKENS = {"gpu": 4096, "cpu": 512, "cpu without a graph": 2048}
+LARGE = {"gpu": 2**32, "cpu": 2**28}  # numbers of a model
 Ranking = Literal[
     "random",
     "random-by-source",
@@ -151,10 +152,12 @@ class ModelOptions(Options):
             if not is_day:
                 raise BadOption(f"--template-date {self.template_date}: no day; try 2026-11-30")
 
-    def tokens_on(self, device: str, graph: bool = True) -> int:
-        """Tokens in a batch; a graph for the backward pass leaves room for fewer."""
+    def tokens_on(self, device: str, numbers: int, graph: bool = True) -> int:
+        """Tokens in a batch, of a model of so many numbers; the graph of a backward pass leaves
+        room for fewer, a quarter of them where the model is large."""
         kind = "gpu" if device != "cpu" else "cpu" if graph else "cpu without a graph"
-        return self.batch_tokens or BATCH_TOKENS[kind]
+        share = 4 if graph and numbers > LARGE[kind] else 1
+        return self.batch_tokens or BATCH_TOKENS[kind] // share
 
 
 @dataclass(frozen=True, kw_only=True)

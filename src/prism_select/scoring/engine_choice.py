@@ -9,9 +9,12 @@ rows.
 Choices made here:
 - an engine that the user names is the only one that is tried;
 - an engine that cannot reach a parameter gives way to the next, and the reason is reported;
-- the check compares with the definition, on rows whose scores are finite.
+- the check compares with the definition, on rows whose scores are finite;
+- of more than `CHECKED` selected numbers, parameters of so many are compared, drawn evenly: the
+  definition needs their gradients in full. The engine itself runs along all of them.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +29,12 @@ from prism_select.data.encoding import Encoded
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadOption, Unreachable
-from prism_select.scoring.batched_engine import BatchedEngine, Measure, without_norms
+from prism_select.scoring.batched_engine import BatchedEngine, without_norms
 from prism_select.scoring.gradient_norms import with_norms
 
 __all__ = ["EngineCheck", "choose_engine", "make_engine"]
+
+CHECKED = 2**24  # numbers
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,11 @@ def choose_engine(
     """Raises what `check` raises, Unreachable where no engine reaches every parameter, and
     BadOption where none of them has norms."""
     names = _candidates(config, torch.finfo(model.dtype).bits < 32)
-    batch, exact = _finite_rows(model, parameters, directions, rows)
+    some = checked_parameters(parameters)
+    few = [
+        {name: direction[name] for name in some if name in direction} for direction in directions
+    ]
+    batch, exact = _finite_rows(model, some, few, rows)
     dtype = str(model.dtype).removeprefix("torch.")
     reason = f"asked for, {dtype}"
     for name in names:
@@ -65,7 +74,12 @@ def choose_engine(
             reason = f"the cheapest along one direction at a time, {dtype}"
         engine = make_engine(config, name, model, parameters, directions)
         try:
-            off, repeat = _disagreements(name, engine, exact, batch, model.dtype)
+            (first, _), (second, _) = (engine(batch) for _ in range(2))
+            compared = first
+            if len(some) < len(parameters):
+                compared, _ = make_engine(config, name, model, some, few)(batch)
+            off = check(name, compared.values, exact.values, model.dtype)
+            repeat = disagreement(second.values, first.values)
             return engine, EngineCheck(name, reason, dtype, len(batch), off, repeat)
         except Unreachable as error:
             reason = str(error).partition("; try")[0]
@@ -91,13 +105,15 @@ def _finite_rows(
     return collate(remaining, model.device), Scores(exact.loglik[checked], exact.values[checked])
 
 
-def _disagreements(
-    name: str, measure: Measure, exact: Scores, batch: Batch, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Of an engine's scores with the definition, and with themselves when taken twice."""
-    (first, _), (second, _) = (measure(batch) for _ in range(2))
-    off = check(name, lambda _: first, lambda _: exact, batch, dtype)
-    return off, disagreement(second.values, first.values)
+def checked_parameters(parameters: Parameters) -> Parameters:
+    """All of them, or as many as have `CHECKED` numbers, drawn evenly; one at least."""
+    names, left, drawn = [*parameters], CHECKED, set[str]()
+    random.Random(0).shuffle(names)
+    for name in sorted(names, key=lambda name: parameters[name].numel() > CHECKED):
+        if parameters[name].numel() <= left or not drawn:
+            drawn.add(name)
+            left -= parameters[name].numel()
+    return {name: parameter for name, parameter in parameters.items() if name in drawn}
 
 
 def _candidates(config: ScoreConfig, narrow: bool) -> list[str]:
@@ -125,4 +141,6 @@ def make_engine(
         if config.normalize == "norm"
         else without_norms(ENGINES[name](model, parameters, directions))
     )
-    return BatchedEngine(measure, config.tokens_on(model.device.type, graph=name != "difference"))
+    return BatchedEngine(
+        measure, config.tokens_on(model.device.type, model.size, graph=name != "difference")
+    )

@@ -43,7 +43,7 @@ def compare_ranks(
     """Of a direction that is of low rank from the start."""
     low = direction_set.directions[0]
     engine = ENGINES[config.first_engine](model, direction_set.weights, [low])
-    batched = BatchedEngine(without_norms(engine), config.tokens_on(model.device.type))
+    batched = BatchedEngine(without_norms(engine), config.tokens_on(model.device.type, model.size))
     correlation = math.nan
     if full.rows:
         scores, _ = score_rows(batched, full.rows, model.device)
@@ -65,7 +65,7 @@ def cut_to_rank(
     engine = ENGINES[config.first_engine](
         model, direction_set.weights, [direction_set.directions[0], low[0].direction]
     )
-    batched = BatchedEngine(without_norms(engine), config.tokens_on(model.device.type))
+    batched = BatchedEngine(without_norms(engine), config.tokens_on(model.device.type, model.size))
     scores, _ = score_rows(batched, rows, model.device)
     correlation = rank_correlation(scores[:, 0], scores[:, 1])
     check = RankCheck(rank, low[0].energy_kept, len(rows), correlation)

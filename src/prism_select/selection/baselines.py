@@ -237,7 +237,7 @@ def rankings(
         folds=folds_of(groups_of(pairs), config.seed) if pairs else [],
         scores=own_scores[indices],
         likelihood=config.likelihood,
-        batch_tokens=config.tokens_on(loaded.model.device.type),
+        batch_tokens=config.tokens_on(loaded.model.device.type, loaded.model.size),
         engine=config.first_engine,
     )
     numbers = {name: np.full(count, np.nan) for name in names}

@@ -65,7 +65,9 @@ class FeatureScorer(Scorer):
     """Features in place of scores, of the rows that another scorer would score."""
 
     def __init__(self, extract: Callable[[Batch], Tensor], scorer: Scorer) -> None:
-        tokens = scorer.config.tokens_on(scorer.loaded.model.device.type, graph=False)
+        tokens = scorer.config.tokens_on(
+            scorer.loaded.model.device.type, scorer.loaded.model.size, graph=False
+        )
         engine = BatchedEngine(scorer.engine.measure, tokens)
         super().__init__(scorer.loaded, engine, DirectionLayout(), scorer.config)
         self.extract = extract

@@ -1,0 +1,127 @@
+"""How much memory does a model need beyond its weights, and what does a low rank lose?
+
+    make size        twenty minutes on two cores; alone: python benchmarks/size.py
+
+A random Llama of 399 million numbers in bfloat16 (22 blocks, width 1,024, vocabulary 32,000), 24
+rows and 12 pairs of a few dozen tokens; each way is a process of its own. Memory is the peak of
+`prism score` less that of the same command on the bundled tiny model, over the bytes of the
+weights. With --gemma DIR (made by real.py): what rank 64 keeps on a model that has learned
+something.
+
+Choices made here: a random model has the gradients of no real one, so what a rank keeps is measured
+on Gemma-3-270M, against the full direction on the same rows."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from results_file import figure, write
+
+from prism_select.demo.train import MODEL_DIR
+
+Row = dict[str, Any]
+WORK = Path(__file__).parent / "work" / "size"
+SHAPE = {
+    "vocab_size": 32_000,
+    "hidden_size": 1024,
+    "intermediate_size": 3840,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+WAYS: Mapping[str, Row] = {
+    "default": {},
+    "late": {"layers": "late"},
+    "full": {"rank": "full"},
+}
+WANTED = {"default": "≤ 1.6", "full": "≤ 3.0"}
+SCRIPT = """
+import json, sys, prism_select
+print(json.dumps(dict(prism_select.score(**json.loads(sys.argv[1])).manifest)))
+"""
+
+
+def model() -> Path:
+    folder = WORK / "llama-399m"
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+        network = LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16()
+        folder.mkdir(parents=True, exist_ok=True)
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def files() -> Row:
+    from prism_select.demo import world
+
+    rows = {"pool": world.pool(60, 0)[:24], "target": world.pairs("capitals", 12, 0)}
+    for name, some in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (WORK / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {name: str(WORK / f"{name}.jsonl") for name in rows}
+
+
+def measured(model: Path, **options: Any) -> Row:
+    """The manifest of a run, with the bytes of its folder."""
+    with tempfile.TemporaryDirectory() as out:
+        given = {**files(), "model": str(model), "dtype": "bfloat16", "out": out, **options}
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
+        return {**json.loads(done.stdout.splitlines()[-1]), "folder_bytes": size}
+
+
+def sizes() -> Iterator[tuple[Row, list[Row]]]:
+    weights = (model() / "model.safetensors").stat().st_size
+    for way, options in WAYS.items():
+        tiny, big = (measured(m, **options) for m in (Path(MODEL_DIR), model()))
+        peaks = [run["actual"]["memory_bytes"] for run in (tiny, big)]
+        row = {"way": way, "weights": weights, "tiny_peak": peaks[0], "peak": peaks[1]}
+        row |= {"timings": big["timings"], "folder_bytes": big["folder_bytes"]}
+        row |= {"engine": big["engine"]["name"]} if "name" in big["engine"] else {}
+        ratio, folder = (peaks[1] - peaks[0]) / weights, big["folder_bytes"] / weights
+        wanted = WANTED.get(way, "")
+        yield (
+            row,
+            [
+                figure(f"peak memory above a tiny run's, {way}", ratio, "× weights", wanted),
+                figure(
+                    f"run folder, {way}", folder, "× weights", "≤ 0.05" if way == "default" else ""
+                ),
+            ],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="ways, with commas between")
+    given = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    rows, figures = list[Row](), list[Row]()
+    for name in [*WAYS] if not given.only else []:
+        assert name
+    for row, lines in sizes():
+        print(
+            json.dumps(row), *(f"{line['name']}: {line['value']:.2f}" for line in lines), sep="\n"
+        )
+        rows.append(row)
+        figures += lines
+    write("size.json", rows, figures)
+
+
+if __name__ == "__main__":
+    main()
