@@ -22,6 +22,7 @@ Choices made here:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -48,6 +49,9 @@ from prism_select.core.likelihood import Batch, LanguageModel, backward, token_l
 from prism_select.run.errors import BadOption, Unreachable
 
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
+
+
+STEP_ROWS, STEP_POWERS = 8, range(-8, 4)  # of 4: what `difference` tries
 
 
 class Scores(NamedTuple):
@@ -185,8 +189,9 @@ def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
 def difference(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
     """If ε is too large, the linear approximation fails, and a ReLU's kink or a router's switch
     inside the step costs far more than noise does; if it is too small, rounding dominates. So each
-    direction's ε is the smallest whose rounding noise, measured on the first batch, is below 3√(the
-    dtype's own ε) of the scores.
+    direction's ε is where the scores of the first rows change least from one ε to four times it:
+    both faults together are smallest there. What is tried spans seven powers of ten around
+    √(the dtype's own ε) · ‖θ‖, since norms of the parameters differ as much between models.
 
     The log-likelihood is the mean of both passes. Blocks below all selected parameters run once.
     Raises BadOption below float32."""
@@ -194,7 +199,7 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
-    least = root / 256 * (norm({name: w.detach() for name, w in weights.items()}) or 1.0)
+    size = root * (norm({name: w.detach() for name, w in weights.items()}) or 1.0)
     below = blocks_below(model.network, list(weights))
     steps: list[float] = []
 
@@ -209,9 +214,14 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
         return torch.stack(logliks)
 
     def step_of(batch: Batch, direction: Factored) -> float:
-        near, far = (along(batch, direction, n * least).diff(dim=0).sum((0, 2)) / n for n in (1, 2))
-        noise = float((near - far).norm() / far.norm().clamp(min=1e-30))
-        return least * min(max(1.0, noise / (3 * root)), 2**14)
+        rows = batch.rows(slice(0, STEP_ROWS))
+        tried = [size * 4.0**power for power in STEP_POWERS]
+        found = [along(rows, direction, step).diff(dim=0).sum((0, 2)) / step for step in tried]
+        changes = [
+            float((near - far).norm() / far.norm().clamp(min=1e-30))
+            for near, far in pairwise(found)
+        ]
+        return 2 * tried[changes.index(min(changes))]
 
     def get_ready(batch: Batch) -> None:
         chosen = [step_of(batch, direction) for direction in unit]

@@ -11,7 +11,8 @@ Choices made here:
 - an engine that cannot reach a parameter gives way to the next, and the reason is reported;
 - the check compares with the definition, on rows whose scores are finite;
 - of more than `CHECKED` selected numbers, parameters of so many are compared, drawn evenly: the
-  definition needs their gradients in full. The engine itself runs along all of them.
+  definition needs their gradients in full. `reverse` itself runs along all of them; the engines
+  that move whole parameters have room for the definition of all.
 """
 
 import random
@@ -60,11 +61,6 @@ def choose_engine(
     """Raises what `check` raises, Unreachable where no engine reaches every parameter, and
     BadOption where none of them has norms."""
     names = _candidates(config, torch.finfo(model.dtype).bits < 32)
-    some = checked_parameters(parameters)
-    few = [
-        {name: direction[name] for name in some if name in direction} for direction in directions
-    ]
-    batch, exact = _finite_rows(model, some, few, rows)
     dtype = str(model.dtype).removeprefix("torch.")
     reason = f"asked for, {dtype}"
     for name in names:
@@ -73,6 +69,9 @@ def choose_engine(
         if config.engine == "auto" and config.cascade and name == "difference":
             reason = f"the cheapest along one direction at a time, {dtype}"
         engine = make_engine(config, name, model, parameters, directions)
+        some = checked_parameters(parameters) if name == "reverse" else parameters
+        few = [{name: d[name] for name in some if name in d} for d in directions]
+        batch, exact = _finite_rows(model, some, few, rows)
         try:
             (first, _), (second, _) = (engine(batch) for _ in range(2))
             compared = first
