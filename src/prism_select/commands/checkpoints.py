@@ -138,8 +138,8 @@ def at_checkpoint(config: ScoreConfig, point: WeightedCheckpoint, number: int) -
     """The run of one checkpoint: a model, or an adapter on --model or on the base that it names."""
     out = str(Path(str(config.out)) / FOLDER / str(number))
     if config.model and (Path(point.path) / "adapter_config.json").is_file():
-        return replace(config, checkpoint=(), adapter=point.path, out=out)
-    return replace(config, checkpoint=(), model=point.path, adapter=None, out=out)
+        return replace(config, checkpoint=(), adapter=point.path, out=out, halves=True)
+    return replace(config, checkpoint=(), model=point.path, adapter=None, out=out, halves=True)
 
 
 def summed(runs: Sequence[Run], weights: Sequence[float]) -> Iterator[pa.Table]:

@@ -25,6 +25,7 @@ from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
     Checkpoint,
     PoolScores,
+    RunDirections,
     StepTimer,
     begin_run,
     check_engine,
@@ -32,11 +33,13 @@ from prism_select.commands.steps import (
     export_adapter,
     find_directions,
     group_job,
+    half_job,
     load_checkpoint,
     make_scorer,
     plan_run,
     score_along_groups,
     score_cascade,
+    score_half,
     scoring_job,
     with_pair_help,
 )
@@ -87,24 +90,21 @@ def run_main(
 
     with timer.step("load"):
         checkpoint = load_checkpoint(config, store, inputs, progress)
-    loaded = checkpoint.loaded
-    config = with_day(config, store, inputs, loaded)
+        loaded = checkpoint.loaded
+        config = with_day(config, store, inputs, loaded)
     directions = find_directions(config, checkpoint, inputs, timer, progress)
-    given, config = config, directions.config
-    for line in diagnosis_warnings(directions.direction_set, Polarity.of_config(config)):
-        progress.say(line)
+    given, config = config, say_diagnosis(directions, progress)
     with timer.step("check"):
         engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
-    size = actors.size if actors else processes.size
     with timer.step("plan"):
+        size = actors.size if actors else processes.size
         plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
 
     with timer.step("save"):
         begin_run(given, store, inputs, checkpoint, directions)
-    finished = finished_shards(store, progress)
-    job = scoring_job(inputs, directions, check.engine, finished)
+    job = scoring_job(inputs, directions, check.engine, finished_shards(store, progress))
     processes.broadcast(job)
     adapter = export_adapter(config, loaded, directions.direction_set, progress)
     scorer = Scorer(loaded, engine, job.layout, config)
@@ -115,15 +115,19 @@ def run_main(
             worker = start_actors(actors, job) if actors else scorer
             shards = score_pool(config, store, job, worker, processes, progress)
             scores = PoolScores(shards.paths, worker)
+        worker_of = partial(other_worker, config, checkpoint, processes, actors)
         if directions.of_groups and isinstance(config, SelectConfig):
-            worker_of = partial(group_worker, config, checkpoint, processes, actors)
-            along = group_job(job, directions)
+            along = group_job(config, job, directions, loaded)
             scores = score_along_groups(config, store, along, scores, worker_of, progress)
-    processes.broadcast(Run(store.path))  # no more jobs
+    if directions.half:
+        half = half_job(job, directions.half)
+        take = timer.timed("score", partial(score_half, config, store, half, worker_of, progress))
+        scores = replace(scores, halves_of=take)
     say_counts(config, scores, progress)
 
     with timer.step("choose"):
         chosen = choose(config, store, inputs, scores, loaded, progress)
+        processes.broadcast(Run(store.path))  # no more jobs
         chosen = with_pair_help(config, store, job, checkpoint, directions, chosen)
     refuse_changed_pool(store, inputs)
     record = RunRecord(
@@ -141,10 +145,7 @@ def run_main(
     )
     store.write_json("manifest.json", manifest_of(config, record))
     store.drop_shards()
-    progress.say(
-        f"took {record.timings['total']:.1f} s and {record.memory_bytes / 1e9:.2f} GB at its peak; "
-        f"planned were {plan.seconds:.1f} s and {plan.memory_bytes / 1e9:.2f} GB"
-    )
+    say_price(record, progress)
     return Run(store.path)
 
 
@@ -164,14 +165,14 @@ def run_worker(config: ScoreConfig, processes: ProcessGroup) -> Run | Plan:
     return cast("Run | Plan", job)
 
 
-def group_worker(
+def other_worker(
     config: ScoreConfig,
     checkpoint: Checkpoint,
     processes: ProcessGroup,
     actors: ActorPool | None,
     job: ScoringJob,
 ) -> tuple[Scorer | ActorPool, ProcessGroup]:
-    """Who scores a job along groups: all processes, or new actors."""
+    """Who scores a job along other directions: all processes, or new actors."""
     processes.broadcast(job)
     if actors:
         return start_actors(actors, job), processes
@@ -221,6 +222,22 @@ def is_complete(config: ScoreConfig, store: Store, inputs: RunInputs, progress: 
     refuse_other_format(config, store)
     progress.say(f"{store.path} is complete already; --overwrite starts it afresh")
     return True
+
+
+def say_diagnosis(directions: RunDirections, progress: Progress) -> ScoreConfig:
+    """The config, with what --tune has chosen."""
+    polarity = Polarity.of_config(directions.config)
+    for line in diagnosis_warnings(directions.direction_set, polarity):
+        progress.say(line)
+    return directions.config
+
+
+def say_price(record: RunRecord, progress: Progress) -> None:
+    plan, seconds = record.plan, record.timings["total"]
+    progress.say(
+        f"took {seconds:.1f} s and {record.memory_bytes / 1e9:.2f} GB at its peak; planned were "
+        f"{plan.seconds:.1f} s and {plan.memory_bytes / 1e9:.2f} GB"
+    )
 
 
 def say_counts(config: ScoreConfig, scores: PoolScores, progress: Progress) -> None:

@@ -28,7 +28,7 @@ from prism_select.run.config import BESIDE_PAIRS, OutputOptions, ScoreConfig, Se
 from prism_select.run.errors import BadOption, RunMismatch
 from prism_select.run.folder import Run, Store
 from prism_select.run.progress import Progress
-from prism_select.selection.choice import Chosen, choose_and_write
+from prism_select.selection.choice import Chosen, Known, choose_and_write
 from prism_select.selection.figures import planted_recall
 from prism_select.selection.ranking_columns import rank_rows, with_ranking
 from prism_select.selection.rules import budget_limit
@@ -57,7 +57,7 @@ def choose_again(config: SelectConfig, progress: Progress) -> Run:
     store.begin(config, manifest["fingerprints"])
     start = time.perf_counter()
     best = manifest.get("cascade", {}).get("best")
-    chosen = choose_and_write(config, store, tables, pool, rows, best)
+    chosen = choose_and_write(config, store, tables, pool, Known(rows, best))
     for name in ("pairs.parquet", "direction.safetensors"):
         if (earlier.path / name).exists():
             store.write(name, (earlier.path / name).read_bytes())

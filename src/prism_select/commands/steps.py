@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,7 @@ from prism_select.run.config import (
     ScoreConfig,
     SelectConfig,
 )
+from prism_select.run.errors import Unreachable
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -76,7 +78,8 @@ from prism_select.scoring.shards import RunInputs, ScoringJob, score_pool
 from prism_select.selection.baselines import rankings
 from prism_select.selection.cascade import Cascade, FeatureScorer, Search
 from prism_select.selection.cascade_prediction import feature_extractor
-from prism_select.selection.choice import Chosen, choose_and_write
+from prism_select.selection.choice import Chosen, Known, choose_and_write
+from prism_select.selection.half_columns import HALVES, HalfColumns
 from prism_select.selection.ranking_columns import with_ranking
 from prism_select.selection.scores_file import scores_tables
 
@@ -92,11 +95,13 @@ __all__ = [
     "export_adapter",
     "find_directions",
     "group_job",
+    "half_job",
     "load_checkpoint",
     "make_scorer",
     "plan_run",
     "score_along_groups",
     "score_cascade",
+    "score_half",
     "scoring_job",
     "with_pair_help",
 ]
@@ -105,18 +110,31 @@ STEPS = ("read", "load", "target", "curvature", "check", "plan", "save", "score"
 ADAPTER_RANK = 16  # of --save-adapter without --rank
 
 
+Result = TypeVar("Result")
+
+
 @dataclass
 class StepTimer:
-    """Seconds of each step."""
+    """Seconds of each step; one within another counts for itself alone."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, within = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[name] += time.perf_counter() - start
+        others = sum(self.seconds.values()) - within
+        self.seconds[name] += time.perf_counter() - start - others
+
+    def timed(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+        """The function, as that step."""
+
+        def run(*given: Any) -> Result:
+            with self.step(name):
+                return function(*given)
+
+        return run
 
     @property
     def total(self) -> float:
@@ -145,9 +163,21 @@ class RunDirections:
     config: ScoreConfig
     direction_set: DirectionSet
     factored: Sequence[Factored]
+    layout: DirectionLayout
     curvature: CurvatureFacts | None
     rank_check: RankCheck | None
     of_groups: Sequence[Factored] = ()
+    half: Factored | None = None  # along which some rows are scored after the choice
+
+    @property
+    def with_half_later(self) -> "RunDirections":
+        """The chosen half apart, where it is one."""
+        count = len(self.layout.targets)
+        if self.layout.best:
+            return self
+        factored = [*self.factored[:count], *self.factored[count + 1 :]]
+        layout = replace(self.layout, halves=False)
+        return replace(self, factored=factored, layout=layout, half=self.factored[count])
 
 
 @dataclass(frozen=True)
@@ -162,13 +192,15 @@ class ExportedAdapter:
 @dataclass(frozen=True)
 class PoolScores:
     """A shard for each window of the pool; `search` is how a cascade ended; `groups` are scores
-    along groups of pairs, which took `group_seconds`."""
+    along groups of pairs, which took `group_seconds`; `halves_of` scores some rows along the chosen
+    half after the choice."""
 
     shards: Sequence[Path]
     counts: TokenCounts
     search: Search | None = None
     groups: GroupColumns | None = None
     group_seconds: float = 0.0
+    halves_of: Callable[[NDArray[np.bool_]], HalfColumns] | None = None
 
     def tables(self) -> Iterator[pa.Table]:
         return map(pq.read_table, self.shards)
@@ -238,7 +270,10 @@ def find_directions(
     elif config.rank_number:
         sample = checkpoint.sample.rows
         factored, check = cut_to_rank(config, config.rank_number, model, direction_set, sample)
-    return RunDirections(config, direction_set, factored, curvature, check, groups)
+    layout = direction_set.layout
+    found = RunDirections(config, direction_set, factored, layout, curvature, check, groups)
+    later = not (config.halves or config.cascade) and checkpoint.sample.pool_rows > HALVES
+    return found.with_half_later if later else found
 
 
 def check_engine(
@@ -305,11 +340,8 @@ def scoring_job(
 ) -> ScoringJob:
     """The job in a form that other processes can receive: its directions are on the CPU."""
     settled = {n: getattr(directions.config, n) for n in ("template_date", *TUNABLE)}
-    factored, layout = (
-        on_device(directions.factored, torch.device("cpu")),
-        directions.direction_set.layout,
-    )
-    return ScoringJob(inputs, factored, layout, engine, finished, settled=settled)
+    factored = on_device(directions.factored, torch.device("cpu"))
+    return ScoringJob(inputs, factored, directions.layout, engine, finished, settled=settled)
 
 
 def export_adapter(
@@ -325,14 +357,34 @@ def export_adapter(
     return ExportedAdapter(config.save_adapter, energy.total, by_weight)
 
 
-def group_job(job: ScoringJob, directions: RunDirections) -> ScoringJob:
-    """The job along the groups' directions. Their scores are summed over tokens."""
+def group_job(
+    config: ScoreConfig, job: ScoringJob, directions: RunDirections, loaded: LoadedModel
+) -> ScoringJob:
+    """The job along the groups' directions, by the engine that takes several at once where it
+    reaches all parameters. Their scores are summed over tokens."""
     groups = directions.direction_set.groups
     assert groups
     factored = on_device(directions.of_groups, torch.device("cpu"))
     layout = DirectionLayout(targets=groups.names, lengths=[1.0] * len(factored), halves=False)
     settled = {**job.settled, "normalize": "none", "tokens": False}
-    return replace(job, directions=factored, layout=layout, settled=settled)
+    job = replace(job, directions=factored, layout=layout, settled=settled)
+    if config.engine != "auto" or job.engine != "difference":
+        return job
+    together = replace(job, engine="reverse")
+    first_batch = collate(first_rows(job.inputs.pool, loaded.encoder), loaded.model.device)
+    try:
+        make_scorer(config, together, loaded).engine(first_batch)
+    except Unreachable:
+        return job
+    return together
+
+
+def half_job(job: ScoringJob, half: Factored) -> ScoringJob:
+    """The job along the chosen half alone."""
+    factored = on_device([half], torch.device("cpu"))
+    settled = {**job.settled, "normalize": "none", "tokens": False}
+    layout = DirectionLayout(halves=False)
+    return replace(job, kind="halves", directions=factored, layout=layout, settled=settled)
 
 
 def make_scorer(config: ScoreConfig, job: ScoringJob, loaded: LoadedModel | None = None) -> Scorer:
@@ -416,6 +468,23 @@ def score_along_groups(
     return replace(scores, groups=groups, group_seconds=time.perf_counter() - start)
 
 
+def score_half(
+    config: ScoreConfig,
+    store: Store,
+    job: ScoringJob,
+    worker: Callable[[ScoringJob], tuple[Scorer | ActorPool, ProcessGroup]],
+    progress: Progress,
+    mask: NDArray[np.bool_],
+) -> HalfColumns:
+    """Of some rows. `job` is along the chosen half."""
+    some = replace(job, mask=mask, finished=store.sound_shards(job.kind)[0])
+    scorer, processes = worker(some)
+    paths = score_pool(config, store, some, scorer, processes, progress).paths
+    table = pa.concat_tables([pq.read_table(path, columns=["row", "score"]) for path in paths])
+    table = table.sort_by("row")
+    return HalfColumns(table["row"].to_numpy(), table["score"].to_numpy())
+
+
 def choose(
     config: ScoreConfig,
     store: Store,
@@ -436,7 +505,8 @@ def choose(
     if scores.groups:
         tables = partial(scores.groups.added_to, scores.tables)
     best = scores.search.best if scores.search else None
-    return choose_and_write(config, store, tables, inputs.pool, searched=best)
+    known = Known(searched=best, halves_of=scores.halves_of)
+    return choose_and_write(config, store, tables, inputs.pool, known)
 
 
 def with_pair_help(

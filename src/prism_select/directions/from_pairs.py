@@ -11,11 +11,11 @@ Choices made here:
   and what each counts, follows from them, so every run can say how far its pairs agree;
 - in a mean over targets each counts alike, whatever its number of pairs;
 - above `IN_FULL` selected numbers, or with --rank, directions are of low rank from the start
-  (range_finder.py); a curvature of the pool needs them in full.
+  (range_finder.py), as are those of groups in any case; a curvature of the pool needs them in full.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -130,7 +130,8 @@ def directions_from_pairs(
             products, with_rows = (in_layers(p, config.layers) for p in (products, with_rows))
         parts = weighed(config, targets, encoded, products)
         clusters = clusters_in(config, parts)
-        notes += [ONE_GROUP] if clusters and clusters.count < 2 else []
+        is_asked = isinstance(config, SelectConfig) and config.groups
+        notes += [ONE_GROUP] if is_asked and clusters and clusters.count < 2 else []
         task = PairDirections(config, model, weights, parts, clusters)
         found = task.of_low_rank(rank) if rank else task.in_full()
         notes += found.notes
@@ -208,67 +209,67 @@ class PairDirections:
         joint = [*gradients.values()]
         if not self.best and len(joint) > 1:
             joint = [mean_target(joint)]
-        groups = list[Factored]()
-        for pairs, counts in self.of_groups():
-            (part,) = self.parts.values()
-            own = EncodedPairs(*([side[pair] for pair in pairs] for side in part.encoded))
-            groups.append(direction_by_products(config, model, weights, own, counts))
+        groups = self.along(torch.stack(own), RANK) if (own := self.of_groups()) else []
         scores = [direction_of(config, gradient) for gradient in gradients.values()]
         return Found(gradients, scores, [target.chosen for target in joint], groups, notes)
 
-    def of_groups(self) -> Iterator[tuple[list[int], Float[Tensor, " answers"]]]:
-        """The pairs of each group, and what their answers count."""
-        if self.clusters is None or self.clusters.count < 2:
-            return
-        (part,) = self.parts.values()
-        for group in range(self.clusters.count):
-            pairs = self.clusters.members(group)
-            yield pairs, cluster_coefficients(part.products, way_of(self.config), pairs)
-
     def of_low_rank(self, rank: int) -> Found:
-        parts, config = self.parts.values(), self.config
-        rows = [row for part in parts for row in part.encoded.chosen]
-        rows += [row for part in parts for row in part.encoded.rejected]
-        side = as_side(
-            rows, config.tokens_on(self.model.device.type, self.model.size), self.model.device
-        )
-        coefficients = self.coefficients()
-        low = low_rank_directions(self.model, self.weights, side, coefficients, rank)
-        scores, halves = low[: len(parts)], low[len(parts) :]
-        count = len(halves) - len([*self.of_groups()])
-        for direction in scores:
+        parts, without_common = [*self.parts.values()], self.config.common == "remove"
+        scores = [self.spread(part, part.coefficients(without_common)) for part in parts]
+        halves = [self.spread(part, part.half) for part in parts]
+        halves = halves if self.best else [torch.stack(halves).mean(0)]
+        low = self.along(torch.stack([*scores, *halves, *self.of_groups()]), rank)
+        for direction in low[: len(parts)]:
             refuse_lost(norm(direction))
         gradients = {name: part.without_gradient for name, part in self.parts.items()}
-        return Found(gradients, scores, halves[:count], halves[count:])
+        groups = len(parts) + len(halves)
+        return Found(gradients, low[: len(parts)], low[len(parts) : groups], low[groups:])
 
-    def coefficients(self) -> Float[Tensor, "directions answers"]:
-        """What each answer counts in the directions of targets, halves and groups."""
-        total = sum(len(part.pairs) for part in self.parts.values())
-        without_common = self.config.common == "remove"
-        scores, halves, start = list[Tensor](), list[Tensor](), 0
-        for part in self.parts.values():
-            pairs = range(start, start := start + len(part.pairs))
-            scores.append(spread(pairs, part.coefficients(without_common), total))
-            halves.append(spread(pairs, part.half, total))
-        halves = halves if self.best else [torch.stack(halves).mean(0)]
-        groups = [spread(pairs, counts, total) for pairs, counts in self.of_groups()]
-        return torch.stack([*scores, *halves, *groups])
+    def along(
+        self, coefficients: Float[Tensor, "directions answers"], rank: int
+    ) -> Sequence[Factored]:
+        """Σ_a coefficient_a ∇mean_loglik(a) of low rank, for each row."""
+        model, parts = self.model, self.parts.values()
+        rows = [row for part in parts for row in part.encoded.chosen]
+        rows += [row for part in parts for row in part.encoded.rejected]
+        batch_tokens = self.config.tokens_on(model.device.type, model.size)
+        side = as_side(rows, batch_tokens, model.device)
+        return low_rank_directions(model, self.weights, side, coefficients, rank)
 
+    def of_groups(self) -> list[Float[Tensor, " answers"]]:
+        """What each answer counts in the direction of each group."""
+        if self.clusters is None or self.clusters.count < 2:
+            return []
+        (part,) = self.parts.values()
+        found, count = list[Tensor](), len(part.pairs)
+        for group in range(self.clusters.count):
+            pairs = self.clusters.members(group)
+            every = torch.zeros(2 * count, dtype=torch.float64)
+            own = cluster_coefficients(part.products, way_of(self.config), pairs)
+            every[[*pairs, *(count + pair for pair in pairs)]] = own
+            found.append(every)
+        return found
 
-def spread(
-    pairs: Sequence[int], own: Float[Tensor, " some"], total: int
-) -> Float[Tensor, " answers"]:
-    """Numbers of the answers of some pairs among those of all: the chosen ones come first."""
-    every = own.new_zeros(2 * total)
-    every[[*pairs, *(total + pair for pair in pairs)]] = own
-    return every
+    def spread(self, part: WeighedPairs, own: Float[Tensor, " some"]) -> Float[Tensor, " answers"]:
+        """Numbers of a target's answers among those of all: the chosen ones come first."""
+        sides = [
+            torch.cat(
+                [
+                    half if other is part else torch.zeros(len(other.pairs)).double()
+                    for other in self.parts.values()
+                ]
+            )
+            for half in own.split(len(part.pairs))
+        ]
+        return torch.cat(sides)
 
 
 def full_direction(
     task: PairDirections, rank: int, products: AnswerProducts, rows: Sequence[Encoded]
 ) -> FullDirection:
     """Of the first target; `products` are of its answers and then of the rows."""
-    own = task.coefficients()[0]
+    part = next(iter(task.parts.values()))
+    own = task.spread(part, part.coefficients(task.config.common == "remove"))
     along = products.total[:, : len(own)] @ own
     length = float((own @ along[: len(own)]).sqrt()) if products.exact else math.nan
     scores = (along * products.tokens)[len(own) :]

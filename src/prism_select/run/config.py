@@ -369,6 +369,12 @@ class ScoringOptions(Options):
         Mark.IN_CHOICE,
     ] = "none"
     tokens: Annotated[bool, "Also write what each supervised token adds to the score."] = False
+    halves: Annotated[
+        bool,
+        "score_chosen and score_rejected of every row; of a pool above 1,000 rows the chosen ones "
+        "and a sample have them otherwise.",
+        Mark.RARE,
+    ] = False
     rank: Annotated[
         str,
         "Rank of the direction in every matrix, which saves memory and time; full; or auto: 64 "
@@ -686,10 +692,11 @@ class SelectConfig(OutputOptions, ScoreConfig):
     group: ClassVar[str] = "Choice"
 
     groups: Annotated[
-        str,
+        str | None,
         "Groups of pairs that the choice must serve: auto finds them by the pairs' gradients, a "
-        "number asks for so many, 1 is one target. Named targets are groups already.",
-    ] = "1"
+        "number asks for so many, 1 is one target. Named targets are groups already  [default: "
+        "auto, where the other options leave the choice to scores].",
+    ] = None
     budget: Annotated[
         str,
         "How much to choose: 5%, 500 (rows), 200000tok (supervised tokens) or positive.",
@@ -715,16 +722,38 @@ class SelectConfig(OutputOptions, ScoreConfig):
 
     @property
     def has_groups(self) -> bool:
-        """Whether pairs are to be parted into groups."""
+        """Whether pairs are to be parted into groups: by default where nothing stands against
+        it."""
+        if self.groups is None:
+            return not (self.select_from or self.has_names or any(self._against_groups.values()))
         return self.groups != "1"
+
+    @property
+    def has_names(self) -> bool:
+        """Whether targets are named, which makes them groups."""
+        return len(self.target) > 1 or bool(self.target_by)
+
+    @property
+    def _against_groups(self) -> Mapping[str, Any]:
+        return {
+            f"--combine {self.combine}": self.combine in ("mean", "max"),
+            "--budget positive": self.amount.kind == "positive",
+            "--direction": self.direction,
+            "--cascade": self.cascade,
+            "--checkpoint": self.checkpoint,
+            f"--curvature {self.curvature}": self.curvature in BESIDE_PAIRS,
+            f"--weighting {self.weighting}": self.weighting == "unpaired",
+            f"--rank-by {self.rank_by}": self.rank_by,
+        }
 
     @property
     def group_count(self) -> int | None:
         """None: to be found."""
-        return None if self.groups == "auto" else int(self.groups)
+        return None if self.groups in (None, "auto") else int(self.groups)
 
     def validate(self) -> None:
-        if self.groups != "auto" and not (self.groups.isdecimal() and int(self.groups) > 0):
+        is_count = self.groups and self.groups.isdecimal() and int(self.groups) > 0
+        if self.groups not in (None, "auto") and not is_count:
             raise BadOption(f"--groups {self.groups}: not a number of groups; try auto or 8")
         self._check_groups()
         if self.per_source and Amount.parse("--per-source", self.per_source).kind != "share":
@@ -735,24 +764,14 @@ class SelectConfig(OutputOptions, ScoreConfig):
             )
 
     def _check_groups(self) -> None:
-        if not self.has_groups:
+        if self.groups in (None, "1"):
             return
-        if len(self.target) > 1 or self.target_by:
+        if self.has_names:
             raise BadOption(
                 f"--groups {self.groups}: named targets are groups already; leave it out, and give "
                 "--combine round-robin"
             )
-        refused = {
-            f"--combine {self.combine}": self.combine in ("mean", "max"),
-            "--budget positive": self.amount.kind == "positive",
-            "--direction": self.direction,
-            "--cascade": self.cascade,
-            "--checkpoint": self.checkpoint,
-            f"--curvature {self.curvature}": self.curvature in BESIDE_PAIRS,
-            f"--weighting {self.weighting}": self.weighting == "unpaired",
-            f"--rank-by {self.rank_by}": self.rank_by,
-        }
-        for option, present in refused.items():
+        for option, present in self._against_groups.items():
             if present:
                 raise BadOption(
                     f"--groups {self.groups} and {option}: rows are chosen by their scores along "

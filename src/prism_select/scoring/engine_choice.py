@@ -2,6 +2,7 @@
 rows.
 
     tried in order    reverse, difference (below float32: forward), reference
+    one direction     difference first, of a model where cost matters
     --tokens          forward, difference
     --normalize norm  reverse
     --cascade         difference
@@ -9,6 +10,9 @@ rows.
 Choices made here:
 - an engine that the user names is the only one that is tried;
 - an engine that cannot reach a parameter gives way to the next, and the reason is reported;
+- in float32, along one direction in full of `COSTLY` numbers or more, `difference` costs half of
+  `reverse` (benchmarks/results/cost.json); it gives way where it is off by more than `CLOSE`. That
+  is a rule and no timing, so that the same command takes the same engine;
 - the check compares with the definition, on rows whose scores are finite;
 - of more than `CHECKED` selected numbers, parameters of so many are compared, drawn evenly: the
   definition needs their gradients in full. `reverse` itself runs along all of them; the engines
@@ -20,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from prism_select.core.check import check, disagreement
 from prism_select.core.engines import ENGINES, Scores
@@ -35,7 +40,8 @@ from prism_select.scoring.gradient_norms import with_norms
 
 __all__ = ["EngineCheck", "choose_engine", "make_engine"]
 
-CHECKED = 2**24  # numbers
+CHECKED = COSTLY = 2**24  # numbers
+CLOSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,14 @@ def choose_engine(
     """Raises what `check` raises, Unreachable where no engine reaches every parameter, and
     BadOption where none of them has norms."""
     names = _candidates(config, torch.finfo(model.dtype).bits < 32)
+    if names[0] == "reverse" and is_cheapest_by_difference(config, parameters, directions):
+        names.insert(0, "difference")
     dtype = str(model.dtype).removeprefix("torch.")
     reason = f"asked for, {dtype}"
     for name in names:
-        if config.engine == "auto" and name == "reverse":
+        if config.engine == "auto" and name == "reverse" and not reason.startswith("difference"):
             reason = f"one backward pass reaches all {len(parameters)} weights in {dtype}"
-        if config.engine == "auto" and config.cascade and name == "difference":
+        if config.engine == "auto" and name == "difference" and name == names[0]:
             reason = f"the cheapest along one direction at a time, {dtype}"
         engine = make_engine(config, name, model, parameters, directions)
         some = checked_parameters(parameters) if name == "reverse" else parameters
@@ -77,6 +85,11 @@ def choose_engine(
             compared = first
             if len(some) < len(parameters):
                 compared, _ = make_engine(config, name, model, some, few)(batch)
+            if name == "difference" and "reverse" in names:
+                off = disagreement(compared.values, exact.values)
+                if not off <= CLOSE:
+                    reason = f"difference would be off by {off:.0e}, {dtype}"
+                    continue
             off = check(name, compared.values, exact.values, model.dtype)
             repeat = disagreement(second.values, first.values)
             return engine, EngineCheck(name, reason, dtype, len(batch), off, repeat)
@@ -87,6 +100,21 @@ def choose_engine(
             if name == names[-1]:
                 raise
     raise AssertionError("unreachable")
+
+
+def is_cheapest_by_difference(
+    config: ScoreConfig, parameters: Parameters, directions: Sequence[Factored]
+) -> bool:
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    is_full = all(isinstance(value, Tensor) for value in directions[0].values())
+    return (
+        config.engine == "auto"
+        and config.normalize != "norm"
+        and len(directions) == 1
+        and is_full
+        and dtypes == {torch.float32}
+        and sum(parameter.numel() for parameter in parameters.values()) >= COSTLY
+    )
 
 
 def _finite_rows(

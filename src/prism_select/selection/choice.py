@@ -11,9 +11,9 @@ Choices made here:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.selection.coverage import BAND, ORDERS, Order
 from prism_select.selection.figures import (
+    CHOSEN,
     coverage_figures,
     hidden_source_warnings,
     label_figures,
@@ -35,6 +36,7 @@ from prism_select.selection.figures import (
     unsearched_warnings,
 )
 from prism_select.selection.files import write_choice
+from prism_select.selection.half_columns import HalfColumns, sampled_rows
 from prism_select.selection.near_duplicates import NearDuplicates, UnreadText
 from prism_select.selection.ranking_columns import GroupScores, RankedRows, rank_rows
 from prism_select.selection.rules import (
@@ -47,7 +49,7 @@ from prism_select.selection.rules import (
 )
 from prism_select.selection.verdicts import VERDICTS, Verdicts
 
-__all__ = ["Chosen", "choose_and_write", "early_refusals", "refuse_budget"]
+__all__ = ["Chosen", "Known", "choose_and_write", "early_refusals", "refuse_budget"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class Chosen:
     figures: Mapping[str, Any]
     warnings: Sequence[str]
     cutoff: float | None = None
+
+
+class Known(NamedTuple):
+    """Beside the tables: their columns, where these were read before; how many of the best rows a
+    cascade has searched for; what scores some rows along the chosen half, where the tables lack
+    it."""
+
+    rows: RankedRows | None = None
+    searched: int | None = None
+    halves_of: Callable[[NDArray[np.bool_]], HalfColumns] | None = None
 
 
 def early_refusals(config: ScoreConfig, rows: int, pool: Pool) -> None:
@@ -90,16 +102,21 @@ def choose_and_write(
     store: Store,
     tables: Callable[[], Iterable[pa.Table]],
     pool: Pool,
-    rows: RankedRows | None = None,
-    searched: int | None = None,
+    known: Known | None = None,
 ) -> Chosen:
     """Verdicts for the rows of `tables`, and the files that follow from them.
 
-    `tables` is called for each pass over the scores; `rows` are their columns, where these were
-    read before; `searched` is how many of the best rows a cascade has searched for.
+    `tables` is called for each pass over the scores.
     """
-    rows = rows or rank_rows(config, tables())
+    known = known or Known()
+    rows = known.rows or rank_rows(config, tables())
     verdicts = decide(config, rows, pool)
+    if known.halves_of:
+        taken, is_scored = verdicts.among(*CHOSEN), np.isfinite(rows.score)
+        sample = sampled_rows(is_scored, config.seed)
+        halves = known.halves_of(taken | sample)
+        tables = partial(halves.added_to, tables)
+        rows = replace(rows, score_chosen=halves.among(sample), sampled=True)
     figures: dict[str, Any] = summary_figures(config, rows, verdicts)
     figures |= coverage_figures(rows, verdicts)
     if isinstance(config, RepairConfig) and config.label_field:
@@ -114,19 +131,25 @@ def choose_and_write(
     }
     counts["scored"] = counts["read"] - counts["quarantined"]
     warnings = [] if config.command == "repair" else hidden_source_warnings(config, rows)
-    warnings = [*warnings, *unsearched_warnings(searched, rows, verdicts)]
+    warnings = [*warnings, *unsearched_warnings(known.searched, rows, verdicts)]
     if coverage := figures.get("coverage"):
         warnings += unreached_warnings(coverage)
     return Chosen(counts, figures, warnings, cutoff_of(config, rows, verdicts))
 
 
 def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> float | None:
-    """None where rows are not chosen by one score."""
-    by_one = not (rows.by_baseline or rows.groups or config.combine == "max")
-    if not isinstance(config, SelectConfig) or not by_one:
+    """None where rows are not chosen by scores; of a choice that serves groups, what the same
+    number of rows by the one score would have."""
+    if not isinstance(config, SelectConfig) or rows.by_baseline or config.combine == "max":
         return None
     taken = verdicts.among("selected")
-    return float(rows.ranking[taken].min()) if taken.any() else None
+    if not taken.any():
+        return None
+    if rows.groups:
+        return float(
+            np.partition(rows.ranking[np.isfinite(rows.ranking)], -taken.sum())[-taken.sum()]
+        )
+    return float(rows.ranking[taken].min())
 
 
 def decide(config: ScoreConfig, rows: RankedRows, pool: Pool) -> Verdicts:

@@ -119,14 +119,14 @@ def hidden_source_warnings(config: ScoringOptions, rows: RankedRows) -> list[str
     """A warning where the source with the highest influence on the chosen answers has the lowest
     score: the gap between the answers may not be what the user wants.
 
-    There is none where only the best rows have halves.
+    There is none where only the best rows have halves, and a sample of the rows speaks for all.
     """
     size, codes = len(rows.source.names), rows.source.codes
     count = np.zeros(size, dtype=np.int64)
     on_chosen, score = np.zeros(size), np.zeros(size)
     for piece in slices(len(rows.score)):
         scored, source = np.isfinite(rows.score_chosen[piece]), codes[piece]
-        if (np.isfinite(rows.score[piece]) > scored).any():
+        if not rows.sampled and (np.isfinite(rows.score[piece]) > scored).any():
             return []
         per_token = config.ranking == "score_per_token"
         unit = np.maximum(1, rows.tokens[piece]) if per_token else np.ones(len(scored))

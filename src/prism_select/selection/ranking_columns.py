@@ -58,6 +58,7 @@ class RankedRows:
     truncated: int
     by_baseline: bool = False  # ranked by --rank-by
     groups: GroupScores | None = None  # to be served by the choice
+    sampled: bool = False  # a random sample of the rows has `score_chosen`
 
 
 def with_ranking(
@@ -107,7 +108,7 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
     return RankedRows(
         ranking,
         columns["score"],
-        columns["score_chosen"],
+        columns["score_chosen"] if "score_chosen" in columns else _unknown(len(columns)),
         columns["tokens"],
         columns.names["source"],
         extra,
@@ -116,6 +117,10 @@ def rank_rows(config: ScoreConfig, tables: Iterable[pa.Table]) -> RankedRows:
         by_baseline,
         None if by_baseline or groups is None else groups.scores,
     )
+
+
+def _unknown(count: int) -> NDArray[np.float32]:
+    return np.broadcast_to(np.float32(np.nan), count)
 
 
 class _GroupColumns:
