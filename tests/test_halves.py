@@ -1,0 +1,84 @@
+"""Scores along the chosen half where they are taken after the choice."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import jsonl
+
+import prism_select
+from prism_select.commands import pipeline, steps
+from prism_select.demo import world
+from prism_select.demo.train import MODEL_DIR
+from prism_select.selection import half_columns
+
+ROWS, SAMPLE = 120, 30
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    for module in (steps, half_columns):
+        monkeypatch.setattr(module, "HALVES", SAMPLE)
+    rows: list[Any] = world.pool(ROWS - 1, 0)
+    return {
+        "model": str(MODEL_DIR),
+        "pool": jsonl(tmp_path / "pool.jsonl", [{"prompt": "", "completion": ""}, *rows]),
+        "target": jsonl(tmp_path / "pairs.jsonl", world.pairs("capitals", 12, 0)),
+    }
+
+
+def columns(run: prism_select.Run) -> Mapping[str, Any]:
+    table = run.scores
+    return {
+        name: table[name].to_numpy(zero_copy_only=False)
+        for name in ("score", "score_chosen", "score_rejected", "verdict")
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 1, "normalize": "tokens"}, {"rank": 99}])
+def test_chosen_rows_and_a_sample_have_the_halves_that_all_would_have(
+    files: Mapping[str, str], tmp_path: Path, options: Mapping[str, Any]
+) -> None:
+    given: Mapping[str, Any] = {**files, "budget": "10%", "max_bad": "5%", **options}
+    some = prism_select.select(**given, out=tmp_path / "some")
+    every = prism_select.select(**given, out=tmp_path / "every", halves=True)
+    assert some.scores.column_names == every.scores.column_names
+    few, all_rows = columns(some), columns(every)
+    has = np.isfinite(few["score_chosen"])
+    chosen = few["verdict"] == "selected"
+    assert has[chosen].all() and SAMPLE <= has.sum() <= SAMPLE + chosen.sum() < ROWS / 2
+    assert (few["verdict"] == all_rows["verdict"]).all()
+    assert np.isfinite(all_rows["score_chosen"]).sum() == ROWS - 1
+    for name in ("score_chosen", "score_rejected"):
+        assert np.allclose(few[name][has], all_rows[name][has], rtol=1e-4, atol=1e-6), name
+    parts = few["score_chosen"] - few["score_rejected"]
+    assert np.allclose(parts[has], few["score"][has], rtol=1e-9)
+
+
+def test_a_run_stopped_among_the_halves_goes_on(
+    files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**files, "budget": "10%", "max_bad": "5%"}
+    whole = prism_select.select(**given, out=tmp_path / "whole")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(steps, "choose_and_write", lambda *given: given[-1].halves_of(1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            prism_select.select(**given, out=tmp_path / "run")
+    taken = list[int]()
+    score = pipeline.score_pool
+    monkeypatch.setattr(
+        pipeline, "score_pool", lambda *given: taken.append(len(given[2].finished)) or score(*given)
+    )
+    run = prism_select.select(**given, out=tmp_path / "run")
+    assert taken[0] > 0  # the scores of the first start
+    for name, values in columns(whole).items():
+        assert np.array_equal(columns(run)[name], values, equal_nan=name != "verdict"), name
+
+
+def test_repair_has_the_halves_of_what_it_removes(files: Mapping[str, str], tmp_path: Path) -> None:
+    run = prism_select.repair(**files, remove="10%", max_bad="5%", out=tmp_path / "run")
+    found = columns(run)
+    assert np.isfinite(found["score_chosen"][found["verdict"] == "removed"]).all()
+    assert np.isnan(found["score_chosen"]).sum() > ROWS / 2
