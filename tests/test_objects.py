@@ -350,6 +350,21 @@ def test_the_command_line_says_that_a_run_needs_its_objects(
     assert done.code == 2 and "was given its" in done.err and "Python object" in done.err
 
 
+def test_a_model_in_mixed_precision_scores_in_its_own_and_keeps_its_forward_pass(
+    by_files: prism_select.Run, network: Any, tokenizer: Any
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # that of an earlier test
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(network)
+    AcceleratorState._reset_state()
+    forward = prepared.forward
+    run = prism_select.select(prepared, POOL, PAIRS, tokenizer=tokenizer, **SETTINGS)
+    assert numbers(run) == numbers(by_files)
+    assert prepared.forward == forward
+
+
 def tensors(tokenizer: Any, answers: Iterator[str]) -> dict[str, torch.Tensor]:
     """As a data collator of TRL makes them: padding and prompt have the label -100."""
     texts = [tokenizer(answer).input_ids for answer in answers]

@@ -87,7 +87,11 @@ class CausalLM:
 @contextmanager
 def unchanged(network: nn.Module) -> Iterator[None]:
     """After the block, `network` is in training or evaluation mode and requires gradients as before
-    it, module by module."""
+    it, module by module. Within it the mixed precision that accelerate puts around the forward pass
+    of a network in training is gone: body and head would not have it."""
+    forward = network.__dict__.get("forward")
+    if "_original_forward" in network.__dict__:  # accelerate's name
+        network.forward = network._original_forward
     training = {module: module.training for module in network.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in network.parameters()}
     config: Any = getattr(network, "config", None)
@@ -95,6 +99,8 @@ def unchanged(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if forward is not None:
+            network.forward = forward
         for module, mode in training.items():
             module.training = mode
         for parameter, needed in gradients.items():
