@@ -115,7 +115,7 @@ def test_rounds_train_on_what_the_model_of_their_step_chooses_and_go_on_after_a_
 ) -> None:
     """Sixty rows are fifteen batches: the eighth step, the end of an epoch, takes one of them, the
     others two."""
-    options = {"pool": ROWS, "target": TARGETS, "budget": "20%"}
+    options = {"pool": ROWS, "target": TARGETS, "budget": "20%", "layers": "late"}
     settings = {"gradient_accumulation_steps": 2, "save_steps": 5}
     whole = trainer(tmp_path, [Careful(3, tmp_path / "whole", **options)], **settings)
     whole.train()
