@@ -3,7 +3,7 @@
     step    0           12          24          36
     rows    round-1  →  round-2  →  round-3  →          each chosen by the model of its step
 
-    rounds = Rounds(3, "rounds", pool=pool, target="pairs.jsonl", budget="5%")
+    rounds = Rounds(3, "out", pool=pool, target="pairs.jsonl", budget="5%")
     SFTTrainer(…, args=SFTConfig(max_steps=36, …), train_dataset=pool, callbacks=[rounds]).train()
 
 Choices made here:
