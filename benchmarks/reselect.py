@@ -11,11 +11,11 @@ Writes results/rounds.json.
 """
 
 import json
-import random
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from results_file import figure, write
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from prism_select.core.statistics import paired_interval
 from prism_select.data.encoding import Encoder
@@ -39,7 +40,7 @@ from prism_select.models.loading import load
 from prism_select.models.lora_training import QUIET
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from rounds import Chosen, Rounds, RoundsTrainer
+from rounds import Rounds
 
 POOL, TARGET, HELD_OUT, SEEDS, ROWS_A_STEP, RATE = 2000, 40, 100, 3, 8, 1e-3
 LENGTHS = (36, 108)
@@ -74,16 +75,13 @@ def tried(folder: Path, method: str, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, tokenizer = load(str(MODEL), "float32", torch.device("cpu"))
     rounds = Rounds(
-        every=steps // 3 if method == "rounds" else 0,
-        folder=str(folder / f"{method}-{steps}-{seed}"),
+        3 if method == "rounds" else 1,
+        folder / f"{method}-{steps}-{seed}",
+        pool=folder / "pool.jsonl",
+        target=folder / "target.jsonl",
+        rank_by="random" if method == "random" else None,
         seed=seed,
-        model=str(MODEL),
-        pool=str(folder / "pool.jsonl"),
-        target=str(folder / "target.jsonl"),
     )
-    if method == "random":
-        rounds.chosen = Chosen(random.Random(seed).sample(range(POOL), POOL // 20), seed)
-        rounds.choose = lambda *_: None  # type: ignore[method-assign]
     learner = get_peft_model(
         model.network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
@@ -94,24 +92,20 @@ def tried(folder: Path, method: str, steps: int, seed: int) -> dict[str, Any]:
     chosen, rejected = mean_logliks_of(model, [as_side(side, 4096, model.device) for side in coded])
     print(method, steps, seed, float((chosen - rejected).mean()), flush=True)
     skills = [row["source"] for row in pool(POOL, 0)]
+    choices = [rows for _, rows in rounds.chosen.choices]
     return {
         "method": method,
         "steps": steps,
         "seed": seed,
         "gaps": (chosen - rejected).tolist(),
-        "shares": [
-            float(np.mean([skills[row] == DEMO_SKILL for row in each])) for each in rounds.choices
-        ],
-        "overlaps": [
-            len({*a} & {*b}) / len(a)
-            for a, b in zip(rounds.choices, rounds.choices[1:], strict=False)
-        ],
+        "shares": [float(np.mean([skills[row] == DEMO_SKILL for row in each])) for each in choices],
+        "overlaps": [len({*a} & {*b}) / len(a) for a, b in pairwise(choices)],
     }
 
 
 def trainer(
     rounds: Rounds, learner: Any, tokenizer: Any, folder: Path, steps: int, seed: int
-) -> RoundsTrainer:
+) -> SFTTrainer:
     settings = SFTConfig(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=ROWS_A_STEP,
@@ -132,8 +126,12 @@ def trainer(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        made = RoundsTrainer(
-            rounds, model=learner, args=settings, train_dataset=data, processing_class=tokenizer
+        made = SFTTrainer(
+            model=learner,
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[rounds],
         )
     made.remove_callback(PrinterCallback)
     return made

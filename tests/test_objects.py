@@ -1,11 +1,13 @@
 """A loaded model, a Dataset, dicts and data frames give what their files give."""
 
+import random
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import peft
 import polars as pl
@@ -348,6 +350,35 @@ def test_the_command_line_says_that_a_run_needs_its_objects(
     )
     done = prism("score", "--config", run.path / "config.toml", "--out", tmp_path / "other")
     assert done.code == 2 and "was given its" in done.err and "Python object" in done.err
+
+
+def test_a_model_in_mixed_precision_scores_in_its_own_and_keeps_its_forward_pass(
+    by_files: prism_select.Run, network: Any, tokenizer: Any
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # that of an earlier test
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(network)
+    AcceleratorState._reset_state()
+    forward = prepared.forward
+    run = prism_select.select(prepared, POOL, PAIRS, tokenizer=tokenizer, **SETTINGS)
+    assert numbers(run) == numbers(by_files)
+    assert prepared.forward == forward
+
+
+@pytest.mark.parametrize(
+    "options", [{"near_duplicates": 0.8}, {"cascade": True}, {"curvature": "ekfac"}], ids=str
+)
+def test_a_selection_leaves_the_random_numbers_of_a_program_alone(
+    options: dict[str, Any], network: Any, tokenizer: Any
+) -> None:
+    def states() -> list[Any]:
+        return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+    before = states()
+    prism_select.select(network, POOL, PAIRS, tokenizer=tokenizer, **SETTINGS, **options)
+    assert states() == before
 
 
 def tensors(tokenizer: Any, answers: Iterator[str]) -> dict[str, torch.Tensor]:

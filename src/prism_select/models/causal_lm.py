@@ -93,7 +93,11 @@ class CausalLM:
 @contextmanager
 def unchanged(network: nn.Module) -> Iterator[None]:
     """After the block, `network` is in training or evaluation mode and requires gradients as before
-    it, module by module."""
+    it, module by module. Within it the mixed precision that accelerate puts around the forward pass
+    of a network in training is gone: body and head would not have it."""
+    forward, plain = map(network.__dict__.get, ("forward", "_original_forward"))  # accelerate's
+    if plain is not None:
+        network.forward = plain
     training = {module: module.training for module in network.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in network.parameters()}
     config: Any = getattr(network, "config", None)
@@ -101,6 +105,8 @@ def unchanged(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if forward is not None:
+            network.forward = forward
         for module, mode in training.items():
             module.training = mode
         for parameter, needed in gradients.items():

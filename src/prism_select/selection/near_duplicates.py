@@ -9,6 +9,7 @@ Choices made here:
   one run.
 """
 
+import random
 from collections.abc import Mapping
 
 __all__ = ["NearDuplicates", "UnreadText"]
@@ -31,7 +32,9 @@ class NearDuplicates:
         self.threshold, self.texts = threshold, texts
         self._minhash = MinHash
         # candidates come from the index; their similarity is computed below
+        state = random.getstate()  # the index draws a name for itself
         self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)
+        random.setstate(state)
         self._earlier: dict[int, MinHash] = {}
 
     def __call__(self, row: int) -> bool:
