@@ -9,9 +9,10 @@ import pytest
 from conftest import jsonl
 
 import prism_select
-from prism_select.commands import pipeline, steps
+from prism_select.commands import steps
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
+from prism_select.scoring.shards import score_pool
 from prism_select.selection import half_columns
 
 ROWS, SAMPLE = 120, 30
@@ -63,16 +64,18 @@ def test_a_run_stopped_among_the_halves_goes_on(
     given = {**files, "budget": "10%", "max_bad": "5%"}
     whole = prism_select.select(**given, out=tmp_path / "whole")
     with monkeypatch.context() as stopped:
-        stopped.setattr(steps, "choose_and_write", lambda *given: given[-1].halves_of(1 / 0))
+        stopped.setattr(steps, "HalfColumns", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prism_select.select(**given, out=tmp_path / "run")
-    taken = list[int]()
-    score = pipeline.score_pool
-    monkeypatch.setattr(
-        pipeline, "score_pool", lambda *given: taken.append(len(given[2].finished)) or score(*given)
-    )
+    found = dict[str, int]()
+
+    def counted(*given: Any) -> Any:
+        found[given[2].kind] = len(given[2].finished)
+        return score_pool(*given)
+
+    monkeypatch.setattr(steps, "score_pool", counted)
     run = prism_select.select(**given, out=tmp_path / "run")
-    assert taken[0] > 0  # the scores of the first start
+    assert found["halves"] > 0  # scores of the first start
     for name, values in columns(whole).items():
         assert np.array_equal(columns(run)[name], values, equal_nan=name != "verdict"), name
 
