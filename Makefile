@@ -4,6 +4,8 @@
 # make quality: does the choice help? training on it and on every baseline's choice, a real model and a tiny one (hours)
 # make repair: which direction finds the bad rows of a pool, beside probes and other baselines, a real model (an hour)
 # make paper: a fine-tune gone wrong, repaired from its answers before and after, as in the paper, a real model (hours)
+# make coverage: a choice that serves groups of pairs against the highest scores, a real model and tiny ones (hours)
+# make size: memory beyond a model's weights, and what a low rank loses
 # make attempts: what was tried where the choice falls short (hours)
 # make cascade: how many rows must be scored exactly until most of the best are found?
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
@@ -17,7 +19,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test style fuzz real pairs repair paper quality attempts curvature cascade reselect lds peers bench bench-cost scale clean
+.PHONY: demo test style fuzz real pairs repair paper quality coverage size attempts curvature cascade reselect lds peers bench bench-cost scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv/: 2.5 GB, some minutes"
@@ -45,7 +47,7 @@ fuzz: $(STAMP)
 	FUZZ=10000 $(BIN)/pytest tests/test_fuzz.py
 	$(BIN)/python tests/fuzz.py -max_total_time=600
 
-real pairs repair paper quality attempts curvature cascade: $(STAMP)
+real pairs repair paper quality coverage size attempts curvature cascade: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,real]'
 	$(BIN)/python benchmarks/$@.py --data $(or $(DATA),$(error give DATA=folder of the public data: CONTRIBUTING.md names its files))
 

@@ -1,12 +1,11 @@
 """How much memory does a model need beyond its weights, and what does a low rank lose?
 
-    make size        twenty minutes on two cores; alone: python benchmarks/size.py
+    make size DATA=…        twenty minutes on two cores; alone: python benchmarks/size.py --data DIR
 
 A random Llama of 399 million numbers in bfloat16 (22 blocks, width 1,024, vocabulary 32,000), 24
 rows and 12 pairs of a few dozen tokens; each way is a process of its own. Memory is the peak of
 `prism score` less that of the same command on the bundled tiny model, over the bytes of the
-weights. With --gemma DIR (made by real.py): what rank 64 keeps on a model that has learned
-something.
+weights. With --data: what rank 64 keeps on a model that has learned something.
 
 Choices made here: a random model has the gradients of no real one, so what a rank keeps is measured
 on Gemma-3-270M, against the full direction on the same rows."""
@@ -104,23 +103,73 @@ def sizes() -> Iterator[tuple[Row, list[Row]]]:
         )
 
 
+def low_against_full(data: Path) -> tuple[Row, list[Row]]:
+    """On Gemma-3-270M: scores of 400 rows along both directions, in one pass."""
+    import coverage
+    import numpy as np
+    from real import lines
+
+    from prism_select.commands.read_inputs import read_inputs
+    from prism_select.core.engines import reverse
+    from prism_select.core.statistics import rank_correlation
+    from prism_select.data.records import Example
+    from prism_select.directions.from_pairs import directions_from_pairs
+    from prism_select.models.loading import load_model
+    from prism_select.run.config import ScoreConfig
+    from prism_select.run.progress import Silent
+    from prism_select.scoring.batched_engine import BatchedEngine, score_rows, without_norms
+
+    (scenario,) = [s for s in coverage.real_scenarios(data) if s.name == "gsm8k"]
+    given: Row = {"model": str(scenario.model), "pool": scenario.pool, "target": scenario.target}
+    given |= {"dtype": "bfloat16", "max_length": 256, "layers": "all", "out": "unused"}
+    inputs = read_inputs(ScoreConfig(**given), Silent())
+    loaded = load_model(ScoreConfig(**given), "all", Silent(), inputs.survey.sample)
+    sets = [
+        directions_from_pairs(ScoreConfig(**given, rank=rank), loaded, inputs.targets, Silent())
+        for rank in ("full", "64", "16")
+    ]
+    rows = [row for _, row in inputs.pool.rows() if isinstance(row, Example)][:400]
+    encoded = [loaded.encoder.encode(row) for row in rows]
+    engine = reverse(loaded.model, sets[0].weights, [found.directions[0] for found in sets])
+    batched = BatchedEngine(without_norms(engine), 512)
+    scores, _ = score_rows(batched, encoded, loaded.model.device)
+    best = [set(np.argsort(-column)[: len(rows) // 20].tolist()) for column in scores.T]
+    row: Row = {"pool": len(lines(Path(scenario.pool))), "rows": len(rows)}
+    figures = list[Row]()
+    for k, rank in enumerate((64, 16), start=1):
+        full = sets[k].full
+        assert full
+        energy = (sets[k].length / full.length) ** 2
+        values = {
+            "rank correlation with the full direction": rank_correlation(
+                scores[:, 0], scores[:, k]
+            ),
+            "overlap of the best 5%": len(best[0] & best[k]) / len(best[0]),
+            "share of the squared length kept": energy,
+        }
+        bars = {name: "" for name in values}
+        if rank == 64:
+            bars = dict(zip(values, ("≥ 0.99", "≥ 0.95", ""), strict=True))
+        row[f"rank {rank}"] = values
+        figures += [
+            figure(f"Gemma-3-270M, all layers, rank {rank}: {name}", value, "", bars[name])
+            for name, value in values.items()
+        ]
+    return row, figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="ways, with commas between")
+    parser.add_argument("--data", type=Path, help="folder of the public data sets, for Gemma")
     given = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    rows, figures = list[Row](), list[Row]()
-    for name in [*WAYS] if not given.only else []:
-        assert name
-    for row, lines in sizes():
-        print(
-            json.dumps(row), *(f"{line['name']}: {line['value']:.2f}" for line in lines), sep="\n"
-        )
-        rows.append(row)
-        figures += lines
-    write("size.json", rows, figures)
+    measured_rows = [*sizes()]
+    if given.data:
+        measured_rows.append(low_against_full(given.data))
+    rows = [row for row, _ in measured_rows]
+    write("size.json", rows, [line for _, lines in measured_rows for line in lines])
 
 
 if __name__ == "__main__":
