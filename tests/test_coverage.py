@@ -160,7 +160,7 @@ def covered(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def test_every_kind_of_a_planted_target_is_served(
     planted: dict[str, str], covered: prism_select.Run, tmp_path: Path
 ) -> None:
-    before = kinds_chosen(select(planted, tmp_path / "before"))
+    before = kinds_chosen(select(planted, tmp_path / "before", groups=1))
     least = 16 / len(KINDS) / 2
     assert min(before[kind] for kind in KINDS) < least
     assert min(kinds_chosen(covered)[kind] for kind in KINDS) >= least
@@ -177,6 +177,7 @@ def test_groups_are_the_planted_kinds_and_the_run_says_so(covered: prism_select.
     assert coverage["by_group"] == chosen and sum(chosen.values()) == 16
     assert coverage["by_score"] == 0 and coverage["pairs"] == sum(KINDS.values())
     assert 0 <= coverage["hardly_helped"] < coverage["pairs"]
+    assert 0 <= coverage["hardly_helped_by_twice"] < coverage["pairs"]
     table = covered.scores
     taken = np.array(verdicts(covered)) == "selected"
     assert (table["group"].is_valid().to_numpy() == taken).all()
@@ -256,7 +257,7 @@ def test_a_choice_made_again_is_that_of_the_run_or_the_old_one(
     assert verdicts(same) == verdicts(covered)
     assert same.scores["group"].equals(covered.scores["group"])
     old = prism_select.select(**source, combine="mean", out=str(tmp_path / "old"))
-    assert verdicts(old) == verdicts(select(planted, tmp_path / "plain"))
+    assert verdicts(old) == verdicts(select(planted, tmp_path / "plain", groups=1))
     assert "coverage" not in old.manifest["choice"]
     again = prism_select.select(**source, combine="concave", out=str(tmp_path / "again"))
     fresh = select(planted, tmp_path / "fresh", groups="auto", combine="concave")

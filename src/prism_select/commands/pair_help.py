@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from prism_select.core.gradients import add_gradients, differentiable, zero_sum
-from prism_select.core.layers import Direction, Parameters
+from prism_select.core.layers import Factored, Parameters
 from prism_select.core.likelihood import backward
 from prism_select.data.encoding import Encoded
 from prism_select.data.pool import Pool
 from prism_select.data.records import Example, Pair
 from prism_select.directions.pair_encoding import as_side, encode_sides
+from prism_select.directions.range_finder import low_rank_directions
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config import ScoreConfig
 from prism_select.scoring.batched_engine import BatchedEngine, score_rows
@@ -45,11 +46,21 @@ def pair_help(loaded: LoadedModel, engine: BatchedEngine, pairs: Sequence[Pair])
 
 
 def mean_gradient(
-    config: ScoreConfig, loaded: LoadedModel, weights: Parameters, rows: Sequence[Encoded]
-) -> Direction:
-    total, model = zero_sum(weights), loaded.model
+    config: ScoreConfig,
+    loaded: LoadedModel,
+    weights: Parameters,
+    rows: Sequence[Encoded],
+    rank: int | None,
+) -> Factored:
+    """Of low rank where the run's directions are."""
+    model = loaded.model
+    side = as_side(rows, config.tokens_on(model.device.type, model.size), model.device)
+    if rank:
+        tokens = torch.tensor([[row.targets / len(rows) for row in rows]])
+        (low,) = low_rank_directions(model, weights, side, tokens, rank)
+        return low
+    total = zero_sum(weights)
     with differentiable(weights):
-        side = as_side(rows, config.tokens_on(model.device.type, model.size), model.device)
         for batch in side.batches:
             backward(model, batch, torch.ones(len(batch), device=model.device))
             add_gradients(total, weights)

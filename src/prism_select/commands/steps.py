@@ -523,13 +523,21 @@ def with_pair_help(
         return chosen
     verdicts = (table["verdict"] for table in scores_tables(store.path, ["verdict"]))
     taken = np.concatenate([pc.equal(texts, "selected").to_numpy() for texts in verdicts])
-    rows = drawn_rows(inputs.pool, taken, loaded, config.seed)
-    weights = directions.direction_set.weights
-    along = [mean_gradient(config, loaded, weights, rows)]
-    plain = replace(config, normalize="none")
-    engine = make_engine(plain, job.engine, loaded.model, weights, along)
+    weights, plain = directions.direction_set.weights, replace(config, normalize="none")
+    full = directions.direction_set.full
     pairs = [pair for pairs in inputs.targets.values() for pair in pairs]
-    found = pair_help(loaded, engine, pairs)
-    few = int((found < HARDLY_HELPED * found.mean()).sum())
-    coverage = chosen.figures["coverage"] | {"pairs": len(pairs), "hardly_helped": few}
+
+    def hardly_helped(taken: NDArray[np.bool_]) -> int:
+        rows = drawn_rows(inputs.pool, taken, loaded, config.seed)
+        along = [mean_gradient(config, loaded, weights, rows, full.rank if full else None)]
+        engine = make_engine(plain, job.engine, loaded.model, weights, along)
+        found = pair_help(loaded, engine, pairs)
+        return int((found < HARDLY_HELPED * found.mean()).sum())
+
+    coverage = chosen.figures["coverage"] | {
+        "pairs": len(pairs),
+        "hardly_helped": hardly_helped(taken),
+    }
+    if chosen.larger is not None:
+        coverage["hardly_helped_by_twice"] = hardly_helped(chosen.larger)
     return replace(chosen, figures={**chosen.figures, "coverage": coverage})

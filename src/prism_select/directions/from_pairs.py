@@ -111,8 +111,7 @@ def directions_from_pairs(
     of_targets = [k for k, pairs in enumerate(targets.values()) for _ in pairs]
     with progress.task(f"direction from {len(every)} pairs", None):
         rank = starting_rank(config, weights)
-        fits = 2 * len(every) + COMPARED <= EXACT
-        compared = sample[:COMPARED] if rank and fits else []
+        compared = sample[:COMPARED] if rank and 2 * len(every) + COMPARED <= EXACT else []
         with_rows = products_of(config, model, weights, [*encoded.values()], compared)
         products = with_rows.of(range(2 * len(every)))
         refuse_not_finite(every, products)
@@ -130,8 +129,8 @@ def directions_from_pairs(
             products, with_rows = (in_layers(p, config.layers) for p in (products, with_rows))
         parts = weighed(config, targets, encoded, products)
         clusters = clusters_in(config, parts)
-        is_asked = isinstance(config, SelectConfig) and config.groups
-        notes += [ONE_GROUP] if is_asked and clusters and clusters.count < 2 else []
+        if clusters and clusters.count < 2 and getattr(config, "groups", None):
+            notes += [ONE_GROUP]
         task = PairDirections(config, model, weights, parts, clusters)
         found = task.of_low_rank(rank) if rank else task.in_full()
         notes += found.notes

@@ -54,12 +54,14 @@ __all__ = ["Chosen", "Known", "choose_and_write", "early_refusals", "refuse_budg
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a choice adds to the manifest. `cutoff` is the lowest score that `select` has taken."""
+    """What a choice adds to the manifest. `cutoff` is the lowest score that `select` has taken;
+    `larger` are the rows that twice the budget would have, where groups are served."""
 
     counts: Mapping[str, int]
     figures: Mapping[str, Any]
     warnings: Sequence[str]
     cutoff: float | None = None
+    larger: NDArray[np.bool_] | None = None
 
 
 class Known(NamedTuple):
@@ -134,7 +136,10 @@ def choose_and_write(
     warnings = [*warnings, *unsearched_warnings(known.searched, rows, verdicts)]
     if coverage := figures.get("coverage"):
         warnings += unreached_warnings(coverage)
-    return Chosen(counts, figures, warnings, cutoff_of(config, rows, verdicts))
+    larger = None
+    if coverage:
+        larger = decide(config, rows, pool, times=2).among(*CHOSEN)
+    return Chosen(counts, figures, warnings, cutoff_of(config, rows, verdicts), larger)
 
 
 def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> float | None:
@@ -152,14 +157,15 @@ def cutoff_of(config: ScoreConfig, rows: RankedRows, verdicts: Verdicts) -> floa
     return float(rows.ranking[taken].min())
 
 
-def decide(config: ScoreConfig, rows: RankedRows, pool: Pool) -> Verdicts:
-    """A verdict for each row. Raises BadOption when the budget is larger than the pool."""
+def decide(config: ScoreConfig, rows: RankedRows, pool: Pool, times: int = 1) -> Verdicts:
+    """A verdict for each row, at so many times the budget. Raises BadOption when the budget is
+    larger than the pool."""
     if not isinstance(config, SelectConfig | RepairConfig):
         return Verdicts((~np.isfinite(rows.score)).astype(np.int8), ("scored", "quarantined"))
     select = isinstance(config, SelectConfig)
     names = {"taken": "selected"} if select else {"taken": "removed", "over budget": "kept"}
     words = [names.get(outcome, outcome) for outcome in OUTCOMES]
-    limit = budget_limit(config, rows.ranking, rows.tokens)
+    limit = times * budget_limit(config, rows.ranking, rows.tokens)
     if not isinstance(config, SelectConfig) or config.near_duplicates is None:
         return _verdicts(rows, _rules(config), limit, words)
     per_row = max(1.0, float(rows.tokens.mean())) if config.amount.kind == "tokens" else 1.0

@@ -36,6 +36,7 @@ class CoverageFacts:
     by_score: int
     pairs: int
     hardly_helped: int | None
+    by_twice: int | None
 
     @property
     def words(self) -> str:
@@ -50,6 +51,8 @@ class CoverageFacts:
                 f" {self.hardly_helped} of {self.pairs} pairs get less than a tenth of the mean "
                 "help of the chosen rows."
             )
+        if self.by_twice is not None:
+            words += f" At twice the budget there would be {self.by_twice}."
         return words
 
 
@@ -67,6 +70,7 @@ def read(run: RunFacts) -> CoverageFacts | None:
         coverage["by_score"],
         coverage.get("pairs", 0),
         coverage.get("hardly_helped"),
+        coverage.get("hardly_helped_by_twice"),
     )
 
 
