@@ -20,6 +20,7 @@ from typing import cast
 import torch
 
 from prism_select.commands.manifest import RunRecord, diagnosis_warnings, manifest_of
+from prism_select.commands.plan_without_weights import plan_without_weights
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
 from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
@@ -46,6 +47,7 @@ from prism_select.data.pool import changed, fingerprint
 from prism_select.data.remote import is_remote
 from prism_select.models.loading import LoadedModel
 from prism_select.models.lora_training import ADAPTER, has_adapter
+from prism_select.models.without_weights import config_alone
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
@@ -82,6 +84,9 @@ def run_main(
     config = store.with_first_day(config)
     with timer.step("read"):
         inputs = read_inputs(config, progress)
+    size = actors.size if actors else processes.size
+    if config.dry_run and config_alone(str(config.model)):
+        return processes.broadcast(plan_without_weights(config, inputs, size, progress))
     if not config.dry_run and is_complete(config, store, inputs, progress):
         return processes.broadcast(Run(store.path))
 
@@ -94,7 +99,6 @@ def run_main(
     for line in diagnosis_warnings(directions.direction_set, Polarity.of_config(config)):
         progress.say(line)
     engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
-    size = actors.size if actors else processes.size
     plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
