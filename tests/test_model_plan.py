@@ -185,6 +185,17 @@ def test_blocks_alike_are_counted_as_all_of_them(name: str, layers: str) -> None
     assert len(stack_of(model.network)[1]) == 4
 
 
+def test_a_network_that_the_engine_cannot_follow_is_refused_in_one_line(
+    place: Path, tmp_path: Path
+) -> None:
+    config = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--pool", place / "pool.jsonl", "--target", place / "pairs.jsonl", "--dry-run"]
+    told = prism("score", "--model", tmp_path, *words)
+    assert told.code == 2 and told.err.count("\n") == 1
+    assert "MambaForCausalLM: it cannot be planned without its weights (engine reverse" in told.err
+
+
 def test_factors_are_never_multiplied_out_all_at_once() -> None:
     made = network_of(transformers.LlamaConfig(**{**TINY, "num_hidden_layers": 24}))
     model = CausalLM(made)

@@ -14,7 +14,7 @@ Choices made here:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_select.core import layers
-from prism_select.core.blocks import stack_of
+from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.dry_run import DryRun
 from prism_select.core.engines import reverse
 from prism_select.core.layers import Factored, Factors, Parameters
@@ -31,7 +31,7 @@ from prism_select.core.likelihood import Batch
 from prism_select.directions.low_rank import matrix_owners
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names
-from prism_select.run.errors import BadModel, PrismError
+from prism_select.run.errors import BadModel
 from prism_select.scoring.cost_plan import Plan
 
 __all__ = [
@@ -205,15 +205,14 @@ class _Trial:
 
 @contextmanager
 def _counted(network: nn.Module) -> Iterator[DryRun]:
-    """Raises BadModel for whatever a network does that needs numbers."""
+    """Raises BadModel for whatever a network does that needs numbers, and for parameters that the
+    engine cannot reach."""
     larger = mock.patch.object(layers, "FORMED", FORMED)
     try:
         with torch.device("meta"), larger, DryRun(network.parameters()) as seen:
             yield seen
-    except PrismError:
-        raise
     except Exception as error:  # of any kind: a network may ask for any number
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = " ".join(str(error).partition("; try")[0].split())[:200] or type(error).__name__
         raise BadModel(
             f"{type(network).__name__}: it cannot be planned without its weights ({why}); plan it "
             "where they are"
@@ -223,9 +222,15 @@ def _counted(network: nn.Module) -> Iterator[DryRun]:
 @contextmanager
 def _only_blocks(network: nn.Module, numbers: Sequence[int]) -> Iterator[None]:
     """Within it the network has these of its blocks."""
-    _, blocks = stack_of(network)
+    (_, blocks), (_, decoder) = stack_of(network), decoder_of(network)
     some = {str(place): blocks[number] for place, number in enumerate(numbers)}
-    with mock.patch.object(blocks, "_modules", some) if some else nullcontext():
+    kinds = vars(decoder.config).get("layer_types")  # which mask a block gets
+    with ExitStack() as patches:
+        if some:
+            patches.enter_context(mock.patch.object(blocks, "_modules", some))
+        if kinds:
+            own = [kinds[number] for number in numbers]
+            patches.enter_context(mock.patch.object(decoder.config, "layer_types", own))
         yield
 
 
