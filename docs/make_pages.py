@@ -14,7 +14,8 @@ the tree from the packages, output from real runs.
     {{interval / FILE / FIGURE / FORMAT}}        its interval
     {{rows / FILE}}                              where the rows of a study are
     <!--{{…}}-->0.24<!---->                      a figure in a page that is written by hand
-    <!-- made: NAME --> … <!-- end -->           a block: `tree`, or `output` of COMMANDS
+    <!-- made: NAME --> … <!-- end -->           a block: `tree`, `memory`, or `output` of
+                                                 COMMANDS
 
 Choices made here:
 - FORMAT is Python's, .2f say; a figure or a row that is missing is an error;
@@ -233,6 +234,74 @@ def tree() -> str:
     return "\n".join(["```", *lines, "```"])
 
 
+# --- memory ----------------------------------------------------------------
+
+SHAPES = {  # hidden, blocks, query heads, key heads, of the MLP, vocabulary
+    "Llama-3.2-1B": (2048, 16, 32, 8, 8192, 128256),
+    "Llama-3.1-8B": (4096, 32, 32, 8, 14336, 128256),
+    "Qwen2.5-14B": (5120, 48, 40, 8, 13824, 152064),
+    "Llama-3.1-70B": (8192, 80, 64, 8, 28672, 128256),
+}
+BATCH = 4, 1024  # rows, tokens
+
+
+def memory() -> str:
+    """GB for a whole run, and for scoring alone along directions of a low rank, by the code of the
+    plan without weights."""
+    planned = "" if any(o.name == "quantize" for o in options_of(ScoreConfig)) else ", planned"
+    widths = f"16 bits | 8 bits{planned} | 4 bits{planned}"
+    lines = [
+        f"| shapes of | `--layers` | {widths} | the batch in it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in SHAPES:
+        for layers in ("all", "late", "adapter"):
+            batch, *totals = needs(name, layers)
+            cells = " | ".join(f"{run:,.0f} / {alone:,.0f}" for run, alone in totals)
+            lines.append(f"| {name} | {layers} | {cells} | {batch[0]:,.0f} |")
+    return "\n".join(lines)
+
+
+def needs(name: str, layers: str) -> list[tuple[float, float]]:
+    """GB along full directions and along those of a low rank: for a batch, and, with weights of 16,
+    8 and 4 bits, for a whole run and for scoring alone."""
+    from peft import LoraConfig
+
+    from prism_select.models.causal_lm import CausalLM
+    from prism_select.models.layer_selection import select_parameters
+    from prism_select.models.without_weights import network_of, with_adapter_shapes
+    from prism_select.scoring.model_plan import RANK, run_bytes, scoring_along, weight_bytes
+
+    network = network_of(shapes_config(name))
+    if layers == "adapter":
+        lora = LoraConfig(r=16, target_modules="all-linear")
+        network = with_adapter_shapes(network, lora)
+    model, weights = CausalLM(network), select_parameters(network, layers)
+    full, low = (scoring_along(model, weights, BATCH, rank) for rank in (None, RANK))
+    run = run_bytes(weights, full)
+    sizes = [weight_bytes(network, bits) for bits in (16, 8, 4)]
+    totals = [((size + run) / 1e9, (size + low.bytes) / 1e9) for size in sizes]
+    return [(full.batch_bytes / 1e9, low.batch_bytes / 1e9), *totals]
+
+
+def shapes_config(name: str) -> Any:
+    """Transformers' configuration of these shapes."""
+    import transformers
+
+    hidden, blocks, heads, key_heads, inner, vocabulary = SHAPES[name]
+    kind = transformers.Qwen2Config if "Qwen" in name else transformers.LlamaConfig
+    return kind(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        tie_word_embeddings="1B" in name,
+        dtype="bfloat16",
+    )
+
+
 # Commands of the README, and the lines of their summary that it shows.
 COMMANDS = (
     (
@@ -363,4 +432,5 @@ def write(blocks: dict[str, Callable[[], str]]) -> None:
 
 
 if __name__ == "__main__":
-    write({"tree": tree} if "--quick" in sys.argv else {"tree": tree, "output": output})
+    quick: dict[str, Callable[[], str]] = {"tree": tree, "memory": memory}
+    write(quick if "--quick" in sys.argv else {**quick, "output": output})

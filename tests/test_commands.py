@@ -490,8 +490,19 @@ def test_the_manifest_holds_the_keys_of_the_contract_and_counts_that_add_up(
         assert parts <= told["target"].keys() and told["target"]["pairs"] == len(PAIRS)
         assert {"name", "reason", "dtype", "check"} <= told["engine"].keys()
         assert told["engine"]["check"].keys() == {"rows", "disagreement", "tolerance", "repeat"}
-        steps = "read load target curvature check plan save score choose total".split()
-        assert list(told["timings"]) == steps
+        steps = [
+            "read",
+            "load",
+            "target",
+            "curvature",
+            "check",
+            "plan",
+            "save",
+            "score",
+            "choose",
+            "total",
+        ]
+        assert list(told["timings"]) == [*steps, "total"]
         assert sum(told["timings"].values()) > 1.95 * told["timings"]["total"]
         for cost in (told["plan"], told["actual"]):
             assert {"seconds", "memory_bytes", "tokens"} <= cost.keys() and all(
@@ -644,6 +655,8 @@ def test_the_best_are_chosen_by_score_or_by_score_per_token(place: Place, scored
         run = place.run(
             "select",
             f"by-{name}",
+            "--groups",
+            "1",
             "--budget",
             "4",
             *(["--normalize", "tokens"] * (name != "score")),
@@ -666,7 +679,7 @@ def test_positive_means_every_row_above_zero_and_tokens_are_counted(
     assert [verdict == "selected" for verdict in column(positive, "verdict")] == (
         scores(scored) > 0
     ).tolist()
-    run = place.run("select", "tokens", "--budget", "50tok")
+    run = place.run("select", "tokens", "--budget", "50tok", "--groups", "1")
     taken = np.array([verdict == "selected" for verdict in column(run, "verdict")])
     tokens = np.array(column(run, "tokens"))
     assert (
@@ -716,7 +729,7 @@ def test_choosing_again_gives_the_verdicts_of_a_fresh_run(
     place: Place, scored: Path, options: tuple[str, ...]
 ) -> None:
     name = "-".join(options).replace("%", "")
-    fresh = place.run("select", f"fresh{name}", *options)
+    fresh = place.run("select", f"fresh{name}", "--groups", "1", *options)
     again = place.folder / f"again{name}"
     done = prism("select", "--select-from", scored, "--out", again, *options)
     assert done.code == 0, done.err
@@ -1110,11 +1123,12 @@ def test_output_is_plain_lines_where_there_is_no_terminal(place: Place) -> None:
     )  # whole, on one line
     names = [line.split()[0] for line in told if not line.startswith("warning")]
     target = ["pairs", "agreement", "common", "answers"]
-    assert names[-13:] == [
+    assert names[-14:] == [
         "read",
         "verdicts",
         *target,
         "chosen",
+        "groups",
         "length",
         "curvature",
         "engine",

@@ -51,6 +51,19 @@ def test_the_readme_shows_what_its_commands_print(make_pages: Any) -> None:
     assert numbers == pytest.approx(expected, rel=0.1, abs=0.02), "run docs/make_pages.py"
 
 
+def test_the_table_of_memory_is_what_the_plan_says(make_pages: Any) -> None:
+    """To what another version of torch or transformers may count."""
+    shown = re.search(r"<!-- made: memory -->\n(.*?)\n<!-- end -->", DOCS["engines.md"], re.DOTALL)
+    assert shown
+    made = make_pages.memory()
+    assert re.sub(r"[\d,]+ ", "# ", made) == re.sub(r"[\d,]+ ", "# ", shown[1])
+    numbers, expected = (
+        [float(x.replace(",", "")) for x in re.findall(r" ([\d,]+)(?= )", text)]
+        for text in (made, shown[1])
+    )
+    assert len(expected) == 3 + 12 * 7 and numbers == pytest.approx(expected, rel=0.05, abs=1)
+
+
 def test_a_figure_or_a_row_that_is_not_there_is_an_error(make_pages: Any) -> None:
     for spot in (
         "{{cost / no such figure / .1f}}",

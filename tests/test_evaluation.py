@@ -197,15 +197,14 @@ def test_a_baseline_with_the_ranking_of_a_second_choice_is_its_equal(
     place: Path, tmp_path: Path, trainings: list[TrainingSettings]
 ) -> None:
     run = tmp_path / "again"
-    prism_select.select(select_from=str(place / "select"), out=str(run), budget="10")
+    again = {"select_from": str(place / "select"), "out": str(run), "combine": "mean"}
+    prism_select.select(**again, budget="10")
     twin = np.array(Run(run).scores["score"].to_pylist())
     found = evaluate(config_of(place, run, against="twin", seeds=1), baselines={"twin": twin})
     assert found["methods"]["twin"]["rows"] == found["methods"]["prism"]["rows"] == [10]
     assert len(trainings) == 1
     assert found["against"]["twin"]["words"] == "no gain over twin shown: 0 [0, 0]"
-    prism_select.select(
-        select_from=str(place / "select"), out=str(run), budget="10", overwrite=True
-    )
+    prism_select.select(**again, budget="10", overwrite=True)
     assert not (run / "evaluation").exists()
 
 

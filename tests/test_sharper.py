@@ -359,7 +359,8 @@ def test_low_ranks_of_several_targets_are_saved_and_score_again(desk: Desk, comb
 
 
 def test_norm_ranks_by_the_cosine_with_each_rows_gradient(desk: Desk) -> None:
-    run = desk.done("norm", "--normalize", "norm", "--budget", "5", command="select")
+    words = ["--normalize", "norm", "--budget", "5", "--groups", "1"]
+    run = desk.done("norm", *words, command="select")
     cosine, saved = column(run, "score_cosine"), load_file(run.path / "direction.safetensors")
     length = norm({name: value for name, value in saved.items() if "/" not in name})
     assert apart(cosine, column(run, "score") / column(run, "gradient_norm") / length) < 1e-6

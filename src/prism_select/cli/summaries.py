@@ -11,7 +11,7 @@ Choices made here:
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.config_pairs import PairsConfig
@@ -21,6 +21,7 @@ from prism_select.run.thresholds import TARGET_AGREEMENT, auroc_in_words, no_val
 if TYPE_CHECKING:
     from prism_select.commands.pairs import MadePairs
     from prism_select.scoring.cost_plan import Plan
+    from prism_select.scoring.model_plan import ModelPlan
 
 __all__ = [
     "evaluation_summary",
@@ -72,12 +73,38 @@ def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -
 
 def plan_summary(plan: "Plan") -> dict[str, str]:
     """The table of --dry-run."""
+    if hasattr(plan, "scoring_bytes"):
+        return _model_plan(cast("ModelPlan", plan))
     return {
         "tokens": f"{plan.tokens:,}",
         "time": f"{plan.seconds:,.0f} s for the whole run, on this machine as it is now",
         "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest",
         "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
     }
+
+
+def _model_plan(plan: "ModelPlan") -> dict[str, str]:
+    """The table of --dry-run of a model without weights."""
+    (_, full), (rank, low) = plan.scoring_bytes.items()
+    seconds, fewer = plan.seconds_per_million.values()
+    rows = {
+        "parameters": f"{plan.parameters:,}, of which selected {plan.selected:,}",
+        "weights": f"{plan.weights_bytes / 1e9:.2f} GB in {plan.dtype}",
+        "scoring": f"{full / 1e9:.2f} GB along full directions, {low / 1e9:.2f} GB along those of "
+        f"{rank}, in a process of torchrun or Ray that scores alone",
+        "batch": f"{plan.batch_bytes / 1e9:.2f} GB for {plan.batch_tokens:,} tokens "
+        "(--batch-tokens), beside weights and directions",
+        "tokens": f"{plan.tokens:,}, {plan.counted_by}",
+        "time": f"{plan.seconds:,.0f} s for scoring, at an assumed 100 TFLOP/s achieved; a million "
+        f"tokens take {seconds:,.1f} s, along {rank} {fewer:,.1f} s; at twice the speed, half",
+        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest of a whole run, which holds "
+        "directions in float32, too",
+        "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
+        "estimate": "engine reverse on a device that is not here; nothing was loaded or timed",
+    }
+    if plan.not_counted:
+        rows["not counted"] = ", ".join(plan.not_counted)
+    return rows
 
 
 def pairs_summary(config: PairsConfig, result: "MadePairs | Mapping[str, Any]") -> dict[str, str]:

@@ -31,7 +31,7 @@ from prism_select.data.pool import Pool, fingerprint
 from prism_select.data.targets import target_files
 from prism_select.directions.adam_moments import moments_file
 from prism_select.models.loading import fingerprint_of
-from prism_select.run.config import ScoreConfig
+from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.options import parse_number
@@ -137,9 +137,12 @@ def run_checkpoints(config: ScoreConfig, progress: Progress) -> Run:
 def at_checkpoint(config: ScoreConfig, point: WeightedCheckpoint, number: int) -> ScoreConfig:
     """The run of one checkpoint: a model, or an adapter on --model or on the base that it names."""
     out = str(Path(str(config.out)) / FOLDER / str(number))
+    own: dict[str, Any] = {"checkpoint": (), "out": out, "halves": True}
+    if isinstance(config, SelectConfig):
+        own["groups"] = "1"
     if config.model and (Path(point.path) / "adapter_config.json").is_file():
-        return replace(config, checkpoint=(), adapter=point.path, out=out, halves=True)
-    return replace(config, checkpoint=(), model=point.path, adapter=None, out=out, halves=True)
+        return replace(config, adapter=point.path, **own)
+    return replace(config, model=point.path, adapter=None, **own)
 
 
 def summed(runs: Sequence[Run], weights: Sequence[float]) -> Iterator[pa.Table]:

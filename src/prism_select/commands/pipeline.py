@@ -20,6 +20,7 @@ from typing import cast
 import torch
 
 from prism_select.commands.manifest import RunRecord, diagnosis_warnings, manifest_of
+from prism_select.commands.plan_without_weights import plan_without_weights
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
 from prism_select.commands.select_again import refuse_other_format
 from prism_select.commands.steps import (
@@ -49,6 +50,7 @@ from prism_select.data.pool import changed, fingerprint
 from prism_select.data.remote import is_remote
 from prism_select.models.loading import LoadedModel
 from prism_select.models.lora_training import ADAPTER, has_adapter
+from prism_select.models.without_weights import config_alone
 from prism_select.run.config import ScoreConfig, SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
@@ -85,8 +87,9 @@ def run_main(
     config = store.with_first_day(config)
     with timer.step("read"):
         inputs = read_inputs(config, progress)
-    if not config.dry_run and is_complete(config, store, inputs, progress):
-        return processes.broadcast(Run(store.path))
+    size = actors.size if actors else processes.size
+    if early := without_a_model(config, store, inputs, size, progress):
+        return processes.broadcast(early)
 
     with timer.step("load"):
         checkpoint = load_checkpoint(config, store, inputs, progress)
@@ -97,7 +100,6 @@ def run_main(
     with timer.step("check"):
         engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     with timer.step("plan"):
-        size = actors.size if actors else processes.size
         plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
@@ -211,6 +213,17 @@ def with_day(
     if not config.dry_run:
         store.refuse_others(config, inputs.fingerprints)
     return config
+
+
+def without_a_model(
+    config: ScoreConfig, store: Store, inputs: RunInputs, processes: int, progress: Progress
+) -> Run | Plan | None:
+    """A complete run, or the plan of a model whose weights are not here."""
+    if config.dry_run and config_alone(str(config.model)):
+        return plan_without_weights(config, inputs, processes, progress)
+    if not config.dry_run and is_complete(config, store, inputs, progress):
+        return Run(store.path)
+    return None
 
 
 def is_complete(config: ScoreConfig, store: Store, inputs: RunInputs, progress: Progress) -> bool:

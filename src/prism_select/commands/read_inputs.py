@@ -32,6 +32,7 @@ from prism_select.data.targets import (
 from prism_select.directions.adam_moments import moments_file
 from prism_select.directions.preconditioning import CURVATURE_ROWS
 from prism_select.models.loading import fingerprint_of, weights_of
+from prism_select.models.without_weights import config_alone
 from prism_select.run.config import OF_POOL, OutputOptions, RepairConfig, ScoreConfig
 from prism_select.run.errors import BadOption, BadRow
 from prism_select.run.folder import Store
@@ -57,7 +58,8 @@ class EncodedSample:
 def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     """Raises PrismError for files that cannot be read, for options that do not fit them, and for
     too many bad rows."""
-    weights_of(str(config.model))  # raises where there are none
+    if not (config.dry_run and config_alone(str(config.model))):
+        weights_of(str(config.model))  # raises where there are none
     moments = [str(moments_file(config))] if config.curvature == "adam" else []
     mapping = parse_fields(config.fields)
     targets = read_pairs(config)

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prism_select.core.blocks import blocks_below, running_once, same_when_run_once
 from prism_select.core.gradients import differentiable, dot, norm, take_gradients
 from prism_select.core.layers import (
+    Direction,
     Factored,
     Inputs,
     Owner,
@@ -75,11 +76,7 @@ def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Fa
         with differentiable(weights):
             loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
             gradient = dict(take_gradients(weights))
-        products = []
-        for direction in map(dense, directions):
-            shared = {name: value for name, value in gradient.items() if name in direction}
-            products.append(dot(shared, direction))
-        return loglik, products
+        return loglik, [_dot(gradient, direction) for direction in directions]
 
     def scores(batch: Batch) -> Scores:
         rows = [score(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
@@ -131,6 +128,12 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
         return Scores(loglik, total * lengths)
 
     return scores
+
+
+def _dot(gradient: Direction, direction: Factored) -> float:
+    """Over the parameters of both. One matrix at a time leaves its factors."""
+    shared = (name for name in gradient if name in direction)
+    return sum(dot({n: gradient[n]}, dense({n: direction[n]})) for n in shared)
 
 
 def _unit(

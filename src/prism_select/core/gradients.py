@@ -75,15 +75,12 @@ def dot(a: Factored, b: Factored) -> float:
 def _dot(a: Tensor | Factors, b: Tensor | Factors) -> float:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return float((a.double() * b.double()).sum())
-    (left, right), (other_left, other_right) = _factors(a), _factors(b)
-    return float(((left.mT @ other_left) * (right @ other_right.mT)).sum())
-
-
-def _factors(matrix: Tensor | Factors) -> tuple[Tensor, Tensor]:
-    """In float64; a matrix that is whole has itself and the identity."""
-    if isinstance(matrix, Factors):
-        return matrix.left.double(), matrix.right.double()
-    return matrix.double(), torch.eye(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    if isinstance(a, Factors) and isinstance(b, Factors):
+        left = a.left.double().mT @ b.left.double()
+        return float((left * (a.right.double() @ b.right.double().mT)).sum())
+    whole, factors = (a, b) if isinstance(a, Tensor) else (b, a)
+    assert isinstance(whole, Tensor) and isinstance(factors, Factors)
+    return _dot(whole, factors.left @ factors.right)
 
 
 def norm(a: Factored) -> float:

@@ -56,6 +56,9 @@ Direction: TypeAlias = Mapping[str, Tensor]
 """A tensor for each selected parameter."""
 
 
+FORMED = 2**20  # numbers of all examples' gradients formed at a time: what a cache holds
+
+
 class Factors(NamedTuple):
     """A matrix of low rank, left @ right, in the layout of its parameter."""
 
@@ -115,6 +118,8 @@ def embedding_scale(module: nn.Module) -> float:
         return 1.0
     if not isinstance(module, nn.Embedding):
         return 0.0
+    if module.weight.is_meta:  # a plan: some number
+        return 2.0
     tokens = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
     with torch.no_grad():
         plain = functional.embedding(tokens, module.weight).double()
@@ -300,7 +305,7 @@ def example_products(
     if not by_example or not is_matrix(owner) or len(owner.weights) > 1:
         return None
     left, right = outer_factors(owner, inputs, gradient)
-    rows = max(1, 2**20 // (size * right.shape[-1]))
+    rows = max(1, FORMED // (size * right.shape[-1]))
     total = left.new_zeros(size, len(flats), dtype=torch.float64)
     blocks = [flat.split(rows * right.shape[-1]) for flat in flats]
     for columns, *slices in zip(left.split(rows, 2), *blocks, strict=True):

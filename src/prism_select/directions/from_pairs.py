@@ -75,7 +75,13 @@ from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 from prism_select.run.thresholds import UNCOVERED
 
-__all__ = ["direction_by_products", "directions_from_pairs", "products_of"]
+__all__ = [
+    "RANK",
+    "direction_by_products",
+    "directions_from_pairs",
+    "products_of",
+    "starting_rank",
+]
 
 RANK, IN_FULL = 64, 2**28  # numbers: a direction of as many takes 1 GB in float32
 COMPARED = 32  # rows

@@ -55,7 +55,7 @@ from prism_select.directions.answer_products import (
     own_gradient,
 )
 
-__all__ = ["low_rank_directions"]
+__all__ = ["MORE", "low_rank_directions"]
 
 Stack: TypeAlias = Mapping[str, Float[Tensor, "directions numbers width"]]
 

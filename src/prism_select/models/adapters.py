@@ -25,7 +25,7 @@ from prism_select.run.adapter_base import CONFIG, WEIGHTS
 from prism_select.run.errors import BadModel, BadOption
 from prism_select.run.tensor_files import tensor_shapes
 
-__all__ = ["has_tokenizer", "load_adapter", "no_adapter", "refuse_kind"]
+__all__ = ["has_tokenizer", "load_adapter", "no_adapter", "no_peft", "refuse_kind"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Say = Callable[[str], None]
@@ -58,7 +58,7 @@ def load_adapter(
     try:
         import peft
     except ImportError:
-        raise BadOption("an adapter needs PEFT; install PRISM with its extra [train]") from None
+        raise no_peft() from None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -89,6 +89,10 @@ def no_adapter(folder: Path) -> BadOption:
     return BadOption(
         f"adapter {folder}: no such folder; give the one that PEFT's save_pretrained wrote"
     )
+
+
+def no_peft() -> BadOption:
+    return BadOption("an adapter needs PEFT; install PRISM with its extra [train]")
 
 
 def _attached(network: Any, folder: Path, shapes: Shapes, config: Any, merge: bool) -> Any:

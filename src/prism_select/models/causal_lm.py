@@ -7,7 +7,7 @@ Choices made here:
 - the head, its bias, scaling and capping are the network's own, whatever its architecture: while
   `logits` runs, the body returns the given states;
 - evaluation mode, and every parameter frozen;
-- the split is checked on three tokens when a network is wrapped.
+- the split is checked on three tokens when a network that has weights is wrapped.
 """
 
 import inspect
@@ -40,7 +40,8 @@ class CausalLM:
             )
         self.vocabulary: int = network.get_output_embeddings().weight.shape[0]
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
-        self._prove_split()
+        if self.device.type != "meta":
+            self._prove_split()
 
     @property
     def device(self) -> torch.device:

@@ -455,7 +455,10 @@ class RuntimeOptions(Options):
         Mark.MENDABLE,
     ] = "local"
     dry_run: Annotated[
-        bool, "Print the plan (tokens, time, memory, disk) and stop.", Mark.MENDABLE
+        bool,
+        "Print the plan (tokens, time, memory, disk) and stop; of a folder with a config.json and "
+        "no weights, too.",
+        Mark.MENDABLE,
     ] = False
 
     def validate(self) -> None:
