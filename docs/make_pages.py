@@ -242,12 +242,12 @@ SHAPES = {  # hidden, blocks, query heads, key heads, of the MLP, vocabulary
     "Qwen2.5-14B": (5120, 48, 40, 8, 13824, 152064),
     "Llama-3.1-70B": (8192, 80, 64, 8, 28672, 128256),
 }
-BATCH = 4, 1024  # rows, tokens
+ROW = 1024  # tokens
 
 
 def memory() -> str:
-    """GB for a whole run, and for scoring alone along directions of a low rank, by the code of the
-    plan without weights."""
+    """GB for a whole run with directions of a low rank and with full ones, by the code of the plan
+    without weights."""
     planned = "" if any(o.name == "quantize" for o in options_of(ScoreConfig)) else ", planned"
     widths = f"16 bits | 8 bits{planned} | 4 bits{planned}"
     lines = [
@@ -257,14 +257,14 @@ def memory() -> str:
     for name in SHAPES:
         for layers in ("all", "late", "adapter"):
             batch, *totals = needs(name, layers)
-            cells = " | ".join(f"{run:,.0f} / {alone:,.0f}" for run, alone in totals)
+            cells = " | ".join(f"{low:,.0f} / {full:,.0f}" for low, full in totals)
             lines.append(f"| {name} | {layers} | {cells} | {batch[0]:,.0f} |")
     return "\n".join(lines)
 
 
 def needs(name: str, layers: str) -> list[tuple[float, float]]:
-    """GB along full directions and along those of a low rank: for a batch, and, with weights of 16,
-    8 and 4 bits, for a whole run and for scoring alone."""
+    """GB with directions of a low rank and with full ones: for a batch, and, with weights of 16, 8
+    and 4 bits, for a whole run."""
     from peft import LoraConfig
 
     from prism_select.models.causal_lm import CausalLM
@@ -272,16 +272,18 @@ def needs(name: str, layers: str) -> list[tuple[float, float]]:
     from prism_select.models.without_weights import network_of, with_adapter_shapes
     from prism_select.scoring.model_plan import RANK, run_bytes, scoring_along, weight_bytes
 
+    config = ScoreConfig(model="-", pool=("-",), target=("-",), out="-")
     network = network_of(shapes_config(name))
     if layers == "adapter":
         lora = LoraConfig(r=16, target_modules="all-linear")
         network = with_adapter_shapes(network, lora)
     model, weights = CausalLM(network), select_parameters(network, layers)
-    full, low = (scoring_along(model, weights, BATCH, rank) for rank in (None, RANK))
-    run = run_bytes(weights, full)
+    shape = config.tokens_on("cuda", model.size) // ROW, ROW
+    full, low = (scoring_along(model, weights, shape, rank) for rank in (None, RANK))
+    runs = run_bytes(weights, full, low), run_bytes(weights, full)
     sizes = [weight_bytes(network, bits) for bits in (16, 8, 4)]
-    totals = [((size + run) / 1e9, (size + low.bytes) / 1e9) for size in sizes]
-    return [(full.batch_bytes / 1e9, low.batch_bytes / 1e9), *totals]
+    totals = [((size + runs[0]) / 1e9, (size + runs[1]) / 1e9) for size in sizes]
+    return [(low.batch_bytes / 1e9, full.batch_bytes / 1e9), *totals]
 
 
 def shapes_config(name: str) -> Any:

@@ -125,6 +125,6 @@ def _not_counted(config: ScoreConfig) -> list[str]:
         "--tune": config.tuned,
         "--warmup": config.warmup,
         "--cascade": config.cascade,
-        "--groups": isinstance(config, SelectConfig) and config.has_groups,
+        "groups of pairs": isinstance(config, SelectConfig) and config.has_groups,
     }
     return [option for option, is_used in options.items() if is_used]
