@@ -46,8 +46,8 @@ from prism_select.run.config_evaluate import EvaluateConfig
 Row = dict[str, Any]
 WORK = Path(__file__).parent / "work"
 WAYS: Mapping[str, Row] = {
-    "pairs": {},
-    "flat": {"curvature": "flat"},
+    "pairs": {"groups": "1"},
+    "flat": {"curvature": "flat", "groups": "1"},
     "in turn": {"groups": "auto"},
     "concave": {"groups": "auto", "combine": "concave"},
     "sixteen": {"groups": "16"},
@@ -226,10 +226,12 @@ def main() -> None:
 
 
 def figures_of(row: Row) -> Iterator[Row]:
+    where = f"{row['scenario']} {row['budget']}: {row['method']}"
     for key, words in MEASURES.items():
+        yield figure(f"{where}, {words}", row[key], "", "")
         over = row.get("over random", {}).get(key)
         if over:
-            name = f"{row['scenario']} {row['budget']}: {row['method']} over random, {words}"
+            name = f"{where} over random, {words}"
             yield figure(name, over["difference"], "", "", [over["low"], over["high"]])
 
 

@@ -23,7 +23,7 @@ Choices made here:
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -56,6 +56,7 @@ __all__ = [
     "answer_products",
     "by_kind",
     "own_gradient",
+    "used_elsewhere",
 ]
 
 EXACT = 1024  # answers up to which products are exact
@@ -159,7 +160,8 @@ class Collection:
         """Products in a part of a parameter, by its name."""
         for pieces in self._passes():
             self._collect(pieces)
-            self._lost |= self._used_elsewhere({piece.name for piece in pieces} - self._visited)
+            unseen = {piece.name for piece in pieces} - self._visited
+            self._lost |= used_elsewhere(self.model, self.weights, self.side, unseen)
             for piece in pieces:
                 if piece.name not in self._lost:
                     yield piece.name, self._piece_products(piece)
@@ -214,16 +216,6 @@ class Collection:
                 logliks = backward(self.model, batch, 1 / batch.counts.double(), self._set_examples)
                 self.logliks[self._first : self._first + self._size] = logliks.cpu()
                 self._first += self._size
-
-    def _used_elsewhere(self, names: set[str]) -> set[str]:
-        """Those of some parameters that have a gradient, though their modules are not called."""
-        some = {name: self.weights[name] for name in names}
-        if not some:
-            return set()
-        with differentiable(some):
-            batch = self.side.batches[0]
-            backward(self.model, batch, 1 / batch.counts.double())
-            return {name for name, gradient in take_gradients(some) if gradient.any()}
 
     def _set_examples(self, examples: Tensor) -> None:
         self._examples = examples
@@ -332,6 +324,19 @@ class Collection:
         for name, rows in gradients.items():
             flat = torch.cat(rows)
             yield name, (flat @ flat.T).double()
+
+
+def used_elsewhere(
+    model: LanguageModel, weights: Parameters, side: Side, names: Set[str]
+) -> set[str]:
+    """Those of some parameters that have a gradient, though their modules are not called."""
+    some = {name: weights[name] for name in names}
+    if not some:
+        return set()
+    with differentiable(some):
+        batch = side.batches[0]
+        backward(model, batch, 1 / batch.counts.double())
+        return {name for name, gradient in take_gradients(some) if gradient.any()}
 
 
 def room_for_factors(weights: Parameters) -> int:

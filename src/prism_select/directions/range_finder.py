@@ -31,7 +31,6 @@ from torch import Tensor
 from prism_select.core.gradients import (
     add_gradients,
     differentiable,
-    take_gradients,
     wide_dtype,
     zero_sum,
 )
@@ -53,6 +52,7 @@ from prism_select.directions.answer_products import (
     answer_factors,
     by_kind,
     own_gradient,
+    used_elsewhere,
 )
 
 __all__ = ["MORE", "low_rank_directions"]
@@ -107,7 +107,8 @@ class RangeFinder:
         self.lost = self.weights.keys() - matrices - small
         sums = {name: self.zeros(name, weight.numel()) for name, weight in self.of(small)}
         left = orthonormal(self.multiply(self.random(matrices, rank + MORE), False, sums))
-        self.lost |= self.used_elsewhere(self.weights.keys() - self.visited - self.lost)
+        unseen = self.weights.keys() - self.visited - self.lost
+        self.lost |= used_elsewhere(self.model, self.weights, self.side, unseen)
         left = {name: base for name, base in left.items() if name not in self.lost}
         right = orthonormal(self.multiply(left, True))
         left = orthonormal(self.multiply(right, False))
@@ -191,16 +192,6 @@ class RangeFinder:
                     self.lost.add(name)
                 else:
                     step.small[name].add_(own)
-
-    def used_elsewhere(self, names: set[str]) -> set[str]:
-        """Those of some parameters that have a gradient, though their modules are not called."""
-        some = {name: self.weights[name] for name in names}
-        if not some:
-            return set()
-        with differentiable(some):
-            batch = self.side.batches[0]
-            backward(self.model, batch, 1 / batch.counts.double())
-            return {name for name, gradient in take_gradients(some) if gradient.any()}
 
     def by_autograd(self, number: int) -> dict[str, Tensor]:
         """Of the parameters that hooks do not follow, along one direction."""
