@@ -10,8 +10,11 @@ from conftest import jsonl
 
 import prism_select
 from prism_select.commands import steps
+from prism_select.core.engines import ENGINES
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
+from prism_select.run.errors import Unreachable
+from prism_select.scoring import engine_choice
 from prism_select.scoring.shards import score_pool
 from prism_select.selection import half_columns
 
@@ -20,8 +23,7 @@ ROWS, SAMPLE = 120, 30
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
-    for module in (steps, half_columns):
-        monkeypatch.setattr(module, "HALVES", SAMPLE)
+    monkeypatch.setattr(half_columns, "HALVES", SAMPLE)
     rows: list[Any] = world.pool(ROWS - 1, 0)
     return {
         "model": str(MODEL_DIR),
@@ -85,3 +87,40 @@ def test_repair_has_the_halves_of_what_it_removes(files: Mapping[str, str], tmp_
     found = columns(run)
     assert np.isfinite(found["score_chosen"][found["verdict"] == "removed"]).all()
     assert np.isnan(found["score_chosen"]).sum() > ROWS / 2
+
+
+def out_of_reach(*_: object) -> Any:
+    def scores(_: object) -> None:
+        raise Unreachable("reverse", ["some.weight"], "it is out of reach")
+
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("close", "reaches", "taken"),
+    [
+        (1.0, True, ("difference", "the cheapest along one direction")),
+        (0.0, True, ("reverse", "difference would be off by")),
+        (0.0, False, ("difference", "it is out of reach")),
+    ],
+)
+def test_one_direction_of_a_large_model_takes_the_engine_that_is_cheapest_and_close(
+    files: Mapping[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    close: float,
+    reaches: bool,
+    taken: tuple[str, str],
+) -> None:
+    given: Mapping[str, Any] = {**files, "max_bad": "5%"}
+    exact = columns(prism_select.score(**given, out=tmp_path / "exact", engine="reverse"))
+    monkeypatch.setattr(engine_choice, "COSTLY", 0)
+    monkeypatch.setattr(engine_choice, "CLOSE", close)
+    if not reaches:
+        engines = {**ENGINES, "reverse": out_of_reach}
+        monkeypatch.setattr(engine_choice, "ENGINES", engines)
+    run = prism_select.score(**given, out=tmp_path / "run")
+    name, reason = taken
+    assert run.manifest["engine"]["name"] == name and reason in run.manifest["engine"]["reason"]
+    found, wanted = (c["score"][1:] for c in (columns(run), exact))
+    assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted)

@@ -97,8 +97,7 @@ def _model_plan(plan: "ModelPlan") -> dict[str, str]:
         "tokens": f"{plan.tokens:,}, {plan.counted_by}",
         "time": f"{plan.seconds:,.0f} s for scoring, at an assumed 100 TFLOP/s achieved; a million "
         f"tokens take {seconds:,.1f} s, along {rank} {fewer:,.1f} s; at twice the speed, half",
-        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest of a whole run, which holds "
-        "directions in float32, too",
+        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest of a whole run",
         "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
         "estimate": "engine reverse on a device that is not here; nothing was loaded or timed",
     }

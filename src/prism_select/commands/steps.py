@@ -79,7 +79,7 @@ from prism_select.selection.baselines import rankings
 from prism_select.selection.cascade import Cascade, FeatureScorer, Search
 from prism_select.selection.cascade_prediction import feature_extractor
 from prism_select.selection.choice import Chosen, Known, choose_and_write
-from prism_select.selection.half_columns import HALVES, HalfColumns
+from prism_select.selection.half_columns import HalfColumns, halves_later
 from prism_select.selection.ranking_columns import with_ranking
 from prism_select.selection.scores_file import scores_tables
 
@@ -157,8 +157,8 @@ class Checkpoint:
 @dataclass(frozen=True)
 class RunDirections:
     """`factored` are the directions that rows are scored along: those of the set, cut to a rank
-    where the options say so, as are those `of_groups`. `config` has the options that --tune has
-    chosen."""
+    where the options say so; those `of_groups` have a low rank in any case. `config` has the
+    options that --tune has chosen."""
 
     config: ScoreConfig
     direction_set: DirectionSet
@@ -171,10 +171,8 @@ class RunDirections:
 
     @property
     def with_half_later(self) -> "RunDirections":
-        """The chosen half apart, where it is one."""
+        """The chosen half apart."""
         count = len(self.layout.targets)
-        if self.layout.best:
-            return self
         factored = [*self.factored[:count], *self.factored[count + 1 :]]
         layout = replace(self.layout, halves=False)
         return replace(self, factored=factored, layout=layout, half=self.factored[count])
@@ -272,7 +270,7 @@ def find_directions(
         factored, check = cut_to_rank(config, config.rank_number, model, direction_set, sample)
     layout = direction_set.layout
     found = RunDirections(config, direction_set, factored, layout, curvature, check, groups)
-    later = not (config.halves or config.cascade) and checkpoint.sample.pool_rows > HALVES
+    later = halves_later(config, layout, checkpoint.sample.pool_rows)
     return found.with_half_later if later else found
 
 

@@ -161,7 +161,8 @@ def tangent_of(
     """∂output/∂weights · direction of one module at fixed arguments, one for each output; None for
     an output that does not move."""
     moves: dict[str, Any] = {k: direction[n] for k, n in owner.weights.items() if n in direction}
-    if owner.scale == 1 or (isinstance(moves.get("weight"), Factors) and owner.scale):
+    is_low = isinstance(moves.get("weight"), Factors)
+    if type(owner.module) is nn.Embedding or (owner.scale and is_low):
         return without_padding(owner.module, args, [_embedding_tangent(owner, moves, args[0])])
     if has_formula(owner.module):
         return [_linear_tangent(owner.module, moves, args[0])]

@@ -38,7 +38,7 @@ from prism_select.run.progress import Progress
 from prism_select.scoring.cost_plan import timed
 from prism_select.scoring.engine_choice import choose_engine
 from prism_select.scoring.rank_check import cut_to_rank
-from prism_select.selection.half_columns import HALVES
+from prism_select.selection.half_columns import halves_later
 
 __all__ = ["BreakEven", "break_even", "break_even_of", "price_of"]
 
@@ -98,9 +98,8 @@ def time_scoring(
     directions: Sequence[Factored] = direction_set.directions
     if config.rank_number and config.curvature in BESIDE_PAIRS:
         directions, _ = cut_to_rank(config, config.rank_number, model, direction_set, rows)
-    if not (direction_set.layout.best or config.halves or config.cascade):
-        later = len(past.scored) > HALVES
-        directions = directions[: len(direction_set.layout.targets) + (not later)]
+    if halves_later(config, direction_set.layout, len(past.scored)):
+        directions = directions[: len(direction_set.layout.targets)]
     weights = direction_set.weights
     engine, _ = choose_engine(config, model, weights, directions, rows[:CHECKED_ROWS])
     plan = plan_batches([len(row.tokens) for row in rows], engine.tokens)

@@ -67,14 +67,14 @@ def choose_engine(
     """Raises what `check` raises, Unreachable where no engine reaches every parameter, and
     BadOption where none of them has norms."""
     names = _candidates(config, torch.finfo(model.dtype).bits < 32)
-    if names[0] == "reverse" and is_cheapest_by_difference(config, parameters, directions):
-        names.insert(0, "difference")
+    is_cheaper = names[0] == "reverse" and is_cheapest_by_difference(config, parameters, directions)
+    names = ["difference", *names] if is_cheaper else names
     dtype = str(model.dtype).removeprefix("torch.")
     reason = f"asked for, {dtype}"
-    for name in names:
-        if config.engine == "auto" and name == "reverse" and not reason.startswith("difference"):
+    for place, name in enumerate(names):
+        if config.engine == "auto" and name == "reverse" and place == 0:
             reason = f"one backward pass reaches all {len(parameters)} weights in {dtype}"
-        if config.engine == "auto" and name == "difference" and name == names[0]:
+        if config.engine == "auto" and name == "difference" and place == 0:
             reason = f"the cheapest along one direction at a time, {dtype}"
         engine = make_engine(config, name, model, parameters, directions)
         some = checked_parameters(parameters) if name == "reverse" else parameters
@@ -85,7 +85,7 @@ def choose_engine(
             compared = first
             if len(some) < len(parameters):
                 compared, _ = make_engine(config, name, model, some, few)(batch)
-            if name == "difference" and "reverse" in names:
+            if is_cheaper and place == 0:
                 off = disagreement(compared.values, exact.values)
                 if not off <= CLOSE:
                     reason = f"difference would be off by {off:.0e}, {dtype}"

@@ -14,9 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from prism_select.directions.layout import DirectionLayout
+from prism_select.run.config import ScoreConfig
 from prism_select.run.folder import SHARD
 
-__all__ = ["HALVES", "HalfColumns", "sampled_rows"]
+__all__ = ["HalfColumns", "halves_later", "sampled_rows"]
 
 HALVES = 1000  # rows of the sample, and of a pool whose rows all have them
 
@@ -47,6 +49,11 @@ class HalfColumns:
                 table = table.add_column(place, SHARD.field(name), column)
             start += len(table)
             yield table
+
+
+def halves_later(config: ScoreConfig, layout: DirectionLayout, rows: int) -> bool:
+    """Whether rows of a pool are scored along the half after the choice, and few of them."""
+    return rows > HALVES and not (layout.best or config.halves or config.cascade)
 
 
 def sampled_rows(is_scored: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
