@@ -144,8 +144,7 @@ def directions_from_pairs(
     diagnoses = {name: diagnosed(config, parts[name], g) for name, g in found.gradients.items()}
     overall = next(iter(diagnoses.values()))
     if len(parts) > 1:
-        joint = mean_target([*found.gradients.values()])
-        overall = diagnosed(config, joined([*parts.values()], products), joint, of_targets)
+        overall = diagnosed(config, joined([*parts.values()], products), found.joint, of_targets)
     if tuning:
         overall = replace(overall, cross_validation=tuning.nested)
     cosines = None
@@ -182,9 +181,11 @@ def clusters_in(
 
 
 class Found(NamedTuple):
-    """The gradient of each target, directions that rows are scored along, and their halves."""
+    """The gradient of each target, that of all, directions that rows are scored along, and their
+    halves."""
 
     gradients: Mapping[str, Target]
+    joint: Target
     scores: Sequence[Factored]
     halves: Sequence[Factored]
     groups: Sequence[Factored]
@@ -211,12 +212,11 @@ class PairDirections:
         config, model, weights = self.config, self.model, self.weights
         gradients = {n: gradient_of(config, model, weights, p) for n, p in self.parts.items()}
         notes = [note for n, g in gradients.items() for note in uncovered(self.parts[n], g)]
-        joint = [*gradients.values()]
-        if not self.best and len(joint) > 1:
-            joint = [mean_target(joint)]
+        joint = mean_target([*gradients.values()])
+        halves = [gradient.chosen for gradient in (gradients.values() if self.best else [joint])]
         groups = self.along(torch.stack(own), RANK) if (own := self.of_groups()) else []
         scores = [direction_of(config, gradient) for gradient in gradients.values()]
-        return Found(gradients, scores, [target.chosen for target in joint], groups, notes)
+        return Found(gradients, joint, scores, halves, groups, notes)
 
     def of_low_rank(self, rank: int) -> Found:
         parts, without_common = [*self.parts.values()], self.config.common == "remove"
@@ -227,8 +227,8 @@ class PairDirections:
         for direction in low[: len(parts)]:
             refuse_lost(norm(direction))
         gradients = {name: part.without_gradient for name, part in self.parts.items()}
-        groups = len(parts) + len(halves)
-        return Found(gradients, low[: len(parts)], low[len(parts) : groups], low[groups:])
+        joint, groups = mean_target([*gradients.values()]), len(parts) + len(halves)
+        return Found(gradients, joint, low[: len(parts)], low[len(parts) : groups], low[groups:])
 
     def along(
         self, coefficients: Float[Tensor, "directions answers"], rank: int
@@ -389,6 +389,8 @@ def refuse_not_finite(pairs: Sequence[Pair], products: AnswerProducts) -> None:
 
 def mean_target(targets: Sequence[Target]) -> Target:
     """All targets together: the mean of their gradients, each counted alike."""
+    if len(targets) == 1:
+        return targets[0]
     return Target(
         mean_direction([target.chosen for target in targets]),
         mean_direction([target.rejected for target in targets]),
