@@ -34,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prism_select.core.blocks import blocks_below, running_once, same_when_run_once
 from prism_select.core.gradients import differentiable, dot, norm, take_gradients
 from prism_select.core.layers import (
-    Direction,
     Factored,
     Inputs,
     Owner,
@@ -76,7 +75,8 @@ def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Fa
         with differentiable(weights):
             loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
             gradient = dict(take_gradients(weights))
-        return loglik, [_dot(gradient, direction) for direction in directions]
+        moved = [{n: gradient[n] for n in gradient if n in d} for d in directions]
+        return loglik, [dot(some, d) for some, d in zip(moved, directions, strict=True)]
 
     def scores(batch: Batch) -> Scores:
         rows = [score(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
@@ -128,12 +128,6 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
         return Scores(loglik, total * lengths)
 
     return scores
-
-
-def _dot(gradient: Direction, direction: Factored) -> float:
-    """Over the parameters of both. One matrix at a time leaves its factors."""
-    shared = (name for name in gradient if name in direction)
-    return sum(dot({n: gradient[n]}, dense({n: direction[n]})) for n in shared)
 
 
 def _unit(
