@@ -23,7 +23,7 @@ Choices made here:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_select.core.blocks import blocks_below, running_once, same_when_run_once
 from prism_select.core.gradients import differentiable, dot, norm, take_gradients
+from prism_select.core.joined_factors import join_factors, joined_products
 from prism_select.core.layers import (
     Factored,
     Inputs,
@@ -95,7 +96,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     moved_by = {name: [k for k, d in enumerate(unit) if name in d] for name in weights}
-    flats = _flat_directions(unit, moved_by)
+    flats, joined = _flat_directions(unit, moved_by), join_factors(holders, unit)
 
     def scores(batch: Batch) -> Scores:
         total = lengths.new_zeros(len(batch), len(unit))
@@ -114,6 +115,11 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
             if index is None:
                 why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
                 raise Unreachable("reverse", names, why)
+            if owner.weights.get("weight") in joined:
+                for moved, products in joined_products(owner, inputs, gradient, joined, len(index)):
+                    sums = total.new_zeros(len(batch), len(moved))
+                    total[:, moved] += sums.index_add_(0, index, products.to(total))
+                return
             wide = torch.promote_types(gradient.dtype, torch.float32)
             rows = gradient.to(wide).reshape(len(index), -1)
             for k in sorted({k for name in names for k in moved_by[name]}):
@@ -132,11 +138,11 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
 
 def _unit(
     weights: Parameters, directions: Sequence[Factored]
-) -> tuple[list[Factored], Float[Tensor, " directions"]]:
+) -> tuple[list[dict[str, Any]], Float[Tensor, " directions"]]:
     """Directions of length one in the dtype of the parameters, and the lengths that they had."""
     device = next(iter(weights.values())).device
     lengths = [norm(direction) or 1.0 for direction in directions]
-    unit: list[Factored] = [
+    unit: list[dict[str, Any]] = [
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)
     ]

@@ -34,6 +34,7 @@ __all__ = [
     "Direction",
     "Factored",
     "Factors",
+    "Gradient",
     "Inputs",
     "Owner",
     "Parameters",
