@@ -1,6 +1,6 @@
 """Joined factors: several directions of low rank, through two products for all of them.
 
-    D_k = l_k r_k      score along D_k = Σ_t Σ_j (l_kᵀ g_t)_j (r_k x_t)_j      y = W x, g = ∂loglik/∂y
+    D_k = l_k r_k      y = W x, g = ∂loglik/∂y: score along D_k = Σ_t Σ_j (l_kᵀ g_t)_j (r_k x_t)_j
 
 The factors of all directions stand side by side, so that a matrix of a model costs two products of
 as many columns as the ranks add up to, and nothing of the size of its output is made.
