@@ -161,13 +161,18 @@ def load(
     common: dict[str, Any] = {"trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     if gguf:
+        if quantize != "none":
+            raise BadOption(
+                f"--quantize {quantize}: {name} is a GGUF file, which is unpacked as it is read; "
+                "give the model in safetensors, or leave --quantize out"
+            )
         common["gguf_file"] = gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         precision = torch.bfloat16 if dtype == "auto" else precision
     try:
         tokenizer = tokenizer_of(source, adapter, common)
         config = transformers.AutoConfig.from_pretrained(source, **common)
-        if bits := quantised_to(name, config, quantize, gguf):
+        if bits := 0 if gguf else quantised_to(name, config, quantize):
             precision = dtype_of(config, dtype, device)
             weights |= quantised_weights(name, quantize, config, bits, precision, device)
         config._experts_implementation = "eager"
@@ -197,15 +202,10 @@ def load(
     return CausalLM(network.to(device)), tokenizer
 
 
-def quantised_to(name: str, config: Any, quantize: str, gguf: str | None = None) -> int:
+def quantised_to(name: str, config: Any, quantize: str) -> int:
     """The bits of the model's matrices, in its files or by `quantize`; 0 where they are whole.
     Raises BadModel for files of another method, BadOption for an option that does not fit them."""
-    there, asked = 0 if gguf else bits_in(f"--model {name}", config), BITS.get(quantize, 0)
-    if asked and gguf:
-        raise BadOption(
-            f"--quantize {quantize}: {name} is a GGUF file, which is unpacked as it is read; give "
-            "the model in safetensors, or leave --quantize out"
-        )
+    there, asked = bits_in(f"--model {name}", config), BITS.get(quantize, 0)
     if asked and there and asked != there:
         raise BadOption(
             f"--quantize {quantize}: {name} has its weights in {there} bits already; leave it out"
@@ -269,7 +269,7 @@ def refuse_lent(network: Any) -> None:
     for config in getattr(network, "peft_config", {}).values():
         refuse_kind("model", config)
     if packed and hasattr(network, "peft_config"):
-        refuse_beside_packed("model", network)
+        refuse_beside_packed(network, "model: ")
 
 
 def adopt(lent: ModelObject) -> tuple[CausalLM, Any]:

@@ -34,7 +34,7 @@ APART = "gradients are those of the model's weights, or with --layers adapter of
 def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> CausalLM:
     """The model with the adapter in its weights, or apart where merging is known to change it.
     Raises BadModel where merging fails or changes the logits on `rows`."""
-    refuse_beside_packed("it", adapted)
+    refuse_beside_packed(adapted)
     if reason := why_apart(adapted):
         if not is_linear(adapted):
             raise BadModel(
@@ -58,29 +58,28 @@ def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> 
 def apart(adapted: Any, rows: Sequence[Tensor]) -> CausalLM:
     """The base model with the adapter's modules in it. Raises BadModel where it is not PEFT's
     model: where the adapter is more than these modules."""
-    refuse_beside_packed("it", adapted)
+    refuse_beside_packed(adapted)
     before = logits(adapted, rows)
     network = adapted.get_base_model()
     refuse_other_logits(network, rows, before, "without PEFT's own model around it")
     return CausalLM(network)
 
 
-def refuse_beside_packed(owner: str, adapted: Any) -> None:
+def refuse_beside_packed(adapted: Any, owner: str = "") -> None:
     """Raises BadModel for an adapter that reads or replaces matrices in few bits."""
     if not packed_matrices(adapted):
         return
-    if not is_linear(adapted):
+    saved = [
+        name
+        for name, module in adapted.named_modules()
+        if hasattr(module, "original_module") and packed_matrices(module)
+    ]
+    if saved or not is_linear(adapted):
+        kind = f"it has {saved[0]} saved whole" if saved else "it is not LoRA, or has DoRA"
         raise BadModel(
-            f"{owner}: matrices in few bits take LoRA without DoRA alone; give the model in full "
+            f"{owner}{kind}, and the model's matrices are in few bits; give the model in full "
             "precision"
         )
-    for name, module in adapted.named_modules():
-        saved = getattr(module, "modules_to_save", None) or ()
-        if len(saved) and packed_matrices(module):
-            raise BadModel(
-                f"{owner}: it has {name} saved whole, which is in few bits here; give the model in "
-                "full precision"
-            )
 
 
 def add_to_packed(adapted: Any) -> None:

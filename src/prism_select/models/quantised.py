@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 BITS = {"8bit": 8, "4bit": 4}
+# its import misses a kernel that is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 INSTALL = "pip install 'prism-select[quantize]'"
 # what transformers leaves on a network that it has quantised
 MARKS = {
@@ -75,7 +78,6 @@ def quantizer_of(asked_by: str, bits: int, dtype: Any, device: torch.device) -> 
     bitsandbytes is missing, or cannot do it here."""
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not used here
     for library in ("bitsandbytes", "accelerate"):
         if find_spec(library) is None:
             raise BadOption(f"{asked_by}: needs {library}; {INSTALL}")
