@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import build_tokenizer, jsonl, prism
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_engines import SMALL, V
 from tiny import batch_of, pairs_of
 from torch.nn import functional
@@ -573,3 +574,44 @@ def test_a_run_of_other_bits_is_another_run(llama: Desk, tmp_path: Path) -> None
     assert prism("score", *words, "--quantize", "4bit").code == 0
     refused("quantize", *words, "--quantize", "8bit")
     refused("quantize", *words)
+
+
+def test_what_bitsandbytes_can_pack_otherwise_unpacks_as_it_says(llama: Desk) -> None:
+    ways: list[dict[str, Any]] = [
+        {"bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_quant_storage": torch.bfloat16},
+    ]
+    for way in ways:
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, **way)
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            llama.whole, quantization_config=config, dtype=torch.float32
+        )
+        matrices = {name: packed.unpack() for name, packed in packed_matrices(network).items()}
+        assert len(matrices) == 28
+        plain = dict(network.dequantize().named_parameters())
+        assert all(matrix.equal(plain[name]) for name, matrix in matrices.items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_and_scales_that_do_not_fit_are_never_read(
+    bits: int, llama: Desk, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    llama.packed(bits).save_pretrained(model)
+    llama.tokenizer.save_pretrained(model)
+    sound = load_file(model / "model.safetensors")
+    module = "model.layers.1.mlp.up_proj"
+    scales = f"{module}.SCB" if bits == 8 else f"{module}.weight.absmax"
+    forged = {"quant_type": "nf4", "blocksize": 0, "dtype": "float32", "shape": [64, 128]}
+    changes: list[dict[str, torch.Tensor]] = [
+        {name: sound[name].flatten()[: sound[name].numel() // 2].clone()}
+        for name in (scales, f"{module}.weight")
+    ]
+    if bits == 4:
+        text = torch.tensor([*json.dumps(forged).encode()], dtype=torch.uint8)
+        changes.append({f"{module}.weight.quant_state.bitsandbytes__nf4": text})
+    words = ["--model", model, *llama.files, "--out", tmp_path / "run"]
+    for change in changes:
+        save_file({**sound, **change}, model / "model.safetensors", {"format": "pt"})
+        refused(f"--model {model}: {module} should be packed by bitsandbytes", *words)

@@ -117,16 +117,16 @@ def _of_bitsandbytes(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 def packed_matrices(network: nn.Module, owner: str = "model") -> Mapping[str, Packed]:
-    """The matrices in few bits, by the names of their parameters. Raises BadModel for one without
-    its scales."""
+    """The matrices in few bits, by the names of their parameters. Raises BadModel for one that
+    is not packed, or whose numbers or scales are not as many as its shape asks for."""
     modules = network.named_modules()
     found = {f"{n}.weight": m.packed for n, m in modules if isinstance(m, PackedLinear)}
     for name, module in _of_bitsandbytes(network):
         packed = _in_8_bits(module) if hasattr(module, "state") else _in_4_bits(module)
         if packed is None:
             raise BadModel(
-                f"{owner}: {name} should be packed by bitsandbytes, and is not, or lacks its "
-                "scales; save it again as BitsAndBytesConfig loads it, without "
+                f"{owner}: {name} should be packed by bitsandbytes, and is not, or has not its "
+                "numbers and scales; save it again as BitsAndBytesConfig loads it, without "
                 "llm_int8_has_fp16_weight"
             )
         found[f"{name}.weight"] = packed
@@ -145,12 +145,16 @@ def _in_4_bits(module: Any) -> Packed | None:
         state.original_nested = False
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax = state.absmax.T.reshape(-1).float()
-    scales = 4 * -(-state.shape.numel() // state.blocksize)
+    shape, blocks = _shape_of(module), -(-_shape_of(module).numel() // max(1, state.blocksize))
+    own = state.state2.absmax.numel() * state.state2.blocksize if state.nested else blocks
+    fits = state.shape == shape and state.absmax.numel() == blocks <= own
+    if not fits or data.nbytes != -(-shape.numel() // 2):
+        return None
     return Packed(
         lambda: functional.dequantize_4bit(data, state),
-        (state.shape[0], state.shape[1]),
+        (shape[0], shape[1]),
         4,
-        data.numel() * data.element_size() + scales,
+        data.nbytes + state.absmax.nbytes,
     )
 
 
@@ -159,14 +163,21 @@ def _in_8_bits(module: Any) -> Packed | None:
 
     data, scales = module.weight.data, module.state.SCB
     scales = getattr(module.weight, "SCB", None) if scales is None else scales
-    if data.dtype != torch.int8 or scales is None:
+    shape = _shape_of(module)
+    is_packed = data.dtype == torch.int8 and scales is not None
+    if not is_packed or data.shape != shape or scales.numel() != shape[0]:
         return None
     return Packed(
         lambda: functional.int8_vectorwise_dequant(data, scales),
-        (data.shape[0], data.shape[1]),
+        (shape[0], shape[1]),
         8,
         data.numel() + 4 * scales.numel(),
     )
+
+
+def _shape_of(module: Any) -> torch.Size:
+    """The shape that the matrix has unpacked; numbers of other counts would be read beyond them."""
+    return torch.Size([module.out_features, module.in_features])
 
 
 def pack(network: Any, owner: str = "model") -> None:
