@@ -161,7 +161,8 @@ def _in_4_bits(module: Any) -> Packed | None:
 def _in_8_bits(module: Any) -> Packed | None:
     from bitsandbytes import functional
 
-    data, scales = module.weight.data, module.state.SCB
+    data: Tensor = module.weight.data
+    scales: Any = module.state.SCB
     scales = getattr(module.weight, "SCB", None) if scales is None else scales
     shape = _shape_of(module)
     is_packed = data.dtype == torch.int8 and scales is not None
