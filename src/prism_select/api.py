@@ -84,8 +84,8 @@ class _Arguments:
                 f"model: a {type(model).__name__} is no causal language model; give one of Hugging "
                 "Face, or its folder"
             )
-        for name in ("adapter", "dtype", "device", "warmup"):
-            if self.options.get(name) not in (None, "auto"):
+        for name in ("adapter", "dtype", "device", "quantize", "warmup"):
+            if self.options.get(name) not in (None, "auto", "none"):
                 raise BadOption(
                     f"{name}: a loaded model is taken as it is; save it and give its folder, or "
                     f"leave {name} out"

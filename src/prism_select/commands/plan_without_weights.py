@@ -20,6 +20,7 @@ from prism_select.directions.saved import of_another_model
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import encoder_of, longest_row
+from prism_select.models.quantised import quantised_entry
 from prism_select.models.without_weights import shapes_of
 from prism_select.run.config import BESIDE_PAIRS, ScoreConfig, SelectConfig
 from prism_select.run.progress import Progress
@@ -64,7 +65,7 @@ def plan_without_weights(
         disk_bytes=(taken.direction_bytes if is_low else 4 * taken.numbers) + rows * BYTES_PER_ROW,
         parameters=sum(parameter.numel() for parameter in model.network.parameters()),
         selected=numbers_of(weights),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype(model),
         weights_bytes=size,
         batch_tokens=batch_tokens,
         batch_bytes=taken.batch_bytes,
@@ -73,6 +74,12 @@ def plan_without_weights(
         counted_by=counted_by,
         not_counted=_not_counted(config),
     )
+
+
+def _dtype(model: CausalLM) -> str:
+    """In words, with that of matrices in few bits."""
+    dtype, packed = str(model.dtype).removeprefix("torch."), quantised_entry(model.network)
+    return f"{dtype}, matrices in {packed['bits']} bits" if packed else dtype
 
 
 def _batch_shape(tokens: int, longest: int) -> tuple[int, int]:

@@ -47,6 +47,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
+from prism_select.core.packed import PackedLinear
 from prism_select.run.errors import BadOption, Unreachable
 
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
@@ -170,7 +171,8 @@ def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     def along(batch: Batch, direction: Factored) -> Float[Tensor, "2 batch context"]:
         """Token log-likelihoods, and their derivatives along the direction."""
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
-            duals = {n: make_dual(weights[n].detach(), d) for n, d in dense(direction).items()}
+            moved = dense(direction).items()
+            duals = {n: make_dual(weights[n].detach().contiguous(), d) for n, d in moved}
             with swapped(holders, duals):
                 primal, tangent = unpack_dual(token_logliks(model, batch))
             return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent])
@@ -202,7 +204,7 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
-    size = root * (norm({name: w.detach() for name, w in weights.items()}) or 1.0)
+    size = root * (_length(holders, weights) or 1.0)
     below = blocks_below(model.network, list(weights))
     steps: list[float] = []
 
@@ -243,6 +245,20 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
         return Scores(stacked[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
 
     return scores
+
+
+def _length(holders: Sequence[Owner], weights: Parameters) -> float:
+    """‖θ‖; the parameter of a packed matrix is an offset of zero, and its matrix counts."""
+    packed = {
+        owner.weights["weight"]: owner.module
+        for owner in holders
+        if isinstance(owner.module, PackedLinear) and "weight" in owner.weights
+    }
+    total = 0.0
+    for name, weight in weights.items():
+        values = packed[name].matrix() if name in packed else weight.detach()
+        total += dot({name: values}, {name: values})
+    return math.sqrt(total)
 
 
 def _refuse_narrow(weights: Parameters) -> None:

@@ -46,6 +46,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import LanguageModel, backward
+from prism_select.core.packed import PackedLinear
 from prism_select.core.target_gradient import Side
 from prism_select.directions.tensor_shelf import Shelf, Shelved, free_disk
 
@@ -171,7 +172,7 @@ class Collection:
 
     def _passes(self) -> Iterator[list[Piece]]:
         tokens = sum(batch.tokens.numel() for batch in self.side.batches)
-        limit = room_for_factors(self.weights)
+        limit = room_for_factors(self.weights, self.owners)
         pieces, size = list[Piece](), 0
         for piece, needed in self._pieces(tokens):
             if pieces and size + needed > limit:
@@ -339,10 +340,12 @@ def used_elsewhere(
         return {name for name, gradient in take_gradients(some) if gradient.any()}
 
 
-def room_for_factors(weights: Parameters) -> int:
+def room_for_factors(weights: Parameters, holders: Sequence[Owner]) -> int:
     """Bytes of factors that one pass collects."""
     if next(iter(weights.values())).is_cuda:
-        size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        modules = ((owner.weights.get("weight"), owner.module) for owner in holders)
+        packed = {n: m.packed.bytes for n, m in modules if isinstance(m, PackedLinear)}
+        size = sum(packed.get(name, weight.nbytes) for name, weight in weights.items())
         return max(HELD, size // 2)
     return HELD + free_disk() // 2
 

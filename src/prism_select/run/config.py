@@ -106,6 +106,11 @@ class ModelOptions(Options):
     device: Annotated[
         str, "cpu, cuda or cuda:1; auto takes a GPU when there is one.", Mark.MENDABLE
     ] = "auto"
+    quantize: Annotated[
+        Literal["none", "8bit", "4bit"],
+        "Pack the model's matrices in 8 or 4 bits with bitsandbytes (the extra [quantize]); scores "
+        "are those of the model that they unpack to.",
+    ] = "none"
     template: Annotated[
         Literal["auto", "chat", "plain"],
         "How messages become text: the tokenizer's chat template, or joined as they are; auto is "
@@ -144,6 +149,11 @@ class ModelOptions(Options):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
+        if self.quantize != "none" and self.dtype == "float64":
+            raise BadOption(
+                f"--quantize {self.quantize} and --dtype float64: bitsandbytes packs float32 at "
+                "most; leave one out"
+            )
         if self.template_date is not None:
             try:
                 is_day = date.fromisoformat(self.template_date).isoformat() == self.template_date
