@@ -1,4 +1,4 @@
-"""What does a whole run cost, as a user gives it? `prism score` and `prism select`, by the manifest.
+"""What does a whole run cost, as a user gives it? `prism score`, `prism select`, by the manifest.
 
     python benchmarks/cost_runs.py        twenty minutes on two quiet cores
 
