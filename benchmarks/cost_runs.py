@@ -1,12 +1,11 @@
-"""What does a whole run cost, as a user gives it? `prism score`, `prism select`, by the manifest.
+"""What does a whole run cost, as a user gives it? `prism select`, 5%, eight groups, by manifests.
 
     python benchmarks/cost_runs.py        twenty minutes on two quiet cores
 
-A random Llama of 34M numbers as in cost.py, float32, and the bundled model; rows are random words,
-the pairs 40. Default runs of 1,200 rows, along one direction: seconds of the pass over all rows, in
-forward passes over the same rows in the same batches. Then what serving eight groups of pairs adds
-to a choice of 5%, by the engine `difference` (directions in full) and `reverse` (rank 64); the
-groups of random words are random too, so the second stage grows to the most that it may take.
+A random Llama of 34M numbers as in cost.py, float32, 1,040 rows along one direction; the bundled
+model on 20,000 short rows. Rows are random words, the pairs 40: the groups of random words are
+random too, so their stage grows to the most that it may take, a fifth of the pool. The pass over
+all rows is told in forward passes over the same rows in the same batches; the groups, in that pass.
 
 Choices made here: each run and each forward pass is a process of its own and they take turns,
 round by round; the seconds of groups are all that follows the pass, worker, engine and choices
@@ -30,9 +29,10 @@ from transformers import AutoTokenizer
 from prism_select.demo.story import MODEL
 
 Row = dict[str, Any]
-SCRIPT = """
+CHOICE: Row = {"budget": "5%", "groups": "8"}
+SELECT = """
 import json, sys, prism_select
-print(json.dumps(dict(prism_select.{}(**json.loads(sys.argv[1])).manifest)))
+print(json.dumps(dict(prism_select.select(**json.loads(sys.argv[1])).manifest)))
 """
 FORWARD = """
 import json, sys, time, torch
@@ -60,17 +60,12 @@ start = time.perf_counter()
 score_rows(BatchedEngine(alone, tokens), rows, loaded.model.device)
 print(json.dumps(time.perf_counter() - start))
 """
-DEFAULTS: Mapping[str, tuple[Row, str]] = {
+ROUNDS = 3
+WAYS: Mapping[str, tuple[Row, str]] = {
     "all layers": ({}, "≤ 2.2"),
     "late": ({"layers": "late"}, "≤ 1.6"),
     "rank 64": ({"rank": "64"}, "≤ 2.7"),
 }
-GROUPS: Mapping[str, Row] = {
-    "34M, in full": {"rows": 400, "words": 30, "options": {}},
-    "34M, rank 64": {"rows": 400, "words": 30, "options": {"rank": "64"}},
-    "bundled model, short rows": {"rows": 20_000, "words": 6, "options": {}},
-}
-ROUNDS = 3
 
 
 def called(script: str, given: Row) -> Any:
@@ -87,40 +82,34 @@ def ratio_of(name: str, ratios: Sequence[float], unit: str, wanted: str) -> Row:
     return figure(name, float(np.median(ratios)), unit, wanted, (min(ratios), max(ratios)))
 
 
-def defaults(model: str) -> Iterator[tuple[Row, list[Row]]]:
+def whole_runs(model: str) -> Iterator[tuple[Row, list[Row]]]:
+    """Of the 34M model: the pass, in forward passes; and the groups, as a share of the pass."""
     with tempfile.TemporaryDirectory() as name:
-        given: Row = {"model": model, **files(Path(name), 1_200, 8)}
-        alone, runs = list[float](), {way: list[Row]() for way in DEFAULTS}
+        given: Row = {"model": model, **files(Path(name), 1_040, 8)}
+        alone, runs = list[float](), {way: list[Row]() for way in WAYS}
         for _ in range(ROUNDS):
             alone.append(called(FORWARD, given))
-            for way, (options, _) in DEFAULTS.items():
-                runs[way].append(called(SCRIPT.format("score"), {**given, **options}))
-    for way, found in runs.items():
-        timings = [run["timings"] for run in found]
-        ratios = [t["score"] / one for t, one in zip(timings, alone, strict=True)]
-        engine = found[0]["engine"]["name"]
-        row = {"run": way, "engine": engine, "forward": alone, "timings": timings}
-        name = f"default run, {way} ({engine}): its pass"
-        yield row, [ratio_of(name, ratios, "forwards", DEFAULTS[way][1])]
-
-
-def groups(title: str, model: str) -> tuple[Row, list[Row]]:
-    run = GROUPS[title]
-    with tempfile.TemporaryDirectory() as name:
-        given: Row = {
-            "model": model,
-            "budget": "5%",
-            **files(Path(name), run["rows"], run["words"]),
+            for way, (options, _) in WAYS.items():
+                runs[way].append(called(SELECT, {**given, **options, **CHOICE}))
+                print(way, runs[way][-1]["timings"], alone[-1], flush=True)
+        one = {
+            w: called(SELECT, {**given, **o, **CHOICE, "groups": "1"}) for w, (o, _) in WAYS.items()
         }
-        given |= run["options"]
-        script = SCRIPT.format("select")
-        rounds = [called(script, {**given, "groups": "8"}) for _ in range(ROUNDS)]
-        alone = called(script, {**given, "groups": "1"})
-    seconds = [round_["choice"]["coverage"]["seconds"] for round_ in rounds]
-    passes = [r["timings"]["score"] - s for r, s in zip(rounds, seconds, strict=True)]
-    over = rounds[0]["actual"]["memory_bytes"] - alone["actual"]["memory_bytes"]
-    row: Row = {"run": title, "engine": rounds[0]["engine"], "seconds": seconds, "pass": passes}
+    for way, found in runs.items():
+        row, figures = groups(f"34M, {way}", found, one[way])
+        ratios = [passed / forward for passed, forward in zip(row["pass"], alone, strict=True)]
+        title = f"default run, {way} ({row['engine']['name']}): its pass"
+        figures.append(ratio_of(title, ratios, "forwards", WAYS[way][1]))
+        yield {**row, "forward": alone}, figures
+
+
+def groups(title: str, rounds: Sequence[Row], one: Row) -> tuple[Row, list[Row]]:
+    seconds = [run["choice"]["coverage"]["seconds"] for run in rounds]
+    passes = [run["timings"]["score"] - s for run, s in zip(rounds, seconds, strict=True)]
+    over = rounds[0]["actual"]["memory_bytes"] - one["actual"]["memory_bytes"]
+    row: Row = {"run": title, "engine": rounds[0]["engine"], "groups": seconds, "pass": passes}
     row |= {"coverage": rounds[0]["choice"]["coverage"], "memory_over_one": over}
+    row |= {"timings": [run["timings"] for run in rounds]}
     ratios = [s / p for s, p in zip(seconds, passes, strict=True)]
     return row, [
         ratio_of(f"groups, {title}", ratios, "of the pass", "≤ 0.3"),
@@ -128,22 +117,22 @@ def groups(title: str, model: str) -> tuple[Row, list[Row]]:
     ]
 
 
+def short_rows() -> tuple[Row, list[Row]]:
+    with tempfile.TemporaryDirectory() as name:
+        given: Row = {"model": str(MODEL), **files(Path(name), 20_000, 6)}
+        rounds = [called(SELECT, {**given, **CHOICE}) for _ in range(ROUNDS)]
+        one = called(SELECT, {**given, **CHOICE, "groups": "1"})
+    return groups("bundled model, 20,000 short rows", rounds, one)
+
+
 def main() -> None:
-    found, only = list[tuple[Row, list[Row]]](), sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         network: Any = model_of().network
         network.save_pretrained(name)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(name)
-        for title in only or GROUPS:
-            if title in GROUPS:
-                found.append(groups(title, name if "34M" in title else str(MODEL)))
-                print(*found[-1], flush=True)
-        if not only or "defaults" in only:
-            found += defaults(name)
-            print(*found, flush=True)
-    if not only:
-        rows = [row for row, _ in found]
-        write("cost_runs.json", rows, [line for _, lines in found for line in lines])
+        found = [short_rows(), *whole_runs(name)]
+    rows = [row for row, _ in found]
+    write("cost_runs.json", rows, [line for _, lines in found for line in lines])
 
 
 if __name__ == "__main__":
