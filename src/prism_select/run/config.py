@@ -106,6 +106,12 @@ class ModelOptions(Options):
     device: Annotated[
         str, "cpu, cuda or cuda:1; auto takes a GPU when there is one.", Mark.MENDABLE
     ] = "auto"
+    device_map: Annotated[
+        Literal["none", "auto"],
+        "auto: the layers of one model over all GPUs of this machine, then its processor, with "
+        "room for scoring (with the extra [devices]).",
+        Mark.MENDABLE,
+    ] = "none"
     template: Annotated[
         Literal["auto", "chat", "plain"],
         "How messages become text: the tokenizer's chat template, or joined as they are; auto is "
@@ -144,6 +150,11 @@ class ModelOptions(Options):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
+        if self.device_map == "auto" and self.device != "auto":
+            raise BadOption(
+                f"--device {self.device} and --device-map auto: one names a device, the other "
+                "takes all; leave one out (CUDA_VISIBLE_DEVICES hides GPUs)"
+            )
         if self.template_date is not None:
             try:
                 is_day = date.fromisoformat(self.template_date).isoformat() == self.template_date
