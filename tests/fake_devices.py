@@ -10,10 +10,10 @@ gradient is on the device of its tensor."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -44,19 +44,16 @@ class FakeTensor(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{self.held!r} on {self.device}"
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is Tensor.tolist:
-            return args[0].held.tolist()
-        if function in (Tensor.numpy, Tensor.__array__):
-            raise TypeError(f"can't convert {args[0].device} tensor to numpy")
-        if function is Tensor.new_tensor:
-            given = {"dtype": args[0].dtype, "device": args[0].device, **(kwargs or {})}
-            return torch.tensor(args[1], **given)
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(f"can't convert a tensor on {self.device} to numpy")
+
+    def new_tensor(self, values: Any, dtype: Any = None) -> Tensor:  # type: ignore[override]
+        return torch.tensor(values, dtype=dtype or self.dtype).to(self.device)
 
     @classmethod
     def __torch_dispatch__(
@@ -71,6 +68,8 @@ def is_fake(device: Any) -> bool:
 
 def computed(function: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """On the numbers; what comes out is on the device that went in, or that was asked for."""
+    if function is aten._efficientzerotensor.default:  # it has no numbers
+        function = aten.zeros.default
     devices = {t.device for t in compared(function, args, kwargs)}
     if len(devices) > 1 and function not in COPIES:
         raise RuntimeError(f"{function}: tensors on {sorted(map(str, devices))}")
@@ -107,16 +106,13 @@ def compared(function: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Te
             yield tensor
 
 
-class _Made(TorchFunctionMode):
-    """torch.tensor of numbers reaches no dispatch with its device."""
+_torchs_own = torch.tensor
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.tensor and is_fake(kwargs.get("device")):
-            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
-        return function(*args, **kwargs)
+
+def _tensor(values: Any, device: Any = None, **options: Any) -> Tensor:
+    """torch's own tells nobody of the device."""
+    made = _torchs_own(values, device="cpu" if is_fake(device) else device, **options)
+    return made.to(device) if is_fake(device) else made
 
 
 class _Mode(TorchDispatchMode):
@@ -130,8 +126,12 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def fake_devices() -> Iterator[None]:
-    with _Made(), _Mode():
-        yield
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to makes new parameters
+    try:
+        with mock.patch.object(torch, "tensor", _tensor), _Mode():
+            yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def moved(network: torch.nn.Module, devices: Mapping[str, str]) -> Any:

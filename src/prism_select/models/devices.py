@@ -5,9 +5,9 @@
 
 Choices made here:
 - a part is the largest module whose tensors are all on one device; what goes into it moves there;
-- that is done by torch's own hooks before a forward pass. accelerate's replace a module's forward
-  pass, as this library does too, and fetch weights from the host for each pass, where autograd would
-  keep the copies: here a part on the host is computed on the host;
+- torch's own hooks before a forward pass do that. accelerate's replace a module's forward pass, as
+  this library does too, and fetch weights from the host for each pass, where autograd would keep
+  the copies: here a part on the host is computed on the host;
 - the hooks that accelerate has put on a network of the caller's come back when it is given back.
 """
 
