@@ -30,7 +30,7 @@ class FakeTensor(Tensor):
 
     @staticmethod
     def __new__(cls, real: Tensor, device: torch.device) -> "FakeTensor":
-        fake: FakeTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        fake: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             real.shape,
             strides=real.stride(),
@@ -44,7 +44,7 @@ class FakeTensor(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{self.held!r} on {self.device}"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
         return self.held.tolist()
@@ -56,7 +56,7 @@ class FakeTensor(Tensor):
         return torch.tensor(values, dtype=dtype or self.dtype).to(self.device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return computed(function, args, kwargs or {})
@@ -128,7 +128,7 @@ class _Mode(TorchDispatchMode):
 def fake_devices() -> Iterator[None]:
     torch.__future__.set_swap_module_params_on_conversion(True)  # module.to makes new parameters
     try:
-        with mock.patch.object(torch, "tensor", _tensor), _Mode():
+        with mock.patch.object(torch, "tensor", _tensor), _Mode():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)

@@ -28,7 +28,7 @@ from prism_select import Run
 from prism_select.commands import plan_without_weights
 from prism_select.core.blocks import stack_of
 from prism_select.core.engines import ENGINES
-from prism_select.core.layers import Parameters, dense
+from prism_select.core.layers import Factored, Parameters, dense
 from prism_select.core.likelihood import Batch
 from prism_select.core.target_gradient import Side, target_gradient
 from prism_select.data.encoding import Encoded
@@ -77,10 +77,10 @@ def engines(model: CausalLM, weights: Parameters, name: str) -> Found:
     """Scores by an engine, along a direction and its half, in full and of low rank."""
     chosen, rejected = (side_on(model.device, side) for side in pairs_of(4, vocabulary=V))
     target = target_gradient(model, weights, (chosen, rejected), "prism")
-    full = [target.direction, target.chosen]
+    full: list[Factored] = [target.direction, target.chosen]
     low = [factor(model.network, direction, 4).direction for direction in full]
     batch, found = on(model.device, batch_of(5, 12, 3, vocabulary=V)), dict[str, Tensor]()
-    for rank, directions in {"full": full, "4": low}.items():
+    for rank, directions in (("full", full), ("4", low)):
         scores = ENGINES[name](model, weights, directions)(batch)
         found |= {rank: scores.values, f"{rank}, loglik": scores.loglik}
     return found

@@ -145,11 +145,11 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     if not names:
         raise of_another_model(file, "its list of parameters")
     # parameters in the model's order, so sums add up in the same one
-    directions = [{name: direction[name] for name in names} for direction in directions]
-    directions = beside(directions, parameters)
-    lengths = [norm(direction) for direction in directions[: len(targets)]]
+    ordered = [{name: direction[name] for name in names} for direction in directions]
+    moved = beside(ordered, parameters)
+    lengths = [norm(direction) for direction in moved[: len(targets)]]
     layout = DirectionLayout(targets=targets, lengths=lengths, best=layout.best)
-    return DirectionSet({name: parameters[name] for name in names}, directions, layout, {})
+    return DirectionSet({name: parameters[name] for name in names}, moved, layout, {})
 
 
 def of_another_model(file: str, name: str) -> BadModel:
