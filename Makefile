@@ -11,6 +11,7 @@
 # make lds: does a score foretell retraining, ours and those of kronfluence and bergson?      make peers: same scores?
 # make reselect: choosing again during training against choosing once
 # make fuzz: many more odd rows and files than make test tries, then ten minutes of random bytes
+# make gpu: engines, batches, few bits and two GPUs on a card (eight minutes; not run so far)
 # make scale: thirty kills, odd input, endless lines, a choice among a hundred million rows (two hours, 30 GB of disk)
 # make bench: memory against pool size, and what a score costs (on a quiet machine; make bench-cost: beside bergson and
 # kronfluence, and whether plans are right and how cost grows)
@@ -19,7 +20,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test style fuzz real pairs repair paper quality coverage size attempts curvature cascade reselect lds peers bench bench-cost scale clean
+.PHONY: demo test style fuzz real pairs repair paper quality coverage size attempts curvature cascade reselect lds peers bench bench-cost gpu scale clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv/: 2.5 GB, some minutes"
@@ -78,6 +79,9 @@ bench-cost: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/cost_pairs.py
 	$(BIN)/python benchmarks/plans.py
 	$(BIN)/python benchmarks/growth.py
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

@@ -84,8 +84,9 @@ class _Arguments:
                 f"model: a {type(model).__name__} is no causal language model; give one of Hugging "
                 "Face, or its folder"
             )
-        for name in ("adapter", "dtype", "device", "quantize", "warmup"):
-            if self.options.get(name) not in (None, "auto", "none"):
+        usual = {"adapter": None, "dtype": "auto", "device": "auto", "device_map": "none"}
+        for name, value in {**usual, "quantize": "none", "warmup": None}.items():
+            if self.options.get(name) not in (None, value):
                 raise BadOption(
                     f"{name}: a loaded model is taken as it is; save it and give its folder, or "
                     f"leave {name} out"
@@ -129,8 +130,9 @@ def _lent(arguments: _Arguments, uses_ray: bool = False) -> Iterator[None]:
             yield
             return
         from prism_select.models.causal_lm import unchanged
+        from prism_select.models.devices import without_accelerate
 
-        with unchanged(lent.network):
+        with without_accelerate(lent.network), unchanged(lent.network):
             yield
 
 

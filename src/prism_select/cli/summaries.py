@@ -78,9 +78,14 @@ def plan_summary(plan: "Plan") -> dict[str, str]:
     return {
         "tokens": f"{plan.tokens:,}",
         "time": f"{plan.seconds:,.0f} s for the whole run, on this machine as it is now",
-        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest",
+        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest{_by_device(plan)}",
         "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
     }
+
+
+def _by_device(plan: "Plan") -> str:
+    found = (f"{device} {size / 1e9:.2f} GB" for device, size in plan.by_device.items())
+    return f": {', '.join(found)}" if plan.by_device else ""
 
 
 def _model_plan(plan: "ModelPlan") -> dict[str, str]:
@@ -97,7 +102,8 @@ def _model_plan(plan: "ModelPlan") -> dict[str, str]:
         "tokens": f"{plan.tokens:,}, {plan.counted_by}",
         "time": f"{plan.seconds:,.0f} s for scoring, at an assumed 100 TFLOP/s achieved; a million "
         f"tokens take {seconds:,.1f} s, along {rank} {fewer:,.1f} s; at twice the speed, half",
-        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest of a whole run",
+        "memory": f"{plan.memory_bytes / 1e9:.2f} GB at the highest of a whole run"
+        f"{_by_device(plan)}",
         "disk": f"{plan.disk_bytes / 2**20:.1f} MiB in the run folder",
         "estimate": "engine reverse on a device that is not here; nothing was loaded or timed",
     }

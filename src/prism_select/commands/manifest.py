@@ -82,7 +82,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         "fingerprints": dict(record.fingerprints),
         "model": {
             "architecture": type(model.network).__name__,
-            "device": str(model.device),
+            "device": ", ".join(map(str, model.devices)),
             "quantised": quantised_entry(model.network),
             "template": record.loaded.encoder.template,
             "template_date": record.loaded.encoder.date.day,

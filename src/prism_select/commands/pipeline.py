@@ -56,7 +56,7 @@ from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run, Store
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress, Silent
-from prism_select.scoring.cost_plan import Plan, peak_memory
+from prism_select.scoring.cost_plan import Plan, peaks_by_device
 from prism_select.scoring.processes import ProcessGroup, process_group
 from prism_select.scoring.ray_actors import ActorPool, actor_pool
 from prism_select.scoring.scorer import Scorer
@@ -100,7 +100,7 @@ def run_main(
     with timer.step("check"):
         engine, check = check_engine(config, loaded, directions, inputs.pool, progress)
     with timer.step("plan"):
-        plan = plan_run(config, engine, directions, checkpoint.sample, timer, size)
+        plan = plan_run(config, engine, directions, checkpoint, timer, size)
     if config.dry_run:
         return processes.broadcast(plan)
 
@@ -143,7 +143,7 @@ def run_main(
         chosen=chosen,
         timings=timer.timings,
         plan=plan,
-        memory_bytes=peak_memory(loaded.model.device),
+        memory_bytes=sum(peaks_by_device(loaded.model.devices).values()),
     )
     store.write_json("manifest.json", manifest_of(config, record))
     store.drop_shards()
@@ -156,7 +156,8 @@ def run_worker(config: ScoreConfig, processes: ProcessGroup) -> Run | Plan:
     is sound."""
     store = Store(str(config.out))
     while isinstance(job := processes.receive(), ScoringJob):
-        if config.device == "auto" and torch.cuda.is_available():
+        one_each = config.device == "auto" and config.device_map == "none"
+        if one_each and torch.cuda.is_available():
             config = replace(config, device=f"cuda:{processes.local_rank}")
         files = job.inputs.pool.files
         downloaded = any(map(is_remote, files))  # by each process on its own

@@ -6,9 +6,12 @@ Choices made here:
 - without a tokenizer a token is `CHARACTERS` characters of a row's text;
 - a batch is as wide as the longest row of a sample, and as full as --batch-tokens allows; without
   --device cpu it is that of a GPU;
+- with --device-map auto, each device of this machine has its weights, and the same share of all
+  else;
 - an option that the engine `reverse` does not answer for is named, and not counted.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from prism_select.commands.read_inputs import encode_sample
@@ -18,8 +21,10 @@ from prism_select.data.remote import local
 from prism_select.directions.from_pairs import RANK, starting_rank
 from prism_select.directions.saved import of_another_model
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.devices import bytes_by_device
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import encoder_of, longest_row
+from prism_select.models.placement import free_memory, place, scoring_share
 from prism_select.models.quantised import quantised_entry
 from prism_select.models.without_weights import shapes_of
 from prism_select.run.config import BESIDE_PAIRS, ScoreConfig, SelectConfig
@@ -73,6 +78,7 @@ def plan_without_weights(
         seconds_per_million={name: scoring.seconds_per_million for name, scoring in ways.items()},
         counted_by=counted_by,
         not_counted=_not_counted(config),
+        by_device=_by_device(config, model, (size + of_run) / size),
     )
 
 
@@ -80,6 +86,19 @@ def _dtype(model: CausalLM) -> str:
     """In words, with that of matrices in few bits."""
     dtype, packed = str(model.dtype).removeprefix("torch."), quantised_entry(model.network)
     return f"{dtype}, matrices in {packed['bits']} bits" if packed else dtype
+
+
+def _by_device(config: ScoreConfig, model: CausalLM, beside: float) -> dict[str, int]:
+    """Bytes with --device-map auto, which are `beside` times those of the weights; empty where they
+    are all on one device."""
+    if config.device_map == "none":
+        return {}
+    network, sizes = model.network, Counter[str]()
+    share = scoring_share(network, config, config.layers)
+    for name, device in place(network, free_memory(), share).items():
+        part = network.get_submodule(name)
+        sizes[str(device)] += round(beside * sum(bytes_by_device(part).values()))
+    return dict(sizes) if len(sizes) > 1 else {}
 
 
 def _batch_shape(tokens: int, longest: int) -> tuple[int, int]:

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from prism_select.commands.group_scoring import GroupColumns, score_groups
@@ -36,7 +35,7 @@ from prism_select.directions.direction_set import DirectionSet
 from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
-from prism_select.directions.low_rank import on_device, stored_numbers
+from prism_select.directions.low_rank import beside, on_cpu, stored_numbers
 from prism_select.directions.preconditioning import (
     CurvatureFacts,
     fit_curvature,
@@ -295,25 +294,25 @@ def plan_run(
     config: ScoreConfig,
     engine: BatchedEngine,
     directions: RunDirections,
-    sample: EncodedSample,
+    checkpoint: Checkpoint,
     timer: StepTimer,
     processes: int,
 ) -> Plan:
     """The plan of scoring in so many `processes`. It times the engine for a few seconds with
     --dry-run, otherwise for a fiftieth of the scoring."""
+    sample, model = checkpoint.sample, checkpoint.loaded.model
     lengths = [len(row.tokens) for row in sample.rows]
     tokens = round(sum(lengths) / len(lengths) * sample.pool_rows)
-    parameters = directions.direction_set.weights
-    device = next(iter(parameters.values())).device
     reading = 2 * timer.seconds["read"] + sample.pool_rows * sample.seconds_per_row
     batches = [
-        collate([sample.rows[i] for i in batch], device)
+        collate([sample.rows[i] for i in batch], model.device)
         for batch in plan_batches(lengths, engine.tokens)
     ]
     elapsed = timer.total
     per_token = seconds_per_token(engine, batches, tokens, config.dry_run) / processes
     numbers = sum(map(stored_numbers, directions.direction_set.directions))
-    return make_plan(per_token, tokens, sample.pool_rows, numbers, elapsed + reading, device)
+    other_seconds = elapsed + reading
+    return make_plan(per_token, tokens, sample.pool_rows, numbers, other_seconds, model.devices)
 
 
 def begin_run(
@@ -338,7 +337,7 @@ def scoring_job(
 ) -> ScoringJob:
     """The job in a form that other processes can receive: its directions are on the CPU."""
     settled = {n: getattr(directions.config, n) for n in ("template_date", *TUNABLE)}
-    factored = on_device(directions.factored, torch.device("cpu"))
+    factored = on_cpu(directions.factored)
     return ScoringJob(inputs, factored, directions.layout, engine, finished, settled=settled)
 
 
@@ -362,7 +361,7 @@ def group_job(
     reaches all parameters. Their scores are summed over tokens."""
     groups = directions.direction_set.groups
     assert groups
-    factored = on_device(directions.of_groups, torch.device("cpu"))
+    factored = on_cpu(directions.of_groups)
     layout = DirectionLayout(targets=groups.names, lengths=[1.0] * len(factored), halves=False)
     settled = {**job.settled, "normalize": "none", "tokens": False}
     job = replace(job, directions=factored, layout=layout, settled=settled)
@@ -379,7 +378,7 @@ def group_job(
 
 def half_job(job: ScoringJob, half: Factored) -> ScoringJob:
     """The job along the chosen half alone."""
-    factored = on_device([half], torch.device("cpu"))
+    factored = on_cpu([half])
     settled = {**job.settled, "normalize": "none", "tokens": False}
     layout = DirectionLayout(halves=False)
     return replace(job, kind="halves", directions=factored, layout=layout, settled=settled)
@@ -393,10 +392,8 @@ def make_scorer(config: ScoreConfig, job: ScoringJob, loaded: LoadedModel | None
         if config.warmup:
             loaded = with_adapter(loaded, Path(str(config.out)) / ADAPTER)
     model = loaded.model
-    parameters, directions = (
-        parameters_of(model, job.directions[0]),
-        on_device(job.directions, model.device),
-    )
+    parameters = parameters_of(model, job.directions[0])
+    directions = beside(job.directions, parameters)
     batched = make_engine(config, job.engine, model, parameters, directions)
     return Scorer(loaded, batched, job.layout, config)
 
@@ -416,8 +413,8 @@ def score_cascade(
 ) -> PoolScores:
     """Exact scores where the best rows may be, predicted ones elsewhere."""
     model, targets = scorer.loaded.model, len(job.layout.targets)
-    directions = on_device(job.directions[: targets + 1], model.device)
-    parameters = parameters_of(model, directions[0])
+    parameters = parameters_of(model, job.directions[0])
+    directions = beside(job.directions[: targets + 1], parameters)
     first_batch = collate(first_rows(job.inputs.pool, scorer.loaded.encoder), model.device)
     bad_rows = 0
 

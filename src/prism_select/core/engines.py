@@ -15,7 +15,8 @@ Choices made here:
 - every engine scores several directions at once;
 - directions are scaled to unit length before they meet the model's dtype, and scores back after, so
   nothing under- or overflows;
-- dot products add up in float64;
+- dot products add up in float64; directions are where their parameters are, sums where the tokens
+  are;
 - a parameter that a direction lacks stays where it is;
 - `difference` needs float32 or better, since bfloat16 rounds a small step away.
 """
@@ -100,7 +101,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     flats, joined = _flat_directions(unit, moved_by), join_factors(holders, unit)
 
     def scores(batch: Batch) -> Scores:
-        total = lengths.new_zeros(len(batch), len(unit))
+        total = batch.tokens.new_zeros(len(batch), len(unit), dtype=torch.float64)
         examples: list[Int[Tensor, " rows"]] = []  # the last: of the rows of the coming gradients
 
         def visit(
@@ -116,6 +117,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
             if index is None:
                 why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
                 raise Unreachable("reverse", names, why)
+            index = index.to(total.device)
             if owner.weights.get("weight") in joined:
                 for moved, products in joined_products(owner, inputs, gradient, joined, len(index)):
                     sums = total.new_zeros(len(batch), len(moved))
@@ -125,29 +127,28 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
             rows = gradient.to(wide).reshape(len(index), -1)
             for k in sorted({k for name in names for k in moved_by[name]}):
                 products = (rows * tangent(k).to(rows.dtype).reshape(rows.shape)).sum(1)
-                total[:, k].index_add_(0, index, products.to(total.dtype))
+                total[:, k].index_add_(0, index, products.to(total))
 
         with watching(holders, unit, visit) as called:
-            loglik = backward(model, batch, lengths.new_ones(len(batch)), examples.append)
+            loglik = backward(model, batch, total.new_ones(len(batch)), examples.append)
         silent = [owner for owner in holders if owner.name not in called]
         if missed := [name for owner in silent for name in owner.weights.values()]:
             raise Unreachable("reverse", missed, "the module that holds it was never called")
-        return Scores(loglik, total * lengths)
+        return Scores(loglik, total * total.new_tensor(lengths))
 
     return scores
 
 
 def _unit(
     weights: Parameters, directions: Sequence[Factored]
-) -> tuple[list[dict[str, Any]], Float[Tensor, " directions"]]:
+) -> tuple[list[dict[str, Any]], list[float]]:
     """Directions of length one in the dtype of the parameters, and the lengths that they had."""
-    device = next(iter(weights.values())).device
     lengths = [norm(direction) or 1.0 for direction in directions]
     unit: list[dict[str, Any]] = [
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)
     ]
-    return unit, torch.tensor(lengths, dtype=torch.float64, device=device)
+    return unit, lengths
 
 
 def _flat_directions(
@@ -185,7 +186,7 @@ def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
                 raise
             raise Unreachable("forward", list(weights), str(error).splitlines()[0]) from error
         primal, tangent = duals
-        tokens = tangent.to(lengths.dtype) * lengths
+        tokens = tangent.double() * tangent.new_tensor(lengths, dtype=torch.float64)
         return Scores(primal[:, :, 0].sum(1), tokens.sum(1), tokens)
 
     return scores
@@ -215,7 +216,7 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
         for signed in (step, -step):
             moved = {n: torch.add(weights[n], d, alpha=signed) for n, d in dense(direction).items()}
             with swapped(holders, moved):
-                logliks.append(token_logliks(model, batch).to(lengths.dtype))
+                logliks.append(token_logliks(model, batch).double())
         return torch.stack(logliks)
 
     def step_of(batch: Batch, direction: Factored) -> float:
@@ -241,7 +242,7 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
             logliks = [along(batch, d, step) for d, step in zip(unit, steps, strict=True)]
         stacked = torch.stack(logliks, dim=3)
         forth, back = stacked
-        tokens = (forth - back) * lengths / (2 * lengths.new_tensor(steps))
+        tokens = (forth - back) * stacked.new_tensor(lengths) / (2 * stacked.new_tensor(steps))
         return Scores(stacked[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
 
     return scores

@@ -282,11 +282,12 @@ def watching(
 def slice_examples(
     rows: Int[Tensor, " rows"], size: int, gradient: Gradient
 ) -> Int[Tensor, " slices"] | None:
-    """The example that each slice of a gradient belongs to. A gradient has a slice for each of
-    `size` examples, or one for each row, whose examples are `rows`; None where it has neither."""
+    """The example that each slice of a gradient belongs to, on its device. A gradient has a slice
+    for each of `size` examples, or one for each row, whose examples are `rows`; None where it has
+    neither."""
     if gradient.ndim > 2 and len(gradient) == size:
         return torch.arange(size, device=gradient.device)
-    return rows if gradient.shape[:-1].numel() == len(rows) else None
+    return rows.to(gradient.device) if gradient.shape[:-1].numel() == len(rows) else None
 
 
 def is_matrix(owner: Owner) -> bool:

@@ -7,7 +7,8 @@
 Choices made here:
 - the head runs on supervised positions alone, and on at most `HEAD_LOGITS` logits at a time, so a
   vocabulary of 262,144 words never makes a full tensor of logits;
-- the softmax is taken in float32 or better;
+- the softmax is taken in float32 or better, on the device of the head; all sums are on that of the
+  tokens;
 - the first token of a row has no context and is never predicted.
 """
 
@@ -58,7 +59,8 @@ class Batch:
 
 class LanguageModel(Protocol):
     """What the core needs of a model: hidden states, then the logits of any of them, so the head
-    can run in chunks."""
+    can run in chunks. Parts of it may be on several devices; hidden states come back to that of the
+    tokens."""
 
     @property
     def network(self) -> nn.Module: ...
@@ -90,8 +92,10 @@ def _logliks(
     logits = model.logits(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if draw is not None:
-        targets = logits.detach().softmax(-1).multinomial(1, generator=draw)[:, 0]
-    return -functional.cross_entropy(logits, targets, reduction="none")
+        shares = logits.detach().softmax(-1).to(draw.device)
+        targets = shares.multinomial(1, generator=draw)[:, 0]
+    losses = functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return -losses.to(hidden.device)
 
 
 def _head_chunks(

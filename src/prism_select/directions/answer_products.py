@@ -15,14 +15,14 @@ products with any answer, and its length, follow from G.
 Choices made here:
 - on a CPU one pass collects all factors, and those beyond `HELD` bytes wait in a temporary file, up
   to half of the free disk; on a GPU as many matrices are collected in a pass as `HELD`, or half of
-  the weights, have room for;
+  its weights, have room for;
 - products are formed in float32 or better and add up in float64;
 - above `EXACT` answers, gradients are multiplied with random signs and `FOLDED` numbers added up to
   one, before they are multiplied: without bias, with an error of one over the root of the numbers
   that remain. Other parameters are folded as far as `OTHERS` asks for.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,14 +172,15 @@ class Collection:
 
     def _passes(self) -> Iterator[list[Piece]]:
         tokens = sum(batch.tokens.numel() for batch in self.side.batches)
-        limit = room_for_factors(self.weights, self.owners)
-        pieces, size = list[Piece](), 0
+        room = room_for_factors(self.weights, self.owners)
+        pieces, sizes = list[Piece](), Counter[torch.device]()
         for piece, needed in self._pieces(tokens):
-            if pieces and size + needed > limit:
+            device = self.weights[piece.name].device
+            if sizes[device] and sizes[device] + needed > room[device]:
                 yield pieces
-                pieces, size = [], 0
+                pieces, sizes = [], Counter()
             pieces.append(piece)
-            size += needed
+            sizes[device] += needed
         if pieces:
             yield pieces
 
@@ -340,14 +341,17 @@ def used_elsewhere(
         return {name for name, gradient in take_gradients(some) if gradient.any()}
 
 
-def room_for_factors(weights: Parameters, holders: Sequence[Owner]) -> int:
-    """Bytes of factors that one pass collects."""
-    if next(iter(weights.values())).is_cuda:
-        modules = ((owner.weights.get("weight"), owner.module) for owner in holders)
-        packed = {n: m.packed.bytes for n, m in modules if isinstance(m, PackedLinear)}
-        size = sum(packed.get(name, weight.nbytes) for name, weight in weights.items())
-        return max(HELD, size // 2)
-    return HELD + free_disk() // 2
+def room_for_factors(weights: Parameters, holders: Sequence[Owner]) -> Mapping[torch.device, int]:
+    """Bytes of factors that one pass collects on each device."""
+    modules = ((owner.weights.get("weight"), owner.module) for owner in holders)
+    packed = {n: m.packed.bytes for n, m in modules if isinstance(m, PackedLinear)}
+    sizes = Counter[torch.device]()
+    for name, weight in weights.items():
+        sizes[weight.device] += packed.get(name, weight.nbytes)
+    return {
+        device: max(HELD, size // 2) if device.type == "cuda" else HELD + free_disk() // 2
+        for device, size in sizes.items()
+    }
 
 
 def by_kind(selected: Sequence[Owner]) -> tuple[set[str], set[str]]:

@@ -21,9 +21,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Factored, Factors, Owner, is_matrix, owners
+from prism_select.core.layers import Factored, Factors, Owner, Parameters, is_matrix, owners
 
-__all__ = ["LowRank", "factor", "matrix_owners", "on_device", "stored_numbers", "truncated"]
+__all__ = [
+    "LowRank",
+    "beside",
+    "factor",
+    "matrix_owners",
+    "on_cpu",
+    "stored_numbers",
+    "truncated",
+]
 
 EXACT = 1024
 
@@ -85,10 +93,17 @@ def stored_numbers(direction: Factored) -> int:
     return sum(tensor.numel() for tensors in parts for tensor in tensors)
 
 
-def on_device(directions: Sequence[Factored], device: torch.device) -> list[Factored]:
-    def moved(value: Tensor | Factors) -> Tensor | Factors:
-        if isinstance(value, Factors):
-            return Factors(value.left.to(device), value.right.to(device))
-        return value.to(device)
+def on_cpu(directions: Sequence[Factored]) -> list[Factored]:
+    cpu = torch.device("cpu")
+    return [{name: _moved(value, cpu) for name, value in d.items()} for d in directions]
 
-    return [{name: moved(value) for name, value in direction.items()} for direction in directions]
+
+def beside(directions: Sequence[Factored], weights: Parameters) -> list[Factored]:
+    """Each matrix where its parameter is."""
+    return [{n: _moved(v, weights[n].device) for n, v in d.items()} for d in directions]
+
+
+def _moved(value: Tensor | Factors, device: torch.device) -> Tensor | Factors:
+    if isinstance(value, Factors):
+        return Factors(value.left.to(device), value.right.to(device))
+    return value.to(device)

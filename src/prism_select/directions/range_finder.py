@@ -17,7 +17,8 @@ Choices made here:
 - other parameters (fused experts, matrices that are used past their module) come from autograd, in
   full, with a pass for each direction;
 - the width is `MORE` above the rank;
-- factors are kept in the dtype of their parameter, in which rows are scored anyway.
+- factors are kept in the dtype of their parameter, in which rows are scored anyway, and all that
+  belongs to a parameter is on its device.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -130,7 +131,7 @@ class RangeFinder:
         for name, weight in self.of(names):
             shape = 1, weight.shape[1], min(width, *weight.shape)
             drawn = torch.randn(shape, generator=draw, device=self.device, dtype=wide_dtype(weight))
-            found[name] = drawn.expand(len(self.coefficients), -1, -1)
+            found[name] = drawn.to(weight.device).expand(len(self.coefficients), -1, -1)
         return found
 
     def bases(self, stack: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ class RangeFinder:
         if examples is None:
             self.lost |= {*owner.weights.values()}
             return
-        scales = self._scales[:, examples]  # [direction, slice]
+        scales = self._scales.to(examples.device)[:, examples]  # [direction, slice]
         if gradient.ndim > 2 and len(gradient) != len(examples):
             gradient, inputs = gradient.flatten(0, -2), (inputs[0].flatten(0, -2), *inputs[1:])
         for key, name in owner.weights.items():
@@ -209,7 +210,7 @@ class RangeFinder:
             for batch, answers in self.side:
                 scales = self.coefficients[number, answers]
                 if scales.any():
-                    backward(self.model, batch, scales / batch.counts)
+                    backward(self.model, batch, scales.to(batch.tokens.device) / batch.counts)
                     add_gradients(total, some)
         return total
 

@@ -25,6 +25,7 @@ from prism_select.core.layers import Factored, Factors
 from prism_select.data.remote import local
 from prism_select.directions.direction_set import DirectionSet, PairDiagnosis
 from prism_select.directions.layout import DirectionLayout
+from prism_select.directions.low_rank import beside
 from prism_select.models.causal_lm import CausalLM
 from prism_select.run.config import ScoreConfig
 from prism_select.run.errors import BadFile, BadModel, BadOption
@@ -127,7 +128,7 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     by_label: dict[str, dict[str, Tensor]] = {}
     for key, value in read_saved(file, toward, warmed).items():
         label, _, name = key.rpartition("/")
-        by_label.setdefault(label, {})[name] = value.to(model.device)
+        by_label.setdefault(label, {})[name] = value
     targets = [
         label.removeprefix("target:") for label in by_label if not label.startswith("chosen")
     ]
@@ -144,10 +145,11 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     if not names:
         raise of_another_model(file, "its list of parameters")
     # parameters in the model's order, so sums add up in the same one
-    directions = [{name: direction[name] for name in names} for direction in directions]
-    lengths = [norm(direction) for direction in directions[: len(targets)]]
+    ordered = [{name: direction[name] for name in names} for direction in directions]
+    moved = beside(ordered, parameters)
+    lengths = [norm(direction) for direction in moved[: len(targets)]]
     layout = DirectionLayout(targets=targets, lengths=lengths, best=layout.best)
-    return DirectionSet({name: parameters[name] for name in names}, directions, layout, {})
+    return DirectionSet({name: parameters[name] for name in names}, moved, layout, {})
 
 
 def of_another_model(file: str, name: str) -> BadModel:

@@ -168,7 +168,8 @@ def refuse(config: EvaluateConfig, past: FinishedRun, baselines: Rankings) -> No
         )
     if config.task_names:
         task_names(tuple(config.task_names))
-    refuse_many_gpus(resolve_device(past.config.device))
+    if past.config.device_map == "none":
+        refuse_many_gpus(resolve_device(past.config.device))
 
 
 def say_libraries(past: FinishedRun, progress: Progress) -> None:

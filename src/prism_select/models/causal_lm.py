@@ -7,11 +7,12 @@ Choices made here:
 - the head, its bias, scaling and capping are the network's own, whatever its architecture: while
   `logits` runs, the body returns the given states;
 - evaluation mode, and every parameter frozen;
+- parts may be on several devices (devices.py): states come back to where the tokens are;
 - the split is checked on three tokens when a network that has weights is wrapped.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from prism_select.core.blocks import decoder_of
 from prism_select.core.likelihood import Batch
+from prism_select.models.devices import connect
 from prism_select.models.quantised import MARKS
 from prism_select.run.errors import BadModel
 
@@ -35,6 +37,7 @@ class CausalLM:
     def __init__(self, network: Any) -> None:
         self.network: nn.Module = network.eval().requires_grad_(False)
         self.body: nn.Module = decoder_of(network)[1]
+        self.devices: Sequence[torch.device] = connect(network)
         if self.body is network:
             raise BadModel(
                 f"{type(network).__name__}: its body and head are one; try another architecture"
@@ -46,7 +49,10 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        """Where tokens go in."""
+        embeddings: Any = self.network.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embeddings.weight.device
+        return device
 
     @cached_property
     def size(self) -> int:
@@ -67,7 +73,7 @@ class CausalLM:
             **positions,
         )
         states: Tensor = output.last_hidden_state
-        return states
+        return states.to(batch.tokens.device)
 
     def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
         start = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
@@ -83,7 +89,7 @@ class CausalLM:
         ones = torch.ones_like(tokens, dtype=torch.bool)
         output = self.network(input_ids=tokens, attention_mask=ones.long(), use_cache=False)
         expected = output.logits[0]
-        split = self.logits(self.hidden(Batch(tokens, ones, ones))[0])
+        split = self.logits(self.hidden(Batch(tokens, ones, ones))[0]).to(expected.device)
         if expected.isfinite().all() and not torch.allclose(expected, split, rtol=1e-2, atol=1e-2):
             name = type(self.network).__name__
             raise BadModel(

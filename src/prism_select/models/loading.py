@@ -14,8 +14,9 @@ Choices made here:
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,15 @@ from prism_select.data.encoding import Encoder
 from prism_select.data.records import Example
 from prism_select.models.adapters import has_tokenizer, load_adapter, no_adapter, refuse_kind
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.devices import bytes_by_device, take_hooks_off
 from prism_select.models.merging import PROBE, refuse_beside_packed
+from prism_select.models.placement import (
+    DeviceMap,
+    free_memory,
+    network_of,
+    place,
+    scoring_share,
+)
 from prism_select.models.quantised import (
     BITS,
     bits_in,
@@ -142,9 +151,11 @@ def load(
     device: torch.device,
     adapter: Path | None = None,
     quantize: str = "none",
+    spread: Callable[[Any], DeviceMap] | None = None,
 ) -> tuple[CausalLM, Any]:
     """The model and its tokenizer, or that in the folder of `adapter`, which is not put on the
-    model. Raises BadModel for whatever is wrong with the folder, BadOption where it cannot be
+    model. `spread` says of a configuration which part goes to which device, in place of all to
+    `device`. Raises BadModel for whatever is wrong with the folder, BadOption where it cannot be
     quantised."""
     import transformers
 
@@ -176,6 +187,14 @@ def load(
             precision = dtype_of(config, dtype, device)
             weights |= quantised_weights(name, quantize, config, bits, precision, device)
         config._experts_implementation = "eager"
+        if spread:
+            placed = spread(config)
+            if bits and len({*placed.values()}) > 1:
+                raise BadOption(
+                    f"--device-map auto: a model in {bits} bits is scored on one device; leave one "
+                    "of the two out"
+                )
+            weights = {"device_map": placed} | weights
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -199,6 +218,9 @@ def load(
         return CausalLM(network), tokenizer
     if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
         network = network.float()
+    if spread:
+        take_hooks_off(network)
+        return CausalLM(network), tokenizer
     return CausalLM(network.to(device)), tokenizer
 
 
@@ -229,6 +251,24 @@ def dtype_of(config: Any, dtype: str, device: torch.device) -> Any:
         return getattr(torch, dtype)
     is_half = getattr(config, "dtype", None) == torch.float16
     return torch.float32 if is_half and device.type == "cpu" else "auto"
+
+
+def spread_of(config: ModelOptions, layers: str, progress: Progress) -> Callable[[Any], DeviceMap]:
+    """For --device-map auto: the placement of a configuration, which is reported where it changes
+    nothing."""
+
+    def spread(described: Any) -> DeviceMap:
+        memory = free_memory()
+        network = network_of(deepcopy(described), config.dtype, on_cpu=len(memory) == 1)
+        found = place(network, memory, scoring_share(network, config, layers))
+        devices = [*dict.fromkeys(map(str, found.values()))]
+        if len(devices) == 1:
+            progress.say(f"--device-map auto: all of the model is on {devices[0]}, as without it")
+        elif "cpu" in devices:
+            progress.say("--device-map auto: what the GPUs have no room for is computed on the CPU")
+        return found
+
+    return spread
 
 
 def tokenizer_of(source: str, adapter: Path | None, common: Mapping[str, Any]) -> Any:
@@ -361,7 +401,7 @@ def load_model(
         if is_object(config.model):
             model, tokenizer = adopt(object_at(str(config.model)))
         else:
-            model, tokenizer = load_base(config, adapter)
+            model, tokenizer = load_base(config, layers, adapter, progress)
         encoder = encoder_of(config, model, tokenizer, bounded=not adapter)
         if adapter:
             progress.say(f"adapter {adapter}, with {whose_tokenizer(adapter)}")
@@ -386,17 +426,21 @@ def load_model(
         progress.say(f"the template's date is {encoder.date.day} (--template-date)")
     progress.say(
         f"{type(model.network).__name__} in {str(model.dtype).removeprefix('torch.')} on "
-        f"{model.device}, template {encoder.template}, at most {encoder.max_length} tokens a row"
+        f"{devices_in_words(model)}, template {encoder.template}, "
+        f"at most {encoder.max_length} tokens a row"
     )
     return LoadedModel(model, encoder, warnings)
 
 
-def load_base(config: ModelOptions, adapter: Path | None) -> tuple[CausalLM, Any]:
+def load_base(
+    config: ModelOptions, layers: str, adapter: Path | None, progress: Progress
+) -> tuple[CausalLM, Any]:
     """Raises BadModel, which names the adapter where that has named the model."""
     name = str(config.model)
     try:
+        spread = spread_of(config, layers, progress) if config.device_map == "auto" else None
         device = resolve_device(config.device)
-        return load(name, config.dtype, device, adapter, config.quantize)
+        return load(name, config.dtype, device, adapter, config.quantize, spread)
     except BadModel as error:
         if adapter and named_base(adapter) == name and not Path(name).exists():
             raise BadModel(
@@ -440,6 +484,13 @@ def tokens_of(encoder: Encoder, rows: Iterable[Example], device: torch.device) -
         with suppress(BadRow, BadModel):
             tokens.append(torch.tensor(encoder.encode(row).tokens[-PROBE:], device=device))
     return tokens
+
+
+def devices_in_words(model: CausalLM) -> str:
+    sizes = bytes_by_device(model.network)
+    if len(sizes) == 1:
+        return str(model.device)
+    return ", ".join(f"{device} ({size / 1e9:.1f} GB)" for device, size in sizes.items())
 
 
 def whose_tokenizer(adapter: Path) -> str:

@@ -6,6 +6,8 @@ Choices made here:
 - TRL's trainer and PEFT's LoRA with their usual settings: rank 16, all linear layers, one epoch, a
   learning rate of 2e-4 that falls to 0;
 - but the loss is that of core/likelihood.py, which runs the head on supervised tokens alone;
+- a model over several GPUs stays where it is (trained on none so far: there was no such machine); a
+  part on the processor is refused;
 - a warm-up takes a random share of the pool, so that direction and scores are taken at a
   checkpoint that has learned the pool's format;
 - a run that was stopped takes the adapter in its folder, and does not train again.
@@ -16,8 +18,8 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.records import Example
 from prism_select.models.adapters import load_adapter
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.devices import connect
 from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
 from prism_select.models.merging import merged, random_tokens
@@ -141,7 +144,13 @@ def train(
     """PEFT's model of the network, which is changed in place, after a training on the supervised
     tokens of `rows`; with `settings.full`, the network itself. `on_step` gets the number of the
     step, from 1, and its mean loss in nats per token. Raises BadOption without TRL and PEFT."""
-    refuse_many_gpus(model.device)
+    if len(model.devices) == 1:
+        refuse_many_gpus(model.device)
+    elif torch.device("cpu") in model.devices:
+        raise BadOption(
+            "--device-map auto: a training takes GPUs alone, and a part of the model is on the "
+            "processor; add GPUs, or take a smaller model"
+        )
     refuse_apart(model)
     try:
         from datasets import Dataset, disable_progress_bars
@@ -158,8 +167,13 @@ def train(
     network: Any = model.network
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     learner = network.requires_grad_(True) if settings.full else get_peft_model(network, lora)
+    connect(network)
     data = Dataset.from_list([_labelled(row) for row in rows])
-    with tempfile.TemporaryDirectory(prefix="prism-training-") as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="prism-training-") as folder,
+        warnings.catch_warnings(),
+        _staying(model),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # names of settings that are about to change
         arguments = SFTConfig(
             output_dir=folder,
@@ -179,6 +193,18 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return learner
+
+
+@contextmanager
+def _staying(model: CausalLM) -> Iterator[None]:
+    """Within it the trainer sees that the model is on several devices, and moves nothing."""
+    network: Any = model.network
+    if len(model.devices) > 1:
+        network.hf_device_map = {str(device): device for device in model.devices}
+    try:
+        yield
+    finally:
+        vars(network).pop("hf_device_map", None)
 
 
 def _labelled(row: Encoded) -> dict[str, list[int]]:
@@ -215,6 +241,6 @@ def _trainer(model: CausalLM, on_step: Callable[[int, float], None]) -> Any:
             )
             loss = -(backward(model, batch, -share) * share).sum()
             self.on_step.loss = float(loss)
-            return loss
+            return loss.to(self.args.device)
 
     return Trainer

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prism_select.core.packed import PackedLinear
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.devices import connect
 from prism_select.models.quantised import packed_matrices
 from prism_select.run.errors import BadModel
 
@@ -122,7 +123,7 @@ def refuse_other_logits(
 @torch.no_grad()
 def logits(network: Any, rows: Sequence[Tensor]) -> list[Tensor]:
     """Of each row, without its mean over the vocabulary, which no probability depends on."""
-    network.eval()
+    connect(network.eval())
     outputs = [network(input_ids=tokens[None], use_cache=False).logits[0] for tokens in rows]
     return [values.float() - values.float().mean(-1, keepdim=True) for values in outputs]
 
@@ -131,7 +132,7 @@ def random_tokens(network: Any) -> list[Tensor]:
     """Random tokens, and the last of the vocabulary, where new ones are."""
     vocabulary = int(network.get_output_embeddings().weight.shape[0])
     draw = torch.Generator().manual_seed(0)
-    device = next(network.parameters()).device
+    device = network.get_input_embeddings().weight.device
     random = torch.randint(vocabulary, (PROBE,), generator=draw)
     last = torch.arange(max(0, vocabulary - PROBE), vocabulary)
     return [random.to(device), last.to(device)]

@@ -19,6 +19,7 @@ import torch
 from prism_select.models.adapters import has_tokenizer, no_adapter, no_peft, refuse_kind
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import quantised_to, tokenizer_of
+from prism_select.models.placement import network_of
 from prism_select.models.quantised import pack_shapes
 from prism_select.run.config import ModelOptions
 from prism_select.run.errors import BadModel, PrismError
@@ -58,20 +59,6 @@ def shapes_of(config: ModelOptions, layers: str) -> tuple[CausalLM, Any | None]:
     if adapter and layers == "adapter":
         network = _with_adapter(network, adapter)
     return CausalLM(network), tokenizer
-
-
-def network_of(described: Any, dtype: str = "auto", on_cpu: bool = False) -> Any:
-    """A network of transformers' configuration."""
-    import transformers
-
-    precision = described.dtype if dtype == "auto" else getattr(torch, dtype)
-    if precision is None or (dtype == "auto" and on_cpu and precision == torch.float16):
-        precision = torch.float32
-    described._experts_implementation = "eager"
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            described, dtype=precision, trust_remote_code=False
-        )
 
 
 def with_adapter_shapes(network: Any, described: Any) -> Any:

@@ -106,6 +106,12 @@ class ModelOptions(Options):
     device: Annotated[
         str, "cpu, cuda or cuda:1; auto takes a GPU when there is one.", Mark.MENDABLE
     ] = "auto"
+    device_map: Annotated[
+        Literal["none", "auto"],
+        "auto: the layers of one model over all GPUs of this machine, then its processor, with "
+        "room for scoring (with the extra [devices]).",
+        Mark.MENDABLE,
+    ] = "none"
     quantize: Annotated[
         Literal["none", "8bit", "4bit"],
         "Pack the model's matrices in 8 or 4 bits with bitsandbytes (the extra [quantize]); scores "
@@ -153,6 +159,11 @@ class ModelOptions(Options):
             raise BadOption(
                 f"--quantize {self.quantize} and --dtype float64: bitsandbytes packs float32 at "
                 "most; leave one out"
+            )
+        if self.device_map == "auto" and self.device != "auto":
+            raise BadOption(
+                f"--device {self.device} and --device-map auto: one names a device, the other "
+                "takes all; leave one out (CUDA_VISIBLE_DEVICES hides GPUs)"
             )
         if self.template_date is not None:
             try:

@@ -3,7 +3,8 @@ engine.
 
     seconds = so far (load, target, curvature) + two more readings of the pool + its encoding
               + tokens · seconds per token
-    memory  = peak of this process after the longest batch of a sample
+    memory  = peak of this process after the longest batch of a sample; of a model on several
+              devices, the peaks of all
     disk    = directions + 120 bytes per row
 
 Choices made here:
@@ -16,15 +17,22 @@ Choices made here:
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from prism_select.core.likelihood import Batch
 
-__all__ = ["Plan", "make_plan", "peak_memory", "seconds_per_token", "timed"]
+__all__ = [
+    "Plan",
+    "make_plan",
+    "peak_memory",
+    "peaks_by_device",
+    "seconds_per_token",
+    "timed",
+]
 
 BYTES_PER_ROW = 120  # of scores.parquet, measured on short ids
 TIMED, SHARE = 4.0, 0.02
@@ -32,12 +40,14 @@ TIMED, SHARE = 4.0, 0.02
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the whole run: tokens without padding, wall time, peak memory, bytes written."""
+    """Of the whole run: tokens without padding, wall time, peak memory (in `by_device`, too, where
+    a model is on several), bytes written."""
 
     tokens: int
     seconds: float
     memory_bytes: int
     disk_bytes: int
+    by_device: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -51,6 +61,10 @@ def peak_memory(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peaks_by_device(devices: Sequence[torch.device]) -> dict[str, int]:
+    return {str(device): peak_memory(device) for device in devices}
 
 
 def timed(engine: Callable[[Batch], object], batch: Batch) -> float:
@@ -88,12 +102,14 @@ def make_plan(
     rows: int,
     numbers: int,
     other_seconds: float,
-    device: torch.device,
+    devices: Sequence[torch.device],
 ) -> Plan:
     """`numbers`: of all directions together. `other_seconds`: spent outside the engine."""
+    peaks = peaks_by_device(devices)
     return Plan(
         tokens,
         other_seconds + tokens * per_token,
-        peak_memory(device),
+        sum(peaks.values()),
         numbers * 4 + rows * BYTES_PER_ROW,
+        by_device=peaks if len(peaks) > 1 else {},
     )

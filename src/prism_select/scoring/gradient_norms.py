@@ -135,7 +135,8 @@ class _Observer:
         self.in_head, self.rows = False, self.body_rows
 
     def norms(self) -> Float[Tensor, " batch"]:
-        squares = self.squares + sum(value.square().sum(1) for value in self.sums.values())
+        device = self.squares.device
+        squares = self.squares + sum(v.square().sum(1).to(device) for v in self.sums.values())
         if self.without_formula:
             squares = squares + self._autograd_squares()
         return squares.clamp(min=0).sqrt()
@@ -148,7 +149,8 @@ class _Observer:
             with differentiable(parameters):
                 backward(self.model, self.batch.rows(slice(example, example + 1)), one)
                 for _, gradient in take_gradients(parameters):
-                    squares[example] += gradient.to(wide_dtype(gradient)).square().sum()
+                    square = gradient.to(wide_dtype(gradient)).square().sum()
+                    squares[example] += square.to(squares)
         return squares
 
     def _remaining(self, owner: Owner) -> dict[str, str]:
@@ -201,7 +203,7 @@ class _Observer:
             else:
                 size = len(self.batch)
                 by_example = (rows.reshape(size, -1, rows.shape[-1]) for rows in (left, right))
-                self.squares += outer_squares(*by_example)
+                self.squares += outer_squares(*by_example).to(self.squares)
         if "bias" in remaining:
             self._add(remaining["bias"], self._summed(gradient))
 
@@ -211,7 +213,8 @@ class _Observer:
         values = values.to(wide_dtype(values))
         if not self.in_head:
             return values.reshape(size, -1, width).sum(1)
-        return values.new_zeros(size, width).index_add_(0, self.rows, values.reshape(-1, width))
+        rows = self.rows.to(values.device)
+        return values.new_zeros(size, width).index_add_(0, rows, values.reshape(-1, width))
 
     def _head_chunk(
         self, name: str, left: Float[Tensor, "rows a"], right: Float[Tensor, "rows b"]
@@ -233,10 +236,11 @@ class _Observer:
             if self.unread[:1] == [example]:
                 self.unfinished[name] = [tuple(t.clone() for t in piece) for piece in pieces]
             elif len(pieces[0]) == 1:
-                self.squares[example] += pieces[0][0].square().sum()
+                self.squares[example] += pieces[0][0].square().sum().to(self.squares)
             else:
                 left_rows, right_rows = (torch.cat(rows) for rows in zip(*pieces, strict=True))
-                self.squares[example] += outer_squares(left_rows[None], right_rows[None])[0]
+                square = outer_squares(left_rows[None], right_rows[None])[0]
+                self.squares[example] += square.to(self.squares)
 
     def _cross(
         self, name: str, example: int, left: Float[Tensor, "rows words"], right: Tensor
@@ -244,7 +248,8 @@ class _Observer:
         if name not in self.crossed:
             shape = (*self.batch.tokens.shape, right.shape[1])
             self.crossed[name] = torch.zeros(shape, dtype=wide_dtype(right), device=right.device)
-        self.crossed[name][example] += left[:, self.batch.tokens[example]].T @ right
+        words = self.batch.tokens[example].to(left.device)
+        self.crossed[name][example] += left[:, words].T @ right
 
     def _embedding(
         self, owner: Owner, words: Int[Tensor, "*rows"], gradient: Float[Tensor, "*rows width"]
@@ -263,11 +268,12 @@ class _Observer:
         keys, index = (examples * vocabulary + words).unique(return_inverse=True)
         by_word = gradient.new_zeros(len(keys), width)
         by_word.index_add_(0, index.flatten(), gradient.flatten(0, 1))
-        squares = by_word.square().sum(1).to(self.squares.dtype)
-        self.squares.index_add_(0, keys // vocabulary, squares)
+        squares = by_word.square().sum(1).to(self.squares)
+        self.squares.index_add_(0, (keys // vocabulary).to(squares.device), squares)
         if name in self.crossed:
-            if words.equal(self.batch.tokens):
-                self.squares += 2 * (gradient * self.crossed[name]).sum((1, 2))
+            if words.equal(self.batch.tokens.to(words.device)):
+                crossed = (gradient * self.crossed[name]).sum((1, 2))
+                self.squares += 2 * crossed.to(self.squares)
             else:
                 self.without_formula.add(name)
 

@@ -78,6 +78,7 @@ class ActorPool(TokenCounts):
             adapter=config.adapter and os.path.abspath(config.adapter),
             out=config.out and os.path.abspath(config.out),
             device="auto" if "GPU" in self.resources else "cpu",
+            device_map=config.device_map if "GPU" in self.resources else "none",
         )
         short = f", {room} of which find room as the cluster is now" if room < self.size else ""
         progress.say(f"Ray: {self.size} actors of {in_words(self.resources)}{short}")

@@ -83,7 +83,8 @@ class Material(Texts):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
+        """Where tokens go in."""
+        return next(self.model.network.parameters()).device
 
     @cached_property
     def pool_pass(self) -> tuple[Floats, Float[Tensor, "rows width"]]:

@@ -80,6 +80,7 @@ def feature_extractor(
         target = torch.nn.functional.pad(batch.predicted, (1, 0))[:, :, None]
         averages = list[Tensor]()
         for state in _block_inputs(model, batch, (blocks[0], blocks[depth])):
+            state = state.to(target.device)
             width = state.shape[-1]
             if width not in projections:
                 draw = torch.Generator().manual_seed(seed)
