@@ -30,8 +30,8 @@ PAIRS, NUMBERS = 40, 34_000_000
 SCRIPT = """
 import json, sys, torch
 from prism_select.api import plan, select
-from prism_select.config import SelectConfig
-from prism_select.planning import peak_memory
+from prism_select.run.config import SelectConfig
+from prism_select.scoring.cost_plan import peak_memory
 given = json.loads(sys.argv[2])
 if sys.argv[1] == "plan":
     print(json.dumps(vars(plan(SelectConfig(**given)))))

@@ -92,7 +92,7 @@ def test_products_are_exact_however_few_numbers_are_held_at_once(
     monkeypatch.setattr(module, "HELD", held)
     monkeypatch.setattr(module, "PIECE", room)
     rooms = {torch.device("cpu"): room}
-    monkeypatch.setattr(module, "room_for_factors", lambda weights: rooms)
+    monkeypatch.setattr(module, "room_for_factors", lambda *_: rooms)
     monkeypatch.setattr(module, "FORMED", formed)
     monkeypatch.setattr(module, "TOKENS", 3)
     assert_same(answer_products(model, weights, side), exact, 1e-12)

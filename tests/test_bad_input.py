@@ -441,6 +441,7 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "engine",
         "normalize",
         "dtype",
+        "quantize",
         "template",
         "bad_rows",
         "common",

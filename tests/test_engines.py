@@ -2,7 +2,7 @@
 people use."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -414,3 +414,28 @@ def test_a_difference_that_ran_out_of_memory_while_it_got_ready_gets_ready_again
     with pytest.raises(torch.OutOfMemoryError):
         engine(batch)
     assert torch.equal(engine(batch).values, expected)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "opt", "gpt2", "gemma3"])
+def test_directions_in_factors_of_several_ranks_are_scored_as_in_full(name: str) -> None:
+    """Biases, tied heads, Conv1D and embeddings that scale their rows; one direction lacks what the
+    others move."""
+    model = network_of(name)
+    weights, draw = select_parameters(model.network, "all"), torch.Generator().manual_seed(0)
+
+    def along(rank: int, names: Sequence[str]) -> dict[str, torch.Tensor | layers.Factors]:
+        moves: dict[str, torch.Tensor | layers.Factors] = {}
+        for owner in layers.owners(model.network, {n: weights[n] for n in names}):
+            for key, own in owner.weights.items():
+                rows, *columns = weights[own].shape
+                moves[own] = torch.randn(rows, *columns, generator=draw)
+                if key == "weight" and (layers.is_matrix(owner) or owner.scale):
+                    left = torch.randn(rows, rank, generator=draw)
+                    right = torch.randn(rank, *columns, generator=draw)
+                    moves[own] = layers.Factors(left, right)
+        return moves
+
+    some = [along(3, [*weights]), along(1, [*weights][::2]), along(5, [*weights])]
+    batch = batch_of(3, vocabulary=V)
+    fast, exact = (ENGINES[e](model, weights, some)(batch) for e in ("reverse", "reference"))
+    np.testing.assert_allclose(fast.values.numpy(), exact.values.numpy(), rtol=1e-5, atol=1e-5)

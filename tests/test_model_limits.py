@@ -107,8 +107,7 @@ def test_rows_are_truncated_to_what_the_text_model_of_a_vision_model_takes(tmp_p
 @pytest.mark.parametrize(
     ("quantization", "name"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "fp8"}, "fp8"),
@@ -123,6 +122,19 @@ def test_a_folder_with_quantised_weights_is_refused_in_one_line(
     outcome = prism("score", "--model", model, *files(tmp_path))
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert f"its weights are quantised ({name}), and have no gradient" in outcome.err
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_folder_that_names_bitsandbytes_and_holds_whole_numbers_is_refused(
+    bits: int, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (model / "config.json").write_text(json.dumps(config))
+    outcome = prism("score", "--model", model, *files(tmp_path))
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert f"--model {model}: model.layers.0.self_attn.q_proj should be packed" in outcome.err
 
 
 class Packed(nn.Linear):

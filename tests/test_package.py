@@ -81,7 +81,7 @@ def test_the_wheel_works_in_a_new_environment_outside_the_repository(
     (home / "libraries.pth").write_text(
         os.path.dirname(os.path.dirname(pytest.__file__)) + "\n", encoding="utf-8"
     )
-    assert "0.1.0" in run(tmp_path / "venv" / "bin" / "prism", "--version", cwd=tmp_path)
+    assert "0.2.0" in run(tmp_path / "venv" / "bin" / "prism", "--version", cwd=tmp_path)
     script = (
         "import prism_select, prism_select.demo.story as s; "
         "print(prism_select.__file__, *map(str, s.MODEL.iterdir()))"

@@ -85,7 +85,7 @@ class _Arguments:
                 "Face, or its folder"
             )
         usual = {"adapter": None, "dtype": "auto", "device": "auto", "device_map": "none"}
-        for name, value in {**usual, "warmup": None}.items():
+        for name, value in {**usual, "quantize": "none", "warmup": None}.items():
             if self.options.get(name) not in (None, value):
                 raise BadOption(
                     f"{name}: a loaded model is taken as it is; save it and give its folder, or "

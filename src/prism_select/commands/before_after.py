@@ -62,7 +62,7 @@ __all__ = ["pairs_before_after"]
 
 SIDES = ("before", "after")
 ASKED_WITH = (
-    *("dtype", "template", "template_date", "max_length", "skip_end"),
+    *("dtype", "quantize", "template", "template_date", "max_length", "skip_end"),
     *("fields", "seed", "samples", "new_tokens", "stop"),
 )
 LOGS = (".jsonl", ".json", ".eval")

@@ -25,6 +25,7 @@ from prism_select.directions.saved import held_out
 from prism_select.directions.tuning import Trial, Tuning
 from prism_select.models.layer_selection import adapter_names
 from prism_select.models.loading import LoadedModel
+from prism_select.models.quantised import quantised_entry
 from prism_select.run.config import BESIDE_PAIRS, ScoreConfig
 from prism_select.run.polarity import Polarity
 from prism_select.run.thresholds import CHANCE_AUROC, CONFLICTING_COSINE, auroc_in_words
@@ -82,6 +83,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         "model": {
             "architecture": type(model.network).__name__,
             "device": ", ".join(map(str, model.devices)),
+            "quantised": quantised_entry(model.network),
             "template": record.loaded.encoder.template,
             "template_date": record.loaded.encoder.date.day,
             "adapter": _adapter_state(config, record.loaded),

@@ -37,9 +37,9 @@ Floats = NDArray[np.float64]
 
 
 def pair_help(loaded: LoadedModel, engine: BatchedEngine, pairs: Sequence[Pair]) -> Floats:
-    """Of each pair; `engine` scores along G."""
+    """[pair, choice]; `engine` scores along the G of each choice."""
     up, down = (
-        score_rows(engine, side, loaded.model.device)[0][:, 0] / [row.targets for row in side]
+        score_rows(engine, side, loaded.model.device)[0] / [[row.targets] for row in side]
         for side in encode_sides(pairs, loaded.encoder)
     )
     return np.asarray(up - down)

@@ -25,6 +25,7 @@ from prism_select.models.devices import bytes_by_device
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import encoder_of, longest_row
 from prism_select.models.placement import free_memory, place, scoring_share
+from prism_select.models.quantised import quantised_entry
 from prism_select.models.without_weights import shapes_of
 from prism_select.run.config import BESIDE_PAIRS, ScoreConfig, SelectConfig
 from prism_select.run.progress import Progress
@@ -69,7 +70,7 @@ def plan_without_weights(
         disk_bytes=(taken.direction_bytes if is_low else 4 * taken.numbers) + rows * BYTES_PER_ROW,
         parameters=sum(parameter.numel() for parameter in model.network.parameters()),
         selected=numbers_of(weights),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype(model),
         weights_bytes=size,
         batch_tokens=batch_tokens,
         batch_bytes=taken.batch_bytes,
@@ -87,11 +88,17 @@ def _by_device(config: ScoreConfig, model: CausalLM, beside: float) -> dict[str,
     if config.device_map == "none":
         return {}
     network, sizes = model.network, Counter[str]()
-    share = scoring_share(network, config, config.layers)
-    for name, device in place(network, free_memory(), share).items():
+    share, packed = scoring_share(network, config, config.layers), quantised_entry(network)
+    for name, device in place(network, free_memory(packed is None), share).items():
         part = network.get_submodule(name)
         sizes[str(device)] += round(beside * sum(bytes_by_device(part).values()))
     return dict(sizes) if len(sizes) > 1 else {}
+
+
+def _dtype(model: CausalLM) -> str:
+    """In words, with that of matrices in few bits."""
+    dtype, packed = str(model.dtype).removeprefix("torch."), quantised_entry(model.network)
+    return f"{dtype}, matrices in {packed['bits']} bits" if packed else dtype
 
 
 def _batch_shape(tokens: int, longest: int) -> tuple[int, int]:

@@ -522,17 +522,18 @@ def with_pair_help(
     full = directions.direction_set.full
     pairs = [pair for pairs in inputs.targets.values() for pair in pairs]
 
-    def hardly_helped(taken: NDArray[np.bool_]) -> int:
-        rows = drawn_rows(inputs.pool, taken, loaded, config.seed)
-        along = [mean_gradient(config, loaded, weights, rows, full.rank if full else None)]
-        engine = make_engine(plain, job.engine, loaded.model, weights, along)
-        found = pair_help(loaded, engine, pairs)
-        return int((found < HARDLY_HELPED * found.mean()).sum())
-
-    coverage = chosen.figures["coverage"] | {
-        "pairs": len(pairs),
-        "hardly_helped": hardly_helped(taken),
-    }
+    choices = {"hardly_helped": taken}
     if chosen.larger is not None:
-        coverage["hardly_helped_by_twice"] = hardly_helped(chosen.larger)
+        choices["hardly_helped_by_twice"] = chosen.larger
+    rows = [drawn_rows(inputs.pool, each, loaded, config.seed) for each in choices.values()]
+    rank = full.rank if full else None
+    along = [mean_gradient(config, loaded, weights, some, rank) for some in rows]
+    engine = make_engine(plain, job.engine, loaded.model, weights, along)
+    help_of = pair_help(loaded, engine, pairs)
+    few = (help_of < HARDLY_HELPED * help_of.mean(0)).sum(0).tolist()
+    coverage = {
+        **chosen.figures["coverage"],
+        "pairs": len(pairs),
+        **dict(zip(choices, few, strict=True)),
+    }
     return replace(chosen, figures={**chosen.figures, "coverage": coverage})

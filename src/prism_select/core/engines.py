@@ -24,7 +24,7 @@ Choices made here:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_select.core.blocks import blocks_below, running_once, same_when_run_once
 from prism_select.core.gradients import differentiable, dot, norm, take_gradients
+from prism_select.core.joined_factors import join_factors, joined_products
 from prism_select.core.layers import (
-    Direction,
     Factored,
     Inputs,
     Owner,
@@ -48,6 +48,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import Batch, LanguageModel, backward, token_logliks
+from prism_select.core.packed import PackedLinear
 from prism_select.run.errors import BadOption, Unreachable
 
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
@@ -77,7 +78,8 @@ def reference(model: LanguageModel, weights: Parameters, directions: Sequence[Fa
         with differentiable(weights):
             loglik = backward(model, row, torch.ones(1, device=row.tokens.device))
             gradient = dict(take_gradients(weights))
-        return loglik, [_dot(gradient, direction) for direction in directions]
+        moved = [{n: gradient[n] for n in gradient if n in d} for d in directions]
+        return loglik, [dot(some, d) for some, d in zip(moved, directions, strict=True)]
 
     def scores(batch: Batch) -> Scores:
         rows = [score(batch.rows(slice(i, i + 1))) for i in range(len(batch))]
@@ -96,7 +98,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     moved_by = {name: [k for k, d in enumerate(unit) if name in d] for name in weights}
-    flats = _flat_directions(unit, moved_by)
+    flats, joined = _flat_directions(unit, moved_by), join_factors(holders, unit)
 
     def scores(batch: Batch) -> Scores:
         total = batch.tokens.new_zeros(len(batch), len(unit), dtype=torch.float64)
@@ -115,6 +117,12 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
             if index is None:
                 why = f"its output of shape {tuple(gradient.shape)} cannot be told apart by example"
                 raise Unreachable("reverse", names, why)
+            if owner.weights.get("weight") in joined:
+                for moved, products in joined_products(owner, inputs, gradient, joined, len(index)):
+                    sums = total.new_zeros(len(batch), len(moved))
+                    at = index.to(total.device)
+                    total[:, moved] += sums.index_add_(0, at, products.to(total))
+                return
             wide = torch.promote_types(gradient.dtype, torch.float32)
             rows = gradient.to(wide).reshape(len(index), -1)
             for k in sorted({k for name in names for k in moved_by[name]}):
@@ -131,18 +139,12 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     return scores
 
 
-def _dot(gradient: Direction, direction: Factored) -> float:
-    """Over the parameters of both. One matrix at a time leaves its factors."""
-    shared = (name for name in gradient if name in direction)
-    return sum(dot({n: gradient[n]}, dense({n: direction[n]})) for n in shared)
-
-
 def _unit(
     weights: Parameters, directions: Sequence[Factored]
-) -> tuple[list[Factored], list[float]]:
+) -> tuple[list[dict[str, Any]], list[float]]:
     """Directions of length one in the dtype of the parameters, and the lengths that they had."""
     lengths = [norm(direction) or 1.0 for direction in directions]
-    unit: list[Factored] = [
+    unit: list[dict[str, Any]] = [
         {name: (value / length).to(weights[name]) for name, value in direction.items()}
         for direction, length in zip(directions, lengths, strict=True)
     ]
@@ -170,7 +172,8 @@ def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     def along(batch: Batch, direction: Factored) -> Float[Tensor, "2 batch context"]:
         """Token log-likelihoods, and their derivatives along the direction."""
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
-            duals = {n: make_dual(weights[n].detach(), d) for n, d in dense(direction).items()}
+            moved = dense(direction).items()
+            duals = {n: make_dual(weights[n].detach().contiguous(), d) for n, d in moved}
             with swapped(holders, duals):
                 primal, tangent = unpack_dual(token_logliks(model, batch))
             return torch.stack([primal, torch.zeros_like(primal) if tangent is None else tangent])
@@ -202,7 +205,7 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
     holders = owners(model.network, weights)
     unit, lengths = _unit(weights, directions)
     root = math.sqrt(max(torch.finfo(w.dtype).eps for w in weights.values()))
-    size = root * (norm({name: w.detach() for name, w in weights.items()}) or 1.0)
+    size = root * (_length(holders, weights) or 1.0)
     below = blocks_below(model.network, list(weights))
     steps: list[float] = []
 
@@ -243,6 +246,20 @@ def difference(model: LanguageModel, weights: Parameters, directions: Sequence[F
         return Scores(stacked[..., 0].mean(0).sum(1), tokens.sum(1), tokens)
 
     return scores
+
+
+def _length(holders: Sequence[Owner], weights: Parameters) -> float:
+    """‖θ‖; the parameter of a packed matrix is an offset of zero, and its matrix counts."""
+    packed = {
+        owner.weights["weight"]: owner.module
+        for owner in holders
+        if isinstance(owner.module, PackedLinear) and "weight" in owner.weights
+    }
+    total = 0.0
+    for name, weight in weights.items():
+        values = packed[name].matrix() if name in packed else weight.detach()
+        total += dot({name: values}, {name: values})
+    return math.sqrt(total)
 
 
 def _refuse_narrow(weights: Parameters) -> None:

@@ -29,6 +29,8 @@ __all__ = [
     "zero_sum",
 ]
 
+PIECE = 2**20  # numbers
+
 
 @contextmanager
 def differentiable(weights: Parameters) -> Iterator[None]:
@@ -73,14 +75,19 @@ def dot(a: Factored, b: Factored) -> float:
 
 
 def _dot(a: Tensor | Factors, b: Tensor | Factors) -> float:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return float((a.double() * b.double()).sum())
+    """A piece at a time, so that no copy in float64 is large."""
     if isinstance(a, Factors) and isinstance(b, Factors):
         left = a.left.double().mT @ b.left.double()
         return float((left * (a.right.double() @ b.right.double().mT)).sum())
-    whole, factors = (a, b) if isinstance(a, Tensor) else (b, a)
-    assert isinstance(whole, Tensor) and isinstance(factors, Factors)
-    return _dot(whole, factors.left @ factors.right)
+    if isinstance(a, Factors):
+        a, b = b, a
+    assert isinstance(a, Tensor)
+    if isinstance(b, Factors):
+        rows, right = max(1, PIECE // a.shape[1]), b.right.double().mT
+        pairs = zip(a.split(rows), b.left.split(rows), strict=True)
+        return sum(float(((x.double() @ right) * y.double()).sum()) for x, y in pairs)
+    pairs = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
+    return sum(float(x.double() @ y.double()) for x, y in pairs)
 
 
 def norm(a: Factored) -> float:

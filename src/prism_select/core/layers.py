@@ -4,6 +4,7 @@ direction.
     y = f(x; W)       tangent = ∂f/∂W · D       part of one example's score = Σ ∂loglik/∂y · tangent
 
     Linear       tangent = x Dᵀ + d_bias        Conv1D    tangent = x D + d_bias
+                 (packed ones alike)
     Embedding    tangent = D[x]                 D = L R   tangent = (x Rᵀ) Lᵀ
     the others   the module's own forward-mode derivative: norms, routers, fused experts, learned
                  positions
@@ -28,12 +29,14 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from prism_select.core.blocks import padding_still, watched, without_padding
+from prism_select.core.packed import PackedLinear, is_transposed
 from prism_select.run.errors import Unreachable, out_of_memory
 
 __all__ = [
     "Direction",
     "Factored",
     "Factors",
+    "Gradient",
     "Inputs",
     "Owner",
     "Parameters",
@@ -152,7 +155,8 @@ def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
 def has_formula(module: nn.Module) -> bool:
     """Whether `tangent_of` has a formula for the module. A subclass may compute something else, so
     it has none."""
-    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
+    has_one = type(module) in (nn.Linear, nn.Embedding, PackedLinear)
+    return has_one or type(module).__name__ == "Conv1D"
 
 
 def tangent_of(
@@ -190,7 +194,7 @@ def _linear_tangent(module: Any, moves: Mapping[str, Any], inputs: Tensor) -> Te
     """Of Linear and Conv1D."""
     matrix = moves["weight"] if "weight" in moves else torch.zeros_like(module.weight)
     factors = list(matrix) if isinstance(matrix, Factors) else [matrix]
-    steps = reversed(factors) if isinstance(module, nn.Linear) else [f.T for f in factors]
+    steps = [f.T for f in factors] if is_transposed(module) else reversed(factors)
     tangent = inputs
     for step in steps:
         tangent = functional.linear(tangent, step)
@@ -294,7 +298,7 @@ def is_matrix(owner: Owner) -> bool:
 
 def outer_factors(owner: Owner, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """l and r, row by row, where the gradient of the module's matrix is Σ_t l_t r_tᵀ."""
-    return (gradient, inputs[0]) if type(owner.module) is nn.Linear else (inputs[0], gradient)
+    return (inputs[0], gradient) if is_transposed(owner.module) else (gradient, inputs[0])
 
 
 def example_products(

@@ -46,6 +46,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import LanguageModel, backward
+from prism_select.core.packed import PackedLinear
 from prism_select.core.target_gradient import Side
 from prism_select.directions.tensor_shelf import Shelf, Shelved, free_disk
 
@@ -171,7 +172,7 @@ class Collection:
 
     def _passes(self) -> Iterator[list[Piece]]:
         tokens = sum(batch.tokens.numel() for batch in self.side.batches)
-        room = room_for_factors(self.weights)
+        room = room_for_factors(self.weights, self.owners)
         pieces, sizes = list[Piece](), Counter[torch.device]()
         for piece, needed in self._pieces(tokens):
             device = self.weights[piece.name].device
@@ -340,11 +341,13 @@ def used_elsewhere(
         return {name for name, gradient in take_gradients(some) if gradient.any()}
 
 
-def room_for_factors(weights: Parameters) -> Mapping[torch.device, int]:
+def room_for_factors(weights: Parameters, holders: Sequence[Owner]) -> Mapping[torch.device, int]:
     """Bytes of factors that one pass collects on each device."""
+    modules = ((owner.weights.get("weight"), owner.module) for owner in holders)
+    packed = {n: m.packed.bytes for n, m in modules if isinstance(m, PackedLinear)}
     sizes = Counter[torch.device]()
-    for weight in weights.values():
-        sizes[weight.device] += weight.numel() * weight.element_size()
+    for name, weight in weights.items():
+        sizes[weight.device] += packed.get(name, weight.nbytes)
     return {
         device: max(HELD, size // 2) if device.type == "cuda" else HELD + free_disk() // 2
         for device, size in sizes.items()

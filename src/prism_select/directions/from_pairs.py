@@ -84,6 +84,7 @@ __all__ = [
 ]
 
 RANK, IN_FULL = 64, 2**28  # numbers: a direction of as many takes 1 GB in float32
+GROUP_RANK = 16  # of the direction of some pairs alone
 COMPARED = 32  # rows
 
 ONE_GROUP = (
@@ -214,21 +215,20 @@ class PairDirections:
         notes = [note for n, g in gradients.items() for note in uncovered(self.parts[n], g)]
         joint = mean_target([*gradients.values()])
         halves = [gradient.chosen for gradient in (gradients.values() if self.best else [joint])]
-        groups = self.along(torch.stack(own), RANK) if (own := self.of_groups()) else []
         scores = [direction_of(config, gradient) for gradient in gradients.values()]
-        return Found(gradients, joint, scores, halves, groups, notes)
+        return Found(gradients, joint, scores, halves, self.of_groups(), notes)
 
     def of_low_rank(self, rank: int) -> Found:
         parts, without_common = [*self.parts.values()], self.config.common == "remove"
         scores = [self.spread(part, part.coefficients(without_common)) for part in parts]
         halves = [self.spread(part, part.half) for part in parts]
         halves = halves if self.best else [torch.stack(halves).mean(0)]
-        low = self.along(torch.stack([*scores, *halves, *self.of_groups()]), rank)
+        low = self.along(torch.stack([*scores, *halves]), rank)
         for direction in low[: len(parts)]:
             refuse_lost(norm(direction))
         gradients = {name: part.without_gradient for name, part in self.parts.items()}
-        joint, groups = mean_target([*gradients.values()]), len(parts) + len(halves)
-        return Found(gradients, joint, low[: len(parts)], low[len(parts) : groups], low[groups:])
+        joint, groups = mean_target([*gradients.values()]), self.of_groups()
+        return Found(gradients, joint, low[: len(parts)], low[len(parts) :], groups)
 
     def along(
         self, coefficients: Float[Tensor, "directions answers"], rank: int
@@ -241,8 +241,8 @@ class PairDirections:
         side = as_side(rows, batch_tokens, model.device)
         return low_rank_directions(model, self.weights, side, coefficients, rank)
 
-    def of_groups(self) -> list[Float[Tensor, " answers"]]:
-        """What each answer counts in the direction of each group."""
+    def of_groups(self) -> Sequence[Factored]:
+        """The direction of each group of pairs, of low rank in any case."""
         if self.clusters is None or self.clusters.count < 2:
             return []
         (part,) = self.parts.values()
@@ -253,7 +253,7 @@ class PairDirections:
             own = cluster_coefficients(part.products, way_of(self.config), pairs)
             every[[*pairs, *(count + pair for pair in pairs)]] = own
             found.append(every)
-        return found
+        return self.along(torch.stack(found), GROUP_RANK)
 
     def spread(self, part: WeighedPairs, own: Float[Tensor, " some"]) -> Float[Tensor, " answers"]:
         """Numbers of a target's answers among those of all: the chosen ones come first."""

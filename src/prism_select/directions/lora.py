@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from prism_select.core.gradients import norm
 from prism_select.core.layers import Factored, Factors, Owner, dense
+from prism_select.core.packed import is_transposed
 from prism_select.directions.low_rank import matrix_owners, truncated
 from prism_select.models.layer_selection import adapter_names
 from prism_select.run.adapter_base import CONFIG, WEIGHTS
@@ -86,15 +87,10 @@ def _adaptable(network: nn.Module, direction: Factored) -> Mapping[str, Owner]:
 def _padded(owner: Owner, factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
     """lora_A (rank, d_in) and lora_B (d_out, rank)."""
     b, a = factors
-    if _is_transposed(owner):
+    if is_transposed(owner.module):
         b, a = a.mT, b.mT
     missing = rank - len(a)
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
-
-
-def _is_transposed(owner: Owner) -> bool:
-    """Conv1D keeps its matrix as (d_in, d_out)."""
-    return not isinstance(owner.module, nn.Linear)
 
 
 def _config(network: nn.Module, used: Sequence[Owner], rank: int) -> dict[str, Any]:
@@ -106,7 +102,7 @@ def _config(network: nn.Module, used: Sequence[Owner], rank: int) -> dict[str, A
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(map(_is_transposed, used)),
+        "fan_in_fan_out": any(is_transposed(owner.module) for owner in used),
         "target_modules": sorted(owner.name for owner in used),
         "inference_mode": True,
     }

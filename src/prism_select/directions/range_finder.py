@@ -107,12 +107,12 @@ class RangeFinder:
         matrices, small = by_kind(self.owners)
         self.lost = self.weights.keys() - matrices - small
         sums = {name: self.zeros(name, weight.numel()) for name, weight in self.of(small)}
-        left = orthonormal(self.multiply(self.random(matrices, rank + MORE), False, sums))
+        left = self.bases(self.multiply(self.random(matrices, rank + MORE), False, sums))
         unseen = self.weights.keys() - self.visited - self.lost
         self.lost |= used_elsewhere(self.model, self.weights, self.side, unseen)
         left = {name: base for name, base in left.items() if name not in self.lost}
-        right = orthonormal(self.multiply(left, True))
-        left = orthonormal(self.multiply(right, False))
+        right = self.bases(self.multiply(left, True))
+        left = self.bases(self.multiply(right, False))
         products = self.multiply(left, True)
         every = range(len(self.coefficients))
         return [self.direction(number, rank, left, products, sums) for number in every]
@@ -133,6 +133,12 @@ class RangeFinder:
             drawn = torch.randn(shape, generator=draw, device=self.device, dtype=wide_dtype(weight))
             found[name] = drawn.to(weight.device).expand(len(self.coefficients), -1, -1)
         return found
+
+    def bases(self, stack: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An orthonormal base of each, in its place and in the dtype that its factor will have."""
+        for name, value in stack.items():
+            stack[name] = torch.linalg.qr(value).Q.to(self.weights[name].dtype)
+        return stack
 
     def direction(
         self, number: int, rank: int, left: Stack, products: Stack, sums: Stack
@@ -223,6 +229,7 @@ def add_products(
     right = right.reshape(tokens, -1).to(scales)
     left = left.reshape(tokens) if is_lookup else left.reshape(tokens, -1).to(scales)
     for total, base, scale in zip(step.total[name], step.base[name], scales, strict=True):
+        base = base.to(scale)
         used = (scale != 0) & (left >= 0) if is_lookup else scale != 0
         rows, columns, by = left[used], right[used], scale[used][:, None]
         if step.transposed:
@@ -254,20 +261,13 @@ def scaled_gradients(
     return torch.stack(found) if found else None
 
 
-def orthonormal(stack: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A base of each, in its place."""
-    for name, value in stack.items():
-        stack[name] = torch.linalg.qr(value).Q
-    return stack
-
-
 def cut(
     left: Float[Tensor, "rows width"], products: Float[Tensor, "columns width"], rank: int
 ) -> Tensor | Factors:
     """The nearest matrix of rank `rank` to left · productsᵀ; whole where it has no more."""
     base, small = torch.linalg.qr(products)
     turn, values, right = torch.linalg.svd(small.mT, full_matrices=False)
-    factors = Factors(left @ (turn[:, :rank] * values[:rank]), right[:rank] @ base.mT)
+    factors = Factors(left.to(turn) @ (turn[:, :rank] * values[:rank]), right[:rank] @ base.mT)
     if min(len(left), len(products)) <= rank:
         return factors.left @ factors.right
     return factors

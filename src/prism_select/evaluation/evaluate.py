@@ -74,6 +74,7 @@ from prism_select.evaluation.trainings import (
 )
 from prism_select.models.loading import LoadedModel, resolve_device
 from prism_select.models.lora_training import refuse_apart, refuse_many_gpus
+from prism_select.models.quantised import quantised_entry
 from prism_select.run.config_evaluate import EvaluateConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import TOKEN_LIBRARIES, Store, finite
@@ -106,6 +107,11 @@ def evaluate(
         folder.make()
     say_libraries(past, progress)
     loaded = load_checkpoint(past, config.full, past.config.layers, progress)
+    if config.full and quantised_entry(loaded.model.network):
+        raise BadOption(
+            f"--full: the model of {past.run.path} is in few bits, in which it cannot be trained; "
+            "leave --full out"
+        )
     if past.config.layers != "adapter":
         refuse_apart(loaded.model)
     encoded_pairs = encode_holdout(held_out, loaded, progress)

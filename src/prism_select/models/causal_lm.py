@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prism_select.core.blocks import decoder_of
 from prism_select.core.likelihood import Batch
 from prism_select.models.devices import connect
+from prism_select.models.quantised import MARKS
 from prism_select.run.errors import BadModel
 
 __all__ = ["CausalLM", "unchanged"]
@@ -100,12 +101,15 @@ class CausalLM:
 @contextmanager
 def unchanged(network: nn.Module) -> Iterator[None]:
     """After the block, `network` is in training or evaluation mode and requires gradients as before
-    it, module by module. Within it the mixed precision that accelerate puts around the forward pass
-    of a network in training is gone: body and head would not have it."""
+    it, module by module, and has its own modules again where others stood in for quantised ones.
+    Within it the mixed precision that accelerate puts around the forward pass of a network in
+    training is gone: body and head would not have it."""
     forward, plain = map(network.__dict__.get, ("forward", "_original_forward"))  # accelerate's
     if plain is not None:
         network.forward = plain
     training = {module: module.training for module in network.modules()}
+    children = [(module, dict(module._modules)) for module in network.modules()]
+    marks = [(m, {n: vars(m)[n] for n in MARKS & vars(m).keys()}) for m in network.modules()]
     gradients = {parameter: parameter.requires_grad for parameter in network.parameters()}
     config: Any = getattr(network, "config", None)
     experts = getattr(config, "_experts_implementation", None)
@@ -114,6 +118,10 @@ def unchanged(network: nn.Module) -> Iterator[None]:
     finally:
         if forward is not None:
             network.forward = forward
+        for module, inside in children:
+            module._modules.update(inside)
+        for module, values in marks:
+            vars(module).update(values)
         for module, mode in training.items():
             module.training = mode
         for parameter, needed in gradients.items():

@@ -4,8 +4,8 @@
 
 Choices made here:
 - safetensors or GGUF, never a pickle, and never code from the model's folder;
-- a file that lacks a weight is refused: the weight would be random; so are quantised weights,
-  which have no gradient;
+- a file that lacks a weight is refused: the weight would be random; so are weights that another
+  library than bitsandbytes has quantised, which have no gradient;
 - an adapter's folder is asked first for tokenizer and chat template: training has used those;
 - fused experts run one by one: that form has a forward-mode derivative;
 - float16 on a CPU becomes float32 unless --dtype says otherwise.
@@ -31,13 +31,23 @@ from prism_select.data.records import Example
 from prism_select.models.adapters import has_tokenizer, load_adapter, no_adapter, refuse_kind
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.devices import bytes_by_device, take_hooks_off
-from prism_select.models.merging import PROBE
+from prism_select.models.merging import PROBE, refuse_beside_packed
 from prism_select.models.placement import (
     DeviceMap,
     free_memory,
     network_of,
     place,
     scoring_share,
+)
+from prism_select.models.quantised import (
+    BITS,
+    bits_in,
+    pack,
+    pack_shapes,
+    packed_matrices,
+    quantised_entry,
+    quantizer_of,
+    values_of,
 )
 from prism_select.run.adapter_base import looks_local, named_base
 from prism_select.run.config import ModelOptions
@@ -141,11 +151,13 @@ def load(
     dtype: str,
     device: torch.device,
     adapter: Path | None = None,
-    spread: Callable[[Any], DeviceMap] | None = None,
+    quantize: str = "none",
+    spread: Callable[[Any, int], DeviceMap] | None = None,
 ) -> tuple[CausalLM, Any]:
     """The model and its tokenizer, or that in the folder of `adapter`, which is not put on the
-    model. `spread` says of a configuration which part goes to which device, in place of all to
-    `device`. Raises BadModel for whatever is wrong with the folder."""
+    model. `spread` says of a configuration, in so many bits, which part goes to which device, in
+    place of all to `device`. Raises BadModel for whatever is wrong with the folder, BadOption where
+    it cannot be quantised."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -161,16 +173,23 @@ def load(
     common: dict[str, Any] = {"trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     if gguf:
+        if quantize != "none":
+            raise BadOption(
+                f"--quantize {quantize}: {name} is a GGUF file, which is unpacked as it is read; "
+                "give the model in safetensors, or leave --quantize out"
+            )
         common["gguf_file"] = gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         precision = torch.bfloat16 if dtype == "auto" else precision
     try:
         tokenizer = tokenizer_of(source, adapter, common)
         config = transformers.AutoConfig.from_pretrained(source, **common)
-        refuse_quantised(name, config)
+        if bits := 0 if gguf else quantised_to(name, config, quantize):
+            precision = dtype_of(config, dtype, device)
+            weights |= quantised_weights(name, quantize, config, bits, precision, device)
         config._experts_implementation = "eager"
         if spread:
-            weights["device_map"] = spread(config)
+            weights["device_map"] = spread(config, bits)
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -189,21 +208,27 @@ def load(
             f"--model {name}: its files hold no {missing[0]} ({len(missing)} weights are missing "
             "and would be random); save the whole model with save_pretrained(folder)"
         )
-    if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
-        network = network.float()
     if spread:
         take_hooks_off(network)
+    if bits:
+        pack(network, f"--model {name}")
         return CausalLM(network), tokenizer
-    return CausalLM(network.to(device)), tokenizer
+    if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
+        network = network.float()
+    return CausalLM(network if spread else network.to(device)), tokenizer
 
 
-def spread_of(config: ModelOptions, layers: str, progress: Progress) -> Callable[[Any], DeviceMap]:
+def spread_of(
+    config: ModelOptions, layers: str, progress: Progress
+) -> Callable[[Any, int], DeviceMap]:
     """For --device-map auto: the placement of a configuration, which is reported where it changes
-    nothing."""
+    nothing. Matrices in few bits take no part of the host: bitsandbytes does not split them."""
 
-    def spread(described: Any) -> DeviceMap:
-        memory = free_memory()
+    def spread(described: Any, bits: int) -> DeviceMap:
+        memory = free_memory(host=not bits)
         network = network_of(deepcopy(described), config.dtype, on_cpu=len(memory) == 1)
+        if bits:
+            pack_shapes(network, bits)
         found = place(network, memory, scoring_share(network, config, layers))
         devices = [*dict.fromkeys(map(str, found.values()))]
         if len(devices) == 1:
@@ -213,6 +238,35 @@ def spread_of(config: ModelOptions, layers: str, progress: Progress) -> Callable
         return found
 
     return spread
+
+
+def quantised_to(name: str, config: Any, quantize: str) -> int:
+    """The bits of the model's matrices, in its files or by `quantize`; 0 where they are whole.
+    Raises BadModel for files of another method, BadOption for an option that does not fit them."""
+    there, asked = bits_in(f"--model {name}", config), BITS.get(quantize, 0)
+    if asked and there and asked != there:
+        raise BadOption(
+            f"--quantize {quantize}: {name} has its weights in {there} bits already; leave it out"
+        )
+    return there or asked
+
+
+def quantised_weights(
+    name: str, quantize: str, config: Any, bits: int, precision: Any, device: torch.device
+) -> dict[str, Any]:
+    """What transformers' loader takes for matrices of few bits."""
+    there = bool(getattr(config, "quantization_config", None))
+    asked_by = f"--model {name}" if there else f"--quantize {quantize}"
+    quantizer = quantizer_of(asked_by, bits, precision, device)
+    return {"device_map": {"": device}} | ({} if there else {"quantization_config": quantizer})
+
+
+def dtype_of(config: Any, dtype: str, device: torch.device) -> Any:
+    """What --dtype asks for; auto is float32 in place of float16 on a CPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    is_half = getattr(config, "dtype", None) == torch.float16
+    return torch.float32 if is_half and device.type == "cpu" else "auto"
 
 
 def tokenizer_of(source: str, adapter: Path | None, common: Mapping[str, Any]) -> Any:
@@ -236,38 +290,34 @@ def tokenizer_of(source: str, adapter: Path | None, common: Mapping[str, Any]) -
     return tokenizer
 
 
-def refuse_quantised(name: str, config: Any) -> None:
-    """Raises BadModel for a configuration of quantised weights, before they are loaded."""
-    quantisation = getattr(config, "quantization_config", None)
-    if not quantisation:
-        return
-    kind = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
-    raise BadModel(
-        f"--model {name}: its weights are quantised ({kind.get('quant_method', 'unknown')}), and "
-        "have no gradient; give the model in full precision, with the adapter, if there is one, "
-        "as --adapter"
-    )
-
-
 def refuse_lent(network: Any) -> None:
     """Raises BadModel for a loaded network with weights or an adapter that no score can reach."""
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    frozen = [n for n, p in network.named_parameters() if p.dtype not in dtypes]
-    if frozen or getattr(network, "is_quantized", False):
+    dtypes, packed = (
+        (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        packed_matrices(network),
+    )
+    parameters = network.named_parameters()
+    frozen = [n for n, p in parameters if p.dtype not in dtypes and n not in packed]
+    if frozen or (getattr(network, "is_quantized", False) and not packed):
         what = f"{len(frozen)} of its weights, {frozen[0]} say," if frozen else "its weights"
         raise BadModel(
-            f"model: {what} are quantised, and have no gradient; load it in full precision"
+            f"model: {what} are quantised, and have no gradient; load it in full precision, or "
+            "with BitsAndBytesConfig"
         )
     for config in getattr(network, "peft_config", {}).values():
         refuse_kind("model", config)
+    if packed and hasattr(network, "peft_config"):
+        refuse_beside_packed(network, "model: ")
 
 
 def adopt(lent: ModelObject) -> tuple[CausalLM, Any]:
-    """A loaded model as it is; of a PEFT model the base with the adapter in it."""
+    """A loaded model as it is; of a PEFT model the base with the adapter in it. Other modules stand
+    in place of those of bitsandbytes, until `unchanged` ends."""
     network = lent.network
     refuse_lent(network)
     if hasattr(network, "get_base_model"):
         network = network.get_base_model()
+    pack(network)
     if hasattr(network.config, "_experts_implementation"):
         network.config._experts_implementation = "eager"
     return CausalLM(network), lent.tokenizer
@@ -283,8 +333,7 @@ def object_fingerprint(lent: ModelObject) -> str:
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
     for config in configurations(network):
         digest.update(json.dumps(config, sort_keys=True, default=plain).encode())
-    for name, parameter in network.named_parameters():
-        values = parameter.detach()
+    for name, values in values_of(network):
         numbers = values.flatten()[:4096].double().cpu().numpy().tobytes()
         total = float(values.sum(dtype=torch.float64))
         digest.update(f"{name} {values.dtype} {tuple(values.shape)} {total!r}".encode() + numbers)
@@ -364,6 +413,11 @@ def load_model(
             encoder = encoder_of(config, model, tokenizer)
     for line in warnings:
         progress.say(line)
+    if entry := quantised_entry(model.network):
+        progress.say(
+            f"{entry['matrices']} matrices in {entry['bits']} bits, {entry['numbers']:,} of "
+            f"{model.size:,} numbers: scores are those of the model that they unpack to"
+        )
     if config.template_date and not encoder.date.day:
         progress.say(f"--template-date {config.template_date}: the template shows no date")
     elif encoder.date.day:
@@ -382,8 +436,9 @@ def load_base(
     """Raises BadModel, which names the adapter where that has named the model."""
     name = str(config.model)
     try:
+        device = resolve_device(config.device)
         spread = spread_of(config, layers, progress) if config.device_map == "auto" else None
-        return load(name, config.dtype, resolve_device(config.device), adapter, spread)
+        return load(name, config.dtype, device, adapter, config.quantize, spread)
     except BadModel as error:
         if adapter and named_base(adapter) == name and not Path(name).exists():
             raise BadModel(

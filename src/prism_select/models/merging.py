@@ -9,6 +9,7 @@ Choices made here:
   change would move both;
 - what is linear in the weights (LoRA) is then kept apart: gradients of the base's weights are those
   of the sum; of other kinds they are not, so these are refused;
+- LoRA of matrices in few bits is merged in factors beside them (core/packed.py);
 - mean over tokens: in low precision rounding may send a few tokens to other experts.
 """
 
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prism_select.core.packed import PackedLinear
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.devices import connect
+from prism_select.models.quantised import packed_matrices
 from prism_select.run.errors import BadModel
 
-__all__ = ["apart", "merged", "random_tokens"]
+__all__ = ["apart", "merged", "random_tokens", "refuse_beside_packed"]
 
 FLOAT32 = torch.finfo(torch.float32).eps  # PEFT computes no finer
 PROBE = 16  # tokens of each sequence that logits are compared on: large vocabularies take memory
@@ -32,6 +35,7 @@ APART = "gradients are those of the model's weights, or with --layers adapter of
 def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> CausalLM:
     """The model with the adapter in its weights, or apart where merging is known to change it.
     Raises BadModel where merging fails or changes the logits on `rows`."""
+    refuse_beside_packed(adapted)
     if reason := why_apart(adapted):
         if not is_linear(adapted):
             raise BadModel(
@@ -43,6 +47,7 @@ def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> 
         return model
     before = logits(adapted, rows)
     try:
+        add_to_packed(adapted)
         network: Any = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
@@ -54,10 +59,49 @@ def merged(adapted: Any, rows: Sequence[Tensor], say: Callable[[str], None]) -> 
 def apart(adapted: Any, rows: Sequence[Tensor]) -> CausalLM:
     """The base model with the adapter's modules in it. Raises BadModel where it is not PEFT's
     model: where the adapter is more than these modules."""
+    refuse_beside_packed(adapted)
     before = logits(adapted, rows)
     network = adapted.get_base_model()
     refuse_other_logits(network, rows, before, "without PEFT's own model around it")
     return CausalLM(network)
+
+
+def refuse_beside_packed(adapted: Any, owner: str = "") -> None:
+    """Raises BadModel for an adapter that reads or replaces matrices in few bits."""
+    if not packed_matrices(adapted):
+        return
+    saved = [
+        name
+        for name, module in adapted.named_modules()
+        if hasattr(module, "original_module") and packed_matrices(module)
+    ]
+    if saved or not is_linear(adapted):
+        kind = f"it has {saved[0]} saved whole" if saved else "it is not LoRA, or has DoRA"
+        raise BadModel(
+            f"{owner}{kind}, and the model's matrices are in few bits; give the model in full "
+            "precision"
+        )
+
+
+def add_to_packed(adapted: Any) -> None:
+    """Merges LoRA of matrices in few bits: its factors are added whenever one is unpacked."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    network = adapted.get_base_model()
+    for name, layer in list(network.named_modules()):
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if not isinstance(base, PackedLinear):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter not in layer.lora_A:
+                continue
+            left, right = layer.lora_B[adapter], layer.lora_A[adapter].weight
+            base.add(
+                (layer.scaling[adapter] * left.weight).detach().float(), right.detach().float()
+            )
+            if left.bias is not None:
+                base.bias.data += (layer.scaling[adapter] * left.bias).to(base.bias)
+        network.set_submodule(name, base)
 
 
 def refuse_other_logits(

@@ -18,8 +18,9 @@ import torch
 
 from prism_select.models.adapters import has_tokenizer, no_adapter, no_peft, refuse_kind
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.loading import refuse_quantised, tokenizer_of
+from prism_select.models.loading import quantised_to, tokenizer_of
 from prism_select.models.placement import network_of
+from prism_select.models.quantised import pack_shapes
 from prism_select.run.config import ModelOptions
 from prism_select.run.errors import BadModel, PrismError
 
@@ -48,8 +49,10 @@ def shapes_of(config: ModelOptions, layers: str) -> tuple[CausalLM, Any | None]:
     advice = "give the folder of a model that transformers can load"
     with _reading(f"--model {folder}: no weights, and no plan from its config.json", advice):
         described = transformers.AutoConfig.from_pretrained(str(folder), **common)
-        refuse_quantised(str(folder), described)
+        bits = quantised_to(str(folder), described, config.quantize)
         network = network_of(described, config.dtype, config.device == "cpu")
+        if bits:
+            pack_shapes(network, bits)
         tokenizer = None
         if has_tokenizer(folder) or (adapter and has_tokenizer(adapter)):
             tokenizer = tokenizer_of(str(folder), adapter, common)

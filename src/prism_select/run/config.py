@@ -112,6 +112,11 @@ class ModelOptions(Options):
         "room for scoring (with the extra [devices]).",
         Mark.MENDABLE,
     ] = "none"
+    quantize: Annotated[
+        Literal["none", "8bit", "4bit"],
+        "Pack the model's matrices in 8 or 4 bits with bitsandbytes (the extra [quantize]); scores "
+        "are those of the model that they unpack to.",
+    ] = "none"
     template: Annotated[
         Literal["auto", "chat", "plain"],
         "How messages become text: the tokenizer's chat template, or joined as they are; auto is "
@@ -154,6 +159,11 @@ class ModelOptions(Options):
             raise BadOption(
                 f"--device {self.device} and --device-map auto: one names a device, the other "
                 "takes all; leave one out (CUDA_VISIBLE_DEVICES hides GPUs)"
+            )
+        if self.quantize != "none" and self.dtype == "float64":
+            raise BadOption(
+                f"--quantize {self.quantize} and --dtype float64: bitsandbytes packs float32 at "
+                "most; leave one out"
             )
         if self.template_date is not None:
             try:

@@ -34,6 +34,7 @@ from prism_select.directions.from_pairs import RANK
 from prism_select.directions.range_finder import MORE
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import adapter_names
+from prism_select.models.quantised import packed_bytes, packed_matrices
 from prism_select.run.errors import BadModel
 from prism_select.scoring.cost_plan import Plan
 
@@ -93,26 +94,20 @@ def numbers_of(weights: Parameters) -> int:
 
 
 def weight_bytes(network: nn.Module, bits: int = 16) -> int:
-    """Of all parameters, a shared one once; those of `bits` 8 or 4 are matrices of Linear."""
+    """Of all parameters, a shared one once; packed matrices in their own bits. With `bits` 8 or 4:
+    if matrices of Linear had those."""
     stack, _ = stack_of(network)
-    added = adapter_names(network)
     narrow = {
-        f"{path}.weight"
+        f"{path}.weight": packed_bytes(module.out_features, module.in_features, bits)
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear) and path.startswith(f"{stack}.") and bits < 16
-    } - added
+    }
+    own = {name: packed.bytes for name, packed in packed_matrices(network).items()}
+    narrow = {n: size for n, size in narrow.items() if n not in adapter_names(network)} | own
     return sum(
-        _narrow_bytes(parameter, bits)
-        if name in narrow
-        else parameter.numel() * parameter.element_size()
+        narrow.get(name, parameter.numel() * parameter.element_size())
         for name, parameter in network.named_parameters()
     )
-
-
-def _narrow_bytes(matrix: Tensor, bits: int) -> int:
-    """As bitsandbytes keeps them, with its scales in float32."""
-    numbers = matrix.numel()
-    return numbers + 4 * matrix.shape[0] if bits == 8 else numbers // 2 + 4 * -(-numbers // 64)
 
 
 def scoring_along(

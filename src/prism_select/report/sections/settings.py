@@ -90,9 +90,11 @@ def _cost(plan: Mapping[str, float], actual: Mapping[str, float]) -> tuple[Cost,
 
 def _versions(manifest: Mapping[str, Any]) -> NamedTexts:
     model, fingerprints = manifest["model"], manifest["fingerprints"]
+    few = model.get("quantised")
     return (
         ("architecture", model["architecture"]),
         ("device", model["device"]),
+        *((("matrices", f"{few['matrices']} in {few['bits']} bits"),) if few else ()),
         ("template", model["template"]),
         ("selected parameters", f"{len(model['counted_weights'])}"),
         ("PRISM", manifest["prism_version"]),
