@@ -25,6 +25,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -342,20 +343,19 @@ def quantises() -> bool:
 
 def packed(network: Any, bits: int) -> Any:
     """The network with the matrices of its blocks in few bits, one after the other."""
-    import bitsandbytes
-
+    bitsandbytes: Any = import_module("bitsandbytes.nn")
     for name, module in list(network.named_modules()):
         if not isinstance(module, nn.Linear) or ".layers." not in f".{name}":
             continue
         shape, device = (module.in_features, module.out_features), module.weight.device
         if bits == 4:
-            made = bitsandbytes.nn.Linear4bit(*shape, bias=False, quant_type="nf4")
-            made.weight = bitsandbytes.nn.Params4bit(
+            made = bitsandbytes.Linear4bit(*shape, bias=False, quant_type="nf4")
+            made.weight = bitsandbytes.Params4bit(
                 module.weight.data.cpu(), requires_grad=False, quant_type="nf4"
             )
         else:
-            made = bitsandbytes.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
-            made.weight = bitsandbytes.nn.Int8Params(
+            made = bitsandbytes.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+            made.weight = bitsandbytes.Int8Params(
                 module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
             )
         network.set_submodule(name, made.to(device))

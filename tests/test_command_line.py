@@ -223,7 +223,7 @@ def test_an_empty_text_is_as_no_value() -> None:
 
 
 def test_options_stay_few() -> None:
-    assert len(set().union(*options_by_command().values())) <= 71
+    assert len(set().union(*options_by_command().values())) <= 72
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,16 @@ from prism_select.directions.curvature import CURVATURES
 from prism_select.directions.low_rank import factor
 from prism_select.directions.range_finder import low_rank_directions
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.devices import bytes_by_device
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.lora_training import TrainingSettings, train
 from prism_select.models.placement import free_memory, network_of, place, scoring_share
+from prism_select.models.quantised import pack_shapes
 from prism_select.run.config import ModelOptions, ScoreConfig
 from prism_select.run.errors import BadModel, BadOption
 from prism_select.run.progress import Silent
 from prism_select.scoring.gradient_norms import with_norms
+from prism_select.scoring.model_plan import weight_bytes
 from prism_select.selection.cascade_prediction import feature_extractor
 from prism_select.selection.hidden_states import answer_states, layers_of
 
@@ -274,6 +277,17 @@ def test_directions_in_full_leave_less_room_for_weights() -> None:
     assert scoring_share(shapes(), ModelOptions(), "all") == pytest.approx(1 / 1.7)
 
 
+@pytest.mark.parametrize(("bits", "size"), [(8, 24), (4, 20)])
+def test_matrices_in_few_bits_are_counted_as_they_are(bits: int, size: int) -> None:
+    packed = network_of(transformers.LlamaConfig(**LLAMA_8B))
+    pack_shapes(packed, bits)
+    share = scoring_share(packed, ModelOptions(), "all")
+    found = sum(bytes_by_device(packed).values())
+    assert found == pytest.approx(weight_bytes(packed), abs=1000) and found < share * size * GB
+    assert [*place(packed, {gpu(0): size * GB}, share).values()] == [gpu(0)]
+    assert gpu(0) != [*placed(size)][-1] == HOST
+
+
 def test_a_model_without_room_is_refused() -> None:
     with pytest.raises(BadModel, match=r"take 16\.1 GB.*room for 10\.6 GB"):
         placed(10, host=8)
@@ -347,7 +361,7 @@ def test_a_plan_from_a_configuration_gives_the_memory_of_each_device(
     alone.mkdir()
     (alone / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
     memory = {gpu(0): 3 * size, gpu(1): 3 * size, HOST: 9 * size}
-    monkeypatch.setattr(plan_without_weights, "free_memory", lambda: memory)
+    monkeypatch.setattr(plan_without_weights, "free_memory", lambda _: memory)
     words: list[object] = ["--model", alone, "--pool", jsonl(folder / "pool.jsonl", POOL)]
     words += ["--target", jsonl(folder / "pairs.jsonl", PAIRS), "--out", folder / "none"]
     done = prism("score", *words, "--dry-run", "--device-map", "auto")

@@ -82,23 +82,23 @@ def plan_without_weights(
     )
 
 
-def _dtype(model: CausalLM) -> str:
-    """In words, with that of matrices in few bits."""
-    dtype, packed = str(model.dtype).removeprefix("torch."), quantised_entry(model.network)
-    return f"{dtype}, matrices in {packed['bits']} bits" if packed else dtype
-
-
 def _by_device(config: ScoreConfig, model: CausalLM, beside: float) -> dict[str, int]:
     """Bytes with --device-map auto, which are `beside` times those of the weights; empty where they
     are all on one device."""
     if config.device_map == "none":
         return {}
     network, sizes = model.network, Counter[str]()
-    share = scoring_share(network, config, config.layers)
-    for name, device in place(network, free_memory(), share).items():
+    share, packed = scoring_share(network, config, config.layers), quantised_entry(network)
+    for name, device in place(network, free_memory(packed is None), share).items():
         part = network.get_submodule(name)
         sizes[str(device)] += round(beside * sum(bytes_by_device(part).values()))
     return dict(sizes) if len(sizes) > 1 else {}
+
+
+def _dtype(model: CausalLM) -> str:
+    """In words, with that of matrices in few bits."""
+    dtype, packed = str(model.dtype).removeprefix("torch."), quantised_entry(model.network)
+    return f"{dtype}, matrices in {packed['bits']} bits" if packed else dtype
 
 
 def _batch_shape(tokens: int, longest: int) -> tuple[int, int]:

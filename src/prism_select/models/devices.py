@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from prism_select.core.packed import PackedLinear
 from prism_select.run.errors import BadModel
 
 __all__ = ["bytes_by_device", "connect", "disconnect", "take_hooks_off", "without_accelerate"]
@@ -38,11 +39,15 @@ class _MoveInputs:
 
 
 def bytes_by_device(network: nn.Module) -> Mapping[torch.device, int]:
-    """Of its parameters and buffers, a shared one once; the device of the first comes first."""
-    sizes = Counter[torch.device]()
+    """Of its parameters and buffers, a shared one once, matrices in few bits as they are; the
+    device of the first comes first."""
+    sizes, packed = Counter[torch.device](), dict[int, int]()
+    for module in network.modules():
+        if isinstance(module, PackedLinear):
+            packed[id(module.weight)] = module.packed.bytes
     for tensors in (network.parameters(), network.buffers()):
         for tensor in tensors:
-            sizes[tensor.device] += tensor.numel() * tensor.element_size()
+            sizes[tensor.device] += packed.get(id(tensor), tensor.nbytes)
     return sizes
 
 

@@ -43,6 +43,7 @@ from prism_select.models.quantised import (
     BITS,
     bits_in,
     pack,
+    pack_shapes,
     packed_matrices,
     quantised_entry,
     quantizer_of,
@@ -151,12 +152,12 @@ def load(
     device: torch.device,
     adapter: Path | None = None,
     quantize: str = "none",
-    spread: Callable[[Any], DeviceMap] | None = None,
+    spread: Callable[[Any, int], DeviceMap] | None = None,
 ) -> tuple[CausalLM, Any]:
     """The model and its tokenizer, or that in the folder of `adapter`, which is not put on the
-    model. `spread` says of a configuration which part goes to which device, in place of all to
-    `device`. Raises BadModel for whatever is wrong with the folder, BadOption where it cannot be
-    quantised."""
+    model. `spread` says of a configuration, in so many bits, which part goes to which device, in
+    place of all to `device`. Raises BadModel for whatever is wrong with the folder, BadOption where
+    it cannot be quantised."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -188,13 +189,7 @@ def load(
             weights |= quantised_weights(name, quantize, config, bits, precision, device)
         config._experts_implementation = "eager"
         if spread:
-            placed = spread(config)
-            if bits and len({*placed.values()}) > 1:
-                raise BadOption(
-                    f"--device-map auto: a model in {bits} bits is scored on one device; leave one "
-                    "of the two out"
-                )
-            weights = {"device_map": placed} | weights
+            weights["device_map"] = spread(config, bits)
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -213,15 +208,36 @@ def load(
             f"--model {name}: its files hold no {missing[0]} ({len(missing)} weights are missing "
             "and would be random); save the whole model with save_pretrained(folder)"
         )
+    if spread:
+        take_hooks_off(network)
     if bits:
         pack(network, f"--model {name}")
         return CausalLM(network), tokenizer
     if dtype == "auto" and network.dtype == torch.float16 and device.type == "cpu":
         network = network.float()
-    if spread:
-        take_hooks_off(network)
-        return CausalLM(network), tokenizer
-    return CausalLM(network.to(device)), tokenizer
+    return CausalLM(network if spread else network.to(device)), tokenizer
+
+
+def spread_of(
+    config: ModelOptions, layers: str, progress: Progress
+) -> Callable[[Any, int], DeviceMap]:
+    """For --device-map auto: the placement of a configuration, which is reported where it changes
+    nothing. Matrices in few bits take no part of the host: bitsandbytes does not split them."""
+
+    def spread(described: Any, bits: int) -> DeviceMap:
+        memory = free_memory(host=not bits)
+        network = network_of(deepcopy(described), config.dtype, on_cpu=len(memory) == 1)
+        if bits:
+            pack_shapes(network, bits)
+        found = place(network, memory, scoring_share(network, config, layers))
+        devices = [*dict.fromkeys(map(str, found.values()))]
+        if len(devices) == 1:
+            progress.say(f"--device-map auto: all of the model is on {devices[0]}, as without it")
+        elif "cpu" in devices:
+            progress.say("--device-map auto: what the GPUs have no room for is computed on the CPU")
+        return found
+
+    return spread
 
 
 def quantised_to(name: str, config: Any, quantize: str) -> int:
@@ -251,24 +267,6 @@ def dtype_of(config: Any, dtype: str, device: torch.device) -> Any:
         return getattr(torch, dtype)
     is_half = getattr(config, "dtype", None) == torch.float16
     return torch.float32 if is_half and device.type == "cpu" else "auto"
-
-
-def spread_of(config: ModelOptions, layers: str, progress: Progress) -> Callable[[Any], DeviceMap]:
-    """For --device-map auto: the placement of a configuration, which is reported where it changes
-    nothing."""
-
-    def spread(described: Any) -> DeviceMap:
-        memory = free_memory()
-        network = network_of(deepcopy(described), config.dtype, on_cpu=len(memory) == 1)
-        found = place(network, memory, scoring_share(network, config, layers))
-        devices = [*dict.fromkeys(map(str, found.values()))]
-        if len(devices) == 1:
-            progress.say(f"--device-map auto: all of the model is on {devices[0]}, as without it")
-        elif "cpu" in devices:
-            progress.say("--device-map auto: what the GPUs have no room for is computed on the CPU")
-        return found
-
-    return spread
 
 
 def tokenizer_of(source: str, adapter: Path | None, common: Mapping[str, Any]) -> Any:
@@ -438,8 +436,8 @@ def load_base(
     """Raises BadModel, which names the adapter where that has named the model."""
     name = str(config.model)
     try:
-        spread = spread_of(config, layers, progress) if config.device_map == "auto" else None
         device = resolve_device(config.device)
+        spread = spread_of(config, layers, progress) if config.device_map == "auto" else None
         return load(name, config.dtype, device, adapter, config.quantize, spread)
     except BadModel as error:
         if adapter and named_base(adapter) == name and not Path(name).exists():

@@ -25,6 +25,7 @@ from torch import nn
 from prism_select.core.blocks import stack_of
 from prism_select.models.devices import bytes_by_device
 from prism_select.models.layer_selection import select_parameters
+from prism_select.models.quantised import packed_matrices
 from prism_select.run.config import BESIDE_PAIRS, ModelOptions
 from prism_select.run.errors import BadModel, BadOption
 
@@ -40,8 +41,9 @@ BESIDE, FULL = 0.7, 16
 HOST = torch.device("cpu")
 
 
-def free_memory() -> Memory:
-    """Of the devices that this process may use. Raises BadOption where there are more processes
+def free_memory(host: bool = True) -> Memory:
+    """Of the devices that this process may use, without the host where there are others and it is
+    not wanted. Raises BadOption where there are more processes
     than GPUs."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -52,7 +54,7 @@ def free_memory() -> Memory:
         )
     own = range(rank * count // size, (rank + 1) * count // size)
     found = {torch.device("cuda", gpu): torch.cuda.mem_get_info(gpu)[0] for gpu in own}
-    return found | {HOST: _host_memory() // size}
+    return found | ({HOST: _host_memory() // size} if host or not found else {})
 
 
 def _host_memory() -> int:
@@ -87,7 +89,7 @@ def place(network: Any, memory: Memory, share: float) -> DeviceMap:
     BadOption without accelerate."""
     try:
         from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
+        from accelerate.utils import CustomDtype, get_balanced_memory
     except ImportError:
         raise _no_accelerate() from None
     room: dict[Any, int] = {
@@ -96,8 +98,10 @@ def place(network: Any, memory: Memory, share: float) -> DeviceMap:
     }
     whole = [*dict.fromkeys(type(block).__name__ for block in stack_of(network)[1])]
     whole += [name for name in network._no_split_modules or () if name not in whole]
-    room = get_balanced_memory(network, room, whole)
-    found = infer_auto_device_map(network, room, whole)
+    kinds = {8: torch.int8, 4: CustomDtype.INT4}
+    packed = {name: kinds[matrix.bits] for name, matrix in packed_matrices(network).items()}
+    room = get_balanced_memory(network, room, whole, special_dtypes=packed)
+    found = infer_auto_device_map(network, room, whole, special_dtypes=packed)
     if "disk" in found.values():
         size, there = sum(bytes_by_device(network).values()), sum(memory.values())
         raise BadModel(

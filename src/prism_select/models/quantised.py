@@ -185,8 +185,9 @@ def pack(network: Any, owner: str = "model") -> None:
     """Puts a PackedLinear in place of each module of bitsandbytes; to transformers the network is
     no longer quantised. `unchanged` undoes it."""
     packed = packed_matrices(network, owner)
-    like = network.get_input_embeddings().weight
+    embeddings = network.get_input_embeddings().weight
     for name, module in _of_bitsandbytes(network):
+        like = embeddings.new_empty((), device=module.weight.device)
         made = PackedLinear(packed[f"{name}.weight"], like, module.bias, _was_conv(module))
         network.set_submodule(name, made)
     for module in network.modules():

@@ -155,15 +155,15 @@ class ModelOptions(Options):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise BadOption(f"{flag_of(name)} {value}: must be at least 2")
-        if self.quantize != "none" and self.dtype == "float64":
-            raise BadOption(
-                f"--quantize {self.quantize} and --dtype float64: bitsandbytes packs float32 at "
-                "most; leave one out"
-            )
         if self.device_map == "auto" and self.device != "auto":
             raise BadOption(
                 f"--device {self.device} and --device-map auto: one names a device, the other "
                 "takes all; leave one out (CUDA_VISIBLE_DEVICES hides GPUs)"
+            )
+        if self.quantize != "none" and self.dtype == "float64":
+            raise BadOption(
+                f"--quantize {self.quantize} and --dtype float64: bitsandbytes packs float32 at "
+                "most; leave one out"
             )
         if self.template_date is not None:
             try:
