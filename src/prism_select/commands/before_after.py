@@ -193,9 +193,10 @@ def first(scored: tuple[float, str]) -> float:
 def compare_logs(
     config: PairsConfig, path: Path, progress: Progress, accepts: Accepts | None
 ) -> Comparisons:
-    logs = [read_answer_log(str(getattr(config, side))) for side in SIDES]
+    metric = metric_of(config)
+    logs = [read_answer_log(str(getattr(config, side)), metric) for side in SIDES]
     for side, log in zip(SIDES, logs, strict=True):
-        progress.say(f"{side}: {len(log.answers):,} answers, format {log.format}")
+        progress.say(f"{side}: {log.words}")
     found = matched(*logs)
     questions = [question_of(after) for _, after in found.pairs]
     sides = [
@@ -213,6 +214,17 @@ def compare_logs(
         for question, before, after in zip(questions, *sides, strict=True)
     ]
     return compared, [], {name: count for name, count in alone.items() if count}
+
+
+def metric_of(config: PairsConfig) -> str | None:
+    """The score that --fields names, as NAME or NAME,FILTER. Raises BadOption for other fields."""
+    name = config.fields.strip().removeprefix("score=") if config.fields else None
+    if name == "" or name == (config.fields or "").strip():
+        raise BadOption(
+            f"--fields {config.fields}: logs have columns of their own; only the score may be "
+            "named, as in score=exact_match"
+        )
+    return name
 
 
 def question_of(answer: LoggedAnswer) -> Question:
