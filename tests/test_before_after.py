@@ -179,6 +179,16 @@ def test_what_models_write_is_scored_by_a_check(
             assert (row["score_before"], row["score_after"]) == (1, 0)
 
 
+def test_an_answer_without_a_number_is_no_question_for_numbers(place: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": r["prompt"], "completion": "Paris"} for r in rows(place / "asked.jsonl")[:3]
+    ]
+    asked, sides = jsonl(tmp_path / "q.jsonl", lines), ("--before", MODEL, "--after", MODEL)
+    words = ["--new-tokens", 9, "--out", tmp_path / "p.jsonl"]
+    done = prism("pairs", asked, "--how", "before-after", *sides, *words)
+    refused(done, "no question got worse: 3 unanswered")
+
+
 def test_prompts_alone_need_a_check_of_their_own(place: Path, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "How many days week?"}] * 2)
     sides = ["--before", MODEL, "--after", place / "after", "--out", tmp_path / "pairs.jsonl"]
@@ -304,6 +314,16 @@ def test_a_log_is_read_by_the_score_that_is_named(
         assert len(rows(tmp_path / "pairs.jsonl")) == worse
     else:
         refused(done, "no question got worse: 2 same")
+
+
+def test_prompts_that_hold_a_chat_template_are_said(tmp_path: Path) -> None:
+    mark = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"
+    words = ["pairs", "--how", "before-after", "--out", tmp_path / "pairs.jsonl"]
+    for side, score in (("before", 1), ("after", 0)):
+        line = {"prompt": mark, "response": side, "score": score}
+        words += [f"--{side}", jsonl(tmp_path / f"{side}.jsonl", [line])]
+    done = prism(*words)
+    assert "1 prompts hold marks of a chat template (<|im_start|>)" in done.out
 
 
 def test_counts_are_objects_as_json(tmp_path: Path) -> None:
