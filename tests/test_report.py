@@ -346,7 +346,7 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
     broken = {
         "name": "swapped pairs",
         "holds": False,
-        "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less",
+        "words": "swapped pairs: FAILED, rank correlation 0.9, wanted -0.5 or less",
     }
     write_evaluation(run, controls=[*CONTROLS, broken])
     assert states(run)["controls"] == "failed"
@@ -354,6 +354,8 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
         r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped',
         page(run),
     )
+    assert "<td>rank correlation 0.9, wanted −0.5 or less</td>" in page(run)
+    assert headline(checks_of(read_run_facts(str(run))))[1].endswith("yet. Failed: controls.")
     for low, high, state in ((-0.1, 0.2, "review"), (-0.3, -0.1, "failed"), (0.1, 0.1, "review")):
         against = {
             "random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}
