@@ -120,6 +120,21 @@ def test_the_histogram_holds_every_scored_row_once_also_what_lies_far_out(large:
     assert found.edges[-1] < 10 and found.beyond >= 1
 
 
+@pytest.mark.parametrize("far", [3.0, 300.0])
+def test_a_few_far_scores_leave_the_others_room(large: Path, far: float) -> None:
+    """On a linear axis all but 40 of 1,000 rows would stand in one bar."""
+    table = pq.read_table(large / "scores.parquet")
+    values = np.random.default_rng(0).normal(size=len(table))
+    values[:40] = np.linspace(-far, far, 40)
+    pq.write_table(table.set_column(5, "score", pa.array(values)), large / "scores.parquet")
+    facts = score_facts(large)
+    drawn = {chart.name: json.dumps(chart.spec) for chart in scores.charts(facts)}
+    found = facts.histogram
+    assert (found.linear is None) == (far < 10)
+    assert max(a + b for a, b in zip(found.chosen, found.not_chosen, strict=True)) < 150
+    assert ("symlog" in drawn["spread"]) == (far > 10)
+
+
 def test_a_budget_holds_the_influence_of_the_first_rows(run: Path) -> None:
     facts = score_facts(run)
     positive = [5, 4, 3, 2, 1, 0.5]
