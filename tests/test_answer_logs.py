@@ -92,6 +92,13 @@ def test_the_first_filter_counts_unless_another_is_named() -> None:
         log_of(SUMS, "exact_match,none")
 
 
+def test_an_answer_begins_without_the_space_of_a_continuation(tmp_path: Path) -> None:
+    first, second, third = rows_in(SUMS)[:3]
+    first["resps"], second["resps"], third["resps"] = [[" 4"]], [["    return 4"]], [["\n4"]]
+    log = read_answer_log(jsonl(tmp_path / "space.jsonl", [first, second, third]))
+    assert [answer.answer for answer in log.answers.values()] == ["4", "    return 4", "\n4"]
+
+
 def test_a_row_that_comes_twice_is_no_other_filter(tmp_path: Path) -> None:
     rows = [*rows_in(SUMS), rows_in(SUMS)[1]]
     with pytest.raises(BadRow, match=r"twice.jsonl:7: the same question as at 2"):
@@ -175,7 +182,10 @@ def test_equal_questions_with_other_choices_are_other_questions(tmp_path: Path) 
         ),
         ({"exact_match": float("nan")}, "exact_match: nan where a finite number"),
         ({"exact_match": [1, 0]}, "exact_match: no number for each question"),
-        ({"metrics": ["bleu"]}, "no metric bleu; name another metric: exact_match"),
+        (
+            {"metrics": ["bleu"]},
+            "no metric bleu; name a score that it has, as in --fields score=exact_match",
+        ),
         ({"metrics": "bleu"}, "metrics: not a list of names"),
     ],
 )
@@ -291,7 +301,9 @@ def test_broken_samples_are_refused(sample: Mapping[str, Any], what: str, tmp_pa
 
 
 def test_an_unknown_scorer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(BadRow, match=r"no score match; name one of includes, manner.polite, "):
+    with pytest.raises(
+        BadRow, match=r"no score match; .* --fields score=includes: includes, manner.polite, "
+    ):
         log_of(EVAL, "match")
 
 

@@ -224,6 +224,15 @@ def test_the_limit_of_bad_rows_is_kept_to_the_row(
     assert desk.call("--max-bad", allowed, "--dry-run", pool=pool).code == code
 
 
+def test_rows_and_what_is_wrong_with_the_bad_ones_are_said_before_a_model_is_loaded(
+    desk: Desk,
+) -> None:
+    pool = desk.pool([*GOOD, {"prompt": "a"}, {"prompt": "b"}, "{broken"])
+    done = desk.call("--max-bad", "50%", "--dry-run", pool=pool)
+    what = "13 rows, of which 3 bad: 2 missing field: completion; 1 broken JSON"
+    assert what in done.out and done.out.index(what) < done.out.index("selected: ")
+
+
 def test_bad_rows_that_show_late_stop_the_run_at_once_and_it_may_go_on_with_more_allowed(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

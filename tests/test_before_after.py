@@ -179,6 +179,16 @@ def test_what_models_write_is_scored_by_a_check(
             assert (row["score_before"], row["score_after"]) == (1, 0)
 
 
+def test_an_answer_without_a_number_is_no_question_for_numbers(place: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": r["prompt"], "completion": "Paris"} for r in rows(place / "asked.jsonl")[:3]
+    ]
+    asked, sides = jsonl(tmp_path / "q.jsonl", lines), ("--before", MODEL, "--after", MODEL)
+    words = ["--new-tokens", 9, "--out", tmp_path / "p.jsonl"]
+    done = prism("pairs", asked, "--how", "before-after", *sides, *words)
+    refused(done, "no question got worse: 3 unanswered")
+
+
 def test_prompts_alone_need_a_check_of_their_own(place: Path, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "How many days week?"}] * 2)
     sides = ["--before", MODEL, "--after", place / "after", "--out", tmp_path / "pairs.jsonl"]
@@ -267,6 +277,55 @@ def test_logs_give_pairs_without_a_model(tmp_path: Path) -> None:
     assert re.search(r"^read +3 rows$", done.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("fields", "worse", "said"),
+    [
+        (None, 2, "score exact,strict; 2 further answers to the same questions"),
+        ("score=loose", 1, "score loose,strict; 2 further"),
+        ("score=loose,flexible", 0, "score loose,flexible; 2 of another filter than flexible"),
+    ],
+)
+def test_a_log_is_read_by_the_score_that_is_named(
+    fields: str | None, worse: int, said: str, tmp_path: Path
+) -> None:
+    """lm-eval's rows of two filters, and of two metrics each."""
+    scores = {"before": (1, 1, 1), "after": (0, 0, 1)}
+    for side, (exact, loose, flexible) in scores.items():
+        lines = [
+            {
+                "doc_id": number,
+                "arguments": {"gen_args_0": {"arg_0": f"{number}?", "arg_1": {}}},
+                "resps": [[f"{side} {number}"]],
+                "filter": name,
+                "metrics": ["exact", "loose"],
+                "exact": exact if name == "strict" else 1,
+                "loose": (loose or number) if name == "strict" else flexible,
+            }
+            for number in range(2)
+            for name in ("strict", "flexible")
+        ]
+        jsonl(tmp_path / f"{side}.jsonl", lines)
+    words = ["pairs", "--how", "before-after", "--out", tmp_path / "pairs.jsonl"]
+    for side in scores:
+        words += [f"--{side}", tmp_path / f"{side}.jsonl"]
+    done = prism(*words, *(["--fields", fields] if fields else []))
+    assert said in done.out
+    if worse:
+        assert len(rows(tmp_path / "pairs.jsonl")) == worse
+    else:
+        refused(done, "no question got worse: 2 same")
+
+
+def test_prompts_that_hold_a_chat_template_are_said(tmp_path: Path) -> None:
+    mark = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"
+    words = ["pairs", "--how", "before-after", "--out", tmp_path / "pairs.jsonl"]
+    for side, score in (("before", 1), ("after", 0)):
+        line = {"prompt": mark, "response": side, "score": score}
+        words += [f"--{side}", jsonl(tmp_path / f"{side}.jsonl", [line])]
+    done = prism(*words)
+    assert "1 prompts hold marks of a chat template (<|im_start|>)" in done.out
+
+
 def test_counts_are_objects_as_json(tmp_path: Path) -> None:
     before, after = logs(tmp_path)
     words = ["pairs", "--how", "before-after", "--before", before, "--after", after]
@@ -286,6 +345,14 @@ def test_counts_are_objects_as_json(tmp_path: Path) -> None:
         (["--before", "{before}", "--after", str(MODEL)], "two models, or two logs"),
         (["{before}", "--before", "{before}", "--after", "{after}"], "leave the file out"),
         (["--before", str(MODEL), "--after", str(MODEL)], "FILE is missing"),
+        (
+            ["--before", "{before}", "--after", "{after}", "--fields", "score=f1"],
+            "before.jsonl:1: missing field: f1",
+        ),
+        (
+            ["--before", "{before}", "--after", "{after}", "--fields", "prompt=ask"],
+            "only the score may be named",
+        ),
         (["--before", "{before}", "--after", "gone.jsonl"], "--after gone.jsonl: no such file"),
         (
             ["--before", "{before}", "--after", "{after}", "--judge-url", "http://localhost:1/v1"],

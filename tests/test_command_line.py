@@ -8,6 +8,7 @@ import pytest
 from conftest import Outcome, Row, jsonl, prism, prism_apart
 from style import options_by_command
 
+from prism_select.cli import terminal
 from prism_select.cli.terminal import Terminal
 from prism_select.run.config import SelectConfig
 
@@ -244,3 +245,14 @@ def test_options_stay_few() -> None:
 def test_an_option_that_is_gone_is_like_one_that_never_was(command: str, words: str) -> None:
     done = prism(command, *words.split())
     assert done.code == 2 and f"No such option '{words.split()[0]}'" in done.err
+
+
+def test_a_long_step_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "EVERY_SECONDS", -1)
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", -1)
+    with Terminal().task("trainings", 2) as task:
+        task.advance(1)
+        task.advance(1)
+    assert capsys.readouterr().out.count("2 of 2") == 1

@@ -173,6 +173,7 @@ def test_groups_are_the_planted_kinds_and_the_run_says_so(covered: prism_select.
     groups, pairs = covered.manifest["target"]["groups"], covered.pairs
     assert sorted(entry["pairs"] for entry in groups.values()) == sorted(KINDS.values())
     assert set(pairs["group"].to_pylist()) == set(groups)
+    assert all(len(set(each["prompts"])) == len(each["prompts"]) > 0 for each in groups.values())
     coverage = covered.manifest["choice"]["coverage"]
     chosen = Counter(covered.scores["group"].drop_null().to_pylist())
     assert coverage["by_group"] == chosen and sum(chosen.values()) == 16

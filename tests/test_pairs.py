@@ -133,6 +133,13 @@ def test_numbers_are_compared_by_value() -> None:
             accepts_by(wrong)
 
 
+def test_an_answer_without_a_number_cannot_be_compared_by_one() -> None:
+    """No answer agrees with it, so the model's right ones would be its wrong ones."""
+    with pytest.raises(NoPair, match="no number to compare with; give --accept choice"):
+        accepts_by("number")("It is Paris", "Paris")
+    assert not accepts_by("number")("It is Paris", "7")
+
+
 def test_the_nearest_refused_answer_is_taken() -> None:
     assert nearest("2+3=5", ["a long way off", "2+3=6", "2+3=5", " "]) == "2+3=6"
     with pytest.raises(NoPair):
@@ -315,7 +322,7 @@ def test_rows_that_give_no_pair_are_counted_and_kept_with_their_reason(tmp_path:
         ([{"text": "only 3 text"}], (), ("no row gives a pair", "bare text")),
         ([{"question": "q", "answer": "none"}], (), ("no row gives a pair", "no number")),
         ([{"q": "q", "a": "3"}], (), ("rows.jsonl:1", "no known format", "--fields")),
-        (SOLVED, ("--how", "choices"), ("rows.jsonl:1",)),
+        (SOLVED, ("--how", "choices"), ("rows.jsonl:1: missing field: choices", "another --how")),
         ([*SOLVED, "{broken"], ("--bad-rows", "stop"), ("rows.jsonl:5",)),
         ([], (), ("no rows",)),
     ],

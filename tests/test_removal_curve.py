@@ -200,6 +200,7 @@ def test_the_default_shares_are_said_before_they_are_trained(
     assert list(dict.fromkeys(shares)) == ["0%", *REMOVALS.split(",")]
     summary = evaluation_summary(config_of(place), result)
     assert summary["curve"].count("[") == 5 and "; 10% " in summary["curve"]
+    assert "supervised tokens" not in summary["training"]  # as many rows, and not as many tokens
 
 
 @pytest.mark.parametrize(

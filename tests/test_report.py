@@ -120,6 +120,21 @@ def test_the_histogram_holds_every_scored_row_once_also_what_lies_far_out(large:
     assert found.edges[-1] < 10 and found.beyond >= 1
 
 
+@pytest.mark.parametrize("far", [3.0, 300.0])
+def test_a_few_far_scores_leave_the_others_room(large: Path, far: float) -> None:
+    """On a linear axis all but 40 of 1,000 rows would stand in one bar."""
+    table = pq.read_table(large / "scores.parquet")
+    values = np.random.default_rng(0).normal(size=len(table))
+    values[:40] = np.linspace(-far, far, 40)
+    pq.write_table(table.set_column(5, "score", pa.array(values)), large / "scores.parquet")
+    facts = score_facts(large)
+    drawn = {chart.name: json.dumps(chart.spec) for chart in scores.charts(facts)}
+    found = facts.histogram
+    assert (found.linear is None) == (far < 10)
+    assert max(a + b for a, b in zip(found.chosen, found.not_chosen, strict=True)) < 150
+    assert ("symlog" in drawn["spread"]) == (far > 10)
+
+
 def test_a_budget_holds_the_influence_of_the_first_rows(run: Path) -> None:
     facts = score_facts(run)
     positive = [5, 4, 3, 2, 1, 0.5]
@@ -346,7 +361,7 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
     broken = {
         "name": "swapped pairs",
         "holds": False,
-        "words": "swapped pairs FAILS: 0.9, wanted -0.5 or less",
+        "words": "swapped pairs: FAILED, rank correlation 0.9, wanted -0.5 or less",
     }
     write_evaluation(run, controls=[*CONTROLS, broken])
     assert states(run)["controls"] == "failed"
@@ -354,6 +369,8 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
         r'<tr class="red"><td><span class="state failed">failed</span></td>\s*<th[^>]*>swapped',
         page(run),
     )
+    assert "<td>rank correlation 0.9, wanted −0.5 or less</td>" in page(run)
+    assert headline(checks_of(read_run_facts(str(run))))[1].endswith("yet. Failed: controls.")
     for low, high, state in ((-0.1, 0.2, "review"), (-0.3, -0.1, "failed"), (0.1, 0.1, "review")):
         against = {
             "random": {"words": "words", "gain": {"difference": 0.0, "low": low, "high": high}}

@@ -33,6 +33,7 @@ __all__ = [
 
 SHOWN_SOURCES = 6
 SHOWN_TARGETS = 8
+RANKINGS = {"none": "the score", "tokens": "the score per token", "norm": "the cosine"}
 
 
 def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -55,7 +56,7 @@ def run_summary(path: Path, files: Sequence[str], manifest: Mapping[str, Any]) -
         rows |= _labels(labels)
     correlations = choice["rank_correlation_with_tokens"].items()
     rows["length"] = "rank correlation with tokens " + ", ".join(
-        f"{_figure(value, '+.2f')} ({column})" for column, value in correlations
+        f"{_figure(value, '+.2f')} of {RANKINGS[name]}" for name, value in correlations
     )
     if "cosine" in manifest["curvature"]:
         rows["curvature"] = _curvature(manifest["curvature"], choice)
@@ -181,6 +182,8 @@ def _counts(counts: Mapping[str, int]) -> dict[str, str]:
         if name not in ("read", "scored", "quarantined", "truncated")
         and (count or name not in ("near duplicate", "source cap"))
     ]
+    if counts["quarantined"]:
+        marks[0] += " (quarantine.jsonl says why)"
     return {
         "read": ", ".join([f"{counts['read']:,} rows", *marks]),
         "verdicts": ", ".join(verdicts) or f"{counts['scored']:,} scored",
@@ -268,10 +271,11 @@ def _coverage(coverage: Mapping[str, Any]) -> str:
     """Shares of the choice by group, and pairs that it hardly helps."""
     taken = sorted(coverage["by_group"].items(), key=lambda item: -item[1])
     chosen = sum(coverage["by_group"].values()) + coverage["by_score"]
-    shares = [f"{name} {count / max(1, chosen):.0%}" for name, count in taken[:SHOWN_SOURCES]]
+    shares = [f"{count / max(1, chosen):.0%} ({name})" for name, count in taken[:SHOWN_SOURCES]]
     if len(taken) > SHOWN_SOURCES:
-        shares.append(f"and {len(taken) - SHOWN_SOURCES} groups more")
-    line = f"{len(taken)} of pairs, by {coverage['rule']}: {', '.join(shares)} of the choice"
+        shares.append("…")
+    line = f"{len(taken)} of pairs, by {coverage['rule']}; they took of the choice "
+    line += ", ".join(shares)
     if "pairs" in coverage:
         line += (
             f"; {coverage['hardly_helped']} of {coverage['pairs']} pairs get less than a tenth of "
@@ -338,6 +342,9 @@ def _training(config: EvaluateConfig, result: Mapping[str, Any]) -> dict[str, st
     kind = "all parameters" if config.full else "LoRA"
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     training = f"{result['steps']} steps at {result['rate']:g}, {kind}, {seeds}"
+    if result.get("command") == "select":
+        tokens = _mean(result["methods"]["prism"]["tokens"])
+        training += f"; a ranking trains on the supervised tokens of the choice, {tokens:,.0f}"
     return {"pairs": pairs, "training": training}
 
 

@@ -48,6 +48,7 @@ class _Plain:
         self.console, self.label, self.total = console, label, total
         self.started = self.printed = time.monotonic()
         self.rows = self.tokens = self.worked = 0
+        self.shown = -1  # rows, in the last line
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
@@ -57,7 +58,7 @@ class _Plain:
             self.print()
 
     def print(self) -> None:
-        self.printed = time.monotonic()
+        self.printed, self.shown = time.monotonic(), self.rows
         seconds = self.printed - self.started
         figures = []
         if self.rows:
@@ -108,7 +109,7 @@ class Terminal:
         if not self.console.is_terminal:
             plain = _Plain(self.console, label, total)
             yield plain
-            if time.monotonic() - plain.started > QUIET_SECONDS:
+            if time.monotonic() - plain.started > QUIET_SECONDS and plain.shown < plain.rows:
                 plain.print()
             return
         columns = (

@@ -18,6 +18,7 @@ Choices made here:
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ ASKED_WITH = (
     *("fields", "seed", "samples", "new_tokens", "stop"),
 )
 LOGS = (".jsonl", ".json", ".eval")
+TEMPLATE_MARK = re.compile(
+    r"<\|(?:im_start|start_header_id|user|assistant|start_of_role|START_OF_TURN_TOKEN)\|>"
+    r"|<start_of_turn>|\[INST\]|<｜User｜>"
+)
 UNWRITTEN = "…"  # stands for the answer of a row that has none
 
 
@@ -136,7 +141,7 @@ def pairs_before_after(
     for side in SIDES:
         answers_file(path, side).unlink(missing_ok=True)
     reasons = dict(Counter(reason for _, reason in skipped))
-    warnings = few_warnings(counts["worse"])
+    warnings = [*few_warnings(counts["worse"]), *template_warnings([row for _, row in written])]
     return MadePairs(path, len(written), rows, reasons, dict(counts), warnings)
 
 
@@ -160,6 +165,18 @@ def few_warnings(worse: int) -> list[str]:
     return [
         f"only {worse} questions got worse: a direction of so few pairs is mostly theirs; ask more "
         "questions of the kind that went wrong"
+    ]
+
+
+def template_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    prompts = [row["prompt"] for row in rows if isinstance(row["prompt"], str)]
+    marks = [match[0] for match in map(TEMPLATE_MARK.search, prompts) if match]
+    if not marks:
+        return []
+    return [
+        f"{len(marks)} prompts hold marks of a chat template ({marks[0]}), which a run would put "
+        "around them again; log both without --apply_chat_template, or through a server, which "
+        "keeps messages, or give the two models and a file of questions"
     ]
 
 
@@ -193,9 +210,10 @@ def first(scored: tuple[float, str]) -> float:
 def compare_logs(
     config: PairsConfig, path: Path, progress: Progress, accepts: Accepts | None
 ) -> Comparisons:
-    logs = [read_answer_log(str(getattr(config, side))) for side in SIDES]
+    metric = metric_of(config)
+    logs = [read_answer_log(str(getattr(config, side)), metric) for side in SIDES]
     for side, log in zip(SIDES, logs, strict=True):
-        progress.say(f"{side}: {len(log.answers):,} answers, format {log.format}")
+        progress.say(f"{side}: {log.words}")
     found = matched(*logs)
     questions = [question_of(after) for _, after in found.pairs]
     sides = [
@@ -213,6 +231,17 @@ def compare_logs(
         for question, before, after in zip(questions, *sides, strict=True)
     ]
     return compared, [], {name: count for name, count in alone.items() if count}
+
+
+def metric_of(config: PairsConfig) -> str | None:
+    """The score that --fields names, as NAME or NAME,FILTER. Raises BadOption for other fields."""
+    name = config.fields.strip().removeprefix("score=") if config.fields else None
+    if name == "" or name == (config.fields or "").strip():
+        raise BadOption(
+            f"--fields {config.fields}: logs have columns of their own; only the score may be "
+            "named, as in score=exact_match"
+        )
+    return name
 
 
 def question_of(answer: LoggedAnswer) -> Question:
@@ -299,11 +328,12 @@ def answered_by(
     """The answers of one model, from the file beside OUT as far as they are there."""
     own, file = model_of(config, side), answers_file(path, side)
     found = answers_in(file, mark)[: len(questions)]
+    if len(found) < len(questions):
+        with naming(side):
+            loaded = load_model(own, own.layers, progress)
     with progress.task(f"answers {side}", len(questions)) as task:
         task.advance(len(found))
         if len(found) < len(questions):
-            with naming(side):
-                loaded = load_model(own, own.layers, progress)
             store = parent_store(path)
             if not found:
                 store.write(file.name, json_line({"of": mark}))
@@ -428,10 +458,16 @@ def scored(
                 reason = f"no answer of its own for --accept {config.accept}"
                 each = replace(each, reason=reason)
             else:
-                scores = [float(check(a, question.right or "")) for a in each.answers]
-                each = replace(each, scores=scores)
+                each = checked(each, check, question.right or "")
         found.append(each)
     return found
+
+
+def checked(each: Answered, check: Accepts, right: str) -> Answered:
+    try:
+        return replace(each, scores=[float(check(answer, right)) for answer in each.answers])
+    except NoPair as reason:
+        return replace(each, reason=str(reason))
 
 
 def by_judge(

@@ -215,9 +215,9 @@ def _groups_entry(pairs: Sequence[Pair], groups: GroupDirections) -> dict[str, A
     of_pairs, entry = groups.clusters.of_pairs, dict[str, Any]()
     for number, name in enumerate(groups.names):
         members = np.flatnonzero(of_pairs == number).tolist()
-        prompts = (pairs[pair].chosen.prompt for pair in members[:EXAMPLES])
-        texts = [" ".join(turn.shown for turn in turns)[-PROMPT:] for turns in prompts]
-        entry[name] = {"pairs": len(members), "prompts": texts}
+        prompts = (pairs[pair].chosen.prompt for pair in members)
+        texts = dict.fromkeys(" ".join(t.shown for t in turns)[-PROMPT:] for turns in prompts)
+        entry[name] = {"pairs": len(members), "prompts": [*texts][:EXAMPLES]}
     return {"groups": entry, "silhouette": groups.clusters.silhouette}
 
 

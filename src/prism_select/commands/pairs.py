@@ -28,7 +28,6 @@ from prism_select.data.fields import standard_fields
 from prism_select.data.formats import (
     Format,
     detect_pool,
-    detect_target,
     parse_fields,
     to_pairs,
 )
@@ -110,8 +109,10 @@ def make_pairs(
     if config.limit:
         random.Random(config.seed).shuffle(rows)
     written: list[tuple[Raw, Mapping[str, Any]]] = []
+    asks = how == "answers" or config.favourite
+    loaded = load_model(config, config.layers, progress) if asks and rows else None
     with progress.task(f"pairs by {how}", len(rows)) as task:
-        for result in MAKERS[how](PairMaker(config, progress, accepts), rows):
+        for result in MAKERS[how](PairMaker(config, accepts, loaded), rows):
             task.advance(1)
             if isinstance(result.pairs, NoPair):
                 skipped.append((result.raw, str(result.pairs)))
@@ -178,10 +179,14 @@ def choice_rows(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
     for raw in pool.raw():
         try:
             if raw.fields is not None:
-                format = detect_target(raw.fields, pool.mapping, raw.file, raw.line)
-                if "choices" not in format.name:
-                    advice = "--how choices takes question, choices and answer"
-                    raise BadRow(raw.file, raw.line, "no choices", advice)
+                missing = {"question", "choices", "answer"} - standard_fields(
+                    raw.fields, pool.mapping
+                ).keys()
+                if missing:
+                    what = f"missing field: {', '.join(sorted(missing))}"
+                    advice = "--how choices takes question, choices and answer; of right answers "
+                    advice += "alone another --how makes pairs: answers with --model, or numbers"
+                    raise BadRow(raw.file, raw.line, what, advice)
             yield raw, to_pairs(raw, Format("question+choices+answer"), pool.mapping)
         except BadRow as bad:
             yield raw, bad
@@ -190,14 +195,11 @@ def choice_rows(pool: Pool) -> Iterator[tuple[Raw, list[Pair] | BadRow]]:
 @dataclass(frozen=True)
 class PairMaker:
     """What the functions of `MAKERS` need. `accepts(answer, right)` says whether an answer of the
-    model is right."""
+    model is right; `loaded` is that model, where one is asked."""
 
     config: PairsConfig
-    progress: Progress
     accepts: Accepts
-
-    def load_model(self) -> LoadedModel:
-        return load_model(self.config, self.config.layers, self.progress)
+    loaded: LoadedModel | None = None
 
     def generator(self, raw: Raw) -> random.Random:
         return random.Random(f"{self.config.seed}/{Path(raw.file).name}/{raw.line}")
@@ -233,12 +235,11 @@ def by_swap(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[R
 
 def by_choices(maker: PairMaker, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iterator[RowResult]:
     """Each wrong choice; with a model only the one it likes best."""
-    loaded = maker.load_model() if maker.config.favourite else None
     for raw, choices in rows:
         example, pairs = choices[0].chosen, choices
-        if loaded:
+        if maker.loaded:
             try:
-                pairs = [choices[favourite(loaded, [pair.rejected for pair in choices])]]
+                pairs = [choices[favourite(maker.loaded, [pair.rejected for pair in choices])]]
             except BadRow as bad:
                 yield RowResult(raw, example, NoPair(bad.what))
                 continue
@@ -247,7 +248,8 @@ def by_choices(maker: PairMaker, rows: Sequence[tuple[Raw, list[Pair]]]) -> Iter
 
 def by_answers(maker: PairMaker, rows: Sequence[tuple[Raw, Example]]) -> Iterator[RowResult]:
     """The nearest of the model's own answers that are wrong."""
-    loaded = maker.load_model()
+    loaded = maker.loaded
+    assert loaded
     config = replace(maker.config, samples=maker.config.samples or SAMPLES)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]

@@ -43,6 +43,8 @@ from prism_select.selection.choice import early_refusals, refuse_budget
 
 __all__ = ["EncodedSample", "encode_sample", "read_inputs", "refuse_changed_pool"]
 
+SHOWN_REASONS = 4
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -74,6 +76,7 @@ def read_inputs(config: ScoreConfig, progress: Progress) -> RunInputs:
     columns = [survey.columns, *(target.columns for target in targeted)]
     _refuse_columns(config, mapping, set().union(*columns))
     refuse_bad_rows(config, survey.bad, survey.rows, survey.first_bad)
+    progress.say(rows_in_words(survey))
     early_refusals(config, survey.rows - survey.bad, pool)
     files = target_files(config.target) if config.target else [readable(str(config.direction))]
     fingerprints = {
@@ -99,6 +102,16 @@ def _say_columns(
         unread[target.file] = target.unread
         progress.say(format_line(target.file, target.format, target.unread))
     return column_warnings(unread)
+
+
+def rows_in_words(survey: Survey) -> str:
+    """How many rows there are, and what is wrong with the bad ones."""
+    often = sorted(survey.reasons.items(), key=lambda item: -item[1])
+    shown = [f"{count:,} {reason}" for reason, count in often[:SHOWN_REASONS]]
+    if others := survey.bad - sum(count for _, count in often[:SHOWN_REASONS]):
+        shown.append(f"{others:,} others")
+    bad = f", of which {survey.bad:,} bad: {'; '.join(shown)}" if survey.bad else ""
+    return f"{survey.rows:,} rows{bad}"
 
 
 def _refuse_columns(config: ScoreConfig, mapping: Names, columns: Set[str]) -> None:

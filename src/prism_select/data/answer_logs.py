@@ -56,6 +56,14 @@ class AnswerLog:
     answers: Mapping[str, LoggedAnswer]
     left_out: Mapping[str, int]
 
+    @property
+    def words(self) -> str:
+        """What was read, by which score, and what was not."""
+        metrics = {answer.metric for answer in self.answers.values() if answer.score is not None}
+        scored = f", score {' and '.join(sorted(metrics))}" if metrics else ""
+        left_out = "".join(f"; {count:,} {reason}" for reason, count in self.left_out.items())
+        return f"{len(self.answers):,} answers, format {self.format}{scored}{left_out}"
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -130,7 +138,7 @@ def _repeats(
     if asked is None:
         return ""
     if named and named.repeat != answer.repeat:
-        return "further answers to one question, by filter or epoch"
+        return "further answers to the same questions, by filter or epoch, left out"
     raise BadRow(
         answer.file,
         answer.line,

@@ -30,6 +30,7 @@ from prism_select.data.json_rows import json_row_of_line
 from prism_select.data.logged_rows import (
     LoggedAnswer,
     content_of,
+    named_advice,
     prompt_in,
     score_in,
     with_prompt,
@@ -125,11 +126,11 @@ def inspect_answer(raw: Raw, metric: str | None) -> LoggedAnswer | str:
             return "failed"
         prompt, choices = _prompt(raw, fields)
         answer = _completion(raw, row)
-        score = _score(row, fields, metric)
+        metric, score = _score(row, fields, metric)
         name, epoch = name_in(fields["id"]) or "", str(fields.get("epoch", 1))
         return with_prompt(
             row,
-            LoggedAnswer(prompt, answer, score, raw.file, raw.line, name, choices, epoch),
+            LoggedAnswer(prompt, answer, score, raw.file, raw.line, name, choices, epoch, metric),
         )
     except BadRow as problem:
         what = f"sample {raw.line}: {problem.what}"
@@ -160,18 +161,21 @@ def _completion(raw: Raw, row: RowContent) -> str:
     return prompt_in(raw, message, "output")[0].text
 
 
-def _score(row: RowContent, fields: Mapping[str, Any], metric: str | None) -> float | None:
+def _score(
+    row: RowContent, fields: Mapping[str, Any], metric: str | None
+) -> tuple[str, float | None]:
+    """Its name, empty where the sample has no score, and its value."""
     scores = fields.get("scores") or {}
     if not isinstance(scores, Mapping):
         raise row.bad("scores: not an object", _ADVICE)
     values = dict(_scalars(scores))
     if metric is not None and metric not in values:
-        advice = f"name one of {', '.join(values)}" if values else "score the log: inspect score"
+        advice = named_advice(list(values)) if values else "score the log: inspect score"
         raise row.bad(f"no score {metric}", advice)
     if not values:
-        return None
+        return "", None
     name = metric or next(iter(values))
-    return _number(row, values[name], f"score {name}")
+    return name, _number(row, values[name], f"score {name}")
 
 
 def _scalars(scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -197,4 +201,5 @@ def _number(row: RowContent, value: object, label: str) -> float | None:
         )
     except ValueError:
         what = f"{label}: {reprlib.repr(value)}, neither C, P, I or N nor a number"
-        raise row.bad(what, "name another score, or convert it in the scorer") from None
+        advice = "name another score with --fields score=NAME, or convert it in the scorer"
+        raise row.bad(what, advice) from None

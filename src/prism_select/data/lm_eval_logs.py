@@ -4,7 +4,8 @@
     multiple choice  arguments [context, continuation] …    resps [[[log p, …]]] …     → favourite
 
 Choices made here:
-- the answer is the whole response, not what a filter takes from it, and the first of several;
+- the answer is the whole response, not what a filter takes from it, and the first of several; the
+  one space with which a model goes on behind "Answer:" is left out, as no row of a pool has it;
 - the favourite has the largest log p; per letter or byte where the metric is acc_norm or acc_bytes;
 - the score is the first of `metrics`, or the one named; NAME,FILTER, as lm-eval's tables have it,
   takes the rows of that filter;
@@ -14,6 +15,7 @@ Choices made here:
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from prism_select.data.fields import Fields, name_in
 from prism_select.data.logged_rows import (
     LoggedAnswer,
     content_of,
+    named_advice,
     prompt_in,
     score_in,
     with_prompt,
@@ -30,6 +33,7 @@ from prism_select.data.row_content import RowContent, Turns
 
 __all__ = ["is_lm_eval", "lm_eval_answer"]
 
+_SPACE = re.compile(r"\A (?=\S)")
 _NEEDED = ("doc_id", "arguments", "resps")
 _NO_METRIC = {
     *(*_NEEDED, "doc", "target", "filtered_resps", "filter", "metrics"),
@@ -60,13 +64,14 @@ def lm_eval_answer(raw: Raw, metric: str | None) -> LoggedAnswer | str:
         row,
         LoggedAnswer(
             _prompt(row, raw, context),
-            continuations[best].strip() if continuations else _response(row),
+            continuations[best].strip() if continuations else _SPACE.sub("", _response(row)),
             None if name in ("", "bypass") else _score(row, fields, name),
             raw.file,
             raw.line,
             name_in(fields["doc_id"]) or "",
             tuple(continuations),
             filter_name,
+            ",".join(filter(None, (name, filter_name))),
         ),
     )
 
@@ -81,7 +86,7 @@ def _first_metric(row: RowContent, fields: Fields) -> str:
 
 def _score(row: RowContent, fields: Fields, name: str) -> float | None:
     others = [key for key in fields if key not in _NO_METRIC and key != name]
-    advice = f"name another metric: {', '.join(others)}" if others else "log the task again"
+    advice = named_advice(others) if others else "log the task again"
     if name not in fields:
         raise row.bad(f"no metric {name}", advice)
     if isinstance(fields[name], list):

@@ -9,7 +9,7 @@ Choices made here:
   them) are equal but for white space, whichever tool wrote them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
@@ -19,14 +19,23 @@ from prism_select.data.messages import type_in_words
 from prism_select.data.records import Raw
 from prism_select.data.row_content import RowContent, Turns
 
-__all__ = ["LoggedAnswer", "content_of", "logged_row", "prompt_in", "score_in", "with_prompt"]
+__all__ = [
+    "LoggedAnswer",
+    "content_of",
+    "logged_row",
+    "named_advice",
+    "prompt_in",
+    "score_in",
+    "with_prompt",
+]
 
 
 @dataclass(frozen=True)
 class LoggedAnswer:
     """`line` counts from 1: the line of the file, or the number of the sample in a log of Inspect.
     `id` is the log's name of the question, if it has one; `repeat` tells its several rows of one
-    question apart, by filter or epoch. `choices` are those that the prompt does not show."""
+    question apart, by filter or epoch. `choices` are those that the prompt does not show. `metric`
+    is the name of its score."""
 
     prompt: Turns
     answer: str
@@ -36,6 +45,7 @@ class LoggedAnswer:
     id: str = ""
     choices: tuple[str, ...] = ()
     repeat: str = ""
+    metric: str = ""
 
     @property
     def question(self) -> str:
@@ -58,8 +68,14 @@ def logged_row(raw: Raw, metric: str | None) -> LoggedAnswer:
             raw.file,
             raw.line,
             explicit_id(raw) or "",
+            metric=metric or "score",
         ),
     )
+
+
+def named_advice(scores: Sequence[str]) -> str:
+    """How to take another score of a log than its first."""
+    return f"name a score that it has, as in --fields score={scores[0]}: {', '.join(scores)}"
 
 
 def content_of(raw: Raw, needed: Iterable[str]) -> RowContent:

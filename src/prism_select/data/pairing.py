@@ -97,11 +97,10 @@ def _canonical(number: str) -> str:
 def accepts_by(rule: str) -> Accepts:
     """Whether an answer agrees with the row's own: `number` (the same final number), `choice` (it
     begins with the letter A to H that is the row's own answer, or is the same text), or
-    `regex:PATTERN` (found in the answer). Raises BadOption for another rule."""
+    `regex:PATTERN` (found in the answer). Raises BadOption for another rule; with `number` the
+    function raises NoPair where the row's own answer has none."""
     if rule == "number":
-        return lambda answer, right: (
-            final_number(answer) is not None and final_number(answer) == final_number(right)
-        )
+        return _same_number
     if rule == "choice":
         return _same_choice
     if rule.startswith("regex:"):
@@ -113,6 +112,13 @@ def accepts_by(rule: str) -> Accepts:
             ) from None
         return lambda answer, right: bool(pattern.search(answer))
     raise BadOption(f"--accept {rule}: unknown; try number, choice or regex:PATTERN")
+
+
+def _same_number(answer: str, right: str) -> bool:
+    wanted = final_number(right)
+    if wanted is None:
+        raise NoPair("its own answer has no number to compare with; give --accept choice or regex:")
+    return final_number(answer) == wanted
 
 
 def _same_choice(answer: str, right: str) -> bool:

@@ -36,13 +36,15 @@ from prism_select.run.objects import is_object
 __all__ = ["Pool", "Survey", "changed", "fingerprint"]
 
 SAMPLE = 256
+REASONS = 1000  # that are counted: some hold a text of their row
 
 
 @dataclass(frozen=True)
 class Survey:
     """Figures of one pass over the pool. `formats` is by file; `sample` is a uniform sample of the
     good rows, or all of them; `conversation` is the first row that needs a chat template; `columns`
-    are the mapped columns that some row has; `unread` are those that nothing reads, by file."""
+    are the mapped columns that some row has; `unread` are those that nothing reads, by file;
+    `reasons` count the bad rows by what is wrong with them."""
 
     rows: int
     bad: int
@@ -53,6 +55,7 @@ class Survey:
     conversation: Example | None
     columns: Set[str] = frozenset()
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pool:
@@ -116,7 +119,7 @@ class Pool:
         draw, sample, sources = random.Random(seed), list[Example](), Counter[str]()
         size = max(least, SAMPLE)
         unread = UnreadColumns(self.mapping, detect_pool)
-        rows = bad = 0
+        rows, bad, reasons = 0, 0, Counter[str]()
         first_bad: BadRow | None = None
         conversation: Example | None = None
         columns, mapped = set[str](), {name for names in self.mapping.values() for name in names}
@@ -127,6 +130,8 @@ class Pool:
                 columns.update(columns_of(raw.fields, self.mapping).values())
             if isinstance(example, BadRow):
                 bad, first_bad = bad + 1, first_bad or example
+                if len(reasons) < REASONS or example.what in reasons:
+                    reasons[example.what] += 1
                 continue
             unread.add(raw)
             sources[example.source] += 1
@@ -152,6 +157,7 @@ class Pool:
             conversation,
             columns,
             unread.by_file,
+            reasons,
         )
 
 

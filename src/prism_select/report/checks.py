@@ -56,7 +56,7 @@ def headline(checks: list[Check]) -> tuple[State, str]:
     for check in checks:
         by_state.setdefault(check.state, []).append(check.name)
     if failed := by_state.get("failed"):
-        return "failed", f"Do not trust it yet: {join_words(failed)} failed."
+        return "failed", f"Do not trust it yet. Failed: {join_words(failed)}."
     if review := by_state.get("review"):
         return "review", f"Review before you trust it: {join_words(review)}."
     if "not judged yet" in by_state:

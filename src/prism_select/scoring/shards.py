@@ -101,7 +101,8 @@ def score_pool(
     windows, bad_rows = 0, job.bad_rows
     first: tuple[int, BadRow] | None = None  # in the order of the pool, not of the windows' ends
     rows = total if job.mask is None else int(job.mask.sum())
-    with progress.task(f"scoring {job.kind}".rstrip(), rows) as task:
+    along = "along groups of pairs" if job.kind.startswith("group") else job.kind
+    with progress.task(f"scoring {along}".rstrip(), rows) as task:
         for window, table in scorer.tables(windows_of(job, processes), task):
             windows += 1
             task.advance(len(window.rows) * (table is None))

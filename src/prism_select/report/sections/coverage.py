@@ -52,7 +52,7 @@ class CoverageFacts:
                 "help of the chosen rows."
             )
         if self.by_twice is not None:
-            words += f" At twice the budget there would be {self.by_twice}."
+            words += f" At twice the budget {self.by_twice} would."
         return words
 
 

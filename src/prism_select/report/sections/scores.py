@@ -8,6 +8,9 @@
 Choices made here:
 - if values reach more than 1.5 times beyond the 0.2% and 99.8% quantiles, bins end at these
   quantiles, and the outer bins count the rows beyond;
+- where the bins reach over more than `PEAKED` times the middle half of the values, as with a few
+  long rows among many short ones, the axis is symmetric-logarithmic, linear within that half's
+  width of 0, and the bins are of one width on it;
 - the `SOURCES` largest sources stand by themselves, the others together.
 """
 
@@ -15,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -44,19 +48,21 @@ __all__ = ["SECTION", "Budget", "Histogram", "ScoreFacts", "Source", "read"]
 
 BINS, CELLS, SOURCES, POINTS = 60, 40, 12, 160
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-TAIL, REACH = 0.002, 1.5
+TAIL, REACH, PEAKED = 0.002, 1.5, 50.0
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Histogram:
     """Bin i reaches from edges[i] to edges[i + 1]; `beyond` rows lie outside of all bins and are
-    counted in the outer ones."""
+    counted in the outer ones. `linear` is the distance from 0 up to which a symmetric-logarithmic
+    axis is linear; None where the axis is linear as a whole."""
 
     edges: tuple[float, ...]
     chosen: tuple[int, ...]
     not_chosen: tuple[int, ...]
     beyond: int
+    linear: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,17 @@ def _edges(values: Floats, bins: int) -> Floats:
 def _histogram(columns: Columns) -> Histogram:
     values, chosen = columns.ranking[columns.order], columns.chosen[columns.order]
     edges = _edges(values, min(BINS, max(8, int(2 * len(values) ** 0.5))))
+    first, third = np.quantile(values, [0.25, 0.75])
+    linear = float(third - first)
+    peaked = 0 < PEAKED * linear < edges[-1] - edges[0]
+    if peaked:
+        low, high = np.arcsinh(edges[[0, -1]] / linear).tolist()
+        edges = linear * np.sinh(np.linspace(low, high, len(edges)))
     inside = np.clip(values, edges[0], edges[-1])
     counts = [np.histogram(inside[rows], edges)[0].tolist() for rows in (chosen, ~chosen)]
     beyond = int(((values < edges[0]) | (values > edges[-1])).sum())
-    return Histogram(tuple(edges.tolist()), tuple(counts[0]), tuple(counts[1]), beyond)
+    sides = tuple(counts[0]), tuple(counts[1])
+    return Histogram(tuple(edges.tolist()), *sides, beyond, linear if peaked else None)
 
 
 def _sources(columns: Columns) -> Iterator[Source]:
@@ -205,6 +218,22 @@ def _cutoff_rule(cutoff: float) -> alt.Chart:
     return rule
 
 
+def _across(histogram: Histogram, ticks: int) -> dict[str, Any]:
+    """Scale and axis of a ranking: with powers of ten where it is symmetric-logarithmic."""
+    if histogram.linear is None:
+        return {"axis": alt.Axis(tickCount=ticks)}
+    ends = max(-histogram.edges[0], 0.0), max(histogram.edges[-1], 0.0)
+    first, last = (math.floor(math.log10(value)) for value in (histogram.linear, max(ends)))
+    powers = [10.0**power for power in range(first + 1, last + 1)]
+    values = (
+        [-p for p in powers[::-1] if p <= ends[0]] + [0.0] + [p for p in powers if p <= ends[1]]
+    )
+    return {
+        "axis": alt.Axis(values=values, format="~g", labelOverlap=True),
+        "scale": alt.Scale(type="symlog", constant=histogram.linear),
+    }
+
+
 def histogram_chart(facts: ScoreFacts) -> Chart:
     """Rows by their ranking, the chosen apart from the others."""
     histogram, verdict = facts.histogram, facts.verdict
@@ -225,7 +254,7 @@ def histogram_chart(facts: ScoreFacts) -> Chart:
         alt.Chart(inline_data(rows))
         .mark_bar(binSpacing=0.5)
         .encode(
-            alt.X("from:Q", bin="binned", title=facts.ranked_by, axis=alt.Axis(tickCount=8)),
+            alt.X("from:Q", bin="binned", title=facts.ranked_by, **_across(histogram, 8)),
             alt.X2("to:Q"),
             alt.Y("rows:Q", title="rows", stack=True, axis=alt.Axis(format="~s", tickMinStep=1)),
             alt.Color("kind:N", scale=colours, legend=alt.Legend(title=None) if verdict else None),
@@ -240,6 +269,8 @@ def histogram_chart(facts: ScoreFacts) -> Chart:
     low, high = histogram.edges[0], histogram.edges[-1]
     text = f"Histogram of {total:,} rows between {low:.3g} and {high:.3g}"
     caption = "The dashed line is the cut-off."
+    if histogram.linear is not None:
+        caption += " The axis is logarithmic on either side of 0."
     if histogram.beyond:
         caption += f" The outer bars also count {histogram.beyond:,} rows that lie beyond them."
     if verdict and not math.isnan(facts.cutoff):
@@ -269,7 +300,7 @@ def source_chart(facts: ScoreFacts) -> Chart:
             *(alt.Tooltip(f"{n}:Q", format=".3g") for n in quantiles),
         ],
     )
-    across = alt.X("p5:Q", title=facts.ranked_by, axis=alt.Axis(tickCount=6))
+    across = alt.X("p5:Q", title=facts.ranked_by, **_across(facts.histogram, 6))
     line = base.mark_rule(color=OTHER, strokeWidth=2).encode(across, alt.X2("p95:Q"))
     bar = base.mark_bar(color=SELECTED, height=10, cornerRadius=3)
     notch = base.mark_tick(color=SURFACE, thickness=2.5, height=12)

@@ -72,11 +72,16 @@ def read(run: RunFacts) -> TrainingFacts | None:
         verdicts=tuple(map(_verdict, evaluation.baselines)),
         removals=read_removals(evaluation),
         controls=tuple(
-            ControlResult(control.name, control.holds, control.words.partition(": ")[2])
+            ControlResult(control.name, control.holds, _found(control.words))
             for control in evaluation.controls
         ),
         figures=tuple(_figures(evaluation)),
     )
+
+
+def _found(words: str) -> str:
+    """What a control measured: without its name and verdict, which stand beside it."""
+    return words.partition(": ")[2].removeprefix("holds, ").removeprefix("FAILED, ")
 
 
 def _words(evaluation: Evaluation) -> str:
