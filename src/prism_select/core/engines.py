@@ -121,8 +121,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
             if owner.weights.get("weight") in joined:
                 for moved, products in joined_products(owner, inputs, gradient, joined, len(index)):
                     sums = total.new_zeros(len(batch), len(moved))
-                    at = index.to(total.device)
-                    total[:, moved] += sums.index_add_(0, at, products.to(total))
+                    total[:, moved] += sums.index_add_(0, index, products.to(total))
                 return
             wide = torch.promote_types(gradient.dtype, torch.float32)
             rows = gradient.to(wide).reshape(len(index), -1)
