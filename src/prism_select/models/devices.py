@@ -23,7 +23,14 @@ from torch.utils._pytree import tree_map_only
 from prism_select.core.packed import PackedLinear
 from prism_select.run.errors import BadModel
 
-__all__ = ["bytes_by_device", "connect", "disconnect", "take_hooks_off", "without_accelerate"]
+__all__ = [
+    "bytes_by_device",
+    "connect",
+    "disconnect",
+    "seeded",
+    "take_hooks_off",
+    "without_accelerate",
+]
 
 ACCELERATES = ("forward", "_old_forward", "_hf_hook")  # attributes of a module with its hooks
 
@@ -84,6 +91,15 @@ def disconnect(network: nn.Module) -> None:
         hooks = module._forward_pre_hooks
         for number in [n for n, hook in hooks.items() if isinstance(hook, _MoveInputs)]:
             del hooks[number], module._forward_pre_hooks_with_kwargs[number]
+
+
+@contextmanager
+def seeded(network: nn.Module, seed: int) -> Iterator[None]:
+    """In the block, random numbers on the network's devices start from `seed`."""
+    gpus = [device for device in bytes_by_device(network) if device.type == "cuda"]
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from prism_select.data.batches import collate
 from prism_select.data.encoding import Encoded, Encoder
 from prism_select.data.pairing import NoPair
 from prism_select.data.records import Example
+from prism_select.models.devices import seeded
 from prism_select.models.loading import LoadedModel
 from prism_select.run.config_pairs import PairsConfig
 
@@ -51,8 +52,7 @@ def sample(
     network, count = loaded.model.network, config.samples or 1
     tokenizer = loaded.encoder.tokenizer
     ends = end_tokens(network, tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed + sum(map(len, prompts)))
+    with seeded(network, config.seed + sum(map(len, prompts))):
         tokens = draw_tokens(
             network, prompts, ends, config.new_tokens, count, greedy=config.samples is None
         )

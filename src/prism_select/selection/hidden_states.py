@@ -23,6 +23,7 @@ from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.likelihood import Batch, LanguageModel
 from prism_select.data.batches import plan_batches
 from prism_select.data.encoding import Encoded
+from prism_select.models.devices import seeded
 from prism_select.models.generation import draw_tokens
 
 __all__ = ["answer_states", "layers_of", "own_answers"]
@@ -70,8 +71,7 @@ def own_answers(
     own = dict[int, Encoded]()
     prompts = [row.tokens[: max(1, row.supervised.index(True))] for row in rows]
     lengths = [len(prompt) + row.targets for prompt, row in zip(prompts, rows, strict=True)]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(model.network, seed):
         for indices in plan_batches(lengths, batch_tokens):
             longest = max(rows[i].targets for i in indices)
             drawn = draw_tokens(model.network, [prompts[i] for i in indices], ends, longest)
