@@ -77,6 +77,7 @@ bench: $(STAMP) bench-cost
 bench-cost: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/cost_pairs.py
+	$(BIN)/python benchmarks/cost_runs.py
 	$(BIN)/python benchmarks/plans.py
 	$(BIN)/python benchmarks/growth.py
 
