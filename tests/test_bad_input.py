@@ -451,6 +451,7 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "normalize",
         "dtype",
         "quantize",
+        "device_map",
         "template",
         "bad_rows",
         "common",

@@ -25,6 +25,7 @@ THEIRS = {
     "--log",  # --log_samples and --apply_chat_template of lm-eval
     "--apply",
     "--strict",
+    "--small",  # of benchmarks/gpu.py
     "--enable-lora",
     "--max-lora-rank",
     "--lora-modules",

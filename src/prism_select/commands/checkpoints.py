@@ -167,7 +167,8 @@ def manifest_of_sum(
     last = manifests[-1]
 
     def added(name: str) -> dict[str, float]:
-        return {key: sum(m[name][key] for m in manifests) for key in last[name]}
+        numbers = [key for key, value in last[name].items() if isinstance(value, int | float)]
+        return {key: sum(m[name][key] for m in manifests) for key in numbers}
 
     peaks = {name: max(m[name]["memory_bytes"] for m in manifests) for name in ("plan", "actual")}
     warnings = [line for m in manifests for line in m["warnings"]]

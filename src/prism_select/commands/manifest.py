@@ -97,7 +97,7 @@ def manifest_of(config: ScoreConfig, record: RunRecord) -> dict[str, Any]:
         "choice": _choice_entry(record),
         "padding": record.scores.counts.padding,
         "timings": dict(record.timings),
-        "plan": asdict(record.plan),
+        "plan": {key: value for key, value in asdict(record.plan).items() if value != {}},
         "actual": {
             "seconds": record.timings["total"],
             "memory_bytes": record.memory_bytes,

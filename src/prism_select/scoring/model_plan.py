@@ -136,8 +136,7 @@ def run_bytes(
         sketches = 4 * low.numbers * (rank + MORE) / rank
         return round(low.direction_bytes + low.batch_bytes + sketches)
     held = 4 * numbers_of(weights) * (3 * targets + 2 * (targets > 1) or 2)
-    lengths = 24 * max(weight.numel() for weight in weights.values())  # products in float64
-    return held + max(full.direction_bytes + full.batch_bytes, lengths)
+    return held + full.direction_bytes + full.batch_bytes
 
 
 def _direction(network: nn.Module, weights: Parameters, rank: int | None) -> Factored:
