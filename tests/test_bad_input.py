@@ -450,6 +450,7 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "engine",
         "normalize",
         "dtype",
+        "device_map",
         "quantize",
         "device_map",
         "template",
