@@ -85,7 +85,7 @@ def ratio_of(name: str, ratios: Sequence[float], unit: str, wanted: str) -> Row:
 def whole_runs(model: str) -> Iterator[tuple[Row, list[Row]]]:
     """Of the 34M model: the pass, in forward passes; and the groups, as a share of the pass."""
     with tempfile.TemporaryDirectory() as name:
-        given: Row = {"model": model, **files(Path(name), 1_040, 4)}
+        given: Row = {"model": model, **files(Path(name), 1_040, 6)}
         alone, runs = list[float](), {way: list[Row]() for way in WAYS}
         for _ in range(ROUNDS):
             alone.append(called(FORWARD, given))

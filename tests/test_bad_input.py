@@ -452,7 +452,6 @@ def test_every_option_with_listed_values_is_among_those_tested() -> None:
         "dtype",
         "device_map",
         "quantize",
-        "device_map",
         "template",
         "bad_rows",
         "common",
