@@ -269,7 +269,7 @@ def test_a_whole_run_holds_what_was_planned(
     planned = api.plan(config)
     with DryRun() as seen:
         api.execute(replace(config, model=str(tmp_path / "m")))
-    close = 0.15 if "rank" in options else 0.11  # a plan is of the widest batch
+    close = 0.15 if "rank" in options else 0.06  # sums of products stand out beside a low rank
     assert planned.memory_bytes == pytest.approx(seen.peak, rel=close)
 
 

@@ -192,7 +192,7 @@ class _Trial:
     def of_blocks(self, numbers: Sequence[int]) -> tuple[int, int]:
         """With the blocks of these numbers alone."""
         network = self.model.network
-        with _only_blocks(network, numbers), _counted(network) as seen:
+        with _only_blocks(network, numbers), self.counted() as seen:
             here = {id(parameter) for parameter in network.parameters()}
             some = {name: weight for name, weight in self.weights.items() if id(weight) in here}
             parts = [{name: direction[name] for name in some} for direction in self.directions]
@@ -202,21 +202,22 @@ class _Trial:
             engine(Batch(torch.zeros(self.shape, dtype=torch.long), mask, mask))
         return seen.peak, seen.operations
 
-
-@contextmanager
-def _counted(network: nn.Module) -> Iterator[DryRun]:
-    """Raises BadModel for whatever a network does that needs numbers, and for parameters that the
-    engine cannot reach."""
-    larger = mock.patch.object(layers, "FORMED", FORMED)
-    try:
-        with torch.device("meta"), larger, DryRun(network.parameters()) as seen:
-            yield seen
-    except Exception as error:  # of any kind: a network may ask for any number
-        why = " ".join(str(error).partition("; try")[0].split())[:200] or type(error).__name__
-        raise BadModel(
-            f"{type(network).__name__}: it cannot be planned without its weights ({why}); plan it "
-            "where they are"
-        ) from error
+    @contextmanager
+    def counted(self) -> Iterator[DryRun]:
+        """Of all but parameters and directions. Raises BadModel for whatever the network does that
+        needs numbers, and for parameters that the engine cannot reach."""
+        network, values = self.model.network, [v for d in self.directions for v in d.values()]
+        given = [t for v in values for t in (v if isinstance(v, Factors) else (v,))]
+        larger = mock.patch.object(layers, "FORMED", FORMED)
+        try:
+            with torch.device("meta"), larger, DryRun([*network.parameters(), *given]) as seen:
+                yield seen
+        except Exception as error:  # of any kind: a network may ask for any number
+            why = " ".join(str(error).partition("; try")[0].split())[:200] or type(error).__name__
+            raise BadModel(
+                f"{type(network).__name__}: it cannot be planned without its weights ({why}); plan "
+                "it where they are"
+            ) from error
 
 
 @contextmanager
