@@ -124,6 +124,20 @@ def without_memory() -> list[Exception]:
     ]
 
 
+def random_adapter(folder: Path, network: Any, config: Any) -> Path:
+    """A folder with an adapter as PEFT saves it, no number of it zero."""
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    adapted: Any = get_peft_model(network, config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.1 * torch.randn_like(weight))
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
 def jsonl(path: Path, rows: Iterable[Row | str | bytes]) -> str:
     """One row a line; a text, or bytes, is a line as it is."""
     with path.open("wb") as file:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import random_adapter
+from peft import LoraConfig, PeftModel
 from test_engines import SMALL, V, network_of, target_of
 from tiny import Tiny, batch_of, pairs_of
 
@@ -52,16 +53,8 @@ def gain(model: CausalLM) -> float:
 
 
 def trained(folder: Path, name: str = "llama", config: LoraConfig = ONE) -> Path:
-    """A folder with an adapter as PEFT saves it, no number of it zero."""
-    torch.manual_seed(1)
     config = replace(config, fan_in_fan_out=name == "gpt2")
-    adapted: Any = get_peft_model(copy_of(name).network, config)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                weight.copy_(0.1 * torch.randn_like(weight))
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
+    return random_adapter(folder, copy_of(name).network, config)
 
 
 @contextmanager

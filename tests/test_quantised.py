@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import build_tokenizer, jsonl, prism
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import build_tokenizer, jsonl, prism, random_adapter
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_engines import SMALL, V
 from tiny import batch_of, pairs_of
@@ -395,18 +395,10 @@ def refused(says: str, *words: object, command: str = "score") -> None:
 
 
 def lora(desk: Desk, folder: Path, **changes: Any) -> Path:
-    """An adapter as PEFT saves it, no number of it zero."""
-    torch.manual_seed(1)
     settings = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", **changes}
     config = LoraConfig(**settings, task_type="CAUSAL_LM", fan_in_fan_out=desk.kind == "gpt2")
     network = transformers.AutoModelForCausalLM.from_pretrained(desk.whole)
-    adapted: Any = get_peft_model(network, config)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                weight.copy_(0.1 * torch.randn_like(weight))
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
+    return random_adapter(folder, network, config)
 
 
 ON_TOP: list[tuple[str, list[str], dict[str, Any]]] = [

@@ -179,6 +179,6 @@ def manifest_of_sum(
         "counts": dict(chosen.counts),
         "choice": dict(chosen.figures),
         "timings": added("timings"),
-        **{name: added(name) | {"memory_bytes": peaks[name]} for name in peaks},
+        **{name: {**last[name], **added(name), "memory_bytes": peaks[name]} for name in peaks},
         "warnings": list(dict.fromkeys([*warnings, *chosen.warnings])),
     }

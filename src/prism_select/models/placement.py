@@ -42,9 +42,8 @@ HOST = torch.device("cpu")
 
 
 def free_memory(host: bool = True) -> Memory:
-    """Of the devices that this process may use, without the host where there are others and it is
-    not wanted. Raises BadOption where there are more processes
-    than GPUs."""
+    """Of the devices that this process may use; without `host` of GPUs alone, where there are any.
+    Raises BadOption where there are more processes than GPUs."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
