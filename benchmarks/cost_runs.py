@@ -1,16 +1,17 @@
 """What does a whole run cost, as a user gives it? `prism select`, 5%, eight groups, by manifests.
 
-    python benchmarks/cost_runs.py        twenty minutes on two quiet cores
+    python benchmarks/cost_runs.py        an hour on two quiet cores
 
-A random Llama of 34M numbers as in cost.py, float32, 1,040 rows along one direction; the bundled
+A random Llama of 34M numbers as in cost.py, float32, 4,000 rows along one direction; the bundled
 model on 20,000 short rows. Rows are random words, the pairs 40: the groups of random words are
-random too, so their stage grows to the most that it may take, a fifth of the pool. The pass over
-all rows is told in forward passes over the same rows in the same batches; the groups, in that pass.
+random too, so their stage grows to the most that it may take, a fifth of the pool. Scoring without
+groups is all rows along the direction, then the chosen ones and 1,000 others along its chosen half;
+it is told in forward passes over the pool in the same batches, and the groups as a share of it.
 
 Choices made here: each run and each forward pass is a process of its own and they take turns,
-round by round; the seconds of groups are all that follows the pass, worker, engine and choices
-between its rounds included; medians, from least to most. Memory is the peak of the process beside
-that of the same run with `--groups 1`."""
+round by round; the seconds of groups include worker, engine and choices between their rounds;
+figures are medians, from least to most. Memory is the peak of the process beside that of the same
+run with `--groups 1`."""
 
 import json
 import subprocess
@@ -83,9 +84,9 @@ def ratio_of(name: str, ratios: Sequence[float], unit: str, wanted: str) -> Row:
 
 
 def whole_runs(model: str) -> Iterator[tuple[Row, list[Row]]]:
-    """Of the 34M model: the pass, in forward passes; and the groups, as a share of the pass."""
+    """Of the 34M model: scoring without groups, in forward passes; groups, as a share of that."""
     with tempfile.TemporaryDirectory() as name:
-        given: Row = {"model": model, **files(Path(name), 1_040, 6)}
+        given: Row = {"model": model, **files(Path(name), 4_000, 6)}
         alone, runs = list[float](), {way: list[Row]() for way in WAYS}
         for _ in range(ROUNDS):
             alone.append(called(FORWARD, given))
@@ -98,7 +99,7 @@ def whole_runs(model: str) -> Iterator[tuple[Row, list[Row]]]:
     for way, found in runs.items():
         row, figures = groups(f"34M, {way}", found, one[way])
         ratios = [passed / forward for passed, forward in zip(row["pass"], alone, strict=True)]
-        title = f"default run, {way} ({row['engine']['name']}): its pass"
+        title = f"default run, {way} ({row['engine']['name']}): scoring without groups"
         figures.append(ratio_of(title, ratios, "forwards", WAYS[way][1]))
         yield {**row, "forward": alone}, figures
 
@@ -112,7 +113,7 @@ def groups(title: str, rounds: Sequence[Row], one: Row) -> tuple[Row, list[Row]]
     row |= {"timings": [run["timings"] for run in rounds]}
     ratios = [s / p for s, p in zip(seconds, passes, strict=True)]
     return row, [
-        ratio_of(f"groups, {title}", ratios, "of the pass", "≤ 0.3"),
+        ratio_of(f"groups, {title}", ratios, "of scoring without them", "≤ 0.3"),
         figure(f"groups, {title}: memory that they add", over / 1e6, "MB", ""),
     ]
 
