@@ -274,7 +274,7 @@ def _coverage(coverage: Mapping[str, Any]) -> str:
     shares = [f"{count / max(1, chosen):.0%} ({name})" for name, count in taken[:SHOWN_SOURCES]]
     if len(taken) > SHOWN_SOURCES:
         shares.append("…")
-    line = f"{len(taken)} of pairs, by {coverage['rule']}; they took of the choice "
+    line = f"{len(taken)} of pairs, by {coverage['rule']}; shares of the choice: "
     line += ", ".join(shares)
     if "pairs" in coverage:
         line += (
