@@ -7,7 +7,7 @@ Llamas of random weights, of 1 and 8 billion numbers in bfloat16, are made on th
 
     engines      reverse along a full direction and one of rank 64, forward; difference in float32
     batches      tokens per second for several --batch-tokens
-    few bits     the same bases packed by bitsandbytes, where this version has --quantize
+    few bits     the same bases packed by bitsandbytes
     two GPUs     the layers spread as by --device-map auto: the scores of one GPU?
     a run        prism score on a few rows, with all that comes beside scoring
 
@@ -38,11 +38,12 @@ from prism_select.core.dry_run import DryRun
 from prism_select.core.engines import ENGINES
 from prism_select.core.layers import Factored, Factors, Parameters
 from prism_select.core.likelihood import Batch, mean_logliks
+from prism_select.directions.low_rank import beside
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import adopt
 from prism_select.models.placement import free_memory, network_of, place, scoring_share
-from prism_select.run.config import ModelOptions, ScoreConfig
+from prism_select.run.config import ModelOptions
 from prism_select.run.errors import PrismError, out_of_memory
 from prism_select.run.objects import ModelObject
 from prism_select.scoring.model_plan import scoring_along, weight_bytes
@@ -113,11 +114,9 @@ class Bench:
     def run(self) -> None:
         for name in self.size.models:
             self.part(f"{name}, bfloat16", partial(self.in_16_bits, name))
-            for bits in (8, 4) if quantises() else ():
+            for bits in (8, 4):
                 self.part(f"{name}, {bits} bits", partial(self.few_bits, name, bits))
             self.part(f"{name}, two GPUs", partial(self.two_gpus, name))
-        if not quantises():
-            self.say("few bits", "this version has no --quantize")
         first = next(iter(self.size.models))
         self.part(f"{first}, float32", partial(self.in_float32, first))
         self.part(f"{first}, a run", partial(self.whole_run, first))
@@ -258,7 +257,7 @@ class Bench:
             network.get_submodule(part).to(device)
         model, _ = adopt(ModelObject(network, None))
         weights = select_parameters(network, "all")
-        engine = ENGINES["reverse"](model, weights, [beside_weights(direction, weights)])
+        engine = ENGINES["reverse"](model, weights, beside([direction], weights))
         two = engine(batch).values
         seconds, _ = self.measured(engine, batch, network)
         label = f"{name}, bfloat16, {len(model.devices)} GPUs, reverse, rank {self.size.rank}"
@@ -319,15 +318,6 @@ def direction_of(model: CausalLM, weights: Parameters, rank: int | None) -> Fact
     return {name: of(weight) for name, weight in weights.items()}
 
 
-def beside_weights(direction: Factored, weights: Parameters) -> Factored:
-    return {
-        name: Factors(*(factor.to(weights[name].device) for factor in value))
-        if isinstance(value, Factors)
-        else value.to(weights[name].device)
-        for name, value in direction.items()
-    }
-
-
 def planned(config: Any, weights: Parameters, batch: Batch, rank: int | None, bits: int) -> int:
     """Bytes of scoring along one direction, as --dry-run has them."""
     model = CausalLM(network_of(config))
@@ -335,10 +325,6 @@ def planned(config: Any, weights: Parameters, batch: Batch, rank: int | None, bi
     rows, width = batch.tokens.shape
     scoring = scoring_along(model, selected, (rows, width), rank, 1)
     return weight_bytes(model.network, bits) + scoring.direction_bytes + scoring.batch_bytes
-
-
-def quantises() -> bool:
-    return "quantize" in {field.name for field in dataclasses.fields(ScoreConfig)}
 
 
 def packed(network: Any, bits: int) -> Any:
