@@ -5,7 +5,7 @@
 A random Llama of 34M numbers as in cost.py, float32, 4,000 rows along one direction; the bundled
 model on 20,000 short rows. Rows are random words, the pairs 40: the groups of random words are
 random too, so their stage grows to the most that it may take, a fifth of the pool. Scoring without
-groups is all rows along the direction, then the chosen ones and 1,000 others along its chosen half;
+groups is all rows along the direction, then the chosen ones and a random 200 along its chosen half;
 it is told in forward passes over the pool in the same batches, and the groups as a share of it.
 
 Choices made here: each run and each forward pass is a process of its own and they take turns,

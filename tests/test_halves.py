@@ -23,7 +23,8 @@ ROWS, SAMPLE = 120, 30
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
-    monkeypatch.setattr(half_columns, "HALVES", SAMPLE)
+    monkeypatch.setattr(half_columns, "SMALL", SAMPLE)
+    monkeypatch.setattr(half_columns, "FEWEST", SAMPLE)
     rows: list[Any] = world.pool(ROWS - 1, 0)
     return {
         "model": str(MODEL_DIR),
@@ -124,3 +125,12 @@ def test_one_direction_of_a_large_model_takes_the_engine_that_is_cheapest_and_cl
     assert run.manifest["engine"]["name"] == name and reason in run.manifest["engine"]["reason"]
     found, wanted = (c["score"][1:] for c in (columns(run), exact))
     assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("scored", "size"), [(150, 150), (1_500, 200), (9_000, 450), (50_000, 1_000)]
+)
+def test_the_sample_follows_the_pool(scored: int, size: int) -> None:
+    is_scored = np.arange(scored + 10) >= 10
+    mask = half_columns.sampled_rows(is_scored, 0)
+    assert mask.sum() == size and not mask[:10].any()

@@ -3,8 +3,11 @@ chosen rows and a random sample.
 
     score_chosen = score along the half C      score_rejected = score_chosen − score
 
-Choices made here: what reads them (a warning, a chart, the tables of chosen rows) needs no others,
-and all others are scored along one direction less.
+Choices made here:
+- what reads them (a warning, a chart, the tables of chosen rows) needs no others, and all others
+  are scored along one direction less;
+- the sample is a twentieth of the pool, `FEWEST` rows at least and `MOST` at most, so that it costs
+  little beside the pass over any pool that is large enough to wait for it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +23,8 @@ from prism_select.run.folder import SHARD
 
 __all__ = ["HalfColumns", "halves_later", "sampled_rows"]
 
-HALVES = 1000  # rows of the sample, and of a pool whose rows all have them
+SMALL = 1000  # rows of a pool whose rows all have them
+FEWEST, MOST, SHARE = 200, 1000, 20  # rows of the sample: one of so many
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,13 @@ class HalfColumns:
 
 def halves_later(config: ScoreConfig, layout: DirectionLayout, rows: int) -> bool:
     """Whether rows of a pool are scored along the half after the choice, and few of them."""
-    return rows > HALVES and not (layout.best or config.halves or config.cascade)
+    return rows > SMALL and not (layout.best or config.halves or config.cascade)
 
 
 def sampled_rows(is_scored: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
     (rows,) = np.nonzero(is_scored)
-    sample = np.random.default_rng(seed).permutation(len(rows))[:HALVES]
+    size = min(max(len(rows) // SHARE, FEWEST), MOST)
+    sample = np.random.default_rng(seed).permutation(len(rows))[:size]
     mask = np.zeros(len(is_scored), dtype=bool)
     mask[rows[sample]] = True
     return mask
