@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import jsonl
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,10 @@ from prism_select.commands import group_scoring, pipeline
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
 from prism_select.directions import from_pairs
+from prism_select.directions.answer_products import AnswerProducts
+from prism_select.directions.pair_clusters import clusters_of
+from prism_select.directions.way import way_of
+from prism_select.run.config import SelectConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Amount
 from prism_select.run.thresholds import SILHOUETTE
@@ -27,6 +32,7 @@ from prism_select.selection.coverage import NEARLY, ORDERS, concave, in_turn
 from prism_select.selection.rules import OUTCOMES, Rules, choose_along
 
 Floats = NDArray[np.float64]
+CONFIG = SelectConfig(model="m", pool="p", target="t", budget="5%", out="o")
 COLUMNS = st.builds(
     lambda rows, groups, seed: np.random.default_rng(seed).integers(-3, 9, (rows, groups)) * 1.0,
     st.integers(0, 12),
@@ -304,6 +310,25 @@ def test_pairs_without_clear_groups_are_eight(planted: dict[str, str], tmp_path:
     run = select(files, tmp_path / "run", groups="auto")
     assert run.manifest["target"]["silhouette"] < SILHOUETTE
     assert list(run.manifest["target"]["groups"]) == [*"12345678"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common", "count", "asked"),
+    [(1, 0.6, 1, None), (2, 2.0, 2, None), (40, 0.0, 8, None), (1, 0.6, 3, 3)],
+)
+def test_pairs_of_one_kind_are_one_group(
+    kinds: int, common: float, count: int, asked: int | None
+) -> None:
+    draw = np.random.default_rng(0)
+    of_kinds = draw.normal(size=(kinds, 300))[np.arange(40) % kinds]
+    gradients = np.zeros((80, 300))  # of rejected answers: none
+    gradients[:40] = common * of_kinds + draw.normal(size=(40, 300))
+    blocks = {"": torch.from_numpy(gradients @ gradients.T)}
+    products = AnswerProducts(blocks, -torch.ones(80).double(), torch.full((80,), 4))
+    clusters = clusters_of(products, way_of(CONFIG), asked, 0)
+    assert clusters.count == count
+    if 1 < kinds < 8:
+        assert len({*zip(clusters.of_pairs.tolist(), np.arange(40) % kinds, strict=True)}) == kinds
 
 
 def test_few_pairs_are_one_group(planted: dict[str, str], tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
     U = V Λ Vᵀ            →  a point V √Λ for each pair, on the unit sphere
     k-means of the points →  groups             k: the best silhouette of 2 to `MOST`; where none
                                                 is clear, `MOST`; two pairs or more a group on
-                                                average
+                                                average; 1 where most pairs point closer along all
+                                                other pairs than along the others of their group
     pairs of a group      →  its direction, with the pairs' own curvature within the group
 
 One direction is the mean of what all pairs ask for, and rows of the kind that is asked for most
@@ -16,6 +17,9 @@ Choices made here:
 - a silhouette is clear from `SILHOUETTE` (run/thresholds.py); gradients of many numbers are nearly
   at right angles and seldom reach it, and a choice that serves groups by chance still serves more
   pairs than one direction does;
+- pairs of one kind, whose groups are arbitrary, are one group: a direction of a few of them holds
+  more noise and nothing that the others lack. Groups are found with the pair that is compared,
+  which speaks for them, so where most pairs still point closer along all, there are none;
 - pairs of equal gradient are one point and count once in their group: a pair that is given twice
   changes nothing;
 - groups are numbered by the first of their pairs.
@@ -74,7 +78,10 @@ def clusters_of(products: AnswerProducts, way: Way, count: int | None, seed: int
         raise BadOption(f"--groups {count}: there are {len(cosines)} pairs; ask for fewer, or auto")
     first = (cosines >= 1 - EQUAL).argmax(1)  # the first pair of the same gradient
     kept = first == np.arange(len(first))
-    labels, silhouette = _split(_points(cosines[kept][:, kept]), count, seed)
+    cosines = cosines[kept][:, kept]
+    labels, silhouette = _split(_points(cosines), count, seed)
+    if count is None and not _serve_their_pairs(cosines, labels):
+        labels, silhouette = np.zeros_like(labels), math.nan
     of_pairs = labels[np.searchsorted(np.flatnonzero(kept), first)]
     _, firsts, numbers = np.unique(of_pairs, return_index=True, return_inverse=True)
     return PairClusters(firsts.argsort().argsort()[numbers], kept, silhouette)
@@ -109,6 +116,23 @@ def _split(points: Floats, count: int | None, seed: int) -> tuple[NDArray[np.int
         if max(silhouette, SILHOUETTE) >= clear:  # while none is clear, the most groups
             best, clear = (labels.astype(np.int64), silhouette), max(silhouette, clear)
     return best
+
+
+def _serve_their_pairs(cosines: Floats, labels: NDArray[np.int64]) -> bool:
+    """Whether at least half of the pairs point closer along the others of their group than along
+    all others. A pair that is alone in its group has no say."""
+    own, every = along_others(cosines, labels), along_others(cosines, np.zeros_like(labels))
+    compared = np.isfinite(own)
+    return bool((own > every)[compared].mean() >= 0.5) if compared.any() else True
+
+
+def along_others(cosines: Floats, labels: NDArray[np.int64]) -> Floats:
+    """The cosine of each pair with the sum of the others of its group, from those of all pairs; NaN
+    for a pair that is alone."""
+    others = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
+    along = (cosines * others).sum(1)
+    length = np.sqrt(((others @ cosines) * others).sum(1).clip(0))
+    return np.asarray(np.divide(along, length, out=np.full(len(labels), np.nan), where=length > 0))
 
 
 def cluster_coefficients(
