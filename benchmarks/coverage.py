@@ -13,6 +13,7 @@
     flat, pairs      the highest scores along one direction, by its curvature
     in turn          groups of pairs by their gradients (--groups auto), each takes rows in turn
     concave          the same groups, Σ √(what each has got)
+    eight            eight groups, whatever the pairs say
     sixteen, each    sixteen groups; a group for each pair
     named            a target for each kind that the pairs' file names, in turn
 
@@ -50,6 +51,7 @@ WAYS: Mapping[str, Row] = {
     "flat": {"curvature": "flat", "groups": "1"},
     "in turn": {"groups": "auto"},
     "concave": {"groups": "auto", "combine": "concave"},
+    "eight": {"groups": "8"},
     "sixteen": {"groups": "16"},
     "each": {"groups": "each"},
     "named": {"combine": "round-robin"},
