@@ -31,7 +31,7 @@ from prism_select.scoring.batched_engine import BatchedEngine, score_rows
 
 __all__ = ["drawn_rows", "mean_gradient", "pair_help"]
 
-ROWS = 1024
+ROWS = 256
 
 Floats = NDArray[np.float64]
 
