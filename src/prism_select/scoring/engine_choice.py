@@ -40,7 +40,7 @@ from prism_select.scoring.gradient_norms import with_norms
 
 __all__ = ["EngineCheck", "choose_engine", "make_engine"]
 
-CHECKED = COSTLY = 2**24  # numbers
+CHECKED, COSTLY = 2**24, 2**22  # numbers
 CLOSE = 1e-3
 
 
