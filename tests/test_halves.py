@@ -88,6 +88,8 @@ def test_repair_has_the_halves_of_what_it_removes(files: Mapping[str, str], tmp_
     found = columns(run)
     assert np.isfinite(found["score_chosen"][found["verdict"] == "removed"]).all()
     assert np.isnan(found["score_chosen"]).sum() > ROWS / 2
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert 'id="target"' in page and 'id="coverage"' not in page
 
 
 def out_of_reach(*_: object) -> Any:

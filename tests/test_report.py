@@ -358,6 +358,10 @@ def test_controls_and_verdicts_of_an_evaluation_are_judged(run: Path) -> None:
     write_evaluation(run)
     assert set(states(run).values()) == {"holds"}
     assert headline(checks_of(read_run_facts(str(run))))[1] == "Every check holds."
+    assert (
+        headline(checks_of(read_run_facts(str(run))), 2)[1]
+        == "Every check holds; 2 warnings below."
+    )
     broken = {
         "name": "swapped pairs",
         "holds": False,

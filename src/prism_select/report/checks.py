@@ -50,8 +50,8 @@ def checks_of(run: RunFacts) -> list[Check]:
     ]
 
 
-def headline(checks: list[Check]) -> tuple[State, str]:
-    """The worst state, and a sentence."""
+def headline(checks: list[Check], warnings: int = 0) -> tuple[State, str]:
+    """The worst state, and a sentence; `warnings` of the run stand below it."""
     by_state: dict[State, list[str]] = {}
     for check in checks:
         by_state.setdefault(check.state, []).append(check.name)
@@ -61,7 +61,9 @@ def headline(checks: list[Check]) -> tuple[State, str]:
         return "review", f"Review before you trust it: {join_words(review)}."
     if "not judged yet" in by_state:
         return "not judged yet", "Nothing speaks against it. Whether it helps is not judged yet."
-    return "holds", "Every check holds."
+    if not warnings:
+        return "holds", "Every check holds."
+    return "holds", f"Every check holds; {warnings} warning{'s' * (warnings > 1)} below."
 
 
 def interval_state(low: float, high: float) -> State:

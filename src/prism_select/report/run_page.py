@@ -2,7 +2,8 @@
 
     prism report RUN  →  RUN/report.html
 
-Choices made here: a section without contents in the run folder stays, and says so in a line.
+Choices made here: a section without contents in the run folder stays, and says so in a line;
+coverage is asked of choices alone.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ def write_report(path: str, out: str | None = None) -> Path:
 
 
 def page_of(run: RunFacts) -> bytes:
-    sections = [section.fill(run) for section in SECTIONS]
+    sections = [section.fill(run) for section in SECTIONS if run.command in section.commands]
     values = {
         "title": f"PRISM: {run.path.name}",
         "kind": f"report of a {run.command} run",

@@ -56,7 +56,7 @@ def read(run: RunFacts) -> ChoiceFacts:
     checks = checks_of(run)
     newer = newer_than(run.path / "manifest.json", run.columns.file.names)
     return ChoiceFacts(
-        *headline(checks),
+        *headline(checks, len(run.manifest["warnings"])),
         checks=tuple(checks),
         tiles=tuple(_tiles(run)),
         verdicts=tuple(_verdicts(run.manifest["counts"])),

@@ -83,4 +83,6 @@ def _lines(coverage: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[G
         yield GroupLine(name, prompts, of_group.get("pairs", 0), rows, rows / max(1, total))
 
 
-SECTION = Section("coverage", "Coverage", "Is every kind of pair served?", read)
+SECTION = Section(
+    "coverage", "Coverage", "Is every kind of pair served?", read, commands=["select"]
+)

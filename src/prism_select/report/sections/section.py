@@ -5,7 +5,7 @@
 A new section is a file with a SECTION, its template part, and a line in sections/__init__.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -45,7 +45,7 @@ def no_tables(facts: object) -> Mapping[str, Table]:
 class Section(Generic[Facts]):
     """`id` is the anchor and names the template part, `link` stands in the contents, `title` is the
     question. `read` gives the facts, or None if the run folder has none for this section; the
-    template part then says so in a line."""
+    template part then says so in a line. It stands on the pages of `commands`."""
 
     id: str
     link: str
@@ -53,6 +53,7 @@ class Section(Generic[Facts]):
     read: Callable[[RunFacts], Facts | None]
     charts: Callable[[Facts], Sequence[Chart]] = no_charts
     tables: Callable[[Facts], Mapping[str, Table]] = no_tables
+    commands: Collection[str] = ("score", "select", "repair")
 
     def fill(self, run: RunFacts) -> FilledSection:
         """The template part reads `facts`, `charts` by name, and `run`."""
