@@ -20,6 +20,7 @@ from conftest import CHATML, jsonl, prism, save_model
 
 import prism_select
 from prism_select.data.files import read_rows
+from prism_select.demo import world
 from prism_select.run.errors import BadOption, BadRow, RunMismatch
 from prism_select.run.objects import in_reach
 
@@ -421,3 +422,21 @@ def test_labels_that_are_not_the_tokens_are_refused(network: Any, tokenizer: Any
     batch["labels"][0, -1] = 5
     with pytest.raises(ValueError, match="labels"):
         prism_select.target_direction(network, batch, batch)
+
+
+def test_fields_may_be_a_dict(network: Any, tokenizer: Any) -> None:
+    asked = [{"ask": row["prompt"], "reply": row["completion"]} for row in world.pool(30, 0)]
+    pairs = [
+        {"q": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in world.pairs("capitals", 6, 0)
+    ]
+    names = {"prompt": ["ask", "q"], "completion": "reply"}
+    given = {"pool": asked, "target": pairs, "tokenizer": tokenizer}
+    by_dict = prism_select.score(network, fields=names, **given)
+    by_text = prism_select.score(network, fields="prompt=ask,prompt=q,completion=reply", **given)
+    assert by_dict.scores["score"].to_pylist() == by_text.scores["score"].to_pylist()
+
+
+def test_an_option_that_no_command_has_is_named_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"select has no option budgett; did you mean budget\?"):
+        prism_select.select("model", "pool.jsonl", "pairs.jsonl", budgett="5%")

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
@@ -70,6 +71,12 @@ class _Arguments:
             value = self.options.get(name)
             if isinstance(value, float) and 0 < value <= 1:  # 0.05 → 5%
                 self.options[name] = f"{100 * value:.9g}%"
+        if isinstance(fields := self.options.get("fields"), Mapping):
+            self.options["fields"] = ",".join(
+                f"{name}={column}"
+                for name, columns in fields.items()
+                for column in ([columns] if isinstance(columns, str) else columns)
+            )
 
     def add_model(self, model: Model, tokenizer: Any) -> None:
         if model is None or isinstance(model, str | Path):
@@ -279,6 +286,11 @@ def _folder(out: str | Path | None) -> Iterator[str]:
 
 def _config(kind: type[Config], options: Mapping[str, Any]) -> Config:
     given = {name: value for name, value in options.items() if value is not None}
+    known = inspect.signature(kind).parameters
+    for name in given.keys() - known.keys():
+        close = get_close_matches(name, known, 1)
+        advice = f"; did you mean {close[0]}?" if close else ""
+        raise TypeError(f"{kind.command} has no option {name}{advice}")
     return kind(**keeping_given(kind, given, given))
 
 
