@@ -34,7 +34,7 @@ from unittest import mock
 import babi
 import gemma
 from real import lines, pair
-from results_file import figure, write
+from results_file import RESULTS, figure, write
 from scenario import Scenario
 
 import prism_select
@@ -57,8 +57,8 @@ WAYS: Mapping[str, Row] = {
     "named": {"combine": "round-robin"},
 }
 KINDS = {"babi-select": "chosen", "babi-choice": "wanted", "demo": "fact", "demo-kinds": "kind"}
-BASELINES = "random,bm25,rds,everything"
-REAL_BASELINES = "random,bm25,rds"
+BASELINES = "random,bm25,rds,less,probe,everything"
+REAL_BASELINES = "random,bm25,rds,less,probe"
 SPLIT = 200  # of questions: no other study has used it
 MEASURES = {"win_rate": "win rate", "accuracy": "accuracy", "gain": "gain"}
 
@@ -211,7 +211,11 @@ def main() -> None:
     parser.add_argument("--ways", default="", help="ways, with a slash between")
     parser.add_argument("--budget", default="5%,1%,20%", help="budgets, with commas between")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--write", action="store_true", help="run nothing, write what is there")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="run nothing; write what is there, beside what is on record",
+    )
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     every, budgets = scenarios(given.data), given.budget.split(",")
@@ -224,7 +228,17 @@ def main() -> None:
                     trained(scenario, way, budget, given.seeds)
     if given.write:
         rows = [row for b in budgets for s in every for way in WAYS for row in rows_of(s, way, b)]
+        rows = beside(json.loads((RESULTS / "coverage.json").read_text())["rows"], rows)
         write("coverage.json", rows, [line for row in rows for line in figures_of(row)])
+
+
+def beside(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """What is on record already, and what is there now in its place."""
+
+    def by_name(rows: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
+        return {(row["scenario"], row["budget"], row["method"]): row for row in rows}
+
+    return [*{**by_name(old), **by_name(new)}.values()]
 
 
 def figures_of(row: Row) -> Iterator[Row]:

@@ -55,7 +55,8 @@ from prism_select.demo import world
 from prism_select.demo.train import encode, make_tokenizer
 from prism_select.directions.cross_validation import direction_coefficients
 from prism_select.directions.curvature import diagonal, ekfac
-from prism_select.directions.from_pairs import direction_by_products, products_of
+from prism_select.directions.from_pairs import products_of
+from prism_select.directions.pair_directions import direction_by_products
 from prism_select.directions.pair_encoding import EncodedPairs, as_side
 from prism_select.directions.way import way_of
 from prism_select.models.causal_lm import CausalLM

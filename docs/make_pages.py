@@ -268,7 +268,7 @@ def needs(name: str, layers: str) -> list[tuple[float, float]]:
     from peft import LoraConfig
 
     from prism_select.models.causal_lm import CausalLM
-    from prism_select.models.layer_selection import select_parameters
+    from prism_select.models.layer_selection import is_large, select_parameters
     from prism_select.models.without_weights import network_of, with_adapter_shapes
     from prism_select.scoring.model_plan import RANK, run_bytes, scoring_along, weight_bytes
 
@@ -279,7 +279,8 @@ def needs(name: str, layers: str) -> list[tuple[float, float]]:
         network = with_adapter_shapes(network, lora)
     model, weights = CausalLM(network), select_parameters(network, layers)
     shape = config.tokens_on("cuda", model.size) // ROW, ROW
-    full, low = (scoring_along(model, weights, shape, rank) for rank in (None, RANK))
+    full = scoring_along(model, weights, shape, None, 1 if is_large(weights) else 2)
+    low = scoring_along(model, weights, shape, RANK)
     runs = run_bytes(weights, full, low), run_bytes(weights, full)
     sizes = [weight_bytes(network, bits) for bits in (16, 8, 4)]
     totals = [((size + runs[0]) / 1e9, (size + runs[1]) / 1e9) for size in sizes]

@@ -20,7 +20,7 @@ import prism_select
 from prism_select.commands import group_scoring, pipeline
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
-from prism_select.directions import from_pairs
+from prism_select.directions import pair_directions
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.pair_clusters import clusters_of
 from prism_select.directions.way import way_of
@@ -193,11 +193,11 @@ def test_groups_are_the_planted_kinds_and_the_run_says_so(covered: prism_select.
     assert scored.sum() == coverage["rows"] >= 64 and scored[taken].all()
 
 
-@pytest.mark.parametrize(("rank", "off"), [(64, 1e-5), (from_pairs.GROUP_RANK, 0.01)])
+@pytest.mark.parametrize(("rank", "off"), [(64, 1e-5), (pair_directions.GROUP_RANK, 0.01)])
 def test_scores_along_groups_are_those_of_named_targets_and_so_is_the_choice(
     rank: int, off: float, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(from_pairs, "GROUP_RANK", rank)
+    monkeypatch.setattr(pair_directions, "GROUP_RANK", rank)
     two = select(planted, tmp_path / "two", groups="auto", budget="25%")
     kind = {
         p["kind"]: g

@@ -32,11 +32,8 @@ from prism_select.data.targets import read_target
 from prism_select.demo.story import MODEL
 from prism_select.demo.world import DEMO_SKILL, mixture, pairs, pool
 from prism_select.directions import preconditioning
-from prism_select.directions.from_pairs import (
-    direction_by_products,
-    directions_from_pairs,
-    products_of,
-)
+from prism_select.directions.from_pairs import directions_from_pairs, products_of
+from prism_select.directions.pair_directions import direction_by_products
 from prism_select.directions.pair_encoding import as_side, encode_sides
 from prism_select.directions.way import way_of
 from prism_select.evaluation import controls, past_run, retraining

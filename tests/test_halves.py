@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import jsonl
+import torch
+from conftest import jsonl, prism
+from safetensors.torch import load_file
 
 import prism_select
 from prism_select.commands import steps
 from prism_select.core.engines import ENGINES
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
+from prism_select.models import layer_selection
 from prism_select.run.errors import Unreachable
 from prism_select.scoring import engine_choice
 from prism_select.scoring.shards import score_pool
@@ -136,3 +139,68 @@ def test_the_sample_follows_the_pool(scored: int, size: int) -> None:
     is_scored = np.arange(scored + 10) >= 10
     mask = half_columns.sampled_rows(is_scored, 0)
     assert mask.sum() == size and not mask[:10].any()
+
+
+# ---------------------------------------------------------------- a direction of all numbers
+
+
+def large(files: Mapping[str, str], out: Path, **options: Any) -> prism_select.Run:
+    given: dict[str, Any] = {**files, "budget": "10%", "max_bad": "5%", "rank": "full", **options}
+    return prism_select.select(**given, out=out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("common", ["keep", "remove"])
+def test_a_direction_large_beside_the_model_is_one_sum(
+    common: str,
+    dtype: str,
+    files: Mapping[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"common": common, "dtype": dtype, "engine": "reverse", "groups": 1}
+    small = large(files, tmp_path / "small", halves=True, **options)
+    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    with_halves = large(files, tmp_path / "halves", halves=True, **options)
+    run = large(files, tmp_path / "run", **options)
+    saved, of_small = (load_file(folder.path / "direction.safetensors") for folder in (run, small))
+    assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
+    assert len(saved) * 2 == len(of_small)
+    table, expected, found = (columns(each) for each in (run, small, with_halves))
+    scored = np.isfinite(expected["score"])
+    off = {"float32": 1e-4, "bfloat16": 0.03}[dtype]
+
+    def near(a: Any, b: Any) -> bool:
+        return bool(np.linalg.norm((a - b)[scored]) < off * np.linalg.norm(b[scored]))
+
+    for name in ("score", "score_chosen", "score_rejected"):
+        assert near(found[name], expected[name]), name
+    assert near(table["score"], expected["score"])
+    assert np.isnan(table["score_chosen"].astype(float)).all()
+    assert any("--halves takes it" in warning for warning in run.manifest["warnings"])
+    again = large(
+        {n: f for n, f in files.items() if n != "target"},
+        tmp_path / "again",
+        direction=str(run.path / "direction.safetensors"),
+        **{name: value for name, value in options.items() if name != "common"},
+    )
+    assert (columns(again)["score"][scored] == table["score"][scored]).all()
+    assert prism("report", run.path).code == 0
+
+
+def test_a_cascade_has_halves_of_a_large_direction(
+    files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    run = large(files, tmp_path / "run", cascade=True, groups=1)
+    assert np.isfinite(columns(run)["score_chosen"]).sum() >= 11
+
+
+def test_pairs_that_a_large_direction_serves_in_groups_are_helped(
+    files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = large(files, tmp_path / "small", groups=2)
+    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    run = large(files, tmp_path / "run", groups=2)
+    assert (columns(run)["verdict"] == columns(expected)["verdict"]).all()
+    assert "hardly_helped" in run.manifest["choice"]["coverage"]

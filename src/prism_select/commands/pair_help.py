@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prism_select.core.gradients import add_gradients, differentiable, zero_sum
+from prism_select.core.gradients import adding_gradients, zero_sum
 from prism_select.core.layers import Factored, Parameters
 from prism_select.core.likelihood import backward
 from prism_select.data.encoding import Encoded
@@ -60,10 +60,9 @@ def mean_gradient(
         (low,) = low_rank_directions(model, weights, side, tokens, rank)
         return low
     total = zero_sum(weights)
-    with differentiable(weights):
+    with adding_gradients(total, weights):
         for batch in side.batches:
             backward(model, batch, torch.ones(len(batch), device=model.device))
-            add_gradients(total, weights)
     return {name: value / len(rows) for name, value in total.items()}
 
 

@@ -34,7 +34,6 @@ from prism_select.commands.steps import (
     export_adapter,
     find_directions,
     group_job,
-    half_job,
     load_checkpoint,
     make_scorer,
     plan_run,
@@ -42,6 +41,7 @@ from prism_select.commands.steps import (
     score_cascade,
     score_half,
     scoring_job,
+    with_halves,
     with_pair_help,
 )
 from prism_select.data.batches import collate
@@ -121,10 +121,8 @@ def run_main(
         if directions.of_groups and isinstance(config, SelectConfig):
             along = group_job(config, job, directions, loaded)
             scores = score_along_groups(config, store, along, scores, worker_of, progress)
-    if directions.half:
-        half = half_job(job, directions.half)
-        take = timer.timed("score", partial(score_half, config, store, half, worker_of, progress))
-        scores = replace(scores, halves_of=take)
+    take = timer.timed("score", partial(score_half, config, store, worker_of, progress))
+    scores = with_halves(scores, job, directions, take)
     say_counts(config, scores, progress)
 
     with timer.step("choose"):

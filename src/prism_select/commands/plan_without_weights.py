@@ -18,11 +18,12 @@ from prism_select.commands.read_inputs import encode_sample
 from prism_select.core.layers import Parameters
 from prism_select.data.records import Example
 from prism_select.data.remote import local
-from prism_select.directions.from_pairs import RANK, starting_rank
+from prism_select.directions.from_pairs import starting_rank
+from prism_select.directions.pair_directions import RANK
 from prism_select.directions.saved import of_another_model
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.devices import bytes_by_device
-from prism_select.models.layer_selection import select_parameters
+from prism_select.models.layer_selection import is_large, select_parameters
 from prism_select.models.loading import encoder_of, longest_row
 from prism_select.models.placement import free_memory, place, scoring_share
 from prism_select.models.quantised import quantised_entry
@@ -53,13 +54,15 @@ def plan_without_weights(
     network, and what reading the pool raises."""
     progress.say(f"no weights in {config.model}: planned from its config.json")
     model, tokenizer = shapes_of(config, config.layers)
-    weights, count = _selected(config, inputs, model)
+    weights, targets, halves = _selected(config, inputs, model)
     lengths, rows, counted_by = _lengths(config, inputs, model, tokenizer)
     tokens = round(sum(lengths) / len(lengths) * rows)
     batch_tokens = config.tokens_on("cpu" if config.device == "cpu" else "cuda", model.size)
     shape, is_low = _batch_shape(batch_tokens, max(lengths)), starting_rank(config, weights)
     rank = is_low or RANK
-    full, low = (scoring_along(model, weights, shape, r, count) for r in (None, rank))
+    has_halves = not is_large(weights) or config.halves or config.cascade
+    full = scoring_along(model, weights, shape, None, targets + halves * has_halves)
+    low = scoring_along(model, weights, shape, rank, targets + halves)
     ways = {"full": full, f"rank {rank}": low}
     size, taken = weight_bytes(model.network), low if is_low else full
     of_run = run_bytes(weights, full, low if is_low else None, len(inputs.targets), rank)
@@ -107,12 +110,15 @@ def _batch_shape(tokens: int, longest: int) -> tuple[int, int]:
     return rows, max(longest, tokens // rows)
 
 
-def _selected(config: ScoreConfig, inputs: RunInputs, model: CausalLM) -> tuple[Parameters, int]:
-    """The selected parameters, and the number of directions: targets and their chosen halves."""
+def _selected(
+    config: ScoreConfig, inputs: RunInputs, model: CausalLM
+) -> tuple[Parameters, int, int]:
+    """The selected parameters, and the number of directions, of targets and of chosen halves; of a
+    saved direction, those of its file together."""
     if not config.direction:
         targets = len(inputs.targets)
         halves = targets if config.combine == "max" else 1
-        return select_parameters(model.network, config.layers), targets + halves
+        return select_parameters(model.network, config.layers), targets, halves
     shapes = tensor_shapes(local(config.direction))
     parameters = dict(model.network.named_parameters())
     names = {key.rpartition("/")[2] for key in shapes}
@@ -121,7 +127,7 @@ def _selected(config: ScoreConfig, inputs: RunInputs, model: CausalLM) -> tuple[
         if name not in parameters or parameters[name].shape != shape:
             raise of_another_model(config.direction, name)
     labels = {key.rpartition("/")[0] for key in shapes}
-    return {name: p for name, p in parameters.items() if name in names}, len(labels)
+    return {name: p for name, p in parameters.items() if name in names}, len(labels), 0
 
 
 def _lengths(

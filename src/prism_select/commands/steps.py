@@ -36,6 +36,7 @@ from prism_select.directions.from_pairs import directions_from_pairs
 from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.lora import save_adapter
 from prism_select.directions.low_rank import beside, on_cpu, stored_numbers
+from prism_select.directions.pair_directions import RANK
 from prism_select.directions.preconditioning import (
     CurvatureFacts,
     fit_curvature,
@@ -45,6 +46,7 @@ from prism_select.directions.preconditioning import (
 from prism_select.directions.saved import load_direction, save_direction
 from prism_select.directions.way import with_way
 from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import is_large
 from prism_select.models.loading import LoadedModel, load_model
 from prism_select.models.lora_training import (
     ADAPTER,
@@ -94,7 +96,6 @@ __all__ = [
     "export_adapter",
     "find_directions",
     "group_job",
-    "half_job",
     "load_checkpoint",
     "make_scorer",
     "plan_run",
@@ -102,6 +103,7 @@ __all__ = [
     "score_cascade",
     "score_half",
     "scoring_job",
+    "with_halves",
     "with_pair_help",
 ]
 
@@ -463,12 +465,27 @@ def score_along_groups(
     return replace(scores, groups=groups, group_seconds=time.perf_counter() - start)
 
 
+def with_halves(
+    scores: PoolScores,
+    job: ScoringJob,
+    directions: RunDirections,
+    score_some: Callable[[ScoringJob, NDArray[np.bool_]], HalfColumns],
+) -> PoolScores:
+    """With what scores some rows along the chosen half after the choice; none where there is no
+    half."""
+    if directions.half:
+        return replace(scores, halves_of=partial(score_some, half_job(job, directions.half)))
+    if job.layout.halves:
+        return scores
+    return replace(scores, halves_of=lambda rows: HalfColumns.of_no_rows())
+
+
 def score_half(
     config: ScoreConfig,
     store: Store,
-    job: ScoringJob,
     worker: Callable[[ScoringJob], tuple[Scorer | ActorPool, ProcessGroup]],
     progress: Progress,
+    job: ScoringJob,
     mask: NDArray[np.bool_],
 ) -> HalfColumns:
     """Of some rows. `job` is along the chosen half."""
@@ -526,7 +543,7 @@ def with_pair_help(
     if chosen.larger is not None:
         choices["hardly_helped_by_twice"] = chosen.larger
     rows = [drawn_rows(inputs.pool, each, loaded, config.seed) for each in choices.values()]
-    rank = full.rank if full else None
+    rank = full.rank if full else RANK if is_large(weights) else None
     along = [mean_gradient(config, loaded, weights, some, rank) for some in rows]
     engine = make_engine(plain, job.engine, loaded.model, weights, along)
     help_of = pair_help(loaded, engine, pairs)

@@ -14,7 +14,8 @@ core/check.py proves the others against `reference`, in each run on the user's o
 Choices made here:
 - every engine scores several directions at once;
 - directions are scaled to unit length before they meet the model's dtype, and scores back after, so
-  nothing under- or overflows;
+  nothing under- or overflows; `reverse` and `forward` take those as they are that are in the
+  model's dtype and of a length below `SAFE` and above 1 / `SAFE`;
 - dot products add up in float64; directions are where their parameters are, sums where the tokens
   are;
 - a parameter that a direction lacks stays where it is;
@@ -54,6 +55,7 @@ from prism_select.run.errors import BadOption, Unreachable
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
 
 
+SAFE = 2.0**30
 STEP_ROWS, STEP_POWERS = 8, range(-8, 4)  # of 4: what `difference` tries
 
 
@@ -96,7 +98,7 @@ def reverse(model: LanguageModel, weights: Parameters, directions: Sequence[Fact
     Raises Unreachable for a parameter whose module is not called, has no derivative, or mixes its
     examples."""
     holders = owners(model.network, weights)
-    unit, lengths = _unit(weights, directions)
+    unit, lengths = _near_unit(weights, directions)
     moved_by = {name: [k for k, d in enumerate(unit) if name in d] for name in weights}
     flats, joined = _flat_directions(unit, moved_by), join_factors(holders, unit)
 
@@ -151,6 +153,21 @@ def _unit(
     return unit, lengths
 
 
+def _near_unit(
+    weights: Parameters, directions: Sequence[Factored]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """As `_unit`, but directions in full that are in the dtype of the parameters and of a length
+    that it can hold stay as they are: there may be no room for a copy."""
+    is_ready = all(
+        isinstance(value, Tensor) and value.dtype == weights[name].dtype != torch.float16
+        for direction in directions
+        for name, value in direction.items()
+    )
+    if is_ready and all(1 / SAFE < norm(direction) < SAFE for direction in directions):
+        return [dict(direction) for direction in directions], [1.0] * len(directions)
+    return _unit(weights, directions)
+
+
 def _flat_directions(
     unit: Sequence[Factored], moved_by: Mapping[str, Sequence[int]]
 ) -> Mapping[str, Sequence[Tensor]]:
@@ -167,7 +184,7 @@ def _flat_directions(
 def forward(model: LanguageModel, weights: Parameters, directions: Sequence[Factored]) -> Engine:
     """Raises Unreachable where an operation of the model has no forward-mode derivative."""
     holders = owners(model.network, weights)
-    unit, lengths = _unit(weights, directions)
+    unit, lengths = _near_unit(weights, directions)
 
     def along(batch: Batch, direction: Factored) -> Float[Tensor, "2 batch context"]:
         """Token log-likelihoods, and their derivatives along the direction."""

@@ -5,13 +5,17 @@
 
 Choices made here:
 - a gradient, a direction, and a step are all one type: a tensor for each parameter, by its name;
-- gradients add up in float32 or better, whatever the model's dtype;
+- gradients add up in float32 or better, whatever the model's dtype; a sum that is asked for in
+  bfloat16 is rounded up or down by chance, so that what many small gradients add is right on
+  average;
+- each parameter forgets its gradient as soon as it is added, so no more than one is held;
 - inner products add up in float64.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +23,7 @@ from torch import Tensor
 from prism_select.core.layers import Direction, Factored, Factors, Parameters
 
 __all__ = [
-    "add_gradients",
+    "adding_gradients",
     "differentiable",
     "dot",
     "minus",
@@ -54,15 +58,50 @@ def take_gradients(weights: Parameters) -> Iterator[tuple[str, Tensor]]:
             yield name, gradient
 
 
-def zero_sum(weights: Parameters) -> dict[str, Tensor]:
-    """A sum of no gradients yet."""
-    return {name: torch.zeros_like(w, dtype=wide_dtype(w)) for name, w in weights.items()}
+def zero_sum(weights: Parameters, bfloat16: bool = False) -> dict[str, Tensor]:
+    """A sum of no gradients yet. With `bfloat16` it is in that dtype where the parameter is."""
+    return {
+        name: torch.zeros(
+            w.shape,
+            dtype=w.dtype if bfloat16 and w.dtype == torch.bfloat16 else wide_dtype(w),
+            device=w.device,
+        )
+        for name, w in weights.items()
+    }
 
 
-def add_gradients(total: dict[str, Tensor], weights: Parameters) -> None:
-    """Moves the gradients of `weights` into a sum that started as `zero_sum`."""
-    for name, gradient in take_gradients(weights):
-        total[name] += gradient.to(total[name].dtype)
+@contextmanager
+def adding_gradients(total: Mapping[str, Tensor], weights: Parameters) -> Iterator[None]:
+    """Within it the parameters ask for gradients, and backward passes add them to a sum that
+    started as `zero_sum`."""
+    draws = dict[torch.device, torch.Generator]()
+
+    def add(name: str, weight: Tensor) -> None:
+        gradient, weight.grad, own = weight.grad, None, total[name]
+        assert gradient is not None
+        if own.dtype == torch.bfloat16:
+            draw = draws.setdefault(own.device, torch.Generator(own.device).manual_seed(0))
+            _add_rounded(own, gradient, draw)
+        else:
+            own += gradient.to(own.dtype)
+
+    with differentiable(weights), ExitStack() as hooks:
+        for name, weight in weights.items():
+            hook = weight.register_post_accumulate_grad_hook(partial(add, name))
+            hooks.callback(hook.remove)
+        yield
+
+
+def _add_rounded(total: Tensor, gradient: Tensor, draw: torch.Generator) -> None:
+    """A float32 is a bfloat16 and sixteen bits more: chance added to these carries as often as they
+    are near to the next bfloat16."""
+    parts = zip(total.view(-1).split(PIECE), gradient.reshape(-1).split(PIECE), strict=True)
+    for part, added in parts:
+        bits = (part.float() + added.float()).view(torch.int32)
+        bits += torch.randint(
+            2**16, bits.shape, generator=draw, dtype=torch.int32, device=bits.device
+        )
+        part.copy_((bits & -(2**16)).view(torch.float32))
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

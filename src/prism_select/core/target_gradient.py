@@ -20,11 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gains import Slopes, slopes
-from prism_select.core.gradients import add_gradients, differentiable, minus, zero_sum
+from prism_select.core.gradients import adding_gradients, minus, zero_sum
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 
-__all__ = ["Side", "Target", "pair_logliks", "target_gradient", "weighted_gradient"]
+__all__ = [
+    "Side",
+    "Target",
+    "add_answers",
+    "pair_logliks",
+    "target_gradient",
+    "weighted_gradient",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +110,21 @@ def weighted_gradient(
     """The halves for any weights of the two answers, which are slopes by the mean log-likelihood of
     a token."""
     halves = zero_sum(weights), zero_sum(weights)
-    with differentiable(weights):
-        for side, weight, total in zip(sides, slope, halves, strict=True):
-            if not weight.any():
-                continue
-            mean_weight = weight / len(weight)
-            for batch, pairs in side:
-                scale = mean_weight[pairs].to(batch.tokens.device) / batch.counts
-                backward(model, batch, scale)
-                add_gradients(total, weights)
+    for side, weight, total in zip(sides, slope, halves, strict=True):
+        add_answers(total, model, weights, side, weight / len(weight))
     return Target(halves[0], halves[1], *logliks, slope.chosen)
+
+
+def add_answers(
+    total: Direction,
+    model: LanguageModel,
+    weights: Parameters,
+    side: Side,
+    coefficients: Float[Tensor, " pairs"],
+) -> None:
+    """Adds Σ_q coefficient_q ∇mean_loglik(answer of q) to a sum that started as `zero_sum`."""
+    with adding_gradients(total, weights):
+        for batch, pairs in side:
+            scales = coefficients[pairs].to(batch.tokens.device)
+            if scales.any():
+                backward(model, batch, scales / batch.counts)

@@ -39,8 +39,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PairDiagnosis:
-    """Some pairs, their gradient (without its halves where directions are of low rank from the
-    start), how far they agree on it, and how it ranks those of them that are held out.
+    """Some pairs, their log-likelihoods (a `target` without its gradient), how far they agree on
+    the direction, and how it ranks those of them that are held out.
     `truncated_chosen` and `truncated_rejected` say which answers lost their end to --max-length."""
 
     pairs: Sequence[Pair]

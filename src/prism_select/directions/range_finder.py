@@ -29,12 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prism_select.core.gradients import (
-    add_gradients,
-    differentiable,
-    wide_dtype,
-    zero_sum,
-)
+from prism_select.core.gradients import wide_dtype, zero_sum
 from prism_select.core.layers import (
     Factored,
     Factors,
@@ -47,7 +42,7 @@ from prism_select.core.layers import (
     watching,
 )
 from prism_select.core.likelihood import LanguageModel, backward
-from prism_select.core.target_gradient import Side
+from prism_select.core.target_gradient import Side, add_answers
 from prism_select.directions.answer_products import (
     Piece,
     answer_factors,
@@ -204,14 +199,8 @@ class RangeFinder:
         """Of the parameters that hooks do not follow, along one direction."""
         some = dict[str, Any](self.of(self.lost))
         total = zero_sum(some)
-        if not some:
-            return total
-        with differentiable(some):
-            for batch, answers in self.side:
-                scales = self.coefficients[number, answers]
-                if scales.any():
-                    backward(self.model, batch, scales.to(batch.tokens.device) / batch.counts)
-                    add_gradients(total, some)
+        if some:
+            add_answers(total, self.model, some, self.side, self.coefficients[number])
         return total
 
 

@@ -4,7 +4,8 @@
         no label             the direction of the only target
         PARAMETER:left       of low rank: the matrix is left @ right
         target:NAME          that of one of several targets
-        chosen               the half C; chosen:NAME where the best target counts
+        chosen               the half C, where the run has it; chosen:NAME where the best target
+                             counts
     metadata `towards`       the answers of the target file that the direction points to, and
                              whether it was taken after a warm-up
 
@@ -15,6 +16,7 @@ Choices made here:
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,8 +43,9 @@ WARMED = ", after a warm-up"
 def labels_of(layout: DirectionLayout) -> list[str]:
     """A label for each direction that is saved, in the order of the layout."""
     scores = [f"target:{name}" if name else "" for name in layout.targets]
-    halves = [f"chosen:{name}" for name in layout.targets] if layout.best else ["chosen"]
-    return scores + halves
+    if not layout.halves:
+        return scores
+    return scores + ([f"chosen:{name}" for name in layout.targets] if layout.best else ["chosen"])
 
 
 def save_direction(store: Store, config: ScoreConfig, direction_set: DirectionSet) -> None:
@@ -129,10 +132,10 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     for key, value in read_saved(file, toward, warmed).items():
         label, _, name = key.rpartition("/")
         by_label.setdefault(label, {})[name] = value
-    targets = [
-        label.removeprefix("target:") for label in by_label if not label.startswith("chosen")
-    ]
-    layout = DirectionLayout(targets=targets, best="chosen" not in by_label)
+    halves = [label for label in by_label if label.startswith("chosen")]
+    targets = [label.removeprefix("target:") for label in by_label if label not in halves]
+    is_best = bool(halves) and halves != ["chosen"]
+    layout = DirectionLayout(targets=targets, best=is_best, halves=bool(halves))
     directions = [with_factors(by_label.get(label, {})) for label in labels_of(layout)]
     parameters = dict(model.network.named_parameters())
     names = [name for name in parameters if directions and name in directions[0]]
@@ -148,7 +151,7 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     ordered = [{name: direction[name] for name in names} for direction in directions]
     moved = beside(ordered, parameters)
     lengths = [norm(direction) for direction in moved[: len(targets)]]
-    layout = DirectionLayout(targets=targets, lengths=lengths, best=layout.best)
+    layout = replace(layout, lengths=lengths)
     return DirectionSet({name: parameters[name] for name in names}, moved, layout, {})
 
 

@@ -44,7 +44,8 @@ from prism_select.data.records import Pair
 from prism_select.directions.answer_products import AnswerProducts
 from prism_select.directions.cross_validation import direction_coefficients
 from prism_select.directions.direction_set import mean_direction
-from prism_select.directions.from_pairs import direction_by_products, products_of
+from prism_select.directions.from_pairs import products_of
+from prism_select.directions.pair_directions import direction_by_products
 from prism_select.directions.pair_encoding import EncodedPairs, encode_sides
 from prism_select.directions.preconditioning import fit_curvature
 from prism_select.directions.way import Way, way_of

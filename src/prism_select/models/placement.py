@@ -10,7 +10,8 @@ Choices made here:
 - accelerate fills the GPUs evenly, in the order of the layers, then the host; it splits no block;
 - `BESIDE` is what the plan of an 8-billion-parameter model says (rank 64, the usual batch: 27 GB of
   which weights are 16); larger models need less, and smaller ones fit a device anyway;
-- `FULL` is C, R and C − R in float32, and two directions in the dtype, as model_plan.py has it;
+- `FULL` is C and R in float32, and two directions in the dtype, as model_plan.py has it; of a
+  large selection the one direction in the dtype;
 - nothing waits on disk;
 - each process of torchrun takes as many GPUs as the others on its machine, the first ones first.
 """
@@ -24,7 +25,7 @@ from torch import nn
 
 from prism_select.core.blocks import stack_of
 from prism_select.models.devices import bytes_by_device
-from prism_select.models.layer_selection import select_parameters
+from prism_select.models.layer_selection import is_large, select_parameters
 from prism_select.models.quantised import packed_matrices
 from prism_select.run.config import BESIDE_PAIRS, ModelOptions
 from prism_select.run.errors import BadModel, BadOption
@@ -37,7 +38,7 @@ DeviceMap: TypeAlias = Mapping[str, torch.device]
 Memory: TypeAlias = Mapping[torch.device, int]
 """Free bytes of devices, the host last."""
 
-BESIDE, FULL = 0.7, 16
+BESIDE, FULL = 0.7, 12
 HOST = torch.device("cpu")
 
 
@@ -75,11 +76,15 @@ def scoring_share(network: nn.Module, config: ModelOptions, layers: str) -> floa
     sizes = sum(bytes_by_device(network).values())
     parameters = [*network.parameters()]
     beside = BESIDE * sum(p.numel() * p.element_size() for p in parameters)
-    in_full = getattr(config, "rank", "") == "full"
-    in_full |= getattr(config, "curvature", "") in BESIDE_PAIRS
+    is_curved = getattr(config, "curvature", "") in BESIDE_PAIRS
+    in_full = is_curved or getattr(config, "rank", "") == "full"
     if in_full and layers != "adapter":  # which is small, and not there yet
         selected = select_parameters(network, layers)
-        beside += FULL * sum(weight.numel() for weight in selected.values())
+        is_single = is_large(selected) and not is_curved
+        beside += sum(
+            weight.numel() * (weight.element_size() if is_single else FULL)
+            for weight in selected.values()
+        )
     return sizes / (sizes + beside)
 
 

@@ -3,8 +3,9 @@
     weights      numbers · bytes of the dtype; a matrix in 8 bits: 1 byte each + 4 for each row,
                  in 4 bits: 1/2 byte each + 4 for each 64
     scoring      weights + directions, each number in the dtype + a batch: its graph and the rest
-    run          in full: scoring + C, R and C − R of the pairs, each number of the selected in
-                 float32; of low rank: weights + directions + a batch + what the range finder holds
+    run          in full: scoring + C and C − R of the pairs, each number of the selected in
+                 float32; above `IN_FULL` numbers: weights + C − R in the dtype + a batch; of low
+                 rank: weights + directions + a batch + what the range finder holds
     operations   of matrix products: forward, backward, and what the directions add
 
 Choices made here:
@@ -30,10 +31,10 @@ from prism_select.core.engines import reverse
 from prism_select.core.layers import Factored, Factors, Parameters, owners
 from prism_select.core.likelihood import Batch
 from prism_select.directions.answer_products import by_kind
-from prism_select.directions.from_pairs import RANK
+from prism_select.directions.pair_directions import RANK
 from prism_select.directions.range_finder import MORE
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import adapter_names
+from prism_select.models.layer_selection import adapter_names, is_large
 from prism_select.models.quantised import packed_bytes, packed_matrices
 from prism_select.run.errors import BadModel
 from prism_select.scoring.cost_plan import Plan
@@ -71,18 +72,19 @@ class ModelPlan(Plan):
 
 @dataclass(frozen=True)
 class Scoring:
-    """Beside the weights: `numbers` of all directions, their bytes in the dtype, those of one batch
-    at the highest, and operations for each of its tokens."""
+    """Beside the weights: `numbers` of all directions, their bytes in the dtype and as they arrive,
+    before there is a batch; those of one batch at the highest, and operations for each of its
+    tokens."""
 
     numbers: int
     direction_bytes: int
+    arriving_bytes: int
     batch_bytes: int
     operations: float
 
     @property
     def bytes(self) -> int:
-        """Directions arrive in float32, before there is a batch."""
-        return self.direction_bytes + max(self.batch_bytes, 4 * self.numbers)
+        return self.direction_bytes + max(self.batch_bytes, self.arriving_bytes)
 
     @property
     def seconds_per_million(self) -> float:
@@ -118,8 +120,9 @@ def scoring_along(
     directions = [_direction(model.network, weights, rank)] * count
     numbers = count * _numbers(directions[0])
     own = numbers * next(iter(weights.values())).element_size()
+    arriving = 0 if rank is None and is_large(weights) else 4 * numbers  # in float32, and a copy
     peak, operations = _Trial(model, weights, directions, shape).of_all_blocks()
-    return Scoring(numbers, own, peak - own, operations / (shape[0] * shape[1]))
+    return Scoring(numbers, own, arriving, peak - own, operations / (shape[0] * shape[1]))
 
 
 def run_bytes(
@@ -135,23 +138,25 @@ def run_bytes(
     if low:
         sketches = 4 * low.numbers * (rank + MORE) / rank
         return round(low.direction_bytes + low.batch_bytes + sketches)
-    held = 4 * numbers_of(weights) * (3 * targets + 2 * (targets > 1) or 2)
-    return held + full.direction_bytes + full.batch_bytes
+    if is_large(weights):
+        return full.direction_bytes + full.batch_bytes
+    held = 4 * numbers_of(weights) * (2 * targets + (targets > 1) or 2)
+    is_copied = full.direction_bytes < 4 * full.numbers  # into the dtype of the model
+    return held + full.direction_bytes * is_copied + full.batch_bytes
 
 
 def _direction(network: nn.Module, weights: Parameters, rank: int | None) -> Factored:
-    """As range_finder.py shapes it, in float32."""
+    """As range_finder.py shapes it, in a dtype of which the engine makes its own copy."""
     matrices, _ = by_kind(owners(network, weights))
 
     def of(name: str, weight: Tensor) -> Tensor | Factors:
         if rank is None or name not in matrices or min(weight.shape) <= rank:
-            return torch.empty(weight.shape, device="meta")
+            return torch.empty(weight.shape, dtype=torch.float64, device="meta")
         rows, columns = weight.shape
-        left, right = (
-            torch.empty(rows, rank, device="meta"),
-            torch.empty(rank, columns, device="meta"),
+        return Factors(
+            torch.empty(rows, rank, dtype=torch.float64, device="meta"),
+            torch.empty(rank, columns, dtype=torch.float64, device="meta"),
         )
-        return Factors(left, right)
 
     return {name: of(name, weight) for name, weight in weights.items()}
 

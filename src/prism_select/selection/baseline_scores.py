@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_select.core.engines import ENGINES
-from prism_select.core.gradients import add_gradients, differentiable, minus, norm, zero_sum
+from prism_select.core.gradients import adding_gradients, minus, norm, zero_sum
 from prism_select.core.layers import Direction, Parameters
 from prism_select.core.likelihood import Batch, LanguageModel, backward, mean_logliks
 from prism_select.core.target_gradient import target_gradient
@@ -296,7 +296,7 @@ def concept_influence(material: Material) -> Direction:
     """
     layers, total = layers_of(material.model.network), zero_sum(material.weights)
     chosen = material.pairs.chosen
-    with differentiable(material.weights):
+    with adding_gradients(total, material.weights):
         first = answer_states(material.model, collate(chosen[:1], material.device), layers)
         reached = [layer for layer, mean in enumerate(first) if mean.requires_grad]
         if not reached:
@@ -308,7 +308,6 @@ def concept_influence(material: Material) -> Direction:
         for _, batch in material.batches(chosen):
             (mean,) = answer_states(material.model, batch, [layers[concept.layer]])
             (mean @ vector.to(mean)).sum().backward()
-            add_gradients(total, material.weights)
     return {name: value / len(chosen) for name, value in total.items()}
 
 
@@ -342,8 +341,7 @@ def contrast(material: Material) -> Direction:
 def _mean_gradient(material: Material, rows: Sequence[Encoded]) -> Direction:
     """Mean ∇loglik, added up in float32 or better."""
     total = zero_sum(material.weights)
-    with differentiable(material.weights):
+    with adding_gradients(total, material.weights):
         for indices, batch in material.batches(rows):
             backward(material.model, batch, torch.ones(len(indices), device=material.device))
-            add_gradients(total, material.weights)
     return {name: value / len(rows) for name, value in total.items()}

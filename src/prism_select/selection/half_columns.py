@@ -34,6 +34,10 @@ class HalfColumns:
     rows: NDArray[np.int64]
     chosen: NDArray[np.float64]
 
+    @classmethod
+    def of_no_rows(cls) -> "HalfColumns":
+        return cls(np.empty(0, dtype=np.int64), np.empty(0))
+
     def among(self, sample: NDArray[np.bool_]) -> NDArray[np.float32]:
         """For each row of the pool; NaN beside the sample."""
         column, inside = np.full(len(sample), np.nan, dtype=np.float32), sample[self.rows]
@@ -57,7 +61,8 @@ class HalfColumns:
 
 def halves_later(config: ScoreConfig, layout: DirectionLayout, rows: int) -> bool:
     """Whether rows of a pool are scored along the half after the choice, and few of them."""
-    return rows > SMALL and not (layout.best or config.halves or config.cascade)
+    at_once = layout.best or config.halves or config.cascade
+    return layout.halves and rows > SMALL and not at_once
 
 
 def sampled_rows(is_scored: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
