@@ -344,6 +344,13 @@ def test_a_mapped_column_that_is_not_there_is_named_with_one_that_is_near(desk: 
     assert "check --fields: completion=reply, perhaps" in said
     said = desk.refuses("no column 'zzz' for prompt", "--fields", "prompt=zzz", pool=pool)
     assert "prompt=its own column" in said
+    said = desk.refuses(
+        "no column 'q_txt' for prompt, no column 'replyy' for completion; the fields are",
+        "--fields",
+        "completion=replyy,prompt=q_txt",
+        pool=pool,
+    )
+    assert "check --fields: prompt=q_text,completion=reply, perhaps" in said
 
 
 def test_a_model_that_is_not_there_is_told_before_the_pool_is_read(desk: Desk) -> None:

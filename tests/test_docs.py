@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from prism_select.cli.app import app
+from prism_select.report.sections import SECTIONS
 from prism_select.run.folder import SHARD
+from prism_select.selection.baselines import BASELINES
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -81,6 +83,20 @@ def test_every_command_is_in_the_docs_and_the_readme() -> None:
 
 def test_every_column_of_the_scores_is_in_the_docs() -> None:
     assert all(f"`{name}`" in DOCS["output.md"] for name in {*SHARD.names, "verdict"} - {"reason"})
+
+
+def test_every_baseline_and_every_section_of_the_report_is_in_the_docs() -> None:
+    lacking = [name for name in BASELINES if f"`{name}`" not in DOCS["evaluate.md"]]
+    lacking += [each.title for each in SECTIONS if f"| {each.title} |" not in DOCS["report.md"]]
+    assert not lacking, f"not in the tables of docs/evaluate.md or docs/report.md: {lacking}"
+
+
+def test_files_that_the_page_for_contributors_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+/[\w.]*\.py)`", text)
+    places = (ROOT, ROOT / "src" / "prism_select")
+    assert len(named) > 25
+    assert not [name for name in named if not any((at / name).exists() for at in places)]
 
 
 def test_files_on_the_way_of_a_row_are_there() -> None:

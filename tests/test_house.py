@@ -8,6 +8,8 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Collection
+from typing import get_args
 
 import pytest
 
@@ -15,10 +17,9 @@ import prism_select
 from prism_select.core.engines import ENGINES
 from prism_select.core.gains import GAINS
 from prism_select.directions.curvature import CURVATURES
-from prism_select.run.config import SelectConfig
-from prism_select.run.config_evaluate import EvaluateConfig
+from prism_select.run.config import CountRanking, Ranking, SelectConfig
 from prism_select.run.options import options_of
-from prism_select.selection.baselines import BASELINES
+from prism_select.selection.baselines import BASELINES, COUNT_BASELINES
 
 MODULES = [
     module.name
@@ -82,10 +83,22 @@ def test_help_never_imports_torch() -> None:
     )
 
 
-def test_an_option_offers_exactly_the_names_that_are_registered() -> None:
+@pytest.mark.parametrize(
+    ("choices", "table", "where"),
+    [
+        (OPTIONS["engine"].choices, ("auto", *ENGINES), "the Literal of `engine`"),
+        (OPTIONS["weighting"].choices, GAINS, "the Literal of `weighting`"),
+        (OPTIONS["curvature"].choices, CURVATURES, "the Literal of `curvature`"),
+        (get_args(Ranking), BASELINES, "`Ranking`"),
+        (get_args(CountRanking), COUNT_BASELINES, "`CountRanking`"),
+    ],
+)
+def test_an_option_offers_exactly_the_names_that_are_registered(
+    choices: Collection[str], table: Collection[str], where: str
+) -> None:
+    differ = sorted({*choices} ^ {*table})
+    assert not differ, f"{', '.join(differ)}: not both in {where} (run/config.py) and in its table"
+
+
+def test_engines_are_offered_in_the_order_of_their_table() -> None:
     assert OPTIONS["engine"].choices == ["auto", *ENGINES]
-    assert sorted(OPTIONS["weighting"].choices) == sorted(GAINS)
-    assert sorted(OPTIONS["curvature"].choices) == sorted(CURVATURES)
-    assert sorted(OPTIONS["rank_by"].choices) == sorted(BASELINES)
-    against = next(option for option in options_of(EvaluateConfig) if option.name == "against")
-    assert all(name in against.help for name in BASELINES)

@@ -31,6 +31,7 @@ from prism_select.run.config_evaluate import REMOVALS, EvaluateConfig
 from prism_select.run.errors import BadOption
 from prism_select.run.folder import Run
 from prism_select.run.progress import Silent
+from prism_select.selection.baselines import BASELINES
 
 ROWS = 80
 
@@ -322,10 +323,29 @@ def test_the_curve_of_the_page_starts_with_all_rows_and_mutes_random_removal(run
         assert of_method == pytest.approx({0.0: 0.7, 0.05: 0.75, 0.2: 0.9})
     assert values_of(before["data"], spec)[0]["at"] == 0.8
     scale = line["encoding"]["color"]["scale"]
-    assert scale["domain"] == ["prism", "random"] and scale["range"][1] == "var(--other)"
+    assert scale["domain"] == ["prism", "random"] and scale["range"][1] == "var(--soft)"
     assert line["encoding"]["strokeDash"]["scale"]["range"] == [[1, 0], [6, 3]]
     assert "with all rows 0.700" in charts["removals-0"].text
     assert "prism 5% 0.750, 20% 0.900; random 5% 0.750" in charts["removals-0"].text
+
+
+def test_a_method_looks_the_same_in_every_chart_and_like_no_other(run: Path) -> None:
+    curve = made_curve({0.2: (0.01, 0.2)})
+    curve += [{**point, "method": name} for point in curve[1:2] for name in BASELINES]
+    write_evaluation(run, curve=curve)
+    looks: dict[str, set[str]] = {}
+    for chart in SECTION.fill(read_run_facts(str(run))).charts:
+        layers = chart.spec.get("layer", [chart.spec])
+        for encoding in (layer.get("encoding", {}) for layer in layers):
+            if encoding.get("color", {}).get("field") == "method":
+                scale = encoding["color"]["scale"]
+                for name, colour in zip(scale["domain"], scale["range"], strict=True):
+                    looks.setdefault(name, set()).add(colour)
+            if chart.name == "removals-0" and "strokeDash" in encoding:
+                ranges = (encoding[each]["scale"]["range"] for each in ("color", "strokeDash"))
+                drawn = [(colour, *dash) for colour, dash in zip(*ranges, strict=True)]
+    assert {len(colours) for colours in looks.values()} == {1}
+    assert {"prism", "random", *BASELINES} <= {*looks} and len(drawn) == len({*drawn})
 
 
 def values_of(data: dict[str, Any], spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -449,8 +449,8 @@ def test_the_page_answers_in_order_and_its_headings_do_not_skip(run: Path) -> No
     write_evaluation(run)
     text = page(run)
     sections = re.findall(r"<section id=\"(\w+)\"", text)
-    order = ["chosen", "coverage", "target", "spread", "examples", "layers", "helps", "made"]
-    assert sections == order
+    assert sections == [section.id for section in SECTIONS]
+    assert sections[:3] == ["chosen", "coverage", "target"] and sections[-2:] == ["helps", "made"]
     levels = [
         int(level)
         for level in re.findall(

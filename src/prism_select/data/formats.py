@@ -144,12 +144,12 @@ def detect_target(
     )
     missing = _missing(fields, mapping, ("prompt", "instruction", "question"))
     if format.name == "chosen+rejected" and missing and (spare := _unused(fields, mapping, format)):
-        name, what = missing
+        name = missing[0]
         advice = f"--fields {name}={mapping[name][0]},{name}={spare[0]},…"
         raise BadRow(
             file,
             line,
-            f"{what}; not used are {', '.join(spare)}",
+            f"{_no_columns(missing, mapping)}; not used are {', '.join(spare)}",
             f"name this file's own column as well: {advice}",
         )
     return format
@@ -184,12 +184,16 @@ def _detect(fields: Fields, formats: Iterable[str]) -> Format | None:
     return None
 
 
-def _missing(fields: Fields, mapping: Names, names: Iterable[str]) -> tuple[str, str] | None:
-    """The first of `names` that is mapped to columns of which this row has none, with a
-    message."""
+def _missing(fields: Fields, mapping: Names, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are mapped to columns of which this row has none."""
     present = columns_of(fields, mapping)
-    name = next((name for name in names if name in mapping and name not in present), None)
-    return (name, f"no column {' or '.join(map(repr, mapping[name]))} for {name}") if name else None
+    return [name for name in dict.fromkeys(names) if name in mapping and name not in present]
+
+
+def _no_columns(names: Iterable[str], mapping: Names) -> str:
+    return ", ".join(
+        f"no column {' or '.join(map(repr, mapping[name]))} for {name}" for name in names
+    )
 
 
 def _unknown(
@@ -197,12 +201,11 @@ def _unknown(
 ) -> NoReturn:
     columns = ", ".join(map(reprlib.repr, islice(fields, 12))) or "none"
     if missing := _missing(fields, mapping, "+".join(formats).split("+")):
-        name, what = missing
-        close = get_close_matches(mapping[name][0], fields, 1) or ["its own column"]
-        what, advice = (
-            f"{what}; the fields are {columns}",
-            f"check --fields: {name}={close[0]}, perhaps",
-        )
+        near = (get_close_matches(mapping[name][0], fields, 1) for name in missing)
+        close = [(found or ["its own column"])[0] for found in near]
+        instead = ",".join(f"{name}={column}" for name, column in zip(missing, close, strict=True))
+        what = f"{_no_columns(missing, mapping)}; the fields are {columns}"
+        advice = f"check --fields: {instead}, perhaps"
     else:
         what = f"no known format: the fields are {columns}; known are {', '.join(formats)}"
         advice = RENAME_ADVICE

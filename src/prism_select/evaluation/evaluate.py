@@ -15,13 +15,12 @@ Choices made here:
 - held-out pairs share no prompt with the target, nor do the questions of tasks;
 - which rows a method trains on stands in trainings.py, what is measured in retraining.py, and what
   other shares of removed rows give in removal_curve.py;
-- trainings of the same rows and settings are one training.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -62,7 +61,7 @@ from prism_select.evaluation.removal_curve import (
     removal_curve,
     removal_jobs,
 )
-from prism_select.evaluation.retraining import Retrainer, TrainedResult, TrainingJob, digest
+from prism_select.evaluation.retraining import Retrainer, TrainingJob, digest, distinct, train_all
 from prism_select.evaluation.training_results import PRICED, results_of, write_tables
 from prism_select.evaluation.trainings import (
     Rankings,
@@ -200,30 +199,6 @@ def say_plan(
             f"{count} trainings, {for_curve} of them for the curve over shares of removed rows "
             "(none with --removals off)"
         )
-
-
-def distinct(jobs: Sequence[TrainingJob]) -> dict[Any, TrainingJob]:
-    """The first job of all with the same rows and settings, by these."""
-    by_content = dict[Any, TrainingJob]()
-    for job in jobs:
-        by_content.setdefault(content_of(job), job)
-    return by_content
-
-
-def content_of(job: TrainingJob) -> tuple[Any, ...]:
-    return job.rows.tobytes(), job.settings
-
-
-def train_all(
-    retrainer: Retrainer, jobs: Sequence[TrainingJob], progress: Progress
-) -> list[TrainedResult]:
-    """The result of each job; jobs of the same rows and settings are trained once."""
-    found, to_train = dict[Any, TrainedResult](), distinct(jobs)
-    with progress.task(f"{len(to_train)} trainings", len(to_train)) as task:
-        for content, job in to_train.items():
-            found[content] = retrainer.result(job)
-            task.advance(1)
-    return [replace(found[content_of(job)], job=job) for job in jobs]
 
 
 def encode_holdout(held_out: HeldOutPairs, loaded: LoadedModel, progress: Progress) -> EncodedPairs:

@@ -10,6 +10,7 @@ Choices made here:
   counts no more than one of two;
 - a training is one file, marked with what it was made of: it is never made twice, nor taken for
   another;
+- jobs of the same rows and settings are one training;
 - equal seeds draw equal adapters, whatever the rows;
 - the pairs are measured `POINTS` times, at the end and evenly before.
 """
@@ -34,6 +35,7 @@ from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import LoadedModel
 from prism_select.models.lora_training import TrainingSettings, train
 from prism_select.run.folder import Store
+from prism_select.run.progress import Progress
 
 __all__ = [
     "MEASURES",
@@ -42,7 +44,9 @@ __all__ = [
     "TrainedResult",
     "TrainingJob",
     "digest",
+    "distinct",
     "mean_logliks_of",
+    "train_all",
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -221,3 +225,27 @@ def points_of(table: pa.Table) -> list[Point]:
 def digest(values: Sequence[Any]) -> str:
     """A short mark of values that JSON has."""
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+
+
+def distinct(jobs: Sequence[TrainingJob]) -> dict[Any, TrainingJob]:
+    """The first job of all with the same rows and settings, by these."""
+    by_content = dict[Any, TrainingJob]()
+    for job in jobs:
+        by_content.setdefault(content_of(job), job)
+    return by_content
+
+
+def content_of(job: TrainingJob) -> tuple[Any, ...]:
+    return job.rows.tobytes(), job.settings
+
+
+def train_all(
+    retrainer: Retrainer, jobs: Sequence[TrainingJob], progress: Progress
+) -> list[TrainedResult]:
+    """The result of each job; jobs of the same rows and settings are trained once."""
+    found, to_train = dict[Any, TrainedResult](), distinct(jobs)
+    with progress.task(f"{len(to_train)} trainings", len(to_train)) as task:
+        for content, job in to_train.items():
+            found[content] = retrainer.result(job)
+            task.advance(1)
+    return [replace(found[content_of(job)], job=job) for job in jobs]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 __all__ = [
     "DASHES",
     "INK",
+    "MUTED",
     "NEGATIVE",
     "OTHER",
     "SELECTED",
@@ -44,6 +45,7 @@ Interval: TypeAlias = tuple[float, float]
 
 SELECTED, OTHER, NEGATIVE = "var(--selected)", "var(--other)", "var(--negative)"
 INK, LINE, SURFACE = "var(--ink)", "var(--line)", "var(--surface)"
+MUTED = "var(--soft)"
 SERIES = [SELECTED, NEGATIVE, "var(--third)", "var(--fourth)", "var(--fifth)", OTHER]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3]]

@@ -20,7 +20,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from prism_select.run.adapter_base import base_of_adapter
 from prism_select.run.errors import BadOption
@@ -41,11 +41,13 @@ __all__ = [
     "BESIDE_PAIRS",
     "OF_POOL",
     "TUNABLE",
+    "CountRanking",
     "CurvatureOptions",
     "DirectionOptions",
     "FolderOptions",
     "ModelOptions",
     "OutputOptions",
+    "Ranking",
     "RepairConfig",
     "RowOptions",
     "RuntimeOptions",
@@ -58,10 +60,9 @@ __all__ = [
 
 BATCH_TOKENS = {"gpu": 4096, "cpu": 512, "cpu without a graph": 2048}
 LARGE = {"gpu": 2**32, "cpu": 2**28}  # numbers of a model
+CountRanking = Literal["random", "random-by-source", "length"]  # baselines that read no text
 Ranking = Literal[
-    "random",
-    "random-by-source",
-    "length",
+    CountRanking,
     "bm25",
     "loss-top",
     "loss-mid",
@@ -702,8 +703,8 @@ class OutputOptions(Options):
     ] = "jsonl"
     rank_by: Annotated[
         Ranking | None,
-        "Choose by a baseline's ranking instead of the score; with --select-from only random, "
-        "random-by-source and length.",
+        "Choose by a baseline's ranking instead of the score; with --select-from only "
+        f"{', '.join(get_args(CountRanking))}.",
         Mark.IN_CHOICE | Mark.RARE,
     ] = None
 

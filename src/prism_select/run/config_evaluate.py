@@ -4,8 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, get_args
 
+from prism_select.run.config import Ranking
 from prism_select.run.errors import BadOption
 from prism_select.run.options import Mark, Options, parse_share, split_names
 
@@ -35,9 +36,7 @@ class EvaluateConfig(Options):
     ] = None
     against: Annotated[
         str,
-        "Baselines, with commas between: random, random-by-source, length, bm25, loss-top, "
-        "loss-mid, ifd, rds, less, probe, vector-filter, projection-difference, "
-        "concept-influence, probe-and-score, first-order, uniform, hard, unpaired, contrast. In "
+        f"Baselines, with commas between: {', '.join(get_args(Ranking))}. In "
         "select each fills the same number of supervised tokens, in repair each loses as many "
         "rows; everything is the whole pool, in as many steps; random-priced trains for as much "
         "longer as scoring took.",

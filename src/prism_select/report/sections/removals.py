@@ -7,26 +7,16 @@ Choices made here:
 - the best share is that of the highest gain; its interval does not know that it was picked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
-from prism_select.report.charts import (
-    DASHES,
-    OTHER,
-    SELECTED,
-    SERIES,
-    Chart,
-    chart_of,
-    cycled,
-    inline_data,
-    rule_at,
-)
+from prism_select.report.charts import Chart, chart_of, inline_data, rule_at
 from prism_select.report.checks import State, interval_state
 from prism_select.report.evaluation import Evaluation, Method, RemovalPoint
 from prism_select.report.formatting import percent, significant
+from prism_select.report.sections.method_looks import method_looks
 
 __all__ = ["RemovalFacts", "RemovalRow", "read_removals", "removal_charts"]
 
@@ -150,7 +140,7 @@ def _chart(
     ]
     shares = sorted({point.removed for point, _ in valued})
     legend = alt.Legend(columns=2, symbolType="stroke", title=None)
-    style = _style(names)
+    looks = method_looks(evaluation, names)
     line = (
         alt.Chart(inline_data(rows))
         .mark_line(point={"size": 45}, strokeWidth=2.5)
@@ -161,8 +151,8 @@ def _chart(
                 axis=alt.Axis(format="~%", values=shares),
             ),
             alt.Y("value:Q", title=measure, scale=alt.Scale(zero=False)),
-            alt.Color("method:N", scale=alt.Scale(**style["colours"]), legend=legend),
-            alt.StrokeDash("method:N", scale=alt.Scale(**style["dashes"]), legend=legend),
+            alt.Color("method:N", scale=looks.colours, legend=legend),
+            alt.StrokeDash("method:N", scale=looks.dashes, legend=legend),
             tooltip=[
                 "method:N",
                 alt.Tooltip("removed:Q", format=".3~%"),
@@ -188,16 +178,3 @@ def _chart(
         f"share of the rows: {text}.",
         line + rule_at(before, "y", f"before training: {before:.4f}"),
     )
-
-
-def _style(names: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-    """The run's own ranking first and solid, random removal muted and dashed."""
-    others = [name for name in names if name not in ("prism", "random")]
-    colours = dict(zip(others, cycled(SERIES[1:-1], others), strict=True))
-    dashes = dict(zip(others, cycled(DASHES[2:], others), strict=True))
-    colours |= {"prism": SELECTED, "random": OTHER}
-    dashes |= {"prism": DASHES[0], "random": DASHES[1]}
-    return {
-        "colours": {"domain": names, "range": [colours[name] for name in names]},
-        "dashes": {"domain": names, "range": [dashes[name] for name in names]},
-    }

@@ -10,13 +10,9 @@ from statistics import fmean
 import altair as alt
 
 from prism_select.report.charts import (
-    DASHES,
     SELECTED,
-    SERIES,
-    SHAPES,
     Chart,
     chart_of,
-    cycled,
     inline_data,
     rule_at,
 )
@@ -24,6 +20,7 @@ from prism_select.report.checks import State, interval_state
 from prism_select.report.evaluation import Baseline, ControlResult, Evaluation, Method
 from prism_select.report.formatting import significant
 from prism_select.report.run_facts import RunFacts
+from prism_select.report.sections.method_looks import method_looks
 from prism_select.report.sections.removals import RemovalFacts, read_removals, removal_charts
 from prism_select.report.sections.section import Section
 
@@ -170,8 +167,7 @@ def curve_chart(evaluation: Evaluation) -> Chart:
     means = {key: fmean(values) for key, values in gains.items()}
     rows = [{"method": method, "step": s, "gain": gain} for (method, s), gain in means.items()]
     methods = list(dict.fromkeys(method for method, _ in means))
-    colours = alt.Scale(domain=methods, range=cycled(SERIES, methods))
-    dashes = alt.Scale(domain=methods, range=cycled(DASHES, methods))
+    looks = method_looks(evaluation, methods)
     legend = alt.Legend(columns=2, symbolType="stroke", title=None)
     title = "gain on the held-out pairs"
     line = (
@@ -180,8 +176,8 @@ def curve_chart(evaluation: Evaluation) -> Chart:
         .encode(
             alt.X("step:Q", title="steps of training", axis=alt.Axis(tickCount=5)),
             alt.Y("gain:Q", title=title, scale=alt.Scale(zero=False)),
-            alt.Color("method:N", scale=colours, legend=legend),
-            alt.StrokeDash("method:N", scale=dashes, legend=legend),
+            alt.Color("method:N", scale=looks.colours, legend=legend),
+            alt.StrokeDash("method:N", scale=looks.dashes, legend=legend),
             tooltip=["method:N", "step:Q", alt.Tooltip("gain:Q", format=".4f")],
         )
     )
@@ -199,8 +195,7 @@ def forecast_chart(evaluation: Evaluation) -> Chart:
         for predicted, realised in zip(method.predicted, method.realised, strict=True)
     ]
     names = list(dict.fromkeys(str(row["method"]) for row in rows))
-    colours = alt.Scale(domain=names, range=cycled(SERIES, names))
-    shapes = alt.Scale(domain=names, range=cycled(SHAPES, names))
+    looks = method_looks(evaluation, names)
     legend = alt.Legend(columns=2)
     dots = (
         alt.Chart(inline_data(rows))
@@ -208,8 +203,8 @@ def forecast_chart(evaluation: Evaluation) -> Chart:
         .encode(
             alt.X("predicted:Q", title="predicted: score per token", axis=alt.Axis(tickCount=5)),
             alt.Y("realised:Q", title="realised: change of the gain"),
-            alt.Color("method:N", scale=colours, title=None, legend=legend),
-            alt.Shape("method:N", scale=shapes, title=None, legend=legend),
+            alt.Color("method:N", scale=looks.colours, title=None, legend=legend),
+            alt.Shape("method:N", scale=looks.shapes, title=None, legend=legend),
             tooltip=[
                 "method:N",
                 *(alt.Tooltip(f"{name}:Q", format=".3g") for name in ("predicted", "realised")),
