@@ -54,10 +54,10 @@ real pairs repair paper quality coverage size attempts curvature cascade: $(STAM
 
 PEERS := benchmarks/work/peers
 
-$(PEERS)/installed: constraints.txt | $(STAMP)
+$(PEERS)/installed: constraints.txt Makefile | $(STAMP)
 	test -d $(PEERS) || $(BIN)/python -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch
-	$(PEERS)/bin/pip install --quiet --constraint constraints.txt bergson==2.5.1 kronfluence==1.0.1
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt bergson==2.5.1 kronfluence==1.0.1 dattri==0.3.0 dattri-llm==0.1.0
 	$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
@@ -66,6 +66,7 @@ lds: $(STAMP) $(PEERS)/installed
 
 peers: $(STAMP) $(PEERS)/installed
 	$(BIN)/python benchmarks/kronfluence_agreement.py
+	$(BIN)/python benchmarks/peers_side_by_side.py
 
 reselect: $(STAMP)
 	$(BIN)/python benchmarks/reselect.py

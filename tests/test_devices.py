@@ -271,9 +271,13 @@ def test_weights_leave_room_for_scoring_and_blocks_stay_whole(
 
 
 def test_directions_in_full_leave_less_room_for_weights() -> None:
-    options = ScoreConfig(model="m", pool=["p"], target=["t"], out="o", rank="full")
-    assert scoring_share(shapes(), options, "all") < 0.11
+    given: Mapping[str, Any] = {"model": "m", "pool": ["p"], "target": ["t"], "out": "o"}
+    options, curved = ScoreConfig(**given, rank="full"), ScoreConfig(**given, curvature="ekfac")
+    assert scoring_share(shapes(), options, "all") == pytest.approx(1 / 2.7)
     assert scoring_share(shapes(), options, "all") < scoring_share(shapes(), options, "late")
+    assert scoring_share(shapes(), curved, "all") == pytest.approx(1 / (1.7 + 12 / 2))
+    few = scoring_share(shapes(), options, "last:1")  # up to 268 million numbers: in float32
+    assert few == pytest.approx(scoring_share(shapes(), curved, "last:1"))
     assert scoring_share(shapes(), ModelOptions(), "all") == pytest.approx(1 / 1.7)
 
 

@@ -1,6 +1,8 @@
 """A loaded model, a Dataset, dicts and data frames give what their files give."""
 
+import pydoc
 import random
+import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -440,3 +442,10 @@ def test_fields_may_be_a_dict(network: Any, tokenizer: Any) -> None:
 def test_an_option_that_no_command_has_is_named_with_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"select has no option budgett; did you mean budget\?"):
         prism_select.select("model", "pool.jsonl", "pairs.jsonl", budgett="5%")
+
+
+@pytest.mark.parametrize("name", ["score", "select", "repair", "evaluate", "make_pairs"])
+def test_help_shows_each_option_with_its_type_and_what_it_does(name: str) -> None:
+    told = pydoc.plain(pydoc.render_doc(getattr(prism_select, name)))
+    assert "Annotated" not in told and "<Mark" not in told
+    assert re.search(r"\bseed: int = 0\b", told) and re.search(r"\n +seed: .* drawn\.", told)

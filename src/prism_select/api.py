@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_type_hints
 
 from prism_select.data.object_rows import is_rows, refuse_object
 from prism_select.run.config import RepairConfig, ScoreConfig, SelectConfig, keeping_given
@@ -28,7 +28,7 @@ from prism_select.run.config_evaluate import EvaluateConfig, ReportConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import BadOption, DiskTrouble
 from prism_select.run.objects import MEMORY, ModelObject, in_reach, is_object
-from prism_select.run.options import Options
+from prism_select.run.options import Options, options_of
 from prism_select.run.progress import Progress, Silent
 from prism_select.scoring.processes import is_main_process, is_single_process
 
@@ -412,18 +412,24 @@ def check_pairs(
 
 
 def _with_options(function: Callable[..., Any], kind: type[Options]) -> None:
-    """Shows every option of a command in the function's signature, for help() and completion."""
+    """Shows every option of a command in the function's signature, and what it does in the
+    docstring, for help() and completion."""
     own = list(inspect.signature(function).parameters.values())
-    names = {parameter.name for parameter in own}
+    names, types = {parameter.name for parameter in own}, get_type_hints(kind)
+    options = [option for option in options_of(kind) if option.name not in names]
     more = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if name not in names
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option.default,
+            annotation=types[option.name],
+        )
+        for option in options
     ]
     function.__signature__ = inspect.Signature([*own[:-1], *more])  # type: ignore[attr-defined]
-    function.__doc__ = (
-        f"{function.__doc__}\n\nTakes every option of `prism {kind.command}` by name."
-    )
+    told = "\n".join(f"    {option.name}: {option.help}" for option in options)
+    text = f"Takes every option of `prism {kind.command}` by name:\n\n{told}\n"
+    function.__doc__ = f"{inspect.getdoc(function)}\n\n{text}"
 
 
 _with_options(score, ScoreConfig)
