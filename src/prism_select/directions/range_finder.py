@@ -105,10 +105,10 @@ class RangeFinder:
         left = self.bases(self.multiply(self.random(matrices, rank + MORE), False, sums))
         unseen = self.weights.keys() - self.visited - self.lost
         self.lost |= used_elsewhere(self.model, self.weights, self.side, unseen)
-        left = {name: base for name, base in left.items() if name not in self.lost}
-        right = self.bases(self.multiply(left, True))
-        left = self.bases(self.multiply(right, False))
-        products = self.multiply(left, True)
+        bases = {name: left.pop(name) for name in [*left] if name not in self.lost}
+        for transposed in (True, False):  # a pass holds one stack of bases beside its sums
+            bases = self.bases(self.multiply(bases, transposed))
+        left, products = bases, self.multiply(bases, True)
         every = range(len(self.coefficients))
         return [self.direction(number, rank, left, products, sums) for number in every]
 
