@@ -11,7 +11,7 @@ from conftest import jsonl, prism
 from safetensors.torch import load_file
 
 import prism_select
-from prism_select.commands import steps
+from prism_select.commands import scoring_steps
 from prism_select.core.engines import ENGINES
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
@@ -70,7 +70,7 @@ def test_a_run_stopped_among_the_halves_goes_on(
     given = {**files, "budget": "10%", "max_bad": "5%"}
     whole = prism_select.select(**given, out=tmp_path / "whole")
     with monkeypatch.context() as stopped:
-        stopped.setattr(steps, "HalfColumns", lambda *_: 1 / 0)
+        stopped.setattr(scoring_steps, "HalfColumns", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prism_select.select(**given, out=tmp_path / "run")
     found = dict[str, int]()
@@ -79,7 +79,7 @@ def test_a_run_stopped_among_the_halves_goes_on(
         found[given[2].kind] = len(given[2].finished)
         return score_pool(*given)
 
-    monkeypatch.setattr(steps, "score_pool", counted)
+    monkeypatch.setattr(scoring_steps, "score_pool", counted)
     run = prism_select.select(**given, out=tmp_path / "run")
     assert found["halves"] > 0  # scores of the first start
     for name, values in columns(whole).items():

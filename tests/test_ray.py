@@ -21,7 +21,7 @@ import pytest
 import ray
 from conftest import Outcome, jsonl, prism
 
-from prism_select.commands import pipeline, steps
+from prism_select.commands import pipeline, scoring_steps
 from prism_select.run.config import RuntimeOptions
 from prism_select.run.errors import Unreachable
 from prism_select.run.folder import Store
@@ -118,7 +118,7 @@ def test_two_actors_give_the_files_of_one_process(cluster: str, desk: Desk) -> N
 
 def made(change: Callable[[Any], None]) -> Callable[..., Any]:
     """A maker of scorers that are changed where an actor makes them."""
-    real = steps.make_scorer
+    real = scoring_steps.make_scorer
 
     def make(*arguments: Any) -> Any:
         scorer = real(*arguments)

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.utils import chat_template_utils
 
 import prism_select
-from prism_select.commands import pipeline, steps
+from prism_select.commands import pipeline, scoring_steps
 from prism_select.data import template_date
 from prism_select.data.encoding import Encoder
 from prism_select.data.records import Example, Turn
@@ -242,7 +242,7 @@ def test_other_processes_take_the_day_of_the_job(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_clock(monkeypatch, FIRST)
-    jobs, real = list[Any](), steps.scoring_job
+    jobs, real = list[Any](), scoring_steps.scoring_job
 
     def kept(*arguments: Any) -> Any:
         jobs.append(real(*arguments))
@@ -254,7 +254,7 @@ def test_other_processes_take_the_day_of_the_job(
     config = ScoreConfig(
         model=str(desk.model), pool=(desk.files[1],), target=(desk.files[3],), out=str(desk.out)
     )
-    assert steps.make_scorer(config, jobs[0]).loaded.encoder.date.day == FIRST
+    assert scoring_steps.make_scorer(config, jobs[0]).loaded.encoder.date.day == FIRST
 
 
 # Fingerprints: what makes other tokens or other logits

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from prism_select.commands.steps import ExportedAdapter, PoolScores, RunDirections
+from prism_select.commands.scoring_steps import PoolScores
+from prism_select.commands.steps import ExportedAdapter, RunDirections
 from prism_select.core.check import tolerance
 from prism_select.data.records import Pair
 from prism_select.directions.direction_set import DirectionSet, GroupDirections, PairDiagnosis

@@ -20,29 +20,31 @@ from typing import cast
 import torch
 
 from prism_select.commands.manifest import RunRecord, diagnosis_warnings, manifest_of
+from prism_select.commands.pair_help import with_pair_help
 from prism_select.commands.plan_without_weights import plan_without_weights
 from prism_select.commands.read_inputs import read_inputs, refuse_changed_pool
-from prism_select.commands.select_again import refuse_other_format
-from prism_select.commands.steps import (
-    Checkpoint,
+from prism_select.commands.scoring_steps import (
     PoolScores,
-    RunDirections,
-    StepTimer,
-    begin_run,
-    check_engine,
     choose,
-    export_adapter,
-    find_directions,
     group_job,
-    load_checkpoint,
     make_scorer,
-    plan_run,
     score_along_groups,
     score_cascade,
     score_half,
     scoring_job,
     with_halves,
-    with_pair_help,
+)
+from prism_select.commands.select_again import refuse_other_format
+from prism_select.commands.steps import (
+    Checkpoint,
+    RunDirections,
+    StepTimer,
+    begin_run,
+    check_engine,
+    export_adapter,
+    find_directions,
+    load_checkpoint,
+    plan_run,
 )
 from prism_select.data.batches import collate
 from prism_select.data.encoded_rows import first_rows
