@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import jsonl, prism
+from conftest import build_network, jsonl, prism
 from safetensors.torch import load_file
 
 import prism_select
 from prism_select.commands import scoring_steps
+from prism_select.core import engines
 from prism_select.core.engines import ENGINES
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
 from prism_select.models import layer_selection
+from prism_select.models.causal_lm import CausalLM
+from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import Unreachable
 from prism_select.scoring import engine_choice
 from prism_select.scoring.shards import score_pool
@@ -204,3 +207,21 @@ def test_pairs_that_a_large_direction_serves_in_groups_are_helped(
     run = large(files, tmp_path / "run", groups=2)
     assert (columns(run)["verdict"] == columns(expected)["verdict"]).all()
     assert "hardly_helped" in run.manifest["choice"]["coverage"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_direction_is_scored_along_without_a_copy(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CausalLM(build_network(64).to(dtype))
+    weights = select_parameters(model.network, "all")
+    direction = {n: torch.randn(w.shape).to(dtype) for n, w in weights.items()}
+    for large, copied in ((0, False), (engines.LARGE, True)):
+        monkeypatch.setattr(engines, "LARGE", large)
+        (unit,), (length,) = engines._near_unit(weights, [direction])
+        own = [value is not direction[name] for name, value in unit.items()]
+        assert all(own) if copied else not any(own)
+        assert (length == 1.0) != copied
+    monkeypatch.setattr(engines, "LARGE", 0)
+    tiny = {name: value * 1e-12 for name, value in direction.items()}
+    assert engines._near_unit(weights, [tiny])[1][0] < 1e-6

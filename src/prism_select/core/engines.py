@@ -14,7 +14,7 @@ core/check.py proves the others against `reference`, in each run on the user's o
 Choices made here:
 - every engine scores several directions at once;
 - directions are scaled to unit length before they meet the model's dtype, and scores back after, so
-  nothing under- or overflows; `reverse` and `forward` take those as they are that are in the
+  nothing under- or overflows; `reverse` and `forward` take large ones as they are that are in the
   model's dtype and of a length below `SAFE` and above 1 / `SAFE`;
 - dot products add up in float64; directions are where their parameters are, sums where the tokens
   are;
@@ -55,7 +55,7 @@ from prism_select.run.errors import BadOption, Unreachable
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
 
 
-SAFE = 2.0**30
+SAFE, LARGE = 2.0**30, 2**28
 STEP_ROWS, STEP_POWERS = 8, range(-8, 4)  # of 4: what `difference` tries
 
 
@@ -156,9 +156,12 @@ def _unit(
 def _near_unit(
     weights: Parameters, directions: Sequence[Factored]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """As `_unit`, but directions in full that are in the dtype of the parameters and of a length
-    that it can hold stay as they are: there may be no room for a copy."""
-    is_ready = all(
+    """As `_unit`, but directions in full of more than `LARGE` numbers stay as they are, where they
+    are in the dtype of the parameters and of a length that it can hold: there may be no room for a
+    copy. Smaller ones are copied, since the last bit of a product depends on where a tensor
+    starts in memory, and a saved direction gives the scores of its run again."""
+    is_large = sum(weight.numel() for weight in weights.values()) > LARGE
+    is_ready = is_large and all(
         isinstance(value, Tensor) and value.dtype == weights[name].dtype != torch.float16
         for direction in directions
         for name, value in direction.items()

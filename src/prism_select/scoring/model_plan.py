@@ -141,8 +141,7 @@ def run_bytes(
     if is_large(weights):
         return full.direction_bytes + full.batch_bytes
     held = 4 * numbers_of(weights) * (2 * targets + (targets > 1) or 2)
-    is_copied = full.direction_bytes < 4 * full.numbers  # into the dtype of the model
-    return held + full.direction_bytes * is_copied + full.batch_bytes
+    return held + full.direction_bytes + full.batch_bytes
 
 
 def _direction(network: nn.Module, weights: Parameters, rank: int | None) -> Factored:
