@@ -267,8 +267,9 @@ def needs(name: str, layers: str) -> list[tuple[float, float]]:
     and 4 bits, for a whole run."""
     from peft import LoraConfig
 
+    from prism_select.core.layers import is_large
     from prism_select.models.causal_lm import CausalLM
-    from prism_select.models.layer_selection import is_large, select_parameters
+    from prism_select.models.layer_selection import select_parameters
     from prism_select.models.without_weights import network_of, with_adapter_shapes
     from prism_select.scoring.model_plan import RANK, run_bytes, scoring_along, weight_bytes
 

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 import prism_select
 from prism_select.commands import scoring_steps
-from prism_select.core import engines
+from prism_select.core import engines, layers
 from prism_select.core.engines import ENGINES
 from prism_select.demo import world
 from prism_select.demo.train import MODEL_DIR
-from prism_select.models import layer_selection
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.layer_selection import select_parameters
 from prism_select.run.errors import Unreachable
@@ -163,7 +162,7 @@ def test_a_direction_large_beside_the_model_is_one_sum(
 ) -> None:
     options = {"common": common, "dtype": dtype, "engine": "reverse", "groups": 1}
     small = large(files, tmp_path / "small", halves=True, **options)
-    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    monkeypatch.setattr(layers, "IN_FULL", 0)
     with_halves = large(files, tmp_path / "halves", halves=True, **options)
     run = large(files, tmp_path / "run", **options)
     saved, of_small = (load_file(folder.path / "direction.safetensors") for folder in (run, small))
@@ -188,13 +187,21 @@ def test_a_direction_large_beside_the_model_is_one_sum(
         **{name: value for name, value in options.items() if name != "common"},
     )
     assert (columns(again)["score"][scored] == table["score"][scored]).all()
+    assert any("has no half C" in warning for warning in again.manifest["warnings"])
     assert prism("report", run.path).code == 0
+    saved_file = run.path / "direction.safetensors"
+    words = ["--model", files["model"], "--pool", files["pool"], "--direction", saved_file]
+    for asked in (["--halves"], ["--cascade", "--budget", "5"]):
+        kind = "select" if "--budget" in asked else "score"
+        refused = prism(kind, *words, *asked, "--max-bad", "5%", "--out", tmp_path / "no")
+        assert refused.code == 2 and "no chosen half" in refused.err, refused.err
+        assert refused.err.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_a_cascade_has_halves_of_a_large_direction(
     files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    monkeypatch.setattr(layers, "IN_FULL", 0)
     run = large(files, tmp_path / "run", cascade=True, groups=1)
     assert np.isfinite(columns(run)["score_chosen"]).sum() >= 11
 
@@ -203,7 +210,7 @@ def test_pairs_that_a_large_direction_serves_in_groups_are_helped(
     files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = large(files, tmp_path / "small", groups=2)
-    monkeypatch.setattr(layer_selection, "IN_FULL", 0)
+    monkeypatch.setattr(layers, "IN_FULL", 0)
     run = large(files, tmp_path / "run", groups=2)
     assert (columns(run)["verdict"] == columns(expected)["verdict"]).all()
     assert "hardly_helped" in run.manifest["choice"]["coverage"]
@@ -216,12 +223,12 @@ def test_a_large_direction_is_scored_along_without_a_copy(
     model = CausalLM(build_network(64).to(dtype))
     weights = select_parameters(model.network, "all")
     direction = {n: torch.randn(w.shape).to(dtype) for n, w in weights.items()}
-    for large, copied in ((0, False), (engines.LARGE, True)):
-        monkeypatch.setattr(engines, "LARGE", large)
+    for large, copied in ((0, False), (layers.IN_FULL, True)):
+        monkeypatch.setattr(layers, "IN_FULL", large)
         (unit,), (length,) = engines._near_unit(weights, [direction])
         own = [value is not direction[name] for name, value in unit.items()]
         assert all(own) if copied else not any(own)
         assert (length == 1.0) != copied
-    monkeypatch.setattr(engines, "LARGE", 0)
+    monkeypatch.setattr(layers, "IN_FULL", 0)
     tiny = {name: value * 1e-12 for name, value in direction.items()}
     assert engines._near_unit(weights, [tiny])[1][0] < 1e-6

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from prism_select.commands.steps import Checkpoint, RunDirections
 from prism_select.core.gradients import adding_gradients, zero_sum
-from prism_select.core.layers import Factored, Parameters
+from prism_select.core.layers import Factored, Parameters, is_large
 from prism_select.core.likelihood import backward
 from prism_select.data.encoding import Encoded
 from prism_select.data.pool import Pool
@@ -29,11 +29,8 @@ from prism_select.data.records import Example, Pair
 from prism_select.directions.pair_directions import RANK
 from prism_select.directions.pair_encoding import as_side, encode_sides
 from prism_select.directions.range_finder import low_rank_directions
-from prism_select.models.layer_selection import is_large
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import (
-    ScoreConfig,
-)
+from prism_select.run.config import ScoreConfig
 from prism_select.run.folder import Store
 from prism_select.run.thresholds import HARDLY_HELPED
 from prism_select.scoring.batched_engine import BatchedEngine, score_rows

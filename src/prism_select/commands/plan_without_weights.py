@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from prism_select.commands.read_inputs import encode_sample
-from prism_select.core.layers import Parameters
+from prism_select.core.layers import Parameters, is_large
 from prism_select.data.records import Example
 from prism_select.data.remote import local
 from prism_select.directions.from_pairs import starting_rank
@@ -23,7 +23,7 @@ from prism_select.directions.pair_directions import RANK
 from prism_select.directions.saved import of_another_model
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.devices import bytes_by_device
-from prism_select.models.layer_selection import is_large, select_parameters
+from prism_select.models.layer_selection import select_parameters
 from prism_select.models.loading import encoder_of, longest_row
 from prism_select.models.placement import free_memory, place, scoring_share
 from prism_select.models.quantised import quantised_entry
@@ -60,17 +60,19 @@ def plan_without_weights(
     batch_tokens = config.tokens_on("cpu" if config.device == "cpu" else "cuda", model.size)
     shape, is_low = _batch_shape(batch_tokens, max(lengths)), starting_rank(config, weights)
     rank = is_low or RANK
-    has_halves = not is_large(weights) or config.halves or config.cascade
+    has_halves = not is_large(weights) or config.needs_halves
     full = scoring_along(model, weights, shape, None, targets + halves * has_halves)
     low = scoring_along(model, weights, shape, rank, targets + halves)
     ways = {"full": full, f"rank {rank}": low}
     size, taken = weight_bytes(model.network), low if is_low else full
     of_run = run_bytes(weights, full, low if is_low else None, len(inputs.targets), rank)
+    in_dtype = is_low or is_large(weights)
+    saved_bytes = taken.direction_bytes if in_dtype else 4 * taken.numbers
     return ModelPlan(
         tokens=tokens,
         seconds=tokens * taken.seconds_per_million / 1e6 / processes,
         memory_bytes=size + of_run,
-        disk_bytes=(taken.direction_bytes if is_low else 4 * taken.numbers) + rows * BYTES_PER_ROW,
+        disk_bytes=saved_bytes + rows * BYTES_PER_ROW,
         parameters=sum(parameter.numel() for parameter in model.network.parameters()),
         selected=numbers_of(weights),
         dtype=_dtype(model),

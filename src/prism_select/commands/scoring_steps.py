@@ -29,16 +29,8 @@ from prism_select.directions.layout import DirectionLayout
 from prism_select.directions.low_rank import beside, on_cpu
 from prism_select.models.causal_lm import CausalLM
 from prism_select.models.loading import LoadedModel, load_model
-from prism_select.models.lora_training import (
-    ADAPTER,
-    with_adapter,
-)
-from prism_select.run.config import (
-    TUNABLE,
-    OutputOptions,
-    ScoreConfig,
-    SelectConfig,
-)
+from prism_select.models.lora_training import ADAPTER, with_adapter
+from prism_select.run.config import TUNABLE, OutputOptions, ScoreConfig, SelectConfig
 from prism_select.run.errors import Unreachable
 from prism_select.run.folder import Store
 from prism_select.run.progress import Progress, Silent

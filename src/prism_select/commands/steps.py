@@ -48,6 +48,7 @@ from prism_select.run.config import (
     BESIDE_PAIRS,
     ScoreConfig,
 )
+from prism_select.run.errors import BadOption
 from prism_select.run.folder import Store
 from prism_select.run.options import Amount
 from prism_select.run.polarity import Polarity
@@ -182,12 +183,18 @@ def find_directions(
     timer: StepTimer,
     progress: Progress,
 ) -> RunDirections:
-    """From the pairs or from a file, divided by the curvature and cut to --rank."""
+    """From the pairs or from a file, divided by the curvature and cut to --rank. Raises BadOption
+    for a file without the chosen half that the options need."""
     model, curvature = checkpoint.loaded.model, None
     with timer.step("target"):
         if config.direction:
             toward = Polarity.of_config(config).toward
             direction_set = load_direction(config.direction, model, toward)
+            if config.needs_halves and not direction_set.layout.halves:
+                raise BadOption(
+                    f"--direction {config.direction}: it has no chosen half, which --halves and "
+                    "--cascade need; take one that was made with --halves"
+                )
         else:
             direction_set = directions_from_pairs(
                 config, checkpoint.loaded, inputs.targets, progress, checkpoint.sample.rows

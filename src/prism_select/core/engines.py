@@ -43,6 +43,7 @@ from prism_select.core.layers import (
     Parameters,
     dense,
     example_products,
+    is_large,
     owners,
     slice_examples,
     swapped,
@@ -55,7 +56,7 @@ from prism_select.run.errors import BadOption, Unreachable
 __all__ = ["ENGINES", "Engine", "Scores", "difference", "forward", "reference", "reverse"]
 
 
-SAFE, LARGE = 2.0**30, 2**28
+SAFE = 2.0**30
 STEP_ROWS, STEP_POWERS = 8, range(-8, 4)  # of 4: what `difference` tries
 
 
@@ -156,12 +157,9 @@ def _unit(
 def _near_unit(
     weights: Parameters, directions: Sequence[Factored]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """As `_unit`, but directions in full of more than `LARGE` numbers stay as they are, where they
-    are in the dtype of the parameters and of a length that it can hold: there may be no room for a
-    copy. Smaller ones are copied, since the last bit of a product depends on where a tensor
-    starts in memory, and a saved direction gives the scores of its run again."""
-    is_large = sum(weight.numel() for weight in weights.values()) > LARGE
-    is_ready = is_large and all(
+    """As `_unit`, but large directions in full stay as they are, where they are in the dtype of the
+    parameters and of a length that it can hold: there may be no room for a copy."""
+    is_ready = is_large(weights) and all(
         isinstance(value, Tensor) and value.dtype == weights[name].dtype != torch.float16
         for direction in directions
         for name, value in direction.items()

@@ -44,6 +44,7 @@ __all__ = [
     "embedding_scale",
     "example_products",
     "has_formula",
+    "is_large",
     "is_matrix",
     "outer_factors",
     "owners",
@@ -59,6 +60,7 @@ Direction: TypeAlias = Mapping[str, Tensor]
 """A tensor for each selected parameter."""
 
 
+IN_FULL = 2**28  # numbers: a direction of as many takes 1 GB in float32
 FORMED = 2**20  # numbers of all examples' gradients formed at a time: what a cache holds
 
 
@@ -150,6 +152,11 @@ def swapped(holders: Sequence[Owner], values: Direction) -> Iterator[None]:
     finally:
         for owner, parameters in saved:
             owner.module._parameters.update(parameters)
+
+
+def is_large(selected: Parameters) -> bool:
+    """Whether directions of all their numbers are too large to hold several of them."""
+    return sum(parameter.numel() for parameter in selected.values()) > IN_FULL
 
 
 def has_formula(module: nn.Module) -> bool:

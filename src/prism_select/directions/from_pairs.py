@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from prism_select.core.gradients import norm
-from prism_select.core.layers import Parameters
+from prism_select.core.layers import Parameters, is_large
 from prism_select.core.target_gradient import Target
 from prism_select.data.encoding import Encoded
 from prism_select.data.records import Pair
@@ -32,10 +32,7 @@ from prism_select.directions.direction_set import (
     PairDiagnosis,
 )
 from prism_select.directions.layout import DirectionLayout
-from prism_select.directions.pair_clusters import (
-    PairClusters,
-    clusters_of,
-)
+from prism_select.directions.pair_clusters import PairClusters, clusters_of
 from prism_select.directions.pair_diagnostics import PairWeights, diagnose
 from prism_select.directions.pair_directions import RANK, PairDirections
 from prism_select.directions.pair_encoding import (
@@ -51,29 +48,15 @@ from prism_select.directions.tuning import Tuning, tune
 from prism_select.directions.way import way_of, with_way
 from prism_select.directions.weighed_pairs import Targets, WeighedPairs, joined, weighed
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import (
-    adapter_names,
-    beside_text,
-    is_large,
-    select_parameters,
-)
+from prism_select.models.layer_selection import adapter_names, beside_text, select_parameters
 from prism_select.models.loading import LoadedModel
-from prism_select.run.config import (
-    BESIDE_PAIRS,
-    TUNABLE,
-    ScoreConfig,
-    SelectConfig,
-)
+from prism_select.run.config import BESIDE_PAIRS, TUNABLE, ScoreConfig, SelectConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
 from prism_select.run.polarity import Polarity
 from prism_select.run.progress import Progress
 
-__all__ = [
-    "directions_from_pairs",
-    "products_of",
-    "starting_rank",
-]
+__all__ = ["directions_from_pairs", "products_of", "starting_rank"]
 
 COMPARED = 32  # rows
 
@@ -132,7 +115,7 @@ def directions_from_pairs(
         found = task.of_low_rank(rank) if rank else task.in_full()
         notes += found.notes
         full = full_direction(task, rank, with_rows, compared) if rank else None
-    diagnoses, overall = diagnoses_of(config, parts, products)
+    diagnoses, overall = diagnoses_of(config, parts, products, of_targets)
     if tuning:
         overall = replace(overall, cross_validation=tuning.nested)
     cosines = None
@@ -238,14 +221,16 @@ def refuse_not_finite(pairs: Sequence[Pair], products: AnswerProducts) -> None:
 
 
 def diagnoses_of(
-    config: ScoreConfig | PairsConfig, parts: Mapping[str, WeighedPairs], products: AnswerProducts
+    config: ScoreConfig | PairsConfig,
+    parts: Mapping[str, WeighedPairs],
+    products: AnswerProducts,
+    of_targets: Sequence[int],
 ) -> tuple[dict[str, PairDiagnosis], PairDiagnosis]:
     """Of each target, and of all together."""
     targets = {name: part.without_gradient for name, part in parts.items()}
     diagnoses = {name: diagnosed(config, part, targets[name]) for name, part in parts.items()}
     if len(parts) == 1:
         return diagnoses, next(iter(diagnoses.values()))
-    of_targets = [k for k, part in enumerate(parts.values()) for _ in part.pairs]
     every_pair = joined([*parts.values()], products)
     return diagnoses, diagnosed(config, every_pair, of_all([*targets.values()]), of_targets)
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prism_select.core.gradients import norm, zero_sum
-from prism_select.core.layers import Direction, Factored, Parameters
+from prism_select.core.layers import Direction, Factored, Parameters, is_large
 from prism_select.core.target_gradient import Side, Target, add_answers, weighted_gradient
 from prism_select.directions.common_part import without_common
 from prism_select.directions.direction_set import mean_direction
@@ -33,7 +33,6 @@ from prism_select.directions.range_finder import low_rank_directions
 from prism_select.directions.way import way_of
 from prism_select.directions.weighed_pairs import WeighedPairs
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import is_large
 from prism_select.run.config import BESIDE_PAIRS, DirectionOptions, ScoreConfig
 from prism_select.run.config_pairs import PairsConfig
 from prism_select.run.errors import NotFinite
@@ -87,8 +86,7 @@ class PairDirections:
             refuse_lost(length)
             scores.append(direction)
             notes += uncovered(part, length)
-        halves = halves if self.best or len(halves) == 1 else [mean_direction(halves)]
-        return Found(scores, halves, self.of_groups(), notes)
+        return Found(scores, self.joined(halves), self.of_groups(), notes)
 
     def one_at_a_time(self) -> Found:
         """Directions that are large beside the model."""
@@ -96,12 +94,15 @@ class PairDirections:
         scores = [self.of_all_numbers(part, part.coefficients(without_common)) for part in parts]
         for direction in scores:
             refuse_lost(norm(direction))
-        config = self.config
-        if isinstance(config, ScoreConfig) and (config.halves or config.cascade):
+        if isinstance(self.config, ScoreConfig) and self.config.needs_halves:
             halves = [self.of_all_numbers(part, part.half) for part in parts]
-            halves = halves if self.best or len(halves) == 1 else [mean_direction(halves)]
-            return Found(scores, halves, self.of_groups())
+            return Found(scores, self.joined(halves), self.of_groups())
         return Found(scores, [], self.of_groups(), [NO_HALVES])
+
+    def joined(self, halves: Sequence[Direction]) -> Sequence[Direction]:
+        """Those that rows are scored along: of each target where the best one counts, otherwise
+        their mean."""
+        return halves if self.best or len(halves) == 1 else [mean_direction(halves)]
 
     def gradient_of(self, part: WeighedPairs) -> Target:
         """C and R of all pairs."""

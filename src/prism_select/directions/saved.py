@@ -152,7 +152,9 @@ def load_direction(file: str, model: CausalLM, toward: str, warmed: bool = False
     moved = beside(ordered, parameters)
     lengths = [norm(direction) for direction in moved[: len(targets)]]
     layout = replace(layout, lengths=lengths)
-    return DirectionSet({name: parameters[name] for name in names}, moved, layout, {})
+    notes = [] if halves else [f"score_chosen and score_rejected are empty: {file} has no half C"]
+    weights = {name: parameters[name] for name in names}
+    return DirectionSet(weights, moved, layout, {}, warnings=notes)
 
 
 def of_another_model(file: str, name: str) -> BadModel:

@@ -21,9 +21,7 @@ from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.layers import Parameters
 from prism_select.run.errors import UnknownLayers
 
-__all__ = ["adapter_names", "beside_text", "is_large", "select_parameters", "upper_blocks"]
-
-IN_FULL = 2**28  # numbers: a direction of as many takes 1 GB in float32
+__all__ = ["adapter_names", "beside_text", "select_parameters", "upper_blocks"]
 
 _INSIDE = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.\w+)(?=\.)")
 
@@ -50,11 +48,6 @@ def select_parameters(network: nn.Module, layers: str) -> Parameters:
     if not selected:
         raise UnknownLayers(layers, list(candidates))
     return selected
-
-
-def is_large(selected: Parameters) -> bool:
-    """Whether directions of all their numbers are too large to hold several of them."""
-    return sum(parameter.numel() for parameter in selected.values()) > IN_FULL
 
 
 def adapter_names(network: nn.Module) -> set[str]:

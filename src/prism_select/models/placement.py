@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from prism_select.core.blocks import stack_of
+from prism_select.core.layers import is_large
 from prism_select.models.devices import bytes_by_device
-from prism_select.models.layer_selection import is_large, select_parameters
+from prism_select.models.layer_selection import select_parameters
 from prism_select.models.quantised import packed_matrices
 from prism_select.run.config import BESIDE_PAIRS, ModelOptions
 from prism_select.run.errors import BadModel, BadOption

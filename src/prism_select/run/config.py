@@ -576,6 +576,12 @@ class ScoreConfig(
         return [name for name in super().tuned if has_norms or name != "normalize"]
 
     @property
+    def needs_halves(self) -> bool:
+        """Whether rows are scored along the chosen half in the pass over the pool, whatever its
+        size: asked for, or what a cascade does."""
+        return self.halves or self.cascade
+
+    @property
     def amount(self) -> Amount:
         """The budget; `score` counts every positive row."""
         return Amount("positive")

@@ -28,13 +28,13 @@ from prism_select.core import layers
 from prism_select.core.blocks import decoder_of, stack_of
 from prism_select.core.dry_run import DryRun
 from prism_select.core.engines import reverse
-from prism_select.core.layers import Factored, Factors, Parameters, owners
+from prism_select.core.layers import Factored, Factors, Parameters, is_large, owners
 from prism_select.core.likelihood import Batch
 from prism_select.directions.answer_products import by_kind
 from prism_select.directions.pair_directions import RANK
 from prism_select.directions.range_finder import MORE
 from prism_select.models.causal_lm import CausalLM
-from prism_select.models.layer_selection import adapter_names, is_large
+from prism_select.models.layer_selection import adapter_names
 from prism_select.models.quantised import packed_bytes, packed_matrices
 from prism_select.run.errors import BadModel
 from prism_select.scoring.cost_plan import Plan

@@ -61,8 +61,7 @@ class HalfColumns:
 
 def halves_later(config: ScoreConfig, layout: DirectionLayout, rows: int) -> bool:
     """Whether rows of a pool are scored along the half after the choice, and few of them."""
-    at_once = layout.best or config.halves or config.cascade
-    return layout.halves and rows > SMALL and not at_once
+    return layout.halves and rows > SMALL and not (layout.best or config.needs_halves)
 
 
 def sampled_rows(is_scored: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
